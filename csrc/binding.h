@@ -1,0 +1,246 @@
+// From a torch call to a Scan and back: the same for every backend that is registered from C++.
+// The schemas and the shapes of the results are stated in mru_kernels/ops.py.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "scan.h"
+
+namespace mru {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// What the schemas of forward and backward have in common.
+struct Call {
+  Tensors streams, channel;  // gates side by side in streams[0] if packed > 0
+  OptionalTensor alpha, initial_state, cu_seqlens;
+  Tensor epsilon;
+  double surrogate_scale;
+  bool reverse;
+  int64_t packed, chunk, segment;
+};
+
+inline ScalarType state_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "streams: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// Kernels take any strides on batch and time but a unit stride on channels: other layouts are copied once.
+inline Tensor unit_channels(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor as_state(const Tensor& t, ScalarType type) {
+  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+}
+
+// Uninitialised and contiguous, on the device of `like`; without the dispatcher, which costs more than a short scan.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  int32_t device = 0;
+  aoti_torch_get_device_type(like.get(), &device);
+  int64_t strides[3];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor allocate_like(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  return allocate(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
+}
+
+inline Stream stream_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
+
+// The gates of a packed tensor [B, T, k D], as k views [B, T, D].
+inline Tensors split_gates(Tensor gates, int64_t k) {
+  const int64_t channels = gates.size(2) / k;
+  Tensors views;
+  for (int64_t i = 0; i < k; ++i) views.push_back(torch::stable::narrow(gates, 2, i * channels, channels));
+  return views;
+}
+
+// A Scan and the tensors that it points into.
+class Bound {
+ public:
+  Scan scan{};
+  Tensors streams;  // one view per gate
+  ScalarType type, state;
+
+  Bound(CellKind cell, const Call& call) {
+    STD_TORCH_CHECK(!call.streams.empty(), "streams: expected at least one tensor");
+    for (const Tensor& t : call.streams) {
+      STD_TORCH_CHECK(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(),
+                      " dimensions");
+      streams.push_back(unit_channels(t));
+    }
+    if (call.packed > 0) streams = split_gates(streams[0], call.packed);
+    const Tensor& first = streams[0];
+    type = first.scalar_type();
+    state = state_type(type);
+    scan.cell = cell;
+    scan.dtype = dtype_of(type);
+    scan.batch = first.size(0), scan.time = first.size(1), scan.channels = first.size(2);
+    scan.reverse = call.reverse, scan.chunk = call.chunk, scan.segment = call.segment;
+    scan.surrogate_scale = call.surrogate_scale;
+    STD_TORCH_CHECK(call.epsilon.is_cpu() && call.epsilon.numel() == 1 &&
+                        call.epsilon.scalar_type() == ScalarType::Double,
+                    "epsilon: expected one float64 value on the CPU");
+    scan.epsilon = *static_cast<const double*>(call.epsilon.data_ptr());
+    STD_TORCH_CHECK(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ",
+                    scan.epsilon);
+    STD_TORCH_CHECK(scan.chunk > 0 && scan.chunk % kEventsPerWord == 0 && scan.segment >= 0 &&
+                        scan.segment % scan.chunk == 0,
+                    "chunk, segment: expected multiples of 16 and of the chunk, got ", scan.chunk, ", ",
+                    scan.segment);
+
+    // Gate inputs in the cell's order: the first stream, the inputs that come per channel, the other streams.
+    const size_t inputs = streams.size() + call.channel.size();
+    STD_TORCH_CHECK(inputs <= kMaxInputs, "streams, channel: expected at most ", kMaxInputs, " gate inputs");
+    scan.inputs = int(inputs);
+    for (size_t i = 0; i < inputs; ++i) {
+      const size_t channel = i - 1, after = i - call.channel.size();
+      if (i > 0 && channel < call.channel.size()) {
+        scan.in[i].channel = keep(as_state(call.channel[channel], state));
+      } else {
+        const Tensor& t = streams[i == 0 ? 0 : after];
+        STD_TORCH_CHECK(t.scalar_type() == type && t.size(0) == scan.batch && t.size(1) == scan.time &&
+                            t.size(2) == scan.channels,
+                        "streams: expected one dtype and shape");
+        scan.in[i].stream = stream_of(t);
+      }
+    }
+    if (call.alpha) scan.alpha = keep(as_state(*call.alpha, state));
+    scan.sequences = scan.batch;
+    if (call.cu_seqlens) {
+      STD_TORCH_CHECK(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
+      scan.sequences = call.cu_seqlens->numel() - 1;
+      scan.offsets = static_cast<const int64_t*>(keep(as_state(*call.cu_seqlens, ScalarType::Long)));
+    }
+    if (call.initial_state) {
+      STD_TORCH_CHECK(call.initial_state->dim() == 2 && call.initial_state->size(0) == scan.sequences &&
+                          call.initial_state->size(1) == scan.channels,
+                      "initial_state: expected [", scan.sequences, ", ", scan.channels, "]");
+      scan.initial = keep(as_state(*call.initial_state, state));
+    }
+    scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
+    scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
+  }
+
+  // Where write events fit 2 bits and are worth packing: several segments scan the sequence at once.
+  bool packs_events(bool cell_has_events) const { return cell_has_events && scan.segment > 0; }
+
+  Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
+  Tensor rows(int64_t rows, ScalarType as) const {
+    return allocate(streams[0], {scan.batch, rows, scan.channels}, as);
+  }
+  const void* keep(Tensor t) {
+    kept_.push_back(std::move(t));
+    return kept_.back().data_ptr();
+  }
+
+ private:
+  Tensors kept_;
+};
+
+// A backend is a type with static void forward(Scan), static void backward(Scan) that launch on a tensor's device.
+template <class Backend, CellKind kCell>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors streams, Tensors channel, OptionalTensor alpha,
+                                                   OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                                                   Tensor epsilon, double surrogate_scale, bool reverse,
+                                                   int64_t packed, int64_t chunk, int64_t segment,
+                                                   bool save) {
+  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
+                      packed, chunk, segment});
+  Scan& scan = bound.scan;
+  const bool events = bound.packs_events(has_events(kCell, scan.inputs));
+  Tensor h = allocate_like(bound.streams[0]);
+  Tensor final_state = bound.states(scan.sequences);
+  Tensor checkpoints = bound.rows(save ? scan.checkpoint_rows : 0, bound.state);
+  Tensor packed_events = bound.rows(events ? scan.event_rows : 0, ScalarType::Int);
+  scan.h = stream_of(h);
+  scan.final_state = final_state.data_ptr();
+  if (save) scan.checkpoints = checkpoints.data_ptr();
+  if (events) scan.events = static_cast<int32_t*>(packed_events.data_ptr());
+  Backend::forward(scan, h);
+  return {h, final_state, checkpoints, packed_events};
+}
+
+// Gradients of: each stream (or the packed gates), each per-channel input, alpha if given, initial_state if given.
+template <class Backend, CellKind kCell>
+Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors channel, OptionalTensor alpha,
+                 OptionalTensor initial_state, OptionalTensor cu_seqlens, Tensor epsilon,
+                 double surrogate_scale, bool reverse, int64_t packed, int64_t chunk, int64_t segment,
+                 Tensor checkpoints, Tensor events) {
+  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
+                      packed, chunk, segment});
+  Scan& scan = bound.scan;
+  grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
+  scan.grad_h = stream_of(grad_h);
+  scan.grad_final = bound.keep(as_state(grad_final, bound.state));
+  STD_TORCH_CHECK(checkpoints.size(1) == scan.checkpoint_rows, "checkpoints: expected ", scan.checkpoint_rows,
+                  " rows, got ", checkpoints.size(1));
+  scan.checkpoints = checkpoints.data_ptr();
+  if (bound.packs_events(has_events(kCell, scan.inputs)))
+    scan.events = static_cast<int32_t*>(const_cast<void*>(bound.keep(torch::stable::contiguous(events))));
+
+  Tensors grads, views;
+  if (packed > 0) {
+    grads.push_back(allocate_like(unit_channels(streams[0])));
+    views = split_gates(grads[0], packed);
+  } else {
+    for (const Tensor& t : bound.streams) grads.push_back(allocate_like(t));
+    views = grads;
+  }
+  const auto per_channel = [&](const Tensor& like, void*& into) {
+    grads.push_back(allocate(like, {scan.channels}, bound.state));
+    into = grads.back().data_ptr();
+  };
+  const size_t first_channel = grads.size();
+  for (size_t i = 0; i < channel.size(); ++i) per_channel(channel[i], scan.grad_channel[1 + i]);
+  for (size_t i = 0; i < views.size(); ++i)
+    scan.grad_in[i == 0 ? 0 : i + channel.size()] = stream_of(views[i]);
+  if (alpha) per_channel(*alpha, scan.grad_alpha);
+  Tensor grad_initial = bound.states(scan.sequences);
+  scan.grad_initial = grad_initial.data_ptr();
+  if (initial_state) grads.push_back(grad_initial);
+  Backend::backward(scan, grad_h);
+
+  const auto cast = [](Tensor& grad, const Tensor& like) {
+    if (grad.scalar_type() != like.scalar_type()) grad = torch::stable::to(grad, like.scalar_type());
+  };
+  for (size_t i = 0; i < channel.size(); ++i) cast(grads[first_channel + i], channel[i]);
+  if (alpha) cast(grads[first_channel + channel.size()], *alpha);
+  if (initial_state) cast(grads.back(), *initial_state);
+  return grads;
+}
+
+}  // namespace mru

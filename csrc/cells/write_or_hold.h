@@ -1,0 +1,36 @@
+// The step that the bistable cells share: a select. Where the gate writes, s' = v + epsilon s; elsewhere s' = s.
+// NaN is absorbing: a NaN input makes the state NaN, and a NaN state is never written over.
+#pragma once
+#include "lanes.h"
+
+namespace mru {
+
+// Event codes: a step of a cell that writes one of two values, in 2 bits.
+constexpr int kHold = 0, kFirst = 1, kSecond = 2, kNan = 3;
+
+template <class S>
+struct WriteOrHold {
+  S epsilon;
+
+  // epsilon s; nothing is multiplied by 0.
+  template <class V>
+  MRU_INLINE V scaled(V s) const {
+    return epsilon == S(0) ? splat<V>(0) : splat<V>(epsilon) * s;
+  }
+  template <class Write, class Nan, class V>
+  MRU_INLINE V next(Write write, Nan nan, V v, V s) const {
+    const V written = (write & (s == s)) ? v + scaled(s) : s;
+    return nan ? splat<V>(S(__builtin_nan(""))) : written;
+  }
+  template <class Int, class Write, class Nan, class Second>
+  static MRU_INLINE Int encode(Write write, Nan nan, Second second) {
+    const Int code = (write & 1) + (write & second & 1);
+    return nan ? Int{} + kNan : code;
+  }
+  template <class Int, class V>
+  MRU_INLINE V next_from(Int code, V first, V second, V s) const {
+    return next(code != kHold, code == kNan, code == kSecond ? second : first, s);
+  }
+};
+
+}  // namespace mru

@@ -1,0 +1,221 @@
+// How a scan is spread over threads. Two grids, kept apart on purpose:
+//
+//   time       A sequence is one piece, or, where scan.segment > 0, cut into segments that are summarised in parallel,
+//              given their entry state by a short sequential pass, and then scanned in parallel. The cut and the
+//              order of every sum are functions of sizes only, so results do not depend on the number of threads.
+//   channels   Channels never meet, so a row may be cut into blocks to suit the threads without changing a bit.
+#include "driver.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace mru::cpu {
+namespace {
+
+// Bytes of one row's block: a forward pass streams rows, a backward pass keeps a chunk of them in the cache.
+constexpr int64_t kForwardBlockBytes = 4096, kBackwardBlockBytes = 2048, kLeastBlockBytes = 256;
+constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
+constexpr int64_t kGroups = 256;              // at most so many rows of partial sums
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const Kernels& kernels(const Scan& scan) {
+  switch (isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512: return kernels_avx512(scan);
+    case Isa::kAvx2: return kernels_avx2(scan);
+#endif
+    default: return kernels_baseline(scan);
+  }
+}
+
+int64_t state_bytes(const Scan& scan) { return scan.dtype == Dtype::kFloat64 ? 8 : 4; }
+
+struct Pieces {
+  std::vector<Piece> list;
+  std::vector<int64_t> first;  // [sequences + 1]: the pieces of a sequence
+};
+
+Pieces cut(const Scan& scan) {
+  Pieces pieces;
+  pieces.first.reserve(scan.sequences + 1);
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    pieces.first.push_back(pieces.list.size());
+    Piece piece{n, n, 0, scan.time, 0, 0, 0};
+    if (scan.offsets) {
+      const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
+      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= scan.time,
+                      "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time,
+                      ", got ", begin, " and ", end, " for sequence ", n);
+      piece.batch = 0;
+      piece.start = scan.reverse ? scan.time - end : begin;
+      piece.length = end - begin;
+      // Unique: a sequence takes at most one word more than its share of whole ones.
+      piece.word = piece.start / kEventsPerWord + (scan.reverse ? scan.sequences - 1 - n : n);
+    }
+    const int64_t most = scan.segment > 0 ? scan.segment : piece.length;
+    for (piece.begin = 0; piece.begin < piece.length; piece.begin = piece.end) {
+      piece.end = std::min(piece.begin + most, piece.length);
+      pieces.list.push_back(piece);
+    }
+  }
+  pieces.first.push_back(pieces.list.size());
+  return pieces;
+}
+
+template <class F>
+void parallel(const Scan& scan, int64_t units, const F& f) {
+  if (units <= 1 || scan.batch * scan.time * scan.channels < kSerialElements) f(0, units);
+  else torch::stable::parallel_for(0, units, 1, f);
+}
+
+// Calls f(item, d0, d1) for every item and block of channels.
+template <class F>
+void for_blocks(const Scan& scan, int64_t items, int64_t block_bytes, const F& f) {
+  if (items == 0) return;
+  const int64_t bytes = state_bytes(scan), least = kLeastBlockBytes / bytes;
+  const int64_t wanted = ceil_div(2 * int64_t(torch::stable::get_num_threads()), items);
+  const int64_t blocks = std::max(ceil_div(scan.channels * bytes, block_bytes),
+                                  std::min(wanted, ceil_div(scan.channels, least)));
+  const int64_t width = ceil_div(ceil_div(scan.channels, blocks), 16) * 16;
+  const int64_t per_item = ceil_div(scan.channels, width);
+  parallel(scan, items * per_item, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t d0 = unit % per_item * width;
+      f(unit / per_item, d0, std::min(d0 + width, scan.channels));
+    }
+  });
+}
+
+// Alpha is always given to the kernels.
+struct Ones {
+  std::vector<double> f64;
+  std::vector<float> f32;
+  explicit Ones(Scan& scan) {
+    if (scan.alpha) return;
+    if (scan.dtype == Dtype::kFloat64) f64.assign(scan.channels, 1), scan.alpha = f64.data();
+    else f32.assign(scan.channels, 1), scan.alpha = f32.data();
+  }
+};
+
+// Rows of [D] in the state dtype.
+class Rows {
+ public:
+  Rows(const Scan& scan, int64_t rows, char fill = 0)
+      : row_(scan.channels * state_bytes(scan)), element_(state_bytes(scan)), bytes_(rows * row_, fill) {}
+  void* at(int64_t row, int64_t d = 0) { return bytes_.data() + row * row_ + d * element_; }
+
+ private:
+  int64_t row_, element_;
+  std::vector<char> bytes_;
+};
+
+char* row(void* base, const Scan& scan, int64_t n, int64_t d = 0) {
+  return static_cast<char*>(base) + (n * scan.channels + d) * state_bytes(scan);
+}
+
+}  // namespace
+
+Isa isa() {
+#if defined(__x86_64__)
+  static const Isa widest = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+                                ? Isa::kAvx512
+                            : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")
+                                ? Isa::kAvx2
+                                : Isa::kBaseline;
+  return widest;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+const char* isa_name() {
+  switch (isa()) {
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+void forward(Scan scan) {
+  const Ones ones(scan);
+  const Kernels& k = kernels(scan);
+  const Pieces pieces = cut(scan);
+  const int64_t count = pieces.list.size();
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    void* const state = row(scan.final_state, scan, n);
+    const bool empty = pieces.first[n] == pieces.first[n + 1];
+    k.enter(scan, n, /*poison=*/!empty, state);
+  }
+  if (scan.segment == 0) {  // one piece a sequence: its final state is the running state
+    return for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+      const Piece& piece = pieces.list[i];
+      k.forward(scan, piece, d0, d1, row(scan.final_state, scan, piece.sequence, d0));
+    });
+  }
+  Rows factor(scan, count), offset(scan, count), entry(scan, count);
+  for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+    k.summarize(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
+  });
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    void* const state = row(scan.final_state, scan, n);
+    for (int64_t i = pieces.first[n]; i < pieces.first[n + 1]; ++i) {
+      std::memcpy(entry.at(i), state, scan.channels * state_bytes(scan));
+      k.apply(scan.channels, factor.at(i), offset.at(i), /*absorb_nan=*/true, state);
+    }
+  }
+  const auto expand = scan.events ? k.forward_events : k.forward;
+  for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+    expand(scan, pieces.list[i], d0, d1, entry.at(i, d0));
+  });
+}
+
+void backward(Scan scan) {
+  const Ones ones(scan);
+  const Kernels& k = kernels(scan);
+  const Pieces pieces = cut(scan);
+  const int64_t count = pieces.list.size();
+  const int64_t row_bytes = scan.channels * state_bytes(scan);
+  std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * row_bytes);
+
+  // Several pieces share a row of sums where there are very many.
+  const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)),
+                groups = ceil_div(count, per_group);
+  const int sums_per_group = 1 + scan.inputs;
+  Rows sums(scan, groups * sums_per_group);
+
+  Rows carry(scan, scan.segment > 0 ? count : 0);
+  if (scan.segment > 0) {
+    Rows factor(scan, count), offset(scan, count);
+    for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+      k.summarize_adjoint(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
+    });
+    for (int64_t n = 0; n < scan.sequences; ++n) {
+      void* const m = row(scan.grad_initial, scan, n);
+      for (int64_t i = pieces.first[n + 1]; i-- > pieces.first[n];) {
+        std::memcpy(carry.at(i), m, row_bytes);
+        k.apply(scan.channels, factor.at(i), offset.at(i), /*absorb_nan=*/false, m);
+      }
+    }
+  }
+  for_blocks(scan, groups, kBackwardBlockBytes, [&](int64_t group, int64_t d0, int64_t d1) {
+    thread_local std::vector<char> scratch;
+    scratch.resize(scratch_rows(scan.chunk) * (d1 - d0) * state_bytes(scan));
+    for (int64_t i = group * per_group; i < std::min((group + 1) * per_group, count); ++i) {
+      const Piece& piece = pieces.list[i];
+      void* const m = scan.segment > 0 ? carry.at(i, d0) : row(scan.grad_initial, scan, piece.sequence, d0);
+      k.backward(scan, piece, d0, d1, m, sums.at(group * sums_per_group, d0), scan.channels, scratch.data());
+    }
+  });
+  const auto reduce = [&](int which, void* total) {
+    if (total) k.reduce(groups, scan.channels, sums_per_group * scan.channels, sums.at(which), total);
+  };
+  reduce(0, scan.grad_alpha);
+  for (int i = 0; i < scan.inputs; ++i) reduce(1 + i, scan.grad_channel[i]);
+}
+
+}  // namespace mru::cpu

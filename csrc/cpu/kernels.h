@@ -1,0 +1,43 @@
+// The CPU kernels of one cell variant and element type, compiled once per instruction set.
+#pragma once
+#include "../scan.h"
+
+namespace mru {
+
+// Steps [begin, end) of one sequence: what one call of a kernel scans. `begin` is a multiple of the chunk.
+struct Piece {
+  int64_t batch, sequence;  // the batch row that holds the sequence; which sequence
+  int64_t start, length;    // scan position of its first step in that row; its steps
+  int64_t word;             // the row of `events` that holds its first word
+  int64_t begin, end;
+};
+
+// Each works on channels [d0, d1) of a piece. Rows are [d1 - d0] in the state dtype; `carry` is updated in place.
+struct Kernels {
+  // h, checkpoints; carry: state before -> state after. From the streams, or from the packed events.
+  void (*forward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
+  void (*forward_events)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
+  // The piece as one map s -> factor s + offset; packs the events where scan.events is given.
+  void (*summarize)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
+  // The same for the adjoint, right to left: m -> factor m + offset, where m = a lambda of the step to the right.
+  void (*summarize_adjoint)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
+  // Gradients; carry: m from the right -> m to the left. `sums` [1 + inputs][stride] collects what is summed over
+  // time: alpha's gradient, then each per-channel input's. `scratch` holds scratch_rows(chunk) rows.
+  void (*backward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
+                   void* scratch);
+  // state -> factor state + offset over n channels; a NaN state stays where NaN is absorbed.
+  void (*apply)(int64_t n, const void* factor, const void* offset, bool absorb_nan, void* state);
+  // The state that enters a sequence; where `poison`, NaN in a channel whose alpha is NaN.
+  void (*enter)(const Scan&, int64_t sequence, bool poison, void* state);
+  // total[j] = the sum of sums[r stride + j] over r, in order.
+  void (*reduce)(int64_t rows, int64_t n, int64_t stride, const void* sums, void* total);
+};
+
+constexpr int64_t scratch_rows(int64_t chunk) { return chunk + 1 + 1 + kMaxInputs; }
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+const Kernels& kernels_baseline(const Scan&);
+const Kernels& kernels_avx2(const Scan&);
+const Kernels& kernels_avx512(const Scan&);
+
+}  // namespace mru

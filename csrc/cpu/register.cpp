@@ -1,0 +1,21 @@
+// The CPU backend's kernels of the ops that mru_kernels/ops.py defines.
+#include "../binding.h"
+#include "driver.h"
+
+namespace {
+
+struct Cpu {
+  static void forward(const mru::Scan& scan, const mru::Tensor&) { mru::cpu::forward(scan); }
+  static void backward(const mru::Scan& scan, const mru::Tensor&) { mru::cpu::backward(scan); }
+};
+
+std::string cpu_isa() { return mru::cpu::isa_name(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) {
+  m.impl("bmru.cpu", TORCH_BOX((&mru::forward<Cpu, mru::CellKind::kBmru>)));
+  m.impl("bmru_backward.cpu", TORCH_BOX((&mru::backward<Cpu, mru::CellKind::kBmru>)));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mru, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -1,0 +1,36 @@
+"""The C++ kernels for CPU tensors (csrc/cpu)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from . import CHUNK
+
+_BLOCK = 64  # channels that keep one thread busy
+_ENOUGH = 16  # units of work from which on time is not split
+_SEGMENTS = 64
+_LEAST = 512  # steps of a segment, at least
+
+
+def load() -> None:
+    """Load the extension, which registers `mru::*.cpu`."""
+    found = sorted(Path(__file__).parents[1].glob("_C*.so"))
+    if not found:
+        raise ImportError("the C++ extension is not built (pip install --no-build-isolation -e .)")
+    torch.ops.load_library(str(found[0]))
+
+
+def segment(sequences: int, time: int, channels: int, device: torch.device) -> int:
+    """Steps of a segment, from sizes only: results must not depend on the number of threads."""
+    units = sequences * ((channels + _BLOCK - 1) // _BLOCK)
+    if units >= _ENOUGH or units == 0 or time < 2 * _LEAST:
+        return 0
+    steps = max(time * units // _SEGMENTS, _LEAST)
+    return (steps + CHUNK - 1) // CHUNK * CHUNK
+
+
+def isa() -> str:
+    """The instruction set that the kernels use on this machine: baseline, avx2 or avx512."""
+    return torch.ops.mru.cpu_isa()

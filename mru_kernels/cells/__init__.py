@@ -1,0 +1,1 @@
+"""The cells: one file a cell, with its spec, its public function and its step."""

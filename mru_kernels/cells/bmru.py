@@ -1,0 +1,180 @@
+"""The bistable memory recurrent unit and its cumulative form (arXiv 2601.09495, arXiv 2605.11855)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+
+CELL = ops.add_cell(ops.Cell(name="bmru", event_inputs=2))
+
+
+def bmru(
+    candidate: Tensor,
+    threshold: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    amplitude: Tensor | None = None,
+    surrogate_scale: float = 1.0,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan a bistable memory recurrent unit over time.
+
+    Each channel writes where its candidate reaches its threshold, and holds elsewhere::
+
+        z_t = H(|candidate_t| - |threshold_t|)
+        s_t = z_t (amplitude_t sgn(candidate_t) + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
+        h_t = alpha s_t
+
+    With `epsilon` 0 this is the BMRU (arXiv 2601.09495), with 1 the CMRU (arXiv 2605.11855). In the backward pass
+    the derivatives of H and sgn are the arctangent surrogates of those papers, `k / (1 + (pi k x)^2)` and twice that.
+
+    Args:
+        candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Any strides on B and T are read in place.
+        threshold: `[B, T, D]` in the candidate's dtype, or `[D]`, then also in float32.
+        initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the
+            candidate's or the state dtype; zeros if None.
+        epsilon: in [0, 1]; a float, or a 0-dim CPU tensor, which torch.compile does not specialise on.
+        alpha: `[D]`, scale of the output; ones if None.
+        amplitude: `[B, T, D]`, magnitude of what is written; ones if None.
+        surrogate_scale: k > 0 of the surrogate derivatives.
+        reverse: scan from the last step to the first.
+        cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        backend: None chooses; a name (see `available_backends`) runs or raises.
+
+    Returns:
+        `h [B, T, D]` in the candidate's dtype with the strides of `torch.empty_like(candidate)`, and the final state
+        `[B, D]` (`[N, D]`): the raw state s, float64 for float64 streams, else float32. Under autocast floating
+        streams are cast to the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: the backend cannot run this call; a second derivative is taken.
+    """
+    per_channel = isinstance(threshold, Tensor) and threshold.dim() == 1
+    named = {"candidate": candidate}
+    if not per_channel:
+        named["threshold"] = threshold
+    if amplitude is not None:
+        named["amplitude"] = amplitude
+    checks.streams(named)
+    streams = _autocast(list(named.values()))
+    channel = []
+    if per_channel:
+        checks.like("threshold", threshold, streams[0], streams[0].shape[2:], "[channels]")
+        channel = [threshold]
+    return _scan(
+        streams, channel, 0, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
+    )  # fmt: skip
+
+
+def bmru_packed(
+    gates: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    amplitude: bool = False,
+    surrogate_scale: float = 1.0,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`bmru` on streams that lie side by side, as one projection leaves them; its gradient is one tensor too.
+
+    Args:
+        gates: `[B, T, k D]`: candidate, threshold and, if `amplitude` is true, amplitude; k = 2 or 3.
+
+    The other arguments, results and errors are those of `bmru`.
+    """
+    checks.streams({"gates": gates})
+    packed = 3 if amplitude else 2
+    if gates.shape[2] % packed:
+        raise ValueError(f"gates: expected a last dimension that {packed} divides, got shape {list(gates.shape)}")
+    return _scan(
+        _autocast([gates]), [], packed, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
+    )  # fmt: skip
+
+
+def _scan(
+    streams, channel, packed, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
+):  # fmt: skip
+    first = streams[0]
+    channels = first.shape[2] // max(packed, 1)
+    sequences = first.shape[0]
+    if cu_seqlens is not None:
+        checks.cu_seqlens(cu_seqlens, first)
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        checks.like("initial_state", initial_state, first, (sequences, channels), "[sequences, channels]")
+    if alpha is not None:
+        checks.like("alpha", alpha, first, (channels,), "[channels]")
+    return ops.scan(
+        CELL,
+        streams,
+        channel,
+        alpha=alpha,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        epsilon=checks.epsilon(epsilon),
+        surrogate_scale=checks.surrogate_scale(surrogate_scale),
+        reverse=bool(reverse),
+        packed=packed,
+        backend=backend,
+    )
+
+
+def _autocast(streams: list[Tensor]) -> list[Tensor]:
+    kind = streams[0].device.type
+    if not torch.is_autocast_enabled(kind) or streams[0].dtype == torch.float64:
+        return streams
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) for t in streams]
+
+
+def bmru_step(
+    candidate: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    *,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    amplitude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `bmru`, for streaming inference.
+
+    Args:
+        candidate, threshold, amplitude: `[B, D]`; threshold also `[D]`.
+        state: `[B, D]`, the raw state before the step.
+        epsilon, alpha: as for `bmru`.
+
+    Returns:
+        `h [B, D]` and the state after the step `[B, D]`, equal to `bmru` with T = 1.
+
+    Raises:
+        TypeError, ValueError: as `bmru`.
+        RuntimeError: grad mode is on and an input requires grad.
+    """
+    named = {"candidate": candidate, "threshold": threshold, "state": state, "alpha": alpha, "amplitude": amplitude}
+    if torch.is_grad_enabled():
+        for name, value in named.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"bmru_step: {name} requires grad, but the step has no gradient; use bmru with T = 1, or no_grad"
+                )
+    checks.tensor("candidate", candidate, 2, "[batch, channels]")
+    checks.tensor("state", state, 2, "[batch, channels]")
+    if amplitude is not None:
+        checks.tensor("amplitude", amplitude, 2, "[batch, channels]")
+        amplitude = amplitude.unsqueeze(1)
+    if isinstance(threshold, Tensor) and threshold.dim() == 2:
+        threshold = threshold.unsqueeze(1)
+    h, state = bmru(
+        candidate.unsqueeze(1), threshold, state, epsilon=epsilon, alpha=alpha, amplitude=amplitude
+    )  # fmt: skip
+    return h.squeeze(1), state

@@ -1,0 +1,120 @@
+"""Checks of user input: each raises an error that names the argument, what was expected and what came.
+
+Only metadata is looked at (and the values of `epsilon` and `cu_seqlens` where these are on the CPU), so a check never
+waits for a device and traces under torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_BYTES = 2**63 - 1
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name: str, value, rank: int, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {shape}, got shape {list(value.shape)}")
+
+
+def streams(named: Mapping[str, Tensor]) -> None:
+    """Streams `[B, T, D]` of one floating dtype, shape and device."""
+    first = None
+    for name, value in named.items():
+        tensor(name, value, 3, "[batch, time, channels]")
+        if first is None:
+            first_name, first, dtype, shape, device = name, value, value.dtype, value.shape, value.device
+            if dtype not in STREAM_DTYPES:
+                raise TypeError(f"{name}: expected a dtype of {_names(STREAM_DTYPES)}, got {dtype}")
+            continue
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: expected {first_name}'s dtype {dtype}, got {value.dtype}")
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected {first_name}'s shape {list(shape)}, got {list(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name}: expected {first_name}'s device {device}, got {value.device}")
+    batch, time, channels = shape
+    if batch * time * channels * first.element_size() > _MOST_BYTES:
+        raise ValueError(f"{first_name}: expected a size that 64 bits can address, got shape {list(shape)}")
+
+
+def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """A per-channel parameter or a state beside the stream `first`: its shape, dtype and device."""
+    state = torch.float64 if first.dtype == torch.float64 else torch.float32
+    tensor(name, value, len(shape), letters)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)} {letters}, got {list(value.shape)}")
+    if value.dtype not in (first.dtype, state, torch.float32):
+        allowed = dict.fromkeys((first.dtype, state, torch.float32))
+        raise TypeError(f"{name}: expected a dtype of {_names(allowed)}, got {value.dtype}")
+    if value.device != first.device:
+        raise ValueError(f"{name}: expected the streams' device {first.device}, got {value.device}")
+
+
+_epsilons: dict[float, Tensor] = {}
+
+
+def epsilon(value: float | Tensor) -> Tensor:
+    """`epsilon` as a 0-dim float64 CPU tensor, its value checked where it is known before the kernel runs."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.device.type != "cpu" or not value.is_floating_point():
+            came = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+            raise ValueError(f"epsilon: expected a float or a 0-dim floating CPU tensor, got {came}")
+        if value.requires_grad:
+            raise ValueError("epsilon: expected a schedule, not a trained parameter; got a tensor that requires grad")
+        value = value.to(torch.float64)
+        if not torch.compiler.is_compiling() and not _in_range(value.item()):
+            raise ValueError(f"epsilon: expected a value in [0, 1], got {value.item()}")
+        return value
+    known = _epsilons.get(value) if isinstance(value, float) else None
+    if known is not None and not torch.compiler.is_compiling():
+        return known
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
+    if not _in_range(value):
+        raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
+    made = torch.full((), float(value), dtype=torch.float64, device="cpu")
+    if not torch.compiler.is_compiling() and type(made) is Tensor and len(_epsilons) < 1024:
+        _epsilons[float(value)] = made
+    return made
+
+
+def _in_range(value: float) -> bool:
+    return 0.0 <= value <= 1.0
+
+
+def surrogate_scale(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"surrogate_scale: expected a float, got {type(value).__name__}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"surrogate_scale: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def cu_seqlens(value: Tensor, first: Tensor) -> None:
+    """Offsets `[N + 1]` of packed sequences in streams `[1, total, D]`."""
+    tensor("cu_seqlens", value, 1, "[sequences + 1]")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected dtype int32 or int64, got {value.dtype}")
+    if value.numel() < 1:
+        raise ValueError("cu_seqlens: expected at least one offset, got none")
+    if first.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected streams of batch 1, got batch {first.shape[0]}")
+    if value.device != first.device:
+        raise ValueError(f"cu_seqlens: expected the streams' device {first.device}, got {value.device}")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = value.tolist()
+        rises = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+        if offsets[0] != 0 or offsets[-1] != first.shape[1] or not rises:
+            raise ValueError(
+                f"cu_seqlens: expected offsets that rise from 0 to the total length {first.shape[1]}, got {offsets}"
+            )

@@ -1,0 +1,329 @@
+"""The torch ops: schemas, fakes, autograd and vmap, the same for every cell and backend.
+
+For each cell there are two ops, `mru::<cell>` and `mru::<cell>_backward`, with one overload per backend. A cell's
+inputs come as streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
+
+    streams    one tensor per stream; or, if packed = k > 0, one tensor `[B, T, k D]` with k streams side by side
+    channel    inputs given per channel; they stand between the first stream and the others in the cell's order
+    chunk      steps between the boundary states that are saved for the backward pass
+    segment    steps of a unit of time that is scanned in parallel with others; 0: none
+    save       whether a backward pass may follow, so whether boundary states are kept
+
+Results of the forward op: `h` as `empty_like` of the first stream, the final state `[N, D]`, the boundary states
+`[B, floor((T - 1) / chunk), D]`, and, where segments are, the write events `[B, floor(T / 16) + (N or 1), D]` (int32,
+16 steps of 2 bits). States have the state dtype: float64 for float64 streams, else float32. N is B, or the number of
+packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_EVENTS_PER_WORD = 16
+
+_INPUTS = (
+    "Tensor[] streams, Tensor[] channel, Tensor? alpha, Tensor? initial_state, Tensor? cu_seqlens, Tensor epsilon, "
+    "float surrogate_scale, bool reverse, int packed, int chunk, int segment"
+)
+_FORWARD = f"({_INPUTS}, bool save) -> (Tensor h, Tensor final_state, Tensor checkpoints, Tensor events)"
+_BACKWARD = f"(Tensor grad_h, Tensor grad_final, {_INPUTS}, Tensor checkpoints, Tensor events) -> Tensor[]"
+
+_library = torch.library.Library("mru", "DEF")
+_library.define("cpu_isa() -> str")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and sums for streams of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the ops need to know of a cell.
+
+    Attributes:
+        name: of its ops, `mru::<name>`.
+        event_inputs: the number of inputs with which a step fits a 2-bit event (hold, one of two writes, NaN).
+        forward, backward: the ops of each backend.
+    """
+
+    name: str
+    event_inputs: int | None
+    forward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
+    backward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
+
+
+# ------------------------------------------------------------------------------------------------ the one way in
+
+
+def scan(
+    cell: Cell,
+    streams: Sequence[Tensor],
+    channel: Sequence[Tensor] = (),
+    *,
+    alpha: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    epsilon: Tensor,
+    surrogate_scale: float,
+    reverse: bool,
+    packed: int = 0,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Run `cell` over validated arguments on the backend that `backend` resolves to: (h, final state)."""
+    first = streams[0]
+    row = backends.resolve(backend, first.device)
+    batch, time, channels = first.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    segment = row.module.segment(sequences, time, channels // packed if packed else channels, first.device)
+    streams, channel = list(streams), list(channel)
+    save = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
+    arguments = (
+        *(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse),
+        *(packed, backends.CHUNK, segment, save),
+    )
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        results = cell.forward[row.name](*arguments)
+    elif save:  # what the op's autograd kernel does, without the way there and back through the dispatcher
+        results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = cell.forward[row.name](*arguments)
+    return results[0], results[1]
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def _unit_channels(t: Tensor) -> Tensor:
+    return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def split_gates(gates: Tensor, packed: int) -> list[Tensor]:
+    """The streams `[B, T, D]` that lie side by side in `gates [B, T, packed D]`, as views."""
+    channels = gates.size(-1) // packed
+    return [gates.narrow(-1, i * channels, channels) for i in range(packed)]
+
+
+def streams_of(streams: Sequence[Tensor], packed: int) -> list[Tensor]:
+    """One view `[B, T, D]` with unit channel stride per stream."""
+    units = [_unit_channels(t) for t in streams]
+    return split_gates(units[0], packed) if packed else units
+
+
+def allocate(
+    cell: Cell, streams: Sequence[Tensor], channel: Sequence[Tensor], cu_seqlens: Tensor | None, packed: int,
+    chunk: int, segment: int, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Uninitialised results of the forward op."""
+    views = streams_of(streams, packed)
+    first = views[0]
+    batch, time, channels = first.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    state = state_dtype(first.dtype)
+    packs_events = segment > 0 and len(views) + len(channel) == cell.event_inputs
+    checkpoint_rows = max(time - 1, 0) // chunk if save else 0
+    event_rows = time // _EVENTS_PER_WORD + (1 if cu_seqlens is None else sequences) if packs_events else 0
+    return (
+        torch.empty_like(first),
+        first.new_empty((sequences, channels), dtype=state),
+        first.new_empty((batch, checkpoint_rows, channels), dtype=state),
+        first.new_empty((batch, event_rows, channels), dtype=torch.int32),
+    )
+
+
+def allocate_backward(
+    streams: Sequence[Tensor], channel: Sequence[Tensor], alpha: Tensor | None, initial_state: Tensor | None,
+    packed: int,
+) -> list[Tensor]:  # fmt: skip
+    """Uninitialised results of the backward op."""
+    vectors = [*channel, *((alpha,) if alpha is not None else ())]
+    states = (initial_state,) if initial_state is not None else ()
+    return [
+        *(torch.empty_like(_unit_channels(t)) for t in streams),
+        *(t.new_empty(t.shape) for t in vectors),
+        *(t.new_empty(t.shape) for t in states),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+
+_cells: list[Cell] = []
+
+
+def add_cell(cell: Cell) -> Cell:
+    """Define the ops of `cell` for every backend."""
+    _cells.append(cell)
+    for backend in backends.TABLE:
+        _define(cell, backend)
+    return cell
+
+
+def add_backend(row: backends.Backend) -> None:
+    """Add a row to the table of backends and define the ops of every cell for it."""
+    backends.TABLE[row.name] = row
+    for cell in _cells:
+        _define(cell, row.name)
+
+
+def _define(cell: Cell, backend: str) -> None:
+    """Define `mru::<cell>.<backend>` and its backward op with fake, autograd and vmap; the kernels come elsewhere."""
+    forward, backward = f"mru::{cell.name}.{backend}", f"mru::{cell.name}_backward.{backend}"
+    _library.define(f"{cell.name}.{backend}{_FORWARD}")
+    _library.define(f"{cell.name}_backward.{backend}{_BACKWARD}")
+    cell.forward[backend] = getattr(getattr(torch.ops.mru, cell.name), backend)
+    cell.backward[backend] = getattr(getattr(torch.ops.mru, f"{cell.name}_backward"), backend)
+
+    @torch.library.register_fake(forward, lib=_library)
+    def _(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
+          segment, save):  # fmt: skip
+        return allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
+
+    @torch.library.register_fake(backward, lib=_library)
+    def _(grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
+          packed, chunk, segment, checkpoints, events):  # fmt: skip
+        return allocate_backward(streams, channel, alpha, initial_state, packed)
+
+    _library.impl(forward, _differentiable(cell, backend), "Autograd")
+    _library.impl(backward, _once_differentiable(cell, backend), "Autograd")
+    torch.library.register_vmap(forward, _fold_into_channels(cell.forward[backend]), lib=_library)
+    torch.library.register_vmap(backward, _fold_into_channels(cell.backward[backend]), lib=_library)
+
+
+def _differentiable(cell: Cell, backend: str):
+    def autograd_kernel(*arguments):
+        inputs = _differentiable_inputs(arguments)
+        if torch.is_grad_enabled() and _requires_grad(*inputs):
+            return _Scan.apply(cell, backend, arguments, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return cell.forward[backend](*arguments)
+
+    return autograd_kernel
+
+
+def _once_differentiable(cell: Cell, backend: str):
+    def autograd_kernel(*arguments):
+        grad_h, grad_final, *rest = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = cell.backward[backend](*arguments)
+        inputs = (grad_h, grad_final, *_differentiable_inputs(rest))
+        if torch.is_grad_enabled() and _requires_grad(*inputs):
+            return list(_NoSecondDerivative.apply(cell.name, len(grads), *grads, *inputs))
+        return grads
+
+    return autograd_kernel
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def _differentiable_inputs(arguments) -> list[Tensor]:
+    streams, channel, alpha, initial_state, *_ = arguments
+    return [t for t in (*streams, *channel, alpha, initial_state) if t is not None]
+
+
+class _Scan(torch.autograd.Function):
+    """`mru::<cell>` below autograd, and `mru::<cell>_backward` as its gradient."""
+
+    @staticmethod
+    def forward(ctx, cell, backend, arguments, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = cell.forward[backend](*arguments)
+        *fixed, save = arguments
+        streams, channel, alpha, initial_state, cu_seqlens, epsilon, *numbers = fixed
+        checkpoints, events = results[2:]
+        ctx.mark_non_differentiable(checkpoints, events)
+        ctx.save_for_backward(*inputs, cu_seqlens, epsilon, checkpoints, events)
+        ctx.call = (cell, backend, len(streams), len(channel), alpha is not None, initial_state is not None, save)
+        ctx.numbers = numbers
+        return results
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_final, _checkpoints, _events):
+        cell, backend, n_streams, n_channel, has_alpha, has_initial, save = ctx.call
+        *inputs, cu_seqlens, epsilon, checkpoints, events = ctx.saved_tensors
+        rest = list(inputs)
+        streams, rest = rest[:n_streams], rest[n_streams:]
+        channel, rest = rest[:n_channel], rest[n_channel:]
+        alpha = rest.pop(0) if has_alpha else None
+        initial_state = rest.pop(0) if has_initial else None
+        call = (streams, channel, alpha, initial_state, cu_seqlens, epsilon, *ctx.numbers)
+        if not save:
+            with torch.no_grad():
+                _, _, checkpoints, events = cell.forward[backend](*call, True)
+        grads = cell.backward[backend](grad_h, grad_final, *call, checkpoints, events)
+        return None, None, None, *grads
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """First gradients as they are; asking for a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"mru::{ctx.name}: the surrogate gradient is first order; a second derivative is not defined")
+
+
+def _fold_into_channels(op):
+    """vmap: channels are independent, so the mapped dimension is folded into them."""
+
+    def fold(size: int, t, dim: int | None):
+        if not isinstance(t, Tensor):
+            return t
+        t = t.unsqueeze(-2).expand(*t.shape[:-1], size, t.shape[-1]) if dim is None else t.movedim(dim, -2)
+        return t.reshape(*t.shape[:-2], -1)
+
+    def unfold(size: int, t: Tensor) -> tuple[Tensor, int]:
+        return t.unflatten(-1, (size, -1)), t.dim() - 1
+
+    def fold_streams(size: int, t: Tensor, dim: int | None, packed: int) -> Tensor:
+        if not packed:
+            return fold(size, t, dim)
+        t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        return t.unflatten(-1, (packed, -1)).movedim(0, -2).flatten(-3)
+
+    def rule(info, in_dims, *arguments):
+        size = info.batch_size
+        names = [a.name for a in op._schema.arguments]
+        packed = arguments[names.index("packed")]
+        folded = []
+        for name, dims, value in zip(names, in_dims, arguments, strict=True):
+            if name in ("epsilon", "cu_seqlens"):
+                if dims is not None:
+                    raise ValueError(f"{name}: cannot be mapped over by vmap")
+                folded.append(value)
+            elif name == "streams":
+                folded.append([fold_streams(size, t, d, packed) for t, d in zip(value, dims, strict=True)])
+            elif isinstance(value, list):
+                folded.append([fold(size, t, d) for t, d in zip(value, dims, strict=True)])
+            else:
+                folded.append(fold(size, value, dims))
+        results = op(*folded)
+        if isinstance(results, tuple):
+            return zip(*(unfold(size, t) for t in results), strict=True)
+        out, dims = [], []
+        for i, t in enumerate(results):
+            if packed and i == 0:
+                t = t.unflatten(-1, (packed, size, -1)).movedim(-2, 0).flatten(-2)
+                out.append(t), dims.append(0)
+            else:
+                t, dim = unfold(size, t)
+                out.append(t), dims.append(dim)
+        return out, dims
+
+    return rule
