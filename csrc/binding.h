@@ -68,8 +68,8 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
   }
   AtenTensorHandle handle = nullptr;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device,
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -98,8 +98,7 @@ class Bound {
   Bound(CellKind cell, const Call& call) {
     STD_TORCH_CHECK(!call.streams.empty(), "streams: expected at least one tensor");
     for (const Tensor& t : call.streams) {
-      STD_TORCH_CHECK(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(),
-                      " dimensions");
+      STD_TORCH_CHECK(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(), " dimensions");
       streams.push_back(unit_channels(t));
     }
     if (call.packed > 0) streams = split_gates(streams[0], call.packed);
@@ -111,16 +110,14 @@ class Bound {
     scan.batch = first.size(0), scan.time = first.size(1), scan.channels = first.size(2);
     scan.reverse = call.reverse, scan.chunk = call.chunk, scan.segment = call.segment;
     scan.surrogate_scale = call.surrogate_scale;
-    STD_TORCH_CHECK(call.epsilon.is_cpu() && call.epsilon.numel() == 1 &&
-                        call.epsilon.scalar_type() == ScalarType::Double,
-                    "epsilon: expected one float64 value on the CPU");
+    STD_TORCH_CHECK(
+        call.epsilon.is_cpu() && call.epsilon.numel() == 1 && call.epsilon.scalar_type() == ScalarType::Double,
+        "epsilon: expected one float64 value on the CPU");
     scan.epsilon = *static_cast<const double*>(call.epsilon.data_ptr());
-    STD_TORCH_CHECK(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ",
-                    scan.epsilon);
-    STD_TORCH_CHECK(scan.chunk > 0 && scan.chunk % kEventsPerWord == 0 && scan.segment >= 0 &&
-                        scan.segment % scan.chunk == 0,
-                    "chunk, segment: expected multiples of 16 and of the chunk, got ", scan.chunk, ", ",
-                    scan.segment);
+    STD_TORCH_CHECK(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ", scan.epsilon);
+    STD_TORCH_CHECK(
+        scan.chunk > 0 && scan.chunk % kEventsPerWord == 0 && scan.segment >= 0 && scan.segment % scan.chunk == 0,
+        "chunk, segment: expected multiples of 16 and of the chunk, got ", scan.chunk, ", ", scan.segment);
 
     // Gate inputs in the cell's order: the first stream, the inputs that come per channel, the other streams.
     const size_t inputs = streams.size() + call.channel.size();
@@ -132,9 +129,9 @@ class Bound {
         scan.in[i].channel = keep(as_state(call.channel[channel], state));
       } else {
         const Tensor& t = streams[i == 0 ? 0 : after];
-        STD_TORCH_CHECK(t.scalar_type() == type && t.size(0) == scan.batch && t.size(1) == scan.time &&
-                            t.size(2) == scan.channels,
-                        "streams: expected one dtype and shape");
+        STD_TORCH_CHECK(
+            t.scalar_type() == type && t.size(0) == scan.batch && t.size(1) == scan.time && t.size(2) == scan.channels,
+            "streams: expected one dtype and shape");
         scan.in[i].stream = stream_of(t);
       }
     }
@@ -159,9 +156,7 @@ class Bound {
   bool packs_events(bool cell_has_events) const { return cell_has_events && scan.segment > 0; }
 
   Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
-  Tensor rows(int64_t rows, ScalarType as) const {
-    return allocate(streams[0], {scan.batch, rows, scan.channels}, as);
-  }
+  Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {scan.batch, rows, scan.channels}, as); }
   const void* keep(Tensor t) {
     kept_.push_back(std::move(t));
     return kept_.back().data_ptr();
@@ -175,11 +170,10 @@ class Bound {
 template <class Backend, CellKind kCell>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors streams, Tensors channel, OptionalTensor alpha,
                                                    OptionalTensor initial_state, OptionalTensor cu_seqlens,
-                                                   Tensor epsilon, double surrogate_scale, bool reverse,
-                                                   int64_t packed, int64_t chunk, int64_t segment,
-                                                   bool save) {
-  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
-                      packed, chunk, segment});
+                                                   Tensor epsilon, double surrogate_scale, bool reverse, int64_t packed,
+                                                   int64_t chunk, int64_t segment, bool save) {
+  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
+                      chunk, segment});
   Scan& scan = bound.scan;
   const bool events = bound.packs_events(has_events(kCell, scan.inputs));
   Tensor h = allocate_like(bound.streams[0]);
@@ -197,11 +191,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors streams, Tensors chan
 // Gradients of: each stream (or the packed gates), each per-channel input, alpha if given, initial_state if given.
 template <class Backend, CellKind kCell>
 Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors channel, OptionalTensor alpha,
-                 OptionalTensor initial_state, OptionalTensor cu_seqlens, Tensor epsilon,
-                 double surrogate_scale, bool reverse, int64_t packed, int64_t chunk, int64_t segment,
-                 Tensor checkpoints, Tensor events) {
-  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
-                      packed, chunk, segment});
+                 OptionalTensor initial_state, OptionalTensor cu_seqlens, Tensor epsilon, double surrogate_scale,
+                 bool reverse, int64_t packed, int64_t chunk, int64_t segment, Tensor checkpoints, Tensor events) {
+  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
+                      chunk, segment});
   Scan& scan = bound.scan;
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);
@@ -226,8 +219,7 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors chan
   };
   const size_t first_channel = grads.size();
   for (size_t i = 0; i < channel.size(); ++i) per_channel(channel[i], scan.grad_channel[1 + i]);
-  for (size_t i = 0; i < views.size(); ++i)
-    scan.grad_in[i == 0 ? 0 : i + channel.size()] = stream_of(views[i]);
+  for (size_t i = 0; i < views.size(); ++i) scan.grad_in[i == 0 ? 0 : i + channel.size()] = stream_of(views[i]);
   if (alpha) per_channel(*alpha, scan.grad_alpha);
   Tensor grad_initial = bound.states(scan.sequences);
   scan.grad_initial = grad_initial.data_ptr();

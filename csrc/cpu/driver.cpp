@@ -48,8 +48,8 @@ Pieces cut(const Scan& scan) {
     if (scan.offsets) {
       const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
       STD_TORCH_CHECK(0 <= begin && begin <= end && end <= scan.time,
-                      "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time,
-                      ", got ", begin, " and ", end, " for sequence ", n);
+                      "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time, ", got ", begin,
+                      " and ", end, " for sequence ", n);
       piece.batch = 0;
       piece.start = scan.reverse ? scan.time - end : begin;
       piece.length = end - begin;
@@ -78,8 +78,8 @@ void for_blocks(const Scan& scan, int64_t items, int64_t block_bytes, const F& f
   if (items == 0) return;
   const int64_t bytes = state_bytes(scan), least = kLeastBlockBytes / bytes;
   const int64_t wanted = ceil_div(2 * int64_t(torch::stable::get_num_threads()), items);
-  const int64_t blocks = std::max(ceil_div(scan.channels * bytes, block_bytes),
-                                  std::min(wanted, ceil_div(scan.channels, least)));
+  const int64_t blocks =
+      std::max(ceil_div(scan.channels * bytes, block_bytes), std::min(wanted, ceil_div(scan.channels, least)));
   const int64_t width = ceil_div(ceil_div(scan.channels, blocks), 16) * 16;
   const int64_t per_item = ceil_div(scan.channels, width);
   parallel(scan, items * per_item, [&](int64_t begin, int64_t end) {
@@ -124,9 +124,8 @@ Isa isa() {
   static const Isa widest = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
                                 ? Isa::kAvx512
-                            : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")
-                                ? Isa::kAvx2
-                                : Isa::kBaseline;
+                            : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? Isa::kAvx2
+                                                                                               : Isa::kBaseline;
   return widest;
 #else
   return Isa::kBaseline;
@@ -169,9 +168,8 @@ void forward(Scan scan) {
     }
   }
   const auto expand = scan.events ? k.forward_events : k.forward;
-  for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
-    expand(scan, pieces.list[i], d0, d1, entry.at(i, d0));
-  });
+  for_blocks(scan, count, kForwardBlockBytes,
+             [&](int64_t i, int64_t d0, int64_t d1) { expand(scan, pieces.list[i], d0, d1, entry.at(i, d0)); });
 }
 
 void backward(Scan scan) {
@@ -183,8 +181,7 @@ void backward(Scan scan) {
   std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * row_bytes);
 
   // Several pieces share a row of sums where there are very many.
-  const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)),
-                groups = ceil_div(count, per_group);
+  const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)), groups = ceil_div(count, per_group);
   const int sums_per_group = 1 + scan.inputs;
   Rows sums(scan, groups * sums_per_group);
 

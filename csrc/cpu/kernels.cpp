@@ -57,8 +57,7 @@ struct Inputs {
   }
   template <int N>
   MRU_INLINE void load_at(int64_t j, Vector<S, N>* x) const {
-    for (int i = 0; i < Cell::kInputs; ++i)
-      x[i] = per_channel(i) ? load<N>(channel[i] + j) : load<N>(row[i].at + j);
+    for (int i = 0; i < Cell::kInputs; ++i) x[i] = per_channel(i) ? load<N>(channel[i] + j) : load<N>(row[i].at + j);
   }
   MRU_INLINE void advance(int64_t steps = 1) {
     for (int i = 0; i < Cell::kInputs; ++i)
@@ -91,9 +90,7 @@ struct Kernel {
     const int shift = 2 * (step % kEventsPerWord);
     if constexpr (N == 1) return words[j] >> shift & 3;
     else if constexpr (sizeof(S) == 4) return load_bytes<Vector<int32_t, N>>(words + j) >> shift & 3;
-    else
-      return __builtin_convertvector(load_bytes<Vector<int32_t, N>>(words + j), Vector<int64_t, N>) >> shift &
-             3;
+    else return __builtin_convertvector(load_bytes<Vector<int32_t, N>>(words + j), Vector<int64_t, N>) >> shift & 3;
   }
   template <int N, class Int>
   static MRU_INLINE void put_event(int32_t* words, int64_t j, int64_t step, Int code) {
@@ -135,8 +132,7 @@ struct Kernel {
     }
   }
 
-  static void summarize(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
-                        void* offset) {
+  static void summarize(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const a = static_cast<S*>(factor);
@@ -158,8 +154,8 @@ struct Kernel {
   }
 
   template <bool kFromEvents>
-  static void summarize_adjoint_from(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1,
-                                     void* factor, void* offset) {
+  static void summarize_adjoint_from(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
+                                     void* offset) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const a = static_cast<S*>(factor);
@@ -211,8 +207,7 @@ struct Kernel {
       const int64_t end = begin + scan.chunk < piece.end ? begin + scan.chunk : piece.end;
       const S* entry = nullptr;
       if (begin > 0) entry = checkpoint_row<S>(scan, piece, begin, d0);
-      else if (scan.initial)
-        entry = static_cast<const S*>(scan.initial) + piece.sequence * scan.channels + d0;
+      else if (scan.initial) entry = static_cast<const S*>(scan.initial) + piece.sequence * scan.channels + d0;
       for (int64_t j = 0; j < n; ++j) states[j] = entry ? entry[j] : S(0);
       for (int64_t j = 0; j < kSums * n; ++j) chunk_sums[j] = 0;
 

@@ -155,8 +155,7 @@ MRU_INLINE auto load(const T* p) {
   using S = typename StateOf<T>::type;
   if constexpr (sizeof(T) == sizeof(S)) return load_bytes<Vector<S, N>>(p);
 #if defined(__F16C__) && !defined(__AVX512F__)
-  else if constexpr (N == 8 && __is_same(T, Float16))
-    return (Vector<S, N>)_mm256_cvtph_ps(load_bytes<__m128i>(p));
+  else if constexpr (N == 8 && __is_same(T, Float16)) return (Vector<S, N>)_mm256_cvtph_ps(load_bytes<__m128i>(p));
 #endif
   else return Half<N, T>::widen(widen_bits<N>(p));
 }

@@ -1,0 +1,147 @@
+// How the CUDA kernels touch memory: elements of a stream and their state type, vectors that move as 16-byte words,
+// and every load and store of global memory. The host execution (csrc/simt) counts the bytes of these few functions.
+#pragma once
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "../cells/lanes.h"
+#ifndef __CUDACC__
+#include "../cpu/vector.h"  // conversions of half precision
+#endif
+
+namespace mru::cuda {
+
+struct BFloat16Bits { uint16_t bits; };
+struct Float16Bits { uint16_t bits; };
+
+template <class T> struct StateOf { using type = float; };
+template <> struct StateOf<double> { using type = double; };
+
+// N values; as an object in memory it is aligned to its size, at most 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+  T at[N];
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// What the bytes belong to: the budget of a pass is stated per kind.
+enum class Traffic { kStream, kEvents, kState, kIndex };
+
+#ifdef __CUDACC__
+
+template <int kBytes> struct WordOf;
+template <> struct WordOf<2> { using type = unsigned short; };
+template <> struct WordOf<4> { using type = unsigned int; };
+template <> struct WordOf<8> { using type = uint2; };
+template <> struct WordOf<16> { using type = uint4; };
+
+// Nothing that a kernel reads is written by the same launch, so that loads may take the read-only path.
+template <Traffic, class Word>
+__device__ __forceinline__ Word load_word(const Word* p) {
+  return __ldg(p);
+}
+template <Traffic, class Word>
+__device__ __forceinline__ void store_word(Word* p, Word word) {
+  *p = word;
+}
+
+// Dynamic shared memory, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
+__device__ __forceinline__ float widen(BFloat16Bits x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float widen(Float16Bits x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+// Two values side by side, the first in the low half; rounded to nearest even.
+__device__ __forceinline__ uint32_t narrow_pair(BFloat16Bits, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint32_t narrow_pair(Float16Bits, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+#else
+
+template <int kBytes>
+struct WordOf {
+  using type = struct alignas(kBytes) { unsigned char bytes[kBytes]; };
+};
+
+template <Traffic kind, class Word>
+Word load_word(const Word* p) {
+  return simt::load(int(kind), p);
+}
+template <Traffic kind, class Word>
+void store_word(Word* p, Word word) {
+  simt::store(int(kind), p, word);
+}
+
+inline unsigned char* shared_memory() { return simt::shared_memory(); }
+
+inline float widen(BFloat16Bits x) { return Half<1, BFloat16>::widen(x.bits); }
+inline float widen(Float16Bits x) { return Half<1, Float16>::widen(x.bits); }
+inline uint32_t narrow_pair(BFloat16Bits, float low, float high) {
+  return Half<1, BFloat16>::narrow(low) | Half<1, BFloat16>::narrow(high) << 16;
+}
+inline uint32_t narrow_pair(Float16Bits, float low, float high) {
+  return Half<1, Float16>::narrow(low) | Half<1, Float16>::narrow(high) << 16;
+}
+
+#endif
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+
+template <Traffic kind, int N, class T>
+__device__ __forceinline__ Vector<T, N> load(const T* p) {
+  using V = Vector<T, N>;
+  using Word = typename WordOf<alignof(V)>::type;
+  struct Words { Word at[sizeof(V) / sizeof(Word)]; } words;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(V) / sizeof(Word)); ++i)
+    words.at[i] = load_word<kind>(reinterpret_cast<const Word*>(p) + i);
+  return bits_as<V>(words);
+}
+
+template <Traffic kind, int N, class T>
+__device__ __forceinline__ void store(T* p, const Vector<T, N>& v) {
+  using Word = typename WordOf<alignof(Vector<T, N>)>::type;
+  struct Words { Word at[sizeof(v) / sizeof(Word)]; };
+  const Words words = bits_as<Words>(v);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(v) / sizeof(Word)); ++i)
+    store_word<kind>(reinterpret_cast<Word*>(p) + i, words.at[i]);
+}
+
+// State values rounded once to elements of a stream.
+template <class T, int N, class S>
+__device__ __forceinline__ Vector<T, N> narrow(const Vector<S, N>& x) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return bits_as<Vector<T, N>>(x);
+  } else if constexpr (N == 1) {
+    return {{T{uint16_t(narrow_pair(T{}, x.at[0], 0.f))}}};
+  } else {
+    Vector<uint32_t, N / 2> pairs;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) pairs.at[i] = narrow_pair(T{}, x.at[2 * i], x.at[2 * i + 1]);
+    return bits_as<Vector<T, N>>(pairs);
+  }
+}
+
+}  // namespace mru::cuda

@@ -1,0 +1,82 @@
+// What both sides of a launch agree on: how a Scan is cut into jobs, and its workspace. Plain C++.
+//
+//   job      scan positions that one thread (of each group of channels) scans alone: a whole sequence, or, in the
+//            chunked form, one segment of a batch row, in which several packed sequences may begin and end
+//   forward  wide: one pass over the streams with the state in registers.
+//            chunked: summarise each segment and pack its events, carry, expand the events from the entry states.
+#pragma once
+#include <algorithm>
+
+#include "../cells/lanes.h"
+#include "../scan.h"
+
+namespace mru::cuda {
+
+constexpr int64_t kMostSumRows = 8192;
+
+struct Plan {
+  int64_t segments = 1;  // of a batch row; 1: the wide form, whatever scan.segment says
+  int64_t jobs = 0;
+  int64_t sum_rows = 0;  // job j adds what is summed over time and batch to row j % sum_rows
+  int sums = 0;          // of a row: alpha's gradient, then each per-channel input's
+  int64_t states_bytes = 0;  // of one [jobs, D] in the state dtype
+
+  Plan() = default;
+  Plan(const Scan& scan, bool backward) {
+    if (scan.segment > 0) segments = std::max<int64_t>(1, (scan.time + scan.segment - 1) / scan.segment);
+    jobs = chunked() ? scan.batch * segments : scan.sequences;
+    state_size_ = scan.dtype == Dtype::kFloat64 ? 8 : 4;
+    states_bytes = (jobs * scan.channels * state_size_ + 15) / 16 * 16;
+    if (!backward) return;
+    sum_rows = std::min(jobs, kMostSumRows);
+    sums = 1;
+    for (int i = 0; i < scan.inputs; ++i) sums += scan.in[i].channel != nullptr;
+    if (sums == 1 && !scan.grad_alpha) sums = 0, sum_rows = jobs;
+    sums_bytes_ = sum_rows * sums * scan.channels * state_size_;
+  }
+
+  MRU_INLINE bool chunked() const { return segments > 1; }
+  // factor, offset and entry of every job, then the rows of sums.
+  int64_t workspace_bytes() const { return sums_offset() + sums_bytes_; }
+  int64_t sums_offset() const { return chunked() ? 3 * states_bytes : 0; }
+
+ private:
+  int64_t state_size_ = 4, sums_bytes_ = 0;
+};
+
+// Whether threads may move 16-byte words, `width` channels each: every row of every tensor starts on a word.
+inline bool moves_words(const Scan& scan, int64_t width) {
+  bool all = scan.channels % width == 0;
+  const auto word = [&](const void* p) { all = all && reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const auto stream = [&](const Stream& s) {
+    word(s.data);
+    all = all && s.batch % width == 0 && s.time % width == 0;
+  };
+  stream(scan.h), stream(scan.grad_h);
+  for (int i = 0; i < scan.inputs; ++i) {
+    stream(scan.in[i].stream), stream(scan.grad_in[i]);
+    word(scan.in[i].channel), word(scan.grad_channel[i]);
+  }
+  for (const void* p : {scan.alpha, scan.initial, scan.grad_final}) word(p);
+  for (const void* p : {scan.final_state, scan.checkpoints, scan.grad_alpha, scan.grad_initial}) word(p);
+  word(scan.events);
+  return all;
+}
+
+// Launches on a stream of the current device; null, or what CUDA says is wrong. One pair an element type (scan.cu).
+struct Kernels {
+  const char* (*forward)(const Scan&, void* workspace, void* stream);
+  const char* (*backward)(const Scan&, void* workspace, void* stream);
+};
+extern const Kernels kernels_float32, kernels_float64, kernels_bfloat16, kernels_float16;
+
+inline const Kernels& kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64: return kernels_float64;
+    case Dtype::kBFloat16: return kernels_bfloat16;
+    case Dtype::kFloat16: return kernels_float16;
+    default: return kernels_float32;
+  }
+}
+
+}  // namespace mru::cuda

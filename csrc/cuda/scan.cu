@@ -1,0 +1,163 @@
+// Launches of the kernels for one element type: compiled once per row of `Element`, with -DMRU_ELEMENT=float32 and so on.
+#include "../cells/bmru.h"
+#include "kernels.cuh"
+
+namespace mru::cuda {
+namespace {
+
+struct Element {
+  using float32 = float;
+  using float64 = double;
+  using bfloat16 = BFloat16Bits;
+  using float16 = Float16Bits;
+};
+using T = Element::MRU_ELEMENT;
+using S = StateOf<T>::type;
+constexpr int kVectorWidth = 16 / sizeof(T);
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The one way to launch. Keeps the first error; after one, nothing more is launched.
+class Launcher {
+ public:
+  explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
+
+  template <class... P, class... A>
+  void operator()(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared, const A&... arguments) {
+    if (blocks == 0) return;
+    if (shared > kDefaultShared)
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared)));
+    if (error_ != cudaSuccess) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...));
+    check(cudaGetLastError());
+  }
+  // What a sequence without a step leaves: rows [sequences, D] as they were given, or zeros.
+  void copy_rows(void* to, const void* from, int64_t bytes) {
+    if (bytes == 0 || error_ != cudaSuccess) return;
+    check(from ? cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_)
+               : cudaMemsetAsync(to, 0, bytes, stream_));
+  }
+  const char* result() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+
+ private:
+  static constexpr int64_t kDefaultShared = 48 << 10;
+  void check(cudaError_t error) {
+    if (error_ == cudaSuccess) error_ = error;
+  }
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+struct Call {
+  const Scan& scan;
+  const Plan plan;
+  const Workspace<S> work;
+  Launcher launch;
+
+  Call(const Scan& scan, bool backward, void* workspace, void* stream)
+      : scan(scan), plan(scan, backward), work(cut(plan, static_cast<char*>(workspace))), launch(stream) {}
+
+  static Workspace<S> cut(const Plan& plan, char* base) {
+    const auto states = [&](int k) { return reinterpret_cast<S*>(base + k * plan.states_bytes); };
+    return {states(0), states(1), states(2), reinterpret_cast<S*>(base + plan.sums_offset())};
+  }
+  // A thread for each of `rows` jobs and W channels.
+  template <class F, class Kernel>
+  void over_channels(Kernel kernel, int64_t rows, int threads, int64_t shared = 0) {
+    launch(kernel, ceil_div(rows * (scan.channels / F::W), threads), dim3(threads), shared, scan, plan, work);
+  }
+  void carry_over(int direction) {
+    const int64_t groups = std::min<int64_t>(kGroups, plan.segments);
+    launch(carry<S>, scan.batch * ceil_div(scan.channels, kLanes), dim3(kLanes, groups),
+           2 * groups * kLanes * sizeof(S), work, plan.jobs, plan.segments, scan.channels, direction);
+  }
+};
+
+template <class F>
+void run_forward(Call& call) {
+  const Scan& scan = call.scan;
+  if (!call.plan.chunked()) return call.over_channels<F>(forward<F>, call.plan.jobs, kForwardThreads);
+  if (scan.offsets) call.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
+  call.over_channels<F>(summarize<F>, call.plan.jobs, kForwardThreads);
+  call.carry_over(1);
+  if constexpr (F::Cell::kEvents) call.over_channels<F>(expand<F>, call.plan.jobs, kForwardThreads);
+  else call.over_channels<F>(forward<F>, call.plan.jobs, kForwardThreads);
+}
+
+template <class F, bool kFromEvents>
+void run_gradients(Call& call) {
+  constexpr int threads = backward_threads(kFromEvents);
+  call.over_channels<F>(backward<F, kFromEvents>, call.plan.sum_rows, threads,
+                        Kept<F, kFromEvents>::bytes(call.scan.chunk, threads));
+}
+
+template <class F>
+void run_backward(Call& call) {
+  const Scan& scan = call.scan;
+  const Plan& plan = call.plan;
+  if (!plan.chunked()) {
+    run_gradients<F, false>(call);
+  } else {
+    if (scan.offsets)
+      call.launch.copy_rows(scan.grad_initial, scan.grad_final, scan.sequences * scan.channels * sizeof(S));
+    call.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kForwardThreads);
+    call.carry_over(-1);
+    run_gradients<F, F::Cell::kEvents>(call);
+  }
+  int which = 0;
+  const auto sum = [&](void* total) {
+    if (total)
+      call.launch(reduce<S>, ceil_div(scan.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
+                  static_cast<const S*>(call.work.sums), plan.sum_rows, plan.sums, which, scan.channels,
+                  static_cast<S*>(total));
+    ++which;
+  };
+  sum(scan.grad_alpha);
+  for (int i = 0; i < scan.inputs; ++i)
+    if (F::per_channel(i)) sum(scan.grad_channel[i]);
+}
+
+// Calls f<Form>() for the cell, the inputs that come per channel and the width of a thread.
+template <class Cell, unsigned kChannels, class Run>
+void with_width(const Scan& scan, Run run) {
+  if (moves_words(scan, kVectorWidth)) run.template operator()<Form<Cell, T, kVectorWidth, kChannels>>();
+  else run.template operator()<Form<Cell, T, 1, kChannels>>();
+}
+template <class Cell, class Run>
+void with_channels(const Scan& scan, Run run) {
+  if (scan.in[1].channel) with_width<Cell, 2u>(scan, run);
+  else with_width<Cell, 0u>(scan, run);
+}
+template <class Run>
+void with_form(const Scan& scan, Run run) {
+  switch (scan.cell) {
+    case CellKind::kBmru:
+      return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, run) : with_channels<Bmru<S, false>>(scan, run);
+  }
+}
+
+const char* launch_forward(const Scan& scan, void* workspace, void* stream) {
+  Call call(scan, false, workspace, stream);
+  with_form(scan, [&]<class F>() { run_forward<F>(call); });
+  return call.launch.result();
+}
+const char* launch_backward(const Scan& scan, void* workspace, void* stream) {
+  Call call(scan, true, workspace, stream);
+  with_form(scan, [&]<class F>() { run_backward<F>(call); });
+  return call.launch.result();
+}
+
+}  // namespace
+
+#define MRU_CONCAT(a, b) a##b
+#define MRU_NAME(element) MRU_CONCAT(kernels_, element)
+
+const Kernels MRU_NAME(MRU_ELEMENT) = {&launch_forward, &launch_backward};
+
+}  // namespace mru::cuda
