@@ -39,7 +39,15 @@ if os.environ.get("MRU_SANITIZE") == "1":
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-Wno-uninitialized"]
+    ISA_FLAGS["avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+        "-Wno-uninitialized",
+    ]
 
 # Object name: (source, flags of its own).
 OBJECTS = {

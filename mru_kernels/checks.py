@@ -7,6 +7,7 @@ waits for a device and traces under torch.compile.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,14 +29,13 @@ def tensor(name: str, value, rank: int, shape: str) -> None:
 
 def streams(named: Mapping[str, Tensor]) -> None:
     """Streams `[B, T, D]` of one floating dtype, shape and device."""
-    first = None
-    for name, value in named.items():
+    (first_name, first), *others = named.items()
+    tensor(first_name, first, 3, "[batch, time, channels]")
+    dtype, shape, device = first.dtype, first.shape, first.device
+    if dtype not in STREAM_DTYPES:
+        raise TypeError(f"{first_name}: expected a dtype of {_names(STREAM_DTYPES)}, got {dtype}")
+    for name, value in others:
         tensor(name, value, 3, "[batch, time, channels]")
-        if first is None:
-            first_name, first, dtype, shape, device = name, value, value.dtype, value.shape, value.device
-            if dtype not in STREAM_DTYPES:
-                raise TypeError(f"{name}: expected a dtype of {_names(STREAM_DTYPES)}, got {dtype}")
-            continue
         if value.dtype != dtype:
             raise TypeError(f"{name}: expected {first_name}'s dtype {dtype}, got {value.dtype}")
         if value.shape != shape:
@@ -113,7 +113,7 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
         raise ValueError(f"cu_seqlens: expected the streams' device {first.device}, got {value.device}")
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = value.tolist()
-        rises = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+        rises = all(a <= b for a, b in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != first.shape[1] or not rises:
             raise ValueError(
                 f"cu_seqlens: expected offsets that rise from 0 to the total length {first.shape[1]}, got {offsets}"

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from . import backends
 
@@ -91,7 +92,7 @@ def scan(
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         results = cell.forward[row.name](*arguments)
     elif save:  # what the op's autograd kernel does, without the way there and back through the dispatcher
-        results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+        results = _apply(_Scan, cell, row.name, arguments, *_differentiable_inputs(arguments))
     else:
         with torch._C._AutoDispatchBelowAutograd():
             results = cell.forward[row.name](*arguments)
@@ -201,7 +202,7 @@ def _differentiable(cell: Cell, backend: str):
     def autograd_kernel(*arguments):
         inputs = _differentiable_inputs(arguments)
         if torch.is_grad_enabled() and _requires_grad(*inputs):
-            return _Scan.apply(cell, backend, arguments, *inputs)
+            return _apply(_Scan, cell, backend, arguments, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return cell.forward[backend](*arguments)
 
@@ -215,14 +216,26 @@ def _once_differentiable(cell: Cell, backend: str):
             grads = cell.backward[backend](*arguments)
         inputs = (grad_h, grad_final, *_differentiable_inputs(rest))
         if torch.is_grad_enabled() and _requires_grad(*inputs):
-            return list(_NoSecondDerivative.apply(cell.name, len(grads), *grads, *inputs))
+            return list(_apply(_NoSecondDerivative, cell.name, len(grads), *grads, *inputs))
         return grads
 
     return autograd_kernel
 
 
+def _apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply`, also below `torch.func` transforms.
+
+    There an autograd kernel is asked for one level of differentiation; the public `apply` takes its caller for a user
+    who wants all levels, and refuses.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def _requires_grad(*tensors: Tensor | None) -> bool:
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110  (a generator costs more)
         if t is not None and t.requires_grad:
             return True
     return False
@@ -276,7 +289,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"mru::{ctx.name}: the surrogate gradient is first order; a second derivative is not defined")
+        raise RuntimeError(f"mru::{ctx.name}: the surrogate gradient is first order; there is no second derivative")
 
 
 def _fold_into_channels(op):
@@ -286,10 +299,10 @@ def _fold_into_channels(op):
         if not isinstance(t, Tensor):
             return t
         t = t.unsqueeze(-2).expand(*t.shape[:-1], size, t.shape[-1]) if dim is None else t.movedim(dim, -2)
-        return t.reshape(*t.shape[:-2], -1)
+        return t.flatten(-2)
 
     def unfold(size: int, t: Tensor) -> tuple[Tensor, int]:
-        return t.unflatten(-1, (size, -1)), t.dim() - 1
+        return t.unflatten(-1, (size, t.shape[-1] // size)), t.dim() - 1
 
     def fold_streams(size: int, t: Tensor, dim: int | None, packed: int) -> Tensor:
         if not packed:
@@ -315,15 +328,11 @@ def _fold_into_channels(op):
                 folded.append(fold(size, value, dims))
         results = op(*folded)
         if isinstance(results, tuple):
-            return zip(*(unfold(size, t) for t in results), strict=True)
-        out, dims = [], []
-        for i, t in enumerate(results):
-            if packed and i == 0:
-                t = t.unflatten(-1, (packed, size, -1)).movedim(-2, 0).flatten(-2)
-                out.append(t), dims.append(0)
-            else:
-                t, dim = unfold(size, t)
-                out.append(t), dims.append(dim)
-        return out, dims
+            return tuple(zip(*(unfold(size, t) for t in results), strict=True))
+        unfolded = [unfold(size, t) for t in results]
+        if packed:
+            gates = results[0].unflatten(-1, (packed, size, -1))
+            unfolded[0] = (gates.movedim(-2, 0).flatten(-2), 0)
+        return tuple(map(list, zip(*unfolded, strict=True)))
 
     return rule

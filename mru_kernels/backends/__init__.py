@@ -76,12 +76,12 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
 
 
 @cache
-def _resolve(name: str | None, device: torch.device) -> Backend:
+def _resolve(name: str | None, device: torch.device) -> str:
     if name is None:
         reasons = available_backends(device)
         for candidate, reason in reasons.items():
             if reason is None:
-                return TABLE[candidate]
+                return candidate
         listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
         raise RuntimeError(f"backend: none can run on {device} ({listed})")
     if name not in TABLE:
@@ -89,7 +89,12 @@ def _resolve(name: str | None, device: torch.device) -> Backend:
     reason = why_not(name, device)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run this call: {reason}")
-    return TABLE[name]
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _resolved(name: str | None, device: torch.device) -> str:
+    return _resolve(name or _CHOSEN, device)
 
 
 def resolve(name: str | None, device: torch.device) -> Backend:
@@ -99,4 +104,4 @@ def resolve(name: str | None, device: torch.device) -> Backend:
         ValueError: `name` is not a backend.
         RuntimeError: the backend cannot run on `device`, with the reason.
     """
-    return _resolve(name or _CHOSEN, device)
+    return TABLE[_resolved(name, device)]

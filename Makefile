@@ -1,0 +1,51 @@
+# make demo    sets up, then trains on real data, compares with the reference and times
+# make test    sets up, then the suite
+# make check   sets up, then what is slower: linters, sanitizers, several processes
+#
+# A machine needs Python 3.11 or newer with its headers, g++ and make. Everything is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+INSTALLED := $(VENV)/installed
+BUILT := $(VENV)/built
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+C_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+.PHONY: demo test check lint sanitize setup clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	python -m examples.demo
+
+test: setup
+	pytest -m "not slow and not check"
+
+check: lint sanitize
+	pytest -m check
+
+lint: setup
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(C_SOURCES)
+	mypy
+
+sanitize: setup
+	bash tests/run_sanitizers.sh
+
+setup: $(BUILT)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): requirements-dev.txt | $(VENV)/bin/python
+	python -m pip install -r $<
+	touch $@
+
+$(BUILT): $(SOURCES) $(INSTALLED)
+	python -m pip install --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mru_kernels/*.so

@@ -1,0 +1,29 @@
+"""`python -m bench NAME ...` runs `bench.NAME.main`, imported only then."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import find_spec
+
+SUBCOMMANDS = {
+    "compare": "errors of every backend against the float64 reference",
+    "speed": "times against a pass over the same bytes",
+    "profile": "where the time goes",
+    "report": "tables and figures from recorded results",
+}
+
+
+def main(argv: list[str]) -> int:
+    present = {name: what for name, what in SUBCOMMANDS.items() if find_spec(f"bench.{name}")}
+    name, *rest = argv or [""]
+    if name in present:
+        return importlib.import_module(f"bench.{name}").main(rest) or 0
+    print("usage: python -m bench NAME [--help]\n")
+    for name, what in present.items():
+        print(f"  {name:10}{what}")
+    return 0 if argv in (["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,234 @@
+"""Every cell, backend and dtype against the float64 reference: `python -m bench compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import python_ref
+
+from . import errors, inputs
+from .inputs import Call, Case
+
+FORWARD = ("h", "final_state")
+REFERENCE = "reference"  #: as a backend: the plain loop in the dtype that the kernels accumulate in
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result of a call: "h", "final_state", or "d" and the argument whose gradient it is."""
+
+    name: str
+    error: float
+    limit: float  # 0: equality is asked
+    passed: bool
+
+    @property
+    def share(self) -> float:
+        """Error over limit: what ranks results of different limits."""
+        return self.error / self.limit if self.limit else (0.0 if self.passed else math.inf)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call on one backend. `failure` says why there are no results, where there are none."""
+
+    cell: str
+    backend: str
+    dtype: str
+    shape: tuple[int, ...]
+    label: str
+    results: tuple[Result, ...]
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.failure is None and all(r.passed for r in self.results)
+
+
+def run(
+    cases: Iterable[Case | Call], backend: str, device: torch.device | str = "cpu", progress: bool = False
+) -> list[Row]:
+    """Compare each case, or call on given tensors, with the reference: one row each.
+
+    Args:
+        cases: what to run; see `bench.inputs.case`, `covering_cases` and `call`.
+        backend: a name that the op takes, or "reference".
+        device: where the backend runs; the reference runs on the CPU.
+        progress: show a bar.
+
+    Returns:
+        A row a case, failed where the op raised.
+    """
+    return [_row(item, backend, device) for item in tqdm(cases, backend, disable=not progress, leave=False)]
+
+
+def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
+    call = item.build() if isinstance(item, Case) else item.to("cpu")
+    results, failure = (), None
+    try:
+        got = _results(call.to(device), _op(call.cell, backend))
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    else:
+        results = tuple(judge(call, got))
+    dtype = str(call.stream.dtype).removeprefix("torch.")
+    return Row(call.cell, backend, dtype, tuple(call.stream.shape), call.label, results, failure)
+
+
+def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
+    """Judge what an op gave for a call that lies on the CPU.
+
+    Args:
+        call: its arguments.
+        got: "h", "final_state", and under the name of each of the call's tensors its gradient.
+    """
+    reference_op = getattr(python_ref, call.cell)
+    adjoint = getattr(python_ref.adjoint, call.cell)
+    reference = _results(call, reference_op)
+    given = call.tensors | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
+    terms = adjoint(**given, term=abs)
+    float32_loop = cache(lambda: _results(call, partial(reference_op, dtype=torch.float32)))
+
+    state = errors.state_dtype(call.stream.dtype)
+    exact = errors.is_exact(
+        epsilon=call.settings.get("epsilon"),
+        amplitude="amplitude" in call.tensors,
+        initial_state=call.tensors.get("initial_state"),
+        time=call.stream.shape[1],
+        state=state,
+    )
+
+    def result(name: str, dtype: torch.dtype) -> Result:
+        forward = name in FORWARD
+        label = name if forward else f"d {name}"
+        if got[name].dtype != dtype or got[name].shape != reference[name].shape:
+            return Result(label, math.inf, 0.0, False)
+        if forward and exact:
+            return Result(label, *errors.judge_exact(got[name], reference[name], terms[name], state))
+        kept = ... if forward else _specified(call, reference["final_state"], got[name])
+        x, x_reference, x_terms = (results[name][kept] for results in (got, reference, terms))
+        return Result(label, *errors.judge(x, x_reference, x_terms, lambda: float32_loop()[name][kept]))
+
+    dtypes = dict(zip(FORWARD, (call.stream.dtype, state), strict=True))
+    dtypes |= {name: t.dtype for name, t in call.tensors.items()}
+    return [result(name, dtype) for name, dtype in dtypes.items()]
+
+
+def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
+    """Where a gradient is specified: not in a channel, of one sequence, with a NaN; final states tell."""
+    ok = ~final_state.isnan()
+    if grad.dim() == 1:
+        return ok.all(0)
+    if grad.dim() == 2:
+        return ok
+    cu_seqlens = call.settings.get("cu_seqlens")
+    if cu_seqlens is not None:
+        return ok.repeat_interleave(cu_seqlens.diff().long(), 0).unsqueeze(0)
+    return ok.unsqueeze(1).expand_as(grad)
+
+
+def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend != REFERENCE:
+        import mru_kernels
+
+        return partial(getattr(mru_kernels, cell), backend=backend)
+
+    def reference(**arguments):
+        dtype = next(iter(arguments.values())).dtype
+        h, final_state = getattr(python_ref, cell)(**arguments, dtype=errors.state_dtype(dtype))
+        return h.to(dtype), final_state
+
+    return reference
+
+
+def _results(call: Call, op: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Both results of an op, and the gradients under the arguments' names, on the CPU."""
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    outputs = op(**leaves, **call.settings)
+    given = zip(outputs, (call.grad_h, call.grad_final), strict=True)
+    ys, gs = zip(*((y, g.to(y.dtype)) for y, g in given if y.requires_grad), strict=True)
+    grads = torch.autograd.grad(ys, list(leaves.values()), gs)
+    results = dict(zip(FORWARD, outputs, strict=True)) | dict(zip(leaves, grads, strict=True))
+    return {name: t.detach().cpu() for name, t in results.items()}
+
+
+# -------------------------------------------------------------------------------------------- command
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a row: the worst forward result and the worst gradient, by their shares of their limits."""
+    lines = [("cell", "backend", "dtype", "B,T,D", "options", "forward", "worst gradient", "")]
+    failures = []
+    for row in rows:
+        shape = ",".join(map(str, row.shape))
+        forward = gradient = ""
+        if row.failure is not None:
+            failures.append(f"{row.cell} {row.backend} {row.dtype} {shape} {row.label}: {row.failure}")
+            forward = "raised, see below"
+        else:
+            worst = max(row.results[2:], key=lambda r: r.share)
+            gradient = f"{_figures(worst)} {worst.name}"
+            forward = _figures(max(row.results[:2], key=lambda r: r.share))
+        verdict = "PASS" if row.passed else "FAIL"
+        lines.append((row.cell, row.backend, row.dtype, shape, row.label, forward, gradient, verdict))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join([*padded, *failures])
+
+
+def _figures(result: Result) -> str:
+    if result.limit == 0:
+        return "equal" if result.passed else f"{result.error:.1e}, not equal"
+    return f"{result.error:.1e} of {result.limit:.0e}"
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """The rows as JSON; an infinite error is null."""
+    entries = [asdict(row) | {"passed": row.passed} for row in rows]
+    for entry in entries:
+        for result in entry["results"]:
+            result["error"] = result["error"] if math.isfinite(result["error"]) else None
+    return json.dumps({"torch": torch.__version__, "rows": entries}, indent=1, allow_nan=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.add_argument("--backend", nargs="+", help="default: every backend that can run on the device")
+    parser.add_argument("--dtype", nargs="+", choices=inputs.DTYPES, default=list(inputs.DTYPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
+    arguments = parser.parse_args(argv)
+
+    names = arguments.backend or []
+    if names != [REFERENCE]:
+        import mru_kernels
+
+        available = mru_kernels.available_backends(arguments.device)
+        names = names or [name for name, reason in available.items() if reason is None]
+        for name in names:
+            reason = available.get(name, "there is none of this name") if name != REFERENCE else None
+            if reason is not None:
+                parser.error(f"backend {name}: {reason}")
+    cases = [
+        case
+        for cell in inputs.CELLS
+        for dtype in arguments.dtype
+        for case in inputs.covering_cases(cell, inputs.DTYPES[dtype])
+    ]
+    rows = [row for name in names for row in run(cases, name, arguments.device, progress=True)]
+    print(table(rows))
+    failed = sum(not row.passed for row in rows)
+    print(f"\n{len(rows)} calls, {failed} failed")
+    if arguments.json:
+        arguments.json.write_text(to_json(rows) + "\n")
+    return 1 if failed or not rows else 0

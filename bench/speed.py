@@ -1,0 +1,276 @@
+"""Times of the ops beside a pass over the same bytes and beside peers: `python -m bench speed`.
+
+All that is compared is interleaved in one process. A figure is a median; its spread is the range between the
+quartiles over the median. The floor of a pass is the time that a streaming pass over as many bytes takes, scaled from
+`torch.add(c, b, out=h)` measured in the same run, where the bytes are those of design: each stream once, in or out.
+On the CPU memory that is freed stays with the process (the allocator's thresholds are pinned), so that an op's output
+costs no page faults and a given output and an allocated one are alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mru_kernels as mk
+
+from . import compare, inputs
+from .peers import PEERS
+
+SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
+SMALL = (1, 1, 64)  # where the cost of a call shows
+_PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": "0"}
+_SECONDS = 1.5  # spent on one subject, at most, beyond its third run
+_CHECKED_STEPS = 300  # of the inputs are compared with the reference before anything is timed
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A time of one subject on one shape."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+    subject: str
+    ms: float
+    spread: float
+    gb_per_s: float | None  # at the bytes of the floor
+    floor_ratio: float | None  # time over that of a streaming pass over the same bytes
+    speedup: float | None = None  # of the op over this subject, for peers
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(subjects: dict[str, Callable[[], object]], device: torch.device) -> dict[str, tuple[float, float]]:
+    """Median seconds and relative spread of each subject; all take turns, slow ones fewer."""
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for turn in range(60):
+        for name, subject in subjects.items():
+            if turn > 3 and sum(times[name]) > _SECONDS:
+                continue
+            if turn > 0 and times[name] and times[name][0] > 3 * _SECONDS:
+                continue
+            start = clock(device)
+            subject()
+            elapsed = clock(device) - start
+            if turn > 0 or elapsed > _SECONDS:  # the first run of a quick subject is warm-up
+                times[name].append(elapsed)
+    return {name: _median_and_spread(values) for name, values in times.items()}
+
+
+def _median_and_spread(values: list[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    n = len(ordered)
+    median = ordered[n // 2]
+    return median, (ordered[(3 * n) // 4] - ordered[n // 4]) / median
+
+
+def per_call(subject: Callable[[], object], calls: int = 2000) -> float:
+    """Seconds of one call among many, the best of five rounds."""
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls // 5):
+            subject()
+        rounds.append((time.perf_counter() - start) / (calls // 5))
+    return min(rounds)
+
+
+def time_shape(
+    shape: tuple[int, int, int], dtype: torch.dtype, backend: str | None, device: torch.device, epsilon: float,
+    peers: Sequence[str],
+) -> list[Figure]:  # fmt: skip
+    """Time bmru and its peers on one shape."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
+    candidate, threshold, grad = draw
+    per_channel = torch.ones(shape[2], device=device, dtype=dtype)
+    out = torch.empty_like(candidate)
+    leaves = [t.clone().requires_grad_() for t in (candidate, threshold)]
+
+    def op(c: Tensor, b: Tensor) -> Tensor:
+        return mk.bmru(c, b, epsilon=epsilon, backend=backend)[0]
+
+    def both(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(f(*leaves), leaves, grad)
+
+    def module_pass() -> None:
+        module_input.grad = None
+        module(module_input)[0].backward(grad)
+
+    stream = candidate.numel() * candidate.element_size()
+    subjects: dict[str, tuple[Callable[[], object], int | None]] = {
+        "torch.add(out=)": (lambda: torch.add(candidate, threshold, out=out), 3),
+        "bmru forward": (lambda: op(candidate, threshold), 3),
+        "bmru forward, threshold [D]": (lambda: op(candidate, per_channel), 2),
+        "bmru forward + backward": (both(op), 8),
+    }
+    if shape[2] >= 64:
+        module = mk.BMRU(shape[2], shape[2], epsilon=epsilon, device=device, dtype=dtype)
+        module_input = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        subjects["BMRU forward"] = (lambda: module(module_input.detach()), None)
+        subjects["BMRU forward + backward"] = (module_pass, None)
+    for name in peers:
+        peer, only, whole = PEERS[name]
+        if only in (None, epsilon):
+            _check_peer(name, peer, candidate, threshold, epsilon)
+            subjects[f"{name}, forward"] = (lambda peer=peer: peer(candidate, threshold, epsilon), None)
+            if whole:
+                subjects[f"{name}, forward + backward"] = (
+                    both(lambda c, b, peer=peer: peer(c, b, epsilon)),
+                    None,
+                )
+    seconds = measure({name: subject for name, (subject, _) in subjects.items()}, device)
+    add, _ = seconds["torch.add(out=)"]
+    figures = []
+    for name, (median, spread) in seconds.items():
+        streams = subjects[name][1]
+        mine = name.replace(name.partition(",")[0], "bmru", 1).replace(",", "") if ", forward" in name else None
+        figures.append(
+            Figure(
+                shape=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                subject=name,
+                ms=median * 1e3,
+                spread=spread,
+                gb_per_s=streams * stream / median / 1e9 if streams else None,
+                floor_ratio=median / (add * streams / 3) if streams else None,
+                speedup=median / seconds[mine][0] if mine in seconds else None,
+            )
+        )
+    return figures
+
+
+def _check_peer(name: str, peer, candidate: Tensor, threshold: Tensor, epsilon: float) -> None:
+    c, b = candidate[:, :_CHECKED_STEPS].float(), threshold[:, :_CHECKED_STEPS].float()
+    if not torch.allclose(peer(c, b, epsilon), mk.bmru(c, b, epsilon=epsilon)[0], rtol=1e-5, atol=1e-5):
+        raise RuntimeError(f"peer {name!r} does not compute what bmru computes")
+
+
+def passes(shape, dtype, backend: str, device: torch.device, epsilon: float) -> bool:
+    """Whether the op meets its limits on the first steps of such inputs."""
+    generator = torch.Generator().manual_seed(1)
+    batch, steps, channels = shape
+    few = (min(batch, 4), min(steps, _CHECKED_STEPS), min(channels, 128))
+    tensors = {name: torch.randn(few, generator=generator).to(dtype) for name in ("candidate", "threshold")}
+    return all(row.passed for row in compare.run([inputs.call("bmru", tensors, {"epsilon": epsilon})], backend, device))
+
+
+def overhead(device: torch.device, backend: str | None) -> dict[str, float]:
+    """Microseconds of one call on a tiny input."""
+    c, b = torch.randn(SMALL, device=device), torch.randn(SMALL, device=device)
+    leaf = c.clone().requires_grad_()
+    state, gate = torch.zeros(1, 512, device=device), torch.ones(1, 512, device=device)
+
+    def step() -> object:
+        return mk.bmru_step(state, gate, state)
+
+    return {
+        "torch.add": per_call(lambda: torch.add(c, b)) * 1e6,
+        f"bmru {SMALL}, no gradient": per_call(lambda: mk.bmru(c, b, backend=backend)) * 1e6,
+        f"bmru {SMALL}, forward with gradient": per_call(lambda: mk.bmru(leaf, b, backend=backend)) * 1e6,
+        "bmru_step (1, 512)": per_call(step) * 1e6,
+    }
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    facts: dict[str, object] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+    }
+    if device.type == "cpu":
+        from mru_kernels.backends import cpu as backend
+
+        facts["isa"] = backend.isa()
+    return facts
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Markdown."""
+    lines = [
+        "| B, T, D | dtype | subject | ms | spread | GB/s | time / floor | bmru is faster by |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for f in figures:
+        shape = ", ".join(map(str, f.shape))
+        numbers = (
+            f"{f.ms:.3g}",
+            f"{f.spread:.0%}",
+            "" if f.gb_per_s is None else f"{f.gb_per_s:.1f}",
+            "" if f.floor_ratio is None else f"{f.floor_ratio:.2f}",
+            "" if f.speedup is None else f"{f.speedup:.3g}x",
+        )
+        lines.append(f"| {shape} | {f.dtype} | {f.subject} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    batch, steps, channels = map(int, text.split(","))
+    return batch, steps, channels
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", type=_shape, nargs="+", default=list(SHAPES), metavar="B,T,D")
+    parser.add_argument("--dtype", nargs="+", choices=inputs.DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--backend", help="default: what backend=None chooses")
+    parser.add_argument("--epsilon", type=float, default=0.0)
+    parser.add_argument("--peer", nargs="*", choices=PEERS, default=[], help="default: none; they are slow")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.device.type == "cpu" and any(os.environ.get(k) != v for k, v in _PINNED.items()):
+        command = [sys.executable, "-m", "bench", "speed", *(sys.argv[2:] if argv is None else argv)]
+        os.execve(sys.executable, command, {**os.environ, **_PINNED})
+
+    name = arguments.backend or next(k for k, why in mk.available_backends(arguments.device).items() if why is None)
+    figures, failed = [], []
+    jobs = [(shape, dtype) for shape in arguments.shape for dtype in arguments.dtype]
+    for shape, dtype in tqdm(jobs, "shapes", leave=False):
+        job = (shape, inputs.DTYPES[dtype], name, arguments.device, arguments.epsilon)
+        if passes(*job):
+            figures += time_shape(*job, arguments.peer)
+        else:
+            failed.append(f"FAIL {shape} {dtype}: does not meet its limits against the reference, so it is not timed")
+    calls = overhead(arguments.device, name)
+    facts = machine(arguments.device) | {"backend": name, "epsilon": arguments.epsilon}
+    print(", ".join(f"{k} {v}" for k, v in facts.items()), end="\n\n")
+    print(table(figures), end="\n\n")
+    print("\n".join(f"{k}: {v:.1f} us a call" for k, v in calls.items()))
+    print("\n".join(failed), end="\n" * bool(failed))
+    if arguments.json:
+        record = {"machine": facts, "figures": [asdict(f) for f in figures], "microseconds": calls, "failed": failed}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if failed else 0

@@ -1,0 +1,12 @@
+"""Fused parallel scans for memory recurrent units, as torch ops and modules."""
+
+from importlib.metadata import version as _version
+
+from .backends import available_backends
+from .cells.bmru import bmru, bmru_step
+from .nn import BMRU, CMRU, AlphaCMRU
+
+__version__ = _version("mru_kernels")
+__all__ = ["BMRU", "CMRU", "AlphaCMRU", "available_backends", "bmru", "bmru_step"]
+
+available_backends()  # registers the CPU kernels, so that exported programs find them without a call through here

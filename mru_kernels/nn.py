@@ -1,0 +1,407 @@
+"""Memory recurrent units as modules, with the interface of `torch.nn.GRU`.
+
+Every layer and direction is one projection, which makes the gates `[B, T, k D]` side by side, and one scan
+over them. `MRUBase` does all that units have in common; a unit states its gates, its vectors and its scan.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks, ops
+from .cells.bmru import bmru_packed
+
+__all__ = ["BMRU", "CMRU", "AlphaCMRU", "MRUBase", "WriteOrHold"]
+
+
+class MRUBase(torch.nn.Module):
+    """Layers and directions of projection and scan, shared by all units; `BMRU` has arguments and results.
+
+    A subclass states `gates`, `vectors` and `_scan`. Parameters of layer k, with the suffix `_reverse` for
+    its second direction, where D is `hidden_size`:
+
+        weight_ih_l{k}      [gates * D, input_size or directions * D]
+        bias_ih_l{k}        [gates * D], without the gates that `bias=False` leaves bare
+        {vector}_l{k}       [D], one for each of `vectors`
+        initial_state_l{k}  [D], unless `learn_initial_state` is false
+    """
+
+    gates: ClassVar[Mapping[str, float | None]]
+    """Gates in the order of the projection, with the initial bias; None, at the front only, for a bias that
+    is drawn as in `nn.Linear` and absent with `bias=False`.
+    """
+
+    vectors: ClassVar[Mapping[str, float]]
+    """Parameters `[D]` that `_scan` is given by name, with their initial value."""
+
+    weight_ih_l0: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"{name}: expected a positive int, got {size}")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise TypeError(f"dropout: expected a float, got {type(dropout).__name__}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+        if dropout > 0.0 and num_layers == 1:
+            warnings.warn(
+                f"dropout acts between layers, so dropout={dropout} does nothing with num_layers=1",
+                stacklevel=2,
+            )
+        if dtype is not None and dtype not in checks.STREAM_DTYPES:
+            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.learn_initial_state = learn_initial_state
+        self._bare_gates = 0 if bias else sum(value is None for value in self.gates.values())
+
+        for layer, suffix in self._scans():
+            width = input_size if layer == 0 else hidden_size * self.num_directions
+            shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(self.gates) * hidden_size, width)}
+            if self._bare_gates < len(self.gates):
+                shapes["bias_ih"] = ((len(self.gates) - self._bare_gates) * hidden_size,)
+            shapes |= dict.fromkeys(self.vectors, (hidden_size,))
+            if learn_initial_state:
+                shapes["initial_state"] = (hidden_size,)
+            for name, shape in shapes.items():
+                parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(name + suffix, parameter)
+        self.reset_parameters()
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _scans(self) -> Iterator[tuple[int, str]]:
+        """Layer and parameter suffix of every scan, in the order of `hx` and `h_n`."""
+        for layer in range(self.num_layers):
+            for direction in range(self.num_directions):
+                yield layer, f"_l{layer}" + "_reverse" * direction
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw projections as in `nn.Linear` and initial states from {-1, +1}; set the rest to constants."""
+        for _, suffix in self._scans():
+            weight: Tensor = getattr(self, "weight_ih" + suffix)
+            bound = 1.0 / math.sqrt(weight.shape[1])
+            weight.uniform_(-bound, bound)
+            for gate, value in enumerate(list(self.gates.values())[self._bare_gates :]):
+                bias = getattr(self, "bias_ih" + suffix).narrow(0, gate * self.hidden_size, self.hidden_size)
+                if value is None:
+                    bias.uniform_(-bound, bound)
+                else:
+                    bias.fill_(value)
+            for name, value in self.vectors.items():
+                getattr(self, name + suffix).fill_(value)
+            if self.learn_initial_state:
+                getattr(self, "initial_state" + suffix).bernoulli_(0.5).mul_(2.0).sub_(1.0)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": True, "dropout": 0.0, "bidirectional": False,
+            "learn_initial_state": True,
+        }  # fmt: skip
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
+
+    def _scan(
+        self,
+        gates: Tensor,
+        initial_state: Tensor | None,
+        *,
+        reverse: bool,
+        cu_seqlens: Tensor | None,
+        **vectors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The unit itself, from gates `[B, T, k D]` and initial state `[B, D]` to output and final state.
+
+        These are `[B, T, D]` and `[B, D]`. With `cu_seqlens [N + 1]` B is 1 and states are `[N, D]`.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
+        """See `BMRU`."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        self._check_input(input, ranks=(2, 3))
+        if input.dim() == 2:
+            self._check_hx(hx, input, batch=())
+            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1)
+            return output.squeeze(0), h_n.squeeze(1)
+        batch = input.shape[0 if self.batch_first else 1]
+        self._check_hx(hx, input, batch=(batch,))
+        return self._layers(input, hx, batch, time_first=not self.batch_first)
+
+    def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self._check_input(data, ranks=(2,))
+        order, cu_seqlens = _by_sequence(batch_sizes)
+        order, cu_seqlens = order.to(data.device), cu_seqlens.to(data.device)
+        sequences = cu_seqlens.shape[0] - 1
+        self._check_hx(hx, data, batch=(sequences,))
+        if hx is not None and sorted_indices is not None:
+            hx = hx.index_select(1, sorted_indices)
+        x = data.index_select(0, order).unsqueeze(0)
+        output, h_n = self._layers(x, hx, sequences, cu_seqlens=cu_seqlens)
+        output = output.squeeze(0)
+        output = torch.empty_like(output).index_copy_(0, order, output)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _layers(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        sequences: int,
+        *,
+        time_first: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output and `h_n`."""
+        outputs: list[Tensor] = []
+        finals: list[Tensor] = []
+        for layer, suffix in self._scans():
+            reverse = suffix.endswith("_reverse")
+            if layer > 0 and not reverse:
+                x, outputs = _side_by_side(outputs), []
+                if self.dropout > 0.0 and self.training:
+                    x = F.dropout(x, self.dropout)
+            gates = self._project(x, suffix)
+            h, final = self._scan(
+                gates.transpose(0, 1) if time_first else gates,
+                self._initial_state(None if hx is None else hx[len(finals)], sequences, suffix),
+                reverse=reverse,
+                cu_seqlens=cu_seqlens,
+                **{name: getattr(self, name + suffix) for name in self.vectors},
+            )
+            outputs.append(h.transpose(0, 1) if time_first else h)
+            finals.append(final)
+        return _side_by_side(outputs), finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        """All gates of one scan from one matrix product: `[*, gates * D]`."""
+        bias = None
+        if self._bare_gates < len(self.gates):
+            bias = getattr(self, "bias_ih" + suffix)
+            if self._bare_gates:
+                bias = F.pad(bias, (self._bare_gates * self.hidden_size, 0))
+        return F.linear(x, getattr(self, "weight_ih" + suffix), bias)
+
+    def _initial_state(self, given: Tensor | None, sequences: int, suffix: str) -> Tensor | None:
+        if not self.learn_initial_state:
+            return given
+        learned: Tensor = getattr(self, "initial_state" + suffix)
+        if given is None:
+            return learned.expand(sequences, -1)
+        if not torch.is_grad_enabled():
+            return given
+        # The gradient of `learned` is zero, not absent: DistributedDataParallel waits for every parameter's.
+        return torch.where(given.new_ones((), dtype=torch.bool), given, learned)
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _check_input(self, input: Tensor, ranks: tuple[int, ...]) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
+        if input.dim() not in ranks:
+            order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
+            expected = "packed data [total, features]" if ranks == (2,) else f"{order} or [time, features]"
+            raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
+        if input.shape[-1] != self.input_size:
+            raise ValueError(f"input: expected {self.input_size} features, got shape {list(input.shape)}")
+        weight = self.weight_ih_l0
+        if input.device != weight.device:
+            raise ValueError(f"input: expected the module's device {weight.device}, got {input.device}")
+        dtypes = {input.dtype, weight.dtype}
+        autocasts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in dtypes
+        if len(dtypes) > 1 and not autocasts:
+            raise TypeError(f"input: expected the module's dtype {weight.dtype}, got {input.dtype}")
+
+    def _check_hx(self, hx: Tensor | None, input: Tensor, batch: tuple[int, ...]) -> None:
+        if hx is None:
+            return
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected a tensor or None, got {type(hx).__name__}")
+        expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
+        if hx.shape != expected:
+            letters = f"[layers * directions, {'batch, ' * len(batch)}hidden_size]"
+            raise ValueError(f"hx: expected shape {list(expected)} {letters}, got {list(hx.shape)}")
+        if hx.device != input.device:
+            raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
+        stream = input.dtype
+        if torch.is_autocast_enabled(input.device.type) and stream != torch.float64:
+            stream = torch.get_autocast_dtype(input.device.type)
+        if hx.dtype not in (stream, ops.state_dtype(stream)):
+            raise TypeError(f"hx: expected dtype {stream} or {ops.state_dtype(stream)}, got {hx.dtype}")
+
+
+def _side_by_side(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _by_sequence(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that turns a PackedSequence's data, interleaved by time, into one sequence after another.
+
+    Beside it the offsets `cu_seqlens [N + 1]` of the sequences in that order.
+    """
+    sequence = torch.arange(int(batch_sizes[0])).unsqueeze(1)
+    here = sequence < batch_sizes  # [N, T]: sequence n has a step t
+    order = (batch_sizes.cumsum(0) - batch_sizes + sequence)[here]
+    return order, F.pad(here.sum(1).cumsum(0), (1, 0))
+
+
+class WriteOrHold(MRUBase):
+    """A base of the units that write where a step function says so, keeping a share epsilon of the old state.
+
+    `_epsilon` is a 0-dim float64 CPU tensor that no dtype or device move reaches, so that one compilation
+    serves all its values and no launch waits for a device. It is extra state of the `state_dict`, no buffer:
+    DistributedDataParallel broadcasts buffers, which NCCL refuses for the CPU's, and FSDP moves them.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        epsilon: float = 0.0,
+        surrogate_scale: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, **options)
+        self._epsilon = checks.epsilon(epsilon).clone()
+        self.surrogate_scale = checks.surrogate_scale(surrogate_scale)
+
+    @property
+    def epsilon(self) -> float:
+        """Share of the old state that a write keeps, in [0, 1]; a schedule may set it at any time."""
+        return self._epsilon.item()
+
+    @epsilon.setter
+    def epsilon(self, value: float | Tensor) -> None:
+        self._epsilon.fill_(checks.epsilon(value))
+
+    def get_extra_state(self) -> Tensor:
+        return self._epsilon.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.epsilon = float(state)
+
+    def extra_repr(self) -> str:
+        scale = "" if self.surrogate_scale == 1.0 else f", surrogate_scale={self.surrogate_scale}"
+        return f"{super().extra_repr()}, epsilon={self.epsilon}{scale}"
+
+
+class BMRU(WriteOrHold):
+    """Layers of bistable memory recurrent units (arXiv 2601.09495), used like `torch.nn.GRU`.
+
+    For each step, with per-channel parameters and the unit step H(0) = 1::
+
+        candidate_t = W_c x_t + b_c        threshold_t = W_b x_t + b_b
+        z_t = H(|candidate_t| - |threshold_t|)
+        s_t = z_t (sgn(candidate_t) + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
+        h_t = alpha s_t
+
+    Args:
+        input_size: features of the input.
+        hidden_size: channels D of each layer and direction.
+        num_layers: layers, each reading the output of the one before.
+        epsilon: in [0, 1]. At 0 the last write is held until the next; at 1 writes accumulate. The attribute
+            `epsilon` reads and sets it later on.
+        bias: whether the candidate has a bias; the threshold always has one.
+        batch_first: whether batches are `[B, T, *]` (the default, unlike in `nn.GRU`) or `[T, B, *]`.
+        dropout: probability of dropout on the output of each layer but the last.
+        bidirectional: scan each layer in both directions, the outputs side by side.
+        learn_initial_state: train the state before the first step, one for each scan; zeros if false.
+        surrogate_scale: k > 0 of the surrogate derivatives of H, `k / (1 + (pi k x)^2)`, and sgn, twice that.
+        device, dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Call:
+        `output, h_n = module(input, hx=None)`
+
+        input: `[B, T, input_size]`, or `[T, B, input_size]` without `batch_first`; `[T, input_size]`
+            unbatched; or a `PackedSequence`. In the module's dtype, save under autocast.
+        hx: states before the first step, `[num_layers * directions, B, D]`, or `[num_layers * directions, D]`
+            unbatched, in the dtype of the streams or that of `h_n`. None takes the learned initial states.
+        output: h of the last layer, `[B, T, directions * D]`, arranged as the input is.
+        h_n: final states, shaped as `hx`: the raw states s, without alpha, so that given as `hx` they
+            continue the scan. float64 for float64 streams, else float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+    """
+
+    gates = {"candidate": None, "threshold": 1.0}
+    vectors = {"alpha": 1.0}
+
+    def _scan(self, gates, initial_state, **options):
+        return bmru_packed(
+            gates,
+            initial_state,
+            epsilon=self._epsilon,
+            amplitude="amplitude" in self.gates,
+            surrogate_scale=self.surrogate_scale,
+            **options,
+        )
+
+
+class CMRU(BMRU):
+    """Layers of cumulative memory recurrent units (arXiv 2605.11855): a `BMRU` with epsilon 1 by default."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, epsilon: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, epsilon=epsilon, **options)
+
+
+class AlphaCMRU(CMRU):
+    """Layers of alpha-CMRU (arXiv 2605.11855): a `CMRU` that writes an amplitude made from the input.
+
+    `amplitude_t = W_m x_t + b_m` scales what is written, in place of alpha, and levels are not quantised::
+
+        s_t = z_t (amplitude_t sgn(candidate_t) + epsilon s_{t-1}) + (1 - z_t) s_{t-1}        h_t = s_t
+    """
+
+    gates = {"candidate": None, "threshold": 1.0, "amplitude": 1.0}
+    vectors = {}

@@ -1,0 +1,70 @@
+"""The bistable memory recurrent unit and its cumulative form (arXiv 2601.09495, arXiv 2605.11855)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .scan import scan
+from .surrogate import select, sgn, unit_step
+
+
+def bmru(
+    candidate: Tensor,
+    threshold: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    amplitude: Tensor | None = None,
+    surrogate_scale: float = 1.0,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Scan the unit over time, one step after the other.
+
+    ::
+
+        z_t = H(|c_t| - |b_t|)
+        v_t = m_t sgn(c_t)
+        s_t = z_t (v_t + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
+        h_t = alpha s_t
+
+    Args:
+        candidate: c `[B, T, D]`, any floating dtype; it is cast to `dtype`, and so is all that follows.
+        threshold: b `[B, T, D]` or `[D]`.
+        initial_state: s_0 `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
+        epsilon: 0 is bistable, 1 cumulative.
+        alpha: `[D]`; 1 if None.
+        amplitude: m `[B, T, D]`; 1 if None.
+        surrogate_scale: k of the surrogate derivatives.
+        reverse: from the last step to the first.
+        cu_seqlens: `[N + 1]` offsets of sequences packed along T, with B = 1.
+        dtype: of the arithmetic and the results.
+
+    Returns:
+        h `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
+    """
+    epsilon, k = float(epsilon), surrogate_scale
+    c, b = candidate.to(dtype), threshold.to(dtype)
+    m = c.new_ones(()) if amplitude is None else amplitude.to(dtype)
+    scale = c.new_ones(()) if alpha is None else alpha.to(dtype)
+    if initial_state is None:
+        sequences = c.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        initial_state = c.new_zeros(sequences, c.shape[2])
+
+    z = unit_step(c.abs(), b.abs(), k)  # a tie writes
+    v = m * sgn(c, k)  # 0.0 and -0.0 write +1
+    nan = c.isnan() | b.isnan() | m.isnan() | scale.isnan()  # in a stream or in a per-channel parameter
+    z, v = z.masked_fill(nan, 1), v.masked_fill(nan, math.nan)  # is written, so that no hold hides it
+
+    def step(s: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        if epsilon == 0:  # nothing is multiplied by 0, and no write undoes a NaN
+            return select(z, torch.where(s.isnan(), s, v), s)
+        return select(z, v + epsilon * s, s)
+
+    s, final_state = scan(step, (z, v), initial_state.to(dtype), reverse=reverse, cu_seqlens=cu_seqlens)
+    return scale * s, final_state
