@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -94,10 +94,11 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
     """
     reference_op = getattr(python_ref, call.cell)
     adjoint = getattr(python_ref.adjoint, call.cell)
-    reference = _results(call, reference_op)
+    wide = replace(call, tensors={name: t.double() for name, t in call.tensors.items()})  # gradients too
+    reference = _results(wide, reference_op)
     given = call.tensors | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
     terms = adjoint(**given, term=abs)
-    float32_loop = cache(lambda: _results(call, partial(reference_op, dtype=torch.float32)))
+    float32_loop = cache(lambda: _results(wide, partial(reference_op, dtype=torch.float32)))
 
     state = errors.state_dtype(call.stream.dtype)
     exact = errors.is_exact(
