@@ -1,17 +1,26 @@
 """Builds mru_kernels/_C, the C++ extension, through ninja. The rest of the metadata is in pyproject.toml.
 
 The extension uses torch's stable ABI only: one build loads on torch 2.11 and newer and on every Python from 3.10.
-torch.ops.load_library loads it, so it holds no Python.
+torch.ops.load_library loads it, so it holds no Python. The CPU kernels are always built, the CUDA kernels where nvcc
+and a CUDA build of torch are found; a build with CUDA loads on a CPU build of torch as well.
 
-Environment: CXX names the compiler; MRU_SANITIZE=1 builds with the address and undefined behaviour sanitizers.
+Environment:
+    CXX                   the C++ compiler
+    CUDA_HOME             where CUDA is; by default where nvcc on the PATH is
+    MRU_FORCE_CUDA        1: build the CUDA kernels or fail; 0: do not build them
+    TORCH_CUDA_ARCH_LIST  architectures, as for torch's own extensions, by default "8.0;9.0;10.0+PTX"
+    MRU_SANITIZE          1: with the address and undefined behaviour sanitizers
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import ninja
+import torch
 from ninja import ninja_syntax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -29,7 +38,8 @@ CXX_FLAGS = [
     "-Wall",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11
 ]
-LINK_FLAGS = ["-shared", "-ltorch", "-ltorch_cpu", "-lc10"]
+# --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
+LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 if os.environ.get("MRU_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     CXX_FLAGS += ["-O1", *SANITIZE]
@@ -39,51 +49,88 @@ if os.environ.get("MRU_SANITIZE") == "1":
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-        "-Wno-uninitialized",
-    ]
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] += ["-Wno-uninitialized"]  # raised within GCC 12's own headers
 
 # Object name: (source, flags of its own).
-OBJECTS = {
+CPU_OBJECTS = {
     "cpu_driver": ("csrc/cpu/driver.cpp", []),
     "cpu_register": ("csrc/cpu/register.cpp", []),
     **{f"cpu_kernels_{isa}": ("csrc/cpu/kernels.cpp", [f"-DMRU_ISA={isa}", *ISA_FLAGS[isa]]) for isa in ISA_FLAGS},
 }
 
 
+def cuda_home():
+    """Where CUDA is; None where there is no nvcc."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin") if "CUDA_HOME" in os.environ else None
+    nvcc = nvcc or shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", told.stderr, re.MULTILINE)
+    return Path(top[1] if top else Path(nvcc).parents[1]).resolve()
+
+
+def choose_cuda():
+    """(CUDA's home or None, why)."""
+    forced = os.environ.get("MRU_FORCE_CUDA")
+    if forced not in (None, "0", "1"):
+        raise SystemExit(f"MRU_FORCE_CUDA: expected 0 or 1, got {forced!r}")
+    if forced == "0":
+        return None, "MRU_FORCE_CUDA=0"
+    home = cuda_home()
+    if home is None:
+        if forced == "1":
+            raise SystemExit("MRU_FORCE_CUDA=1, but there is no nvcc (set CUDA_HOME or PATH)")
+        return None, "there is no nvcc"
+    if torch.version.cuda is None and forced != "1":
+        return None, f"torch {torch.__version__} is built without CUDA"
+    return home, f"nvcc of {home}"
+
+
+def gencode_flags():
+    """Flags for TORCH_CUDA_ARCH_LIST: sm_XY code for each X.Y, PTX too for X.Y+PTX."""
+    flags = []
+    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 10.0+PTX, got {entry!r}")
+        arch = match[1] + match[2] + match[3]
+        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return flags
+
+
 class NinjaBuild(build_ext):
-    """One build.ninja: an object per row of OBJECTS, and the link."""
+    """One build.ninja: an object per row of the tables above, and the link."""
 
     def build_extension(self, extension):
+        home, why = choose_cuda()
+        print(f"mru_kernels: building the CPU kernels ({', '.join(ISA_FLAGS)}); CUDA: {'yes' if home else 'no'}, {why}")
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(folder / "build.ninja", "w") as file:
-            self.write_ninja(ninja_syntax.Writer(file, width=110), target)
+            self.write_ninja(ninja_syntax.Writer(file, width=110), target, home)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
 
-    def write_ninja(self, n, target):
+    def write_ninja(self, n, target, cuda):
         includes = [f"-isystem {path}" for path in cpp_extension.include_paths()]
-        libraries = [f"-L{path} -Wl,-rpath-link,{path}" for path in cpp_extension.library_paths()]
+        link = [f"-L{path} -Wl,-rpath-link,{path}" for path in cpp_extension.library_paths()] + LINK_FLAGS
         n.variable("cxx", os.environ.get("CXX", "g++"))
         n.variable("cxxflags", [*CXX_FLAGS, *includes])
         n.rule("cxx", "$cxx $cxxflags $own -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-        n.rule("link", f"$cxx $in {' '.join(libraries)} {' '.join(LINK_FLAGS)} -o $out")
         objects = []
-        for name, (source, own) in OBJECTS.items():
+        for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})
-        n.build(str(target), "link", objects)
+        n.rule("link", "$cxx $in $link -o $out")
+        n.build(str(target), "link", objects, variables={"link": link})
 
 
 setup(
-    ext_modules=[Extension("mru_kernels._C", [source for source, _ in OBJECTS.values()], py_limited_api=True)],
+    ext_modules=[Extension("mru_kernels._C", [source for source, _ in CPU_OBJECTS.values()], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -45,8 +45,8 @@ def relative_error(result: Tensor, reference: Tensor, terms: Tensor) -> float:
     """The error as defined above, over the elements where the reference is finite.
 
     Infinite where the result has another shape, NaN elsewhere than the reference, or other infinities. A
-    reference too large for the result's dtype counts as infinite, and RMS(terms) as no smaller than that dtype's
-    smallest normal number, below which it has no relative precision.
+    reference too large for the result's dtype counts as infinite, and RMS(terms) as no smaller than the
+    smallest normal number of that dtype, below which it has no relative precision.
 
     Args:
         result: any shape and floating dtype.

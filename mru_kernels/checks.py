@@ -75,15 +75,20 @@ def epsilon(value: float | Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and not _in_range(value.item()):
             raise ValueError(f"epsilon: expected a value in [0, 1], got {value.item()}")
         return value
-    known = _epsilons.get(value) if isinstance(value, float) else None
-    if known is not None and not torch.compiler.is_compiling():
-        return known
+    compiling = torch.compiler.is_compiling()
+    if isinstance(value, float) and not compiling:
+        known = _epsilons.get(value)
+        if known is not None:
+            return known
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
     if not _in_range(value):
         raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
-    made = torch.full((), float(value), dtype=torch.float64, device="cpu")
-    if not torch.compiler.is_compiling() and type(made) is Tensor and len(_epsilons) < 1024:
+    if compiling:
+        return torch.full((), float(value), dtype=torch.float64, device="cpu")
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
+        made = torch.full((), float(value), dtype=torch.float64, device="cpu")
+    if type(made) is Tensor and len(_epsilons) < 1024:
         _epsilons[float(value)] = made
     return made
 

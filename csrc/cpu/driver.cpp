@@ -75,7 +75,7 @@ void parallel(const Scan& scan, int64_t units, const F& f) {
 // Calls f(item, d0, d1) for every item and block of channels.
 template <class F>
 void for_blocks(const Scan& scan, int64_t items, int64_t block_bytes, const F& f) {
-  if (items == 0) return;
+  if (items == 0 || scan.channels == 0) return;
   const int64_t bytes = state_bytes(scan), least = kLeastBlockBytes / bytes;
   const int64_t wanted = ceil_div(2 * int64_t(torch::stable::get_num_threads()), items);
   const int64_t blocks =

@@ -62,9 +62,9 @@ def bmru(
         named["threshold"] = threshold
     if amplitude is not None:
         named["amplitude"] = amplitude
+    named = _autocast(named)
     checks.streams(named)
-    streams = _autocast(list(named.values()))
-    channel = []
+    streams, channel = list(named.values()), []
     if per_channel:
         checks.like("threshold", threshold, streams[0], streams[0].shape[2:], "[channels]")
         channel = [threshold]
@@ -92,12 +92,14 @@ def bmru_packed(
 
     The other arguments, results and errors are those of `bmru`.
     """
-    checks.streams({"gates": gates})
+    named = _autocast({"gates": gates})
+    checks.streams(named)
+    gates = named["gates"]
     packed = 3 if amplitude else 2
     if gates.shape[2] % packed:
         raise ValueError(f"gates: expected a last dimension that {packed} divides, got shape {list(gates.shape)}")
     return _scan(
-        _autocast([gates]), [], packed, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
+        [gates], [], packed, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
     )  # fmt: skip
 
 
@@ -129,12 +131,19 @@ def _scan(
     )
 
 
-def _autocast(streams: list[Tensor]) -> list[Tensor]:
-    kind = streams[0].device.type
-    if not torch.is_autocast_enabled(kind) or streams[0].dtype == torch.float64:
+def _autocast(streams: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under autocast the floating streams in its dtype, so that different ones may meet; float64 stays."""
+    if not torch._C._is_any_autocast_enabled():
         return streams
-    dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) for t in streams]
+
+    def cast(t):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        kind = t.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
+
+    return {name: cast(t) for name, t in streams.items()}
 
 
 def bmru_step(
@@ -168,7 +177,7 @@ def bmru_step(
                     f"bmru_step: {name} requires grad, but the step has no gradient; use bmru with T = 1, or no_grad"
                 )
     checks.tensor("candidate", candidate, 2, "[batch, channels]")
-    checks.tensor("state", state, 2, "[batch, channels]")
+    checks.like("state", state, candidate, candidate.shape, "[batch, channels]")
     if amplitude is not None:
         checks.tensor("amplitude", amplitude, 2, "[batch, channels]")
         amplitude = amplitude.unsqueeze(1)

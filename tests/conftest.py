@@ -1,0 +1,49 @@
+"""Which backend and device the tests run on, and how long hypothesis looks for examples."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("suite", max_examples=50, derandomize=True, **_COMMON)
+settings.register_profile("brief", max_examples=15, derandomize=True, **_COMMON)
+settings.register_profile("explore", max_examples=1000, **_COMMON)
+settings.load_profile("suite")
+
+# Sizes up to which each backend is tested: (time, channels). Interpreted backends are slow.
+_LARGEST = {"cpu": (300, 80)}
+_LARGEST_INTERPRETED = (150, 20)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", help="backend to test; may be repeated (default: cpu)")
+    parser.addoption("--device", default="cpu", help="device that the tensors are on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "triton" in _names(config) and config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _names(metafunc.config), scope="session")
+
+
+def _names(config: pytest.Config) -> list[str]:
+    return config.getoption("backend") or ["cpu"]
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return torch.device(pytestconfig.getoption("device"))
+
+
+@pytest.fixture(scope="session")
+def largest(backend: str, device: torch.device) -> tuple[int, int]:
+    """The largest time and number of channels to test `backend` with."""
+    return _LARGEST["cpu"] if device.type != "cpu" else _LARGEST.get(backend, _LARGEST_INTERPRETED)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Builds the extension with the address and undefined behaviour sanitizers, beside a copy of the package, and runs the
+# kernel tests on it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+build=build/sanitize
+compiler=${CXX:-g++}
+rm -rf "$build/package"
+mkdir -p "$build/package"
+cp -r mru_kernels "$build/package/"
+rm -f "$build"/package/mru_kernels/_C*.so
+MRU_SANITIZE=1 MRU_FORCE_CUDA=0 python setup.py -q build_ext --build-lib "$build/package" --build-temp "$build/objects"
+
+# Python itself is not instrumented, so the runtime comes first by hand; libstdc++ with it, for its exceptions.
+# Fresh memory is filled with NaN.
+sanitized() {
+  LD_PRELOAD="$($compiler -print-file-name=libasan.so):$($compiler -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 "$@"
+}
+
+# The sanitizers are at work: they stop a call with an alpha of one channel where there are many.
+control='
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import mru_kernels
+from mru_kernels.cells.bmru import CELL
+c, short, epsilon = torch.ones(1, 1, 4096), torch.ones(1), torch.zeros((), dtype=torch.float64)
+CELL.forward["cpu"]([c, c], [], short, None, None, epsilon, 1.0, False, 0, 64, 0, False)
+'
+if found=$(sanitized python -c "$control" "$build/package" 2>&1) || [[ $found != *AddressSanitizer* ]]; then
+  echo "the sanitizers did not report a read out of bounds:" "$found" >&2
+  exit 1
+fi
+
+sanitized python -m pytest -q -p no:cacheprovider -o pythonpath="$build/package ." --hypothesis-profile=brief \
+  -m "not slow and not check" tests/test_op.py tests/test_bad_input.py "$@"

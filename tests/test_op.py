@@ -1,0 +1,416 @@
+"""The numbers: against the float64 reference, and one way of computing against another."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mru_kernels as mk
+import python_ref
+from bench import compare, errors, inputs
+from mru_kernels import backends
+
+CELLS = list(inputs.CELLS)
+DTYPES = list(inputs.DTYPES.values())
+SEGMENTS = st.sampled_from([0, 64])
+
+
+@st.composite
+def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> inputs.Case:
+    """A case of any cell with any value of each factor: sizes up to `largest`, any epsilon. `fixed` sets factors."""
+    cell = cell or draw(st.sampled_from(CELLS))
+    factors = {name: st.sampled_from(values) for name, values in inputs.CELLS[cell].factors.items()}
+    factors |= {name: st.sampled_from(values) for name, values in inputs.COMMON_FACTORS.items()}
+    factors["time"] = st.integers(0, largest[0])
+    factors["channels"] = st.integers(1, largest[1])
+    factors["batch"] |= st.integers(1, 4)
+    if "epsilon" in factors:
+        factors["epsilon"] |= st.floats(0.0, 1.0)
+    factors |= {name: st.just(value) for name, value in fixed.items()}
+    options = {name: draw(values) for name, values in factors.items()}
+    return inputs.Case(cell, draw(st.sampled_from(DTYPES)), options, draw(st.integers(0, 2**31)))
+
+
+@contextmanager
+def segments(backend: str, steps: int | None):
+    """Have time cut into segments of so many steps; 0: not at all; None: as the backend chooses."""
+    if steps is None:
+        yield
+    else:
+        with patch.object(backends.TABLE[backend].module, "segment", lambda *sizes: steps):
+            yield
+
+
+def op_of(cell: str, backend: str):
+    return partial(getattr(mk, cell), backend=backend)
+
+
+def run(call: inputs.Call, op, device: torch.device) -> dict[str, torch.Tensor]:
+    """Results of a call under their names and its gradients under the arguments', on the CPU."""
+    call = call.to(device)
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    h, final_state = op(**leaves, **call.settings)
+    grads = torch.autograd.grad((h, final_state), list(leaves.values()), (call.grad_h, call.grad_final))
+    results = {"h": h.detach(), "final_state": final_state.detach()} | dict(zip(leaves, grads, strict=True))
+    return {name: t.cpu() for name, t in results.items()}
+
+
+def assert_right(call: inputs.Call, op, device: torch.device) -> None:
+    """The results and every gradient agree with the reference."""
+    failed = [result for result in compare.judge(call, run(call, op, device)) if not result.passed]
+    assert not failed
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    differ = [name for name in a if not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))]
+    assert not differ
+
+
+def assert_agree(call: inputs.Call, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Two ways to the same results: equal where the forward pass is exact, elsewhere within the limit."""
+    terms = getattr(python_ref.adjoint, call.cell)(
+        **call.tensors, **call.settings, grad_h=call.grad_h, grad_final=call.grad_final, term=abs
+    )
+    exact = is_exact(call)
+    for name, result in one.items():
+        if exact and name in ("h", "final_state"):
+            assert errors.same_values(result, other[name]), name
+        else:
+            verdict = errors.judge(result, other[name].double(), terms[name])
+            assert verdict.passed, (name, verdict)
+
+
+def is_exact(call: inputs.Call) -> bool:
+    return errors.is_exact(
+        epsilon=call.settings.get("epsilon"),
+        amplitude="amplitude" in call.tensors,
+        initial_state=call.tensors.get("initial_state"),
+        time=call.stream.shape[1],
+        state=errors.state_dtype(call.stream.dtype),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@given(st.data())
+def test_equals_the_reference(backend, device, largest, data):
+    call = data.draw(cases(largest)).build()
+    assert_right(call, op_of(call.cell, backend), device)
+
+
+@given(st.data())
+def test_equals_the_reference_when_time_is_cut(backend, device, largest, data):
+    steps = data.draw(st.sampled_from([64, 128]))
+    call = data.draw(cases(largest)).build()
+    with segments(backend, steps):
+        assert_right(call, op_of(call.cell, backend), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=inputs.DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_equals_the_reference_where_the_backend_cuts_time(backend, device, largest, cell, dtype):
+    """Few channels and a long time, with the segments of the backend's own choice."""
+    if largest[0] < 200:
+        pytest.skip("too long for an interpreted backend")
+    for seed, epsilon in enumerate([0.0, 0.75, 1.0]):
+        case = inputs.case(cell, dtype, seed, time=1900, channels=5, epsilon=epsilon, initial_state="real")
+        assert_right(case.build(), op_of(cell, backend), device)
+
+
+# ------------------------------------------------------------------------------------------------ metamorphic
+
+
+@given(st.data())
+def test_segments_equal_the_whole(backend, device, largest, data):
+    steps = data.draw(st.sampled_from([64, 128]))
+    call = data.draw(cases(largest, nonfinite=False)).build()
+    with segments(backend, 0):
+        whole = run(call, op_of(call.cell, backend), device)
+    with segments(backend, steps):
+        cut = run(call, op_of(call.cell, backend), device)
+    assert_agree(call, cut, whole)
+
+
+@given(st.data())
+def test_halves_with_the_state_handed_over_equal_the_whole(backend, device, largest, data):
+    steps = data.draw(SEGMENTS)
+    case = data.draw(cases(largest, batch=data.draw(st.integers(1, 3)), nonfinite=False))
+    call = case.build()
+    at = data.draw(st.integers(0, call.stream.shape[1]))
+    op = op_of(call.cell, backend)
+
+    def halves(*, initial_state=None, **arguments):
+        def part(times: slice, state):
+            cut = {
+                name: t[:, times] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
+                for name, t in arguments.items()
+            }
+            return op(**cut, initial_state=state)
+
+        first, second = slice(None, at), slice(at, None)
+        if arguments["reverse"]:
+            first, second = second, first
+        h_first, state = part(first, initial_state)
+        # State in the state dtype; its gradient comes back in it.
+        h_second, state = part(second, state)
+        both = (h_second, h_first) if arguments["reverse"] else (h_first, h_second)
+        return torch.cat(both, 1), state
+
+    with segments(backend, steps):
+        assert_agree(call, run(call, halves, device), run(call, op_of(call.cell, backend), device))
+
+
+@given(st.data())
+def test_reverse_equals_flip_scan_flip(backend, device, largest, data):
+    steps = data.draw(SEGMENTS)
+    case = data.draw(cases(largest, batch=data.draw(st.integers(1, 3)), reverse=True, nonfinite=False))
+    call = case.build()
+    op = op_of(call.cell, backend)
+
+    def flipped(*, reverse, **arguments):
+        turned = {
+            name: t.flip(1) if isinstance(t, torch.Tensor) and t.dim() == 3 else t for name, t in arguments.items()
+        }
+        h, final_state = op(**turned, reverse=not reverse)
+        return h.flip(1), final_state
+
+    with segments(backend, steps):
+        assert_agree(call, run(call, flipped, device), run(call, op_of(call.cell, backend), device))
+
+
+@given(st.data())
+def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
+    steps = data.draw(SEGMENTS)
+    call = data.draw(cases(largest, batch="packed", nonfinite=False)).build()
+    cuts = data.draw(st.lists(st.integers(0, call.stream.shape[1]), min_size=1, max_size=12))
+    cuts = sorted([0, *cuts, call.stream.shape[1]])  # twelve of them: empty sequences, sequences of one step
+    states = {name: t for name, t in call.tensors.items() if name == "initial_state"}
+    generator = torch.Generator().manual_seed(1)
+
+    def states_like(t):
+        return torch.randn(len(cuts) - 1, t.shape[1], generator=generator).round().to(t.dtype)
+
+    call = replace(
+        call,
+        tensors=call.tensors | {name: states_like(t) for name, t in states.items()},
+        settings=call.settings | {"cu_seqlens": torch.tensor(cuts, dtype=call.settings["cu_seqlens"].dtype)},
+        grad_final=states_like(call.grad_final),
+    )
+    op = op_of(call.cell, backend)
+
+    def separate(*, cu_seqlens, initial_state=None, **arguments):
+        results = []
+        for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            one = {
+                name: t[:, start:end] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
+                for name, t in arguments.items()
+            }
+            state = None if initial_state is None else initial_state[n : n + 1]
+            results.append(op(**one, initial_state=state))
+        h, final_state = zip(*results, strict=True)
+        return torch.cat(h, 1), torch.cat(final_state, 0)
+
+    with segments(backend, steps):
+        assert_agree(call, run(call, separate, device), run(call, op_of(call.cell, backend), device))
+
+
+@given(st.data())
+def test_no_sequence_at_all(backend, device, data):
+    """T = 0 with `cu_seqlens` [0]; B = 0; D = 0."""
+    steps = data.draw(SEGMENTS)
+    call = data.draw(cases((3, 5), batch="packed", reverse=data.draw(st.booleans()))).build()
+    empty = data.draw(st.sampled_from(["sequences", "batch", "channels", "time"]))
+    tensors, others = dict(call.tensors), dict(call.settings)
+    del others["cu_seqlens"]
+    tensors.pop("initial_state", None)
+    streams = {name: t for name, t in tensors.items() if t.dim() == 3}
+    channel = {name: t for name, t in tensors.items() if t.dim() == 1}
+    if empty == "sequences":
+        streams = {name: t[:, :0] for name, t in streams.items()}
+        others["cu_seqlens"] = torch.zeros(1, dtype=torch.int32)
+        states = (0, call.stream.shape[2])
+    elif empty == "batch":
+        streams = {name: t[:0] for name, t in streams.items()}
+        states = (0, call.stream.shape[2])
+    elif empty == "time":
+        streams = {name: t[:, :0].expand(3, -1, -1) for name, t in streams.items()}
+        states = (3, call.stream.shape[2])
+    else:
+        streams = {name: t[..., :0] for name, t in streams.items()}
+        channel = {name: t[:0] for name, t in channel.items()}
+        states = (1, 0)
+    initial_state = torch.ones(states, dtype=errors.state_dtype(call.stream.dtype))
+    tensors = streams | channel | {"initial_state": initial_state}
+    call = inputs.call(call.cell, tensors, others)
+    with segments(backend, steps):
+        got = run(call, op_of(call.cell, backend), device)
+    assert got["h"].shape == call.stream.shape
+    assert torch.equal(got["final_state"], initial_state)
+    for name, t in tensors.items():
+        expected = call.grad_final if name == "initial_state" else torch.zeros_like(t)
+        assert torch.equal(got[name], expected), name
+
+
+@given(st.data())
+def test_steps_equal_the_scan(data):
+    """`bmru_step` time after time, in every dtype: each h, and the state."""
+    case = data.draw(cases((20, 40), cell="bmru", batch=data.draw(st.integers(1, 3)), reverse=False))
+    call = case.build()
+    tensors, epsilon = call.tensors, call.settings["epsilon"]
+    h, final_state = mk.bmru(**tensors, epsilon=epsilon)
+    state = tensors.get("initial_state")
+    state = torch.zeros_like(final_state) if state is None else state
+    for t in range(h.shape[1]):
+        row = {name: x[:, t] if x.dim() == 3 else x for name, x in tensors.items() if name != "initial_state"}
+        h_t, state = mk.bmru_step(**row, state=state, epsilon=epsilon)
+        assert errors.same_values(h_t, h[:, t])
+    assert errors.same_values(state.to(final_state.dtype), final_state)
+
+
+# ------------------------------------------------------------------------------------------------ strides
+
+
+def _relaid(kind: str, t: torch.Tensor) -> torch.Tensor:
+    """The values of a stream in another place in memory."""
+    if kind == "time-major":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind == "channels not last":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "spread":  # every third step, every second row of a larger tensor, channels with an offset
+        wide = t.new_full((2 * t.shape[0] + 1, 3 * t.shape[1] + 1, t.shape[2] + 3), math.nan)
+        view = wide[1 : 1 + 2 * t.shape[0] : 2, 1 : 1 + 3 * t.shape[1] : 3, 2 : 2 + t.shape[2]]
+        view.copy_(t)
+        return view
+    assert kind == "every other channel"
+    wide = t.new_full((*t.shape[:2], 2 * t.shape[2]), math.nan)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+LAYOUTS = st.sampled_from(["time-major", "channels not last", "spread", "every other channel"])
+
+
+@given(st.data())
+def test_strides_do_not_change_a_bit(backend, device, largest, data):
+    steps = data.draw(SEGMENTS)
+    call = data.draw(cases(largest, layout="contiguous", nonfinite=False)).build()
+    moved = {name: _relaid(data.draw(LAYOUTS), t) if t.dim() == 3 else t for name, t in call.tensors.items()}
+    relaid = replace(call, tensors=moved, grad_h=_relaid(data.draw(LAYOUTS), call.grad_h))
+    with segments(backend, steps):
+        assert_same_bits(run(relaid, op_of(relaid.cell, backend), device), run(call, op_of(call.cell, backend), device))
+        # h lies as empty_like of the first stream does
+        first = relaid.to(device).stream
+        h, _ = op_of(call.cell, backend)(**relaid.to(device).tensors, **call.to(device).settings)
+    if first.stride(2) == 1:
+        assert h.stride() == torch.empty_like(first).stride()
+
+
+@given(st.data())
+def test_expanded_streams_are_read_in_place(backend, device, largest, data):
+    """Stride 0 over batch or time, as in the gradient that `sum()` sends back."""
+    steps = data.draw(SEGMENTS)
+    call = data.draw(cases(largest, layout="contiguous", batch=3, nonfinite=False)).build()
+    dim = data.draw(st.integers(0, 1))
+    expand = {name: data.draw(st.booleans()) for name in (*call.tensors, "grad_h")}
+
+    def expanded(name: str, t: torch.Tensor) -> torch.Tensor:
+        return t.narrow(dim, 0, min(1, t.shape[dim])).expand_as(t) if expand[name] and t.dim() == 3 else t
+
+    one = replace(
+        call,
+        tensors={name: expanded(name, t) for name, t in call.tensors.items()},
+        grad_h=expanded("grad_h", call.grad_h),
+    )
+    other = replace(
+        one, tensors={name: t.clone(memory_format=torch.contiguous_format) for name, t in one.tensors.items()},
+        grad_h=one.grad_h.clone(memory_format=torch.contiguous_format),
+    )  # fmt: skip
+    with segments(backend, steps):
+        assert_same_bits(run(one, op_of(one.cell, backend), device), run(other, op_of(other.cell, backend), device))
+
+
+# ------------------------------------------------------------------------------------------------ determinism
+
+
+def _large(cell: str, largest: tuple[int, int], **options) -> inputs.Call:
+    """A call large enough for several threads."""
+    time, channels = largest
+    options = {"time": time, "channels": channels, "batch": 4, "alpha": True, "initial_state": "real"} | options
+    return inputs.case(cell, torch.float32, **options).build()
+
+
+VARIANTS = [
+    {"epsilon": 0.9},
+    {"epsilon": 0.9, "amplitude": True},
+    {"epsilon": 0.9, "threshold": "per channel"},
+    {"epsilon": 0.9, "threshold": "per channel", "batch": "packed", "reverse": True},
+]
+
+
+@pytest.mark.parametrize("steps", [0, 64])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_from_run_to_run_and_for_any_number_of_threads(backend, device, largest, cell, options, steps):
+    call = _large(cell, largest, **options)
+    before = torch.get_num_threads()
+    try:
+        with segments(backend, steps):
+            torch.set_num_threads(1)
+            alone = run(call, op_of(call.cell, backend), device)
+            for threads in (1, 2, 2, 3, 5):
+                torch.set_num_threads(threads)
+                assert_same_bits(run(call, op_of(call.cell, backend), device), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@contextmanager
+def poisoned(device: torch.device):
+    """Fresh memory is NaN."""
+    if device.type == "cpu":
+        perturb = -6  # glibc's M_PERTURB: fresh bytes are the complement of the value's lowest byte
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(perturb, 0x100)
+        try:
+            yield
+        finally:
+            mallopt(perturb, 0)
+    else:  # by torch where it allocates; else by blocks of the caching allocator that held NaN
+        for elements in (2**6, 2**10, 2**14, 2**18, 2**22):
+            blocks = [torch.full((elements,), math.nan, device=device) for _ in range(16)]
+            del blocks
+        torch.use_deterministic_algorithms(True)  # fills uninitialised memory
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("steps", [0, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=inputs.DTYPES)
+def test_every_element_of_every_result_is_written(backend, device, largest, dtype, steps):
+    sizes = {"time": min(largest[0], 200), "channels": 19}
+    for seed, options in enumerate([*VARIANTS, {"batch": "packed"}, {"time": 0}, {"time": 1, "channels": 1}]):
+        options = sizes | {"alpha": True, "initial_state": "real"} | options
+        call = inputs.case("bmru", dtype, seed, **options).build()
+        with segments(backend, steps):
+            clean = run(call, op_of(call.cell, backend), device)
+            with poisoned(device):
+                assert torch.empty(1000, device=device).isnan().all()
+                dirty = run(call, op_of(call.cell, backend), device)
+        assert not any(t.isnan().any() for t in clean.values())
+        assert_same_bits(dirty, clean)
