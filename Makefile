@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALLED := $(VENV)/installed
 BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-C_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test check lint sanitize setup clean
 .DELETE_ON_ERROR:
