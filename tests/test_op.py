@@ -128,6 +128,64 @@ def test_equals_the_reference_where_the_backend_cuts_time(backend, device, large
         assert_right(case.build(), op_of(cell, backend), device)
 
 
+NAN_SOURCES = {
+    "candidate": {},
+    "threshold": {},
+    "threshold per channel": {"threshold": "per channel"},
+    "amplitude": {"amplitude": True},
+    "alpha": {"alpha": True},
+    "initial_state": {"initial_state": "integer"},
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("batch", [3, "packed"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("source", NAN_SOURCES)
+def test_nan_stays_from_its_step_on_and_in_its_channel(backend, device, source, epsilon, batch, reverse):
+    """In its sequence, not hidden by a hold nor undone by a write; and all else is as without it."""
+    options = NAN_SOURCES[source] | {"epsilon": epsilon, "batch": batch, "reverse": reverse, "alpha": True}
+    call = inputs.case("bmru", torch.float32, 5, time=150, channels=9, **options).build()
+    row, time, channel = (0, 40, 3) if batch == "packed" else (1, 40, 3)
+    touched = torch.zeros_like(call.stream, dtype=torch.bool)  # of h
+    sequence = row
+    if batch == "packed":
+        cu_seqlens = torch.tensor([0, 10, 10, 120, 150], dtype=torch.int32)
+        call = replace(call, settings=call.settings | {"cu_seqlens": cu_seqlens}, grad_final=call.grad_final[:4])
+        if "initial_state" in call.tensors:
+            call = replace(call, tensors=call.tensors | {"initial_state": call.tensors["initial_state"][:4]})
+        sequence, span = 2, slice(10, 120)
+    else:
+        span = slice(0, 150)
+    name = source.split()[0]
+    dirty = call.tensors[name].clone()
+    if dirty.dim() == 3:
+        dirty[row, time, channel] = math.nan
+        since = slice(span.start, time + 1) if reverse else slice(time, span.stop)
+        touched[row, since, channel] = True
+    elif dirty.dim() == 2:
+        dirty[sequence, channel] = math.nan
+        touched[row, span, channel] = True
+    else:
+        dirty[channel] = math.nan
+        touched[..., channel] = True
+    bad = replace(call, tensors=call.tensors | {name: dirty})
+    for steps in (0, 64):
+        with segments(backend, steps):
+            clean, got = run(call, op_of("bmru", backend), device), run(bad, op_of("bmru", backend), device)
+        assert got["h"][touched].isnan().all()
+        assert torch.equal(got["h"][~touched], clean["h"][~touched])
+        final = torch.zeros_like(got["final_state"], dtype=torch.bool)
+        final[slice(None) if dirty.dim() == 1 else sequence, channel] = True
+        if dirty.dim() == 1 and batch == "packed":
+            final[1] = False  # of an empty sequence
+        assert got["final_state"][final].isnan().all()
+        assert torch.equal(got["final_state"][~final], clean["final_state"][~final])
+        others = [d for d in range(9) if d != channel]
+        for argument in call.tensors:
+            assert torch.equal(got[argument][..., others], clean[argument][..., others]), argument
+
+
 # ------------------------------------------------------------------------------------------------ metamorphic
 
 

@@ -1,0 +1,245 @@
+"""Triton kernels for CUDA and ROCm devices, and for CPU tensors under Triton's interpreter.
+
+The kernels are in triton_kernels.py, the cells in triton_cells.py. A kernel is compiled per dtype, set of inputs and
+kind of layout (aligned to 16 bytes or not), and not for sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache, partial
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from . import CHUNK
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LANES = 64 if torch.version.hip else 32
+_VECTOR_BYTES = 16  # that a lane loads or stores at once
+#: How kernels are compiled.
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # a fused multiply-add would round differently from the CPU
+
+#: Kernels of which a lane holds the channels that make 16 bytes of a row of states, not of a stream: they keep many
+#: states, and have the registers for no more.
+BY_STATE = ("fold", "carry", "backward")
+
+_FULL = 2048  # channels scanned at once that fill a multiprocessor's memory pipeline: 16 warps of fp32
+_LEAST = 2 * CHUNK  # steps of a segment, at least
+_WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
+_INTERPRETED_MULTIPROCESSORS = 132
+
+_library = torch.library.Library("mru", "IMPL")
+
+
+def load() -> None:
+    """Register `mru::*.triton`. Raises ImportError where Triton is not installed."""
+    from .triton_cells import CELLS
+
+    for cell in ops._cells:
+        if cell.name in CELLS:
+            for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+                _library.impl(f"{cell.name}.triton", partial(_forward, cell), key)
+                _library.impl(f"{cell.name}_backward.triton", partial(_backward, cell), key)
+
+
+def segment(sequences: int, time: int, channels: int, device: torch.device) -> int:
+    """Steps of a segment, from sizes and the number of multiprocessors only.
+
+    A sequence is scanned whole where half of what fills the device, or more, runs at once; else time is cut so that
+    it is about filled.
+    """
+    row = max(channels, _LANES * _VECTOR_BYTES // 4)  # a warp is busy however few its channels are
+    wanted = _FULL * _multiprocessors(device)
+    if sequences == 0 or channels == 0 or 2 * sequences * row >= wanted or time < 2 * _LEAST:
+        return 0
+    steps = max(_ceil_div(time * sequences * row, wanted), _LEAST)
+    return _ceil_div(steps, CHUNK) * CHUNK
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tile(kernel: str, inputs: int, state: torch.dtype) -> int:
+    """Rows of each stream that a kernel loads ahead of their use: as many as registers allow."""
+    if kernel != "backward":
+        return 8
+    return 4 if inputs <= 2 and state == torch.float32 else 2
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------- a call, as kernels take it
+
+
+class _Call:
+    """The arguments of an op, bound to the names that the kernels give them.
+
+    `packs` tells whether the split form packs events; `slots` counts the places for segments.
+    """
+
+    def __init__(
+        self, cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
+        chunk, segment, *, saved: bool = True, grad_h: Tensor | None = None,
+    ):  # fmt: skip
+        from .triton_cells import CELLS
+        from .triton_kernels import Scan, encode
+
+        self.views = ops.streams_of(streams, packed)
+        first = self.views[0]
+        self.first, self.state = first, ops.state_dtype(first.dtype)
+        batch, time, channels = first.shape
+        self.channels = channels
+        self.inputs = [first, *map(self._vector, channel), *self.views[1:]]
+        self.packed = cu_seqlens is not None
+        self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.split = segment > 0
+        self.packs = self.split and len(self.inputs) == cell.event_inputs
+        self.slots = self.sequences
+        if self.split and cu_seqlens is None:
+            self.slots *= _ceil_div(time, segment)
+        elif self.split:  # lengths are not known here: each sequence has a place more than its share
+            self.slots += time // segment
+
+        element = first.element_size()
+        vector = _VECTOR_BYTES // element
+        every = [*self.views, *(() if grad_h is None else (grad_h,))]
+        sizes = [channels, *(t.data_ptr() // element for t in every), *(n for t in every for n in t.stride()[:2])]
+        self.align = vector if all(n % vector == 0 for n in sizes) else 1
+        rows = max(time - 1, 0) // chunk if saved else 0
+        flags = (reverse, cu_seqlens is not None, alpha is not None, initial_state is not None)
+        scan = (self.sequences, time, channels // self.align, segment, self.slots, *flags, rows)
+        nothing = self.rows(0)  # in the place of what is missing; a flag keeps it from being read
+        self.arguments = {
+            "inputs": tuple(map(self.stream, self.inputs)),
+            "scan": Scan(*(encode(int(n)) for n in scan)),
+            "offsets": first.new_empty(0, dtype=torch.int64) if cu_seqlens is None else self._offsets(cu_seqlens),
+            "alpha": nothing if alpha is None else self._vector(alpha),
+            "initial": nothing if initial_state is None else self._vector(initial_state),
+            "entries": nothing,
+            "epsilon": epsilon.item(),
+            "surrogate_scale": surrogate_scale,
+            **{name.upper(): function for name, function in CELLS[cell.name]._asdict().items()},
+            "EVENTS": self.packs,
+            "CHANNELS": ((1 << len(channel)) - 1) << 1,
+            "CHUNK": chunk,
+            "ALIGN": self.align,
+        }
+
+    def _vector(self, t: Tensor) -> Tensor:
+        return t.to(self.state).contiguous()
+
+    @staticmethod
+    def _offsets(cu_seqlens: Tensor) -> Tensor:
+        return cu_seqlens.to(torch.int64).contiguous()
+
+    def rows(self, count: int) -> Tensor:
+        """Uninitialised [count, D] in the state dtype."""
+        return self.first.new_empty((count, self.channels), dtype=self.state)
+
+    def stream(self, t: Tensor):
+        """A tensor [B, T, D], or [D], as a kernel's argument."""
+        from .triton_kernels import Stream, encode
+
+        strides = (0, 0) if t.dim() == 1 else t.stride()[:2]
+        return Stream(t, *(encode(n // self.align) for n in strides))
+
+    def launch(self, name: str, programs: int, **own) -> None:
+        """Run a kernel on `programs` times the blocks of channels, with the arguments that it names."""
+        from . import triton_kernels
+
+        element = (self.state if name in BY_STATE else self.first.dtype).itemsize
+        block = min(_LANES * _VECTOR_BYTES // element, 1 << max(self.channels - 1, 0).bit_length())
+        units = programs * _ceil_div(self.channels, block)
+        if units > 0:
+            kernel, most = getattr(triton_kernels, name), triton_kernels.GRID.value
+            arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
+            grid = (min(units, most), _ceil_div(units, most))
+            kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **OPTIONS)
+
+    def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
+        """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
+        last. It starts from the initial state or, from the right, with the gradient of the final state, `adjoint_of`.
+        """
+        from .triton_kernels import Walk, encode
+
+        segments = self.slots // max(self.sequences, 1)
+        whole = self.packed or segments <= _WALK
+        per_group = segments if whole else isqrt(segments)
+        groups = 1 if whole else _ceil_div(segments, per_group)
+        entries = self.rows(self.slots)
+        own = {
+            "walk": Walk(encode(groups), encode(per_group), encode(int(adjoint_of is not None))),
+            "factors": factors, "sums": sums, "entries": entries, "final_state": final_state,
+            "group_factors": self.rows(self.sequences * groups),
+            "group_sums": self.rows(self.sequences * groups),
+        }
+        if adjoint_of is not None:
+            own |= {"initial": adjoint_of, "scan": self.arguments["scan"]._replace(has_initial=encode(1))}
+        if groups > 1:
+            self.launch("fold", self.sequences * groups, **own)
+        self.launch("carry", self.sequences * groups, **own)
+        return entries
+
+
+# ------------------------------------------------------------------------- the two ops
+
+
+def _forward(
+    cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk, segment,
+    save,
+):  # fmt: skip
+    call = _Call(
+        cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
+        segment, saved=save,
+    )  # fmt: skip
+    results = ops.allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
+    h, final_state, checkpoints, events = results
+    own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "events": events}
+    if call.split:
+        factors, sums = call.rows(call.slots), call.rows(call.slots)
+        call.launch("summarize", call.slots, **own, factors=factors, sums=sums)
+        own["entries"] = call.walk(factors, sums, final_state)
+    call.launch("forward", call.slots, **own)
+    return results
+
+
+def _backward(
+    cell, grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
+    packed, chunk, segment, checkpoints, events,
+):  # fmt: skip
+    grad_h = ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0]
+    call = _Call(
+        cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
+        segment, grad_h=grad_h,
+    )  # fmt: skip
+    grads = ops.allocate_backward(streams, channel, alpha, initial_state, packed)
+    n_streams = len(streams)
+    views = ops.split_gates(grads[0], packed) if packed else grads[:n_streams]
+    grad_initial = call.rows(call.sequences)
+    wants_sums = alpha is not None or len(channel) > 0  # one [D] per slot: of alpha, then of each input
+    partial = call.first.new_empty(((1 + len(call.inputs)) * wants_sums, call.slots, call.channels), dtype=call.state)
+    own = {"grad_h": call.stream(grad_h), "grad_final": grad_final.to(call.state).contiguous(), "partial": partial}
+    own |= {"checkpoints": checkpoints, "events": events, "grad_initial": grad_initial}
+    own["grads"] = tuple(map(call.stream, [views[0], *(partial.view(-1) for _ in channel), *views[1:]]))
+    if call.split:
+        factors, sums = call.rows(call.slots), call.rows(call.slots)
+        call.launch("summarize_adjoint", call.slots, **own, factors=factors, sums=sums)
+        own["grad_final"] = call.walk(factors, sums, grad_initial, adjoint_of=own["grad_final"])
+    call.launch("backward", call.slots, **own)
+
+    of_channels = [partial[2 + i] for i in range(len(channel))]
+    of_alpha = [partial[0]] if alpha is not None else []
+    for grad, rows in zip(grads[n_streams:], of_channels + of_alpha, strict=False):
+        grad.copy_(rows.sum(0))  # in a fixed order
+    if initial_state is not None:
+        grads[-1].copy_(grad_initial)
+    return grads

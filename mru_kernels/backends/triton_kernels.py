@@ -1,0 +1,605 @@
+"""The scan over a cell in Triton: one source for every cell, dtype and split of time.
+
+    B batch, T time, D channels     streams [B, T, D], unit stride on D, any strides on B and T
+    sequence                        one run of the recurrence: a batch row, or one span of the packed time axis
+    step                            0 is the first step scanned of a sequence, in time the last one when reversed
+    segment                         steps that one program scans while others scan the same sequence; 0: no split
+    slot                            where a segment keeps its summary: a program each, some left empty when packed
+    chunk                           steps between two saved boundary states
+    word                            the events of 16 steps, 2 bits each from the low bits up
+    tile                            steps whose rows are loaded ahead of their use
+
+A program is one warp that holds BD channels, 16 bytes of a stream a lane, and walks time with the state in registers;
+its lanes never speak to each other. Without a split that is all. With one, a sequence takes summaries of its segments,
+a walk over these summaries (`fold`, `carry`), and the segments again from their entry states; where steps fit events
+these are packed on the way, and the streams are not read again.
+
+Offsets are 64-bit. Every sum and product is taken in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+WORD = tl.constexpr(16)
+GRID = tl.constexpr(1 << 30)  # programs on the grid's x axis; more go to y
+_SHIFT = tl.constexpr(1 << 61)
+
+
+class Stream(NamedTuple):
+    """A tensor [B, T, D] and its strides in units of ALIGN elements; or [D], with no strides."""
+
+    data: Any
+    batch: Any
+    time: Any
+
+
+class Scan(NamedTuple):
+    """The sizes of a scan; channels in units of ALIGN. Flags are 0 or 1."""
+
+    sequences: Any
+    time: Any
+    channels: Any
+    segment: Any
+    slots: Any
+    reverse: Any
+    packed: Any
+    has_alpha: Any
+    has_initial: Any
+    saved: Any  # rows of boundary states; 0: none wanted
+
+
+class Walk(NamedTuple):
+    """How the segments of a sequence are walked: groups, segments in each, from the right or not."""
+
+    groups: Any
+    per_group: Any
+    flip: Any
+
+
+class Place(NamedTuple):
+    """Where a program works: the n-th sequence scanned, its row among states and its batch row; the position of its
+    first step among those of the batch row, and its length; the steps [begin, end) of the segment, none if end <=
+    begin; the channels, from `first` on.
+    """
+
+    slot: Any
+    n: Any
+    index: Any
+    batch: Any
+    start: Any
+    length: Any
+    begin: Any
+    end: Any
+    first: Any
+    d: Any
+    mask: Any
+    width: Any  # D
+
+
+def encode(n: int) -> int:
+    """Triton compiles anew for an integer that is 1, a multiple of 16 or 64 bits wide: make each odd and wide."""
+    return 2 * (n + _SHIFT.value) + 1
+
+
+@triton.jit
+def size(n):
+    return (n >> 1) - _SHIFT
+
+
+@triton.jit
+def sizes(scan, ALIGN: tl.constexpr):
+    return Scan(
+        size(scan.sequences), size(scan.time), size(scan.channels) * ALIGN, size(scan.segment), size(scan.slots),
+        size(scan.reverse), size(scan.packed), size(scan.has_alpha), size(scan.has_initial), size(scan.saved),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------- where a program works
+
+
+@triton.jit
+def program(scan, BD: tl.constexpr):
+    """The program's item and block of channels."""
+    unit = tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)
+    blocks = (scan.channels + BD - 1) // BD
+    return unit // blocks, unit % blocks
+
+
+@triton.jit
+def bounds(scan, offsets, n):
+    """Index, position of the first step, and length of the n-th sequence scanned. Offsets are clamped, not trusted."""
+    if scan.packed != 0:
+        index = tl.where(scan.reverse != 0, scan.sequences - 1 - n, n)
+        low = tl.minimum(tl.maximum(tl.load(offsets + index), 0), scan.time)
+        high = tl.minimum(tl.maximum(tl.load(offsets + index + 1), low), scan.time)
+        start = tl.where(scan.reverse != 0, scan.time - high, low)
+        length = high - low
+    else:
+        index = n
+        start = n * 0
+        length = scan.time
+    return index, start, length
+
+
+@triton.jit
+def first_slot(scan, offsets, n):
+    """Slots rise with n and never meet: a sequence takes at most one more than its share of whole segments."""
+    if scan.packed != 0:
+        _, start, _ = bounds(scan, offsets, n)
+        slot = start // scan.segment + n
+    else:
+        slot = n * ((scan.time + scan.segment - 1) // scan.segment)
+    return slot
+
+
+@triton.jit
+def place(scan, offsets, slot, block, BD: tl.constexpr):
+    n = slot
+    begin = slot * 0
+    if scan.segment != 0:
+        low = slot * 0
+        high = scan.sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = first_slot(scan, offsets, middle) <= slot
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        n = low
+        begin = tl.maximum(slot - first_slot(scan, offsets, n), 0) * scan.segment
+    index, start, length = bounds(scan, offsets, n)
+    end = tl.where(scan.segment != 0, tl.minimum(begin + scan.segment, length), length)
+    batch = tl.where(scan.packed != 0, 0, n)
+    first = block * BD
+    d = tl.arange(0, BD)
+    mask = d < tl.minimum(scan.channels - first, BD).to(tl.int32)
+    return Place(slot, n, index, batch, start, length, begin, end, first, d, mask, scan.channels)
+
+
+@triton.jit
+def when(condition, mask):
+    """mask, if a scalar condition holds. (The interpreter mistypes `mask & condition`.)"""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def get(data, row, at, mask, other):
+    """A row of [rows, D]."""
+    return tl.load(data + (row * at.width + at.first) + at.d, mask=mask, other=other)
+
+
+@triton.jit
+def put(data, row, at, value, mask):
+    tl.store(data + (row * at.width + at.first) + at.d, value, mask=mask)
+
+
+@triton.jit
+def rows_of(stream, scan, at, ALIGN: tl.constexpr):
+    """Pointers to a stream's row at step 0 of a sequence, and the stride from step to step."""
+    time = size(stream.time) * ALIGN
+    t = tl.where(scan.reverse != 0, scan.time - 1 - at.start, at.start)
+    pointers = stream.data + (at.batch * (size(stream.batch) * ALIGN) + t * time + at.first) + at.d
+    return pointers, tl.where(scan.reverse != 0, -time, time)
+
+
+@triton.jit
+def word_row(scan, at, step):
+    """The row of [B, T // 16 + (N if packed else 1), D] that holds the events of 16 steps."""
+    first = tl.where(scan.packed != 0, at.start // WORD + at.n, at.n * (scan.time // WORD + 1))
+    return first + step // WORD
+
+
+@triton.jit
+def checkpoint_row(scan, at, step, CHUNK: tl.constexpr):
+    """The row of [B, (T - 1) // chunk, D] that holds the state which enters `step` > 0, a multiple of the chunk."""
+    return at.batch * ((scan.time - 1) // CHUNK) + (at.start + step) // CHUNK - 1
+
+
+# ------------------------------------------------------------------------- inputs, and tuples of blocks
+
+
+@triton.jit
+def open_inputs(inputs, scan, at, STATE: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr):
+    """Per input, its rows; or, where it comes per channel (bit i of CHANNELS), its values."""
+    opened = ()
+    for i in tl.static_range(len(inputs)):
+        if CHANNELS >> i & 1:
+            opened = opened + ((tl.load(inputs[i].data + at.first + at.d, mask=at.mask, other=0.0).to(STATE), 0),)
+        else:
+            opened = opened + (rows_of(inputs[i], scan, at, ALIGN),)
+    return opened
+
+
+@triton.jit
+def load_tile(opened, at, step, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """Per input, its values at TILE steps, in the state dtype. Zeros from `end` on."""
+    tile = ()
+    for k in tl.static_range(len(opened)):
+        values = ()
+        if CHANNELS >> k & 1:
+            values = repeated(opened[k][0], TILE)
+        else:
+            for i in tl.static_range(TILE):
+                row = opened[k][0] + (step + i) * opened[k][1]
+                values = values + (tl.load(row, mask=when(step + i < at.end, at.mask), other=0.0).to(STATE),)
+        tile = tile + (values,)
+    return tile
+
+
+@triton.jit
+def inputs_at(tile, i: tl.constexpr):
+    """The inputs of a tile's i-th step."""
+    x = ()
+    for k in tl.static_range(len(tile)):
+        x = x + (tile[k][i],)
+    return x
+
+
+@triton.jit
+def pick(entries, i):
+    """entries[i] for an i known at run time, without memory."""
+    value = entries[0]
+    for k in tl.static_range(1, len(entries)):
+        value = tl.where(i == k, entries[k], value)
+    return value
+
+
+@triton.jit
+def replaced(entries, i, value):
+    """The tuple with another value for entries[i]."""
+    out = ()
+    for k in tl.static_range(len(entries)):
+        out = out + (tl.where(i == k, value, entries[k]),)
+    return out
+
+
+@triton.jit
+def repeated(value, N: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (value,)
+    return out
+
+
+@triton.jit
+def load_alpha(alpha, scan, at):
+    return tl.load(alpha + at.first + at.d, mask=when(scan.has_alpha != 0, at.mask), other=1.0)
+
+
+@triton.jit
+def enter(initial, scan, at):
+    """The state before the first step of a sequence."""
+    return get(initial, at.index, at, when(scan.has_initial != 0, at.mask), 0.0)
+
+
+@triton.jit
+def poison(s, scale, at):
+    """NaN where alpha is, as all of that channel's output will be."""
+    return tl.where(when(at.length > 0, scale != scale), scale, s)
+
+
+@triton.jit
+def apply(factor, offset, s):
+    """The state after a segment. NaN is absorbing, and nothing is multiplied by 0."""
+    return tl.where(s == s, tl.where(factor == 0, offset, factor * s + offset), s)
+
+
+# ------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def forward(
+    inputs, scan, offsets, alpha, initial, entries, events, h, final_state, checkpoints, epsilon: tl.float64,
+    STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """h, boundary states and (without a split) the final state, from streams or, if EVENTS, from events.
+
+    Enters with `entries`, [slots, D], where there is a split; else with `initial`, [N, D].
+    """
+    STATE: tl.constexpr = alpha.dtype.element_ty
+    scan = sizes(scan, ALIGN)
+    slot, block = program(scan, BD)
+    if slot < scan.slots:
+        at = place(scan, offsets, slot, block, BD)
+        eps = tl.full((), epsilon, STATE)
+        scale = load_alpha(alpha, scan, at)
+        opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
+        h_row, h_stride = rows_of(h, scan, at, ALIGN)
+        if scan.segment != 0:
+            s = get(entries, slot, at, at.mask, 0.0)
+        else:
+            s = poison(enter(initial, scan, at), scale, at)
+        for first in range(at.begin, at.end, WORD):
+            if EVENTS:
+                word = get(events, word_row(scan, at, first), at, at.mask, 0)
+            for j in tl.static_range(0, WORD, TILE):
+                if not EVENTS:
+                    tile = load_tile(opened, at, first + j, STATE, CHANNELS, TILE)
+                for i in tl.static_range(TILE):
+                    step = first + j + i
+                    if EVENTS:
+                        after = STEP_EVENT((word >> (2 * (j + i))) & 3, s, eps)
+                    else:
+                        after = STEP(inputs_at(tile, i), s, eps)
+                    s = tl.where(step < at.end, after, s)
+                    tl.store(h_row + step * h_stride, scale * s, mask=when(step < at.end, at.mask))
+            after_word = first + WORD
+            if (scan.saved != 0) & (after_word % CHUNK == 0) & (after_word < at.length):
+                put(checkpoints, checkpoint_row(scan, at, after_word, CHUNK), at, s, at.mask)
+        if scan.segment == 0:
+            put(final_state, at.index, at, s, at.mask)
+
+
+@triton.jit
+def summarize(
+    inputs, scan, offsets, alpha, events, factors, sums, epsilon: tl.float64,
+    STEP: tl.constexpr, PULL: tl.constexpr, ENCODE: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
+    STATE: tl.constexpr = alpha.dtype.element_ty
+    scan = sizes(scan, ALIGN)
+    slot, block = program(scan, BD)
+    if slot < scan.slots:
+        at = place(scan, offsets, slot, block, BD)
+        eps = tl.full((), epsilon, STATE)
+        opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
+        factor = tl.full((BD,), 1.0, STATE)
+        offset = tl.zeros((BD,), STATE)
+        for first in range(at.begin, at.end, WORD):
+            word = tl.zeros((BD,), tl.int32)
+            for j in tl.static_range(0, WORD, TILE):
+                tile = load_tile(opened, at, first + j, STATE, CHANNELS, TILE)
+                for i in tl.static_range(TILE):
+                    valid = first + j + i < at.end
+                    x = inputs_at(tile, i)
+                    offset = tl.where(valid, STEP(x, offset, eps), offset)
+                    factor = tl.where(valid, PULL(x, factor, eps), factor)
+                    if EVENTS:
+                        word = word | (ENCODE(x) << (2 * (j + i)))
+            if EVENTS:
+                put(events, word_row(scan, at, first), at, word, at.mask)
+        put(factors, slot, at, factor, at.mask)
+        put(sums, slot, at, offset, at.mask)
+
+
+# ------------------------------------------------------------------------- between segments
+
+
+@triton.jit
+def map_row(base, k, count, flip):
+    return base + tl.where(flip != 0, count - 1 - k, k)
+
+
+@triton.jit
+def load_maps(factors, sums, at, base, k, end, count, flip, TILE: tl.constexpr):
+    """TILE affine maps from the k-th of `count` on, in the order of the walk; the identity from `end` on."""
+    maps = ()
+    for i in tl.static_range(TILE):
+        row = map_row(base, k + i, count, flip)
+        mask = when(k + i < end, at.mask)
+        maps = maps + ((get(factors, row, at, mask, 1.0), get(sums, row, at, mask, 0.0)),)
+    return maps
+
+
+@triton.jit
+def fold(
+    scan, walk, offsets, factors, sums, group_factors, group_sums,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Groups of segments as one affine map each, [B * groups, D]. Not for packed sequences."""
+    scan = sizes(scan, ALIGN)
+    item, block = program(scan, BD)
+    groups = size(walk.groups)
+    if item < scan.sequences * groups:
+        count = scan.slots // scan.sequences
+        base = (item // groups) * count
+        at = place(scan, offsets, base, block, BD)
+        begin = (item % groups) * size(walk.per_group)
+        end = tl.minimum(begin + size(walk.per_group), count)
+        factor = tl.full((BD,), 1.0, factors.dtype.element_ty)
+        offset = tl.zeros((BD,), factors.dtype.element_ty)
+        for k in range(begin, end, TILE):
+            maps = load_maps(factors, sums, at, base, k, end, count, size(walk.flip), TILE)
+            for i in tl.static_range(TILE):
+                offset = apply(maps[i][0], maps[i][1], offset)
+                factor = maps[i][0] * factor
+        put(group_factors, item, at, factor, at.mask)
+        put(group_sums, item, at, offset, at.mask)
+
+
+@triton.jit
+def carry(
+    scan, walk, offsets, alpha, initial, factors, sums, group_factors, group_sums, entries, final_state,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The state that enters each segment, and the one that leaves the last.
+
+    A program walks the maps of the groups before its own, then those of its own segments. A packed sequence is one
+    group. From the right (flip) it is the adjoint that is carried, and alpha has no part.
+    """
+    scan = sizes(scan, ALIGN)
+    item, block = program(scan, BD)
+    groups = size(walk.groups)
+    n = item // groups
+    if n < scan.sequences:
+        group = item % groups
+        base = first_slot(scan, offsets, n)
+        at = place(scan, offsets, base, block, BD)
+        index, _, length = bounds(scan, offsets, n)
+        flip = size(walk.flip)
+        count = (length + scan.segment - 1) // scan.segment
+        begin = group * size(walk.per_group)
+        end = tl.where(groups == 1, count, tl.minimum(begin + size(walk.per_group), count))
+        s = get(initial, index, at, when(scan.has_initial != 0, at.mask), 0.0)
+        if flip == 0:
+            scale = load_alpha(alpha, scan, at)
+            s = tl.where(when(length > 0, scale != scale), scale, s)
+        for k in range(0, group, TILE):
+            maps = load_maps(group_factors, group_sums, at, n * groups, k, group, groups, 0, TILE)
+            for i in tl.static_range(TILE):
+                s = apply(maps[i][0], maps[i][1], s)
+        for k in range(begin, end, TILE):
+            maps = load_maps(factors, sums, at, base, k, end, count, flip, TILE)
+            for i in tl.static_range(TILE):
+                put(entries, map_row(base, k + i, count, flip), at, s, when(k + i < end, at.mask))
+                s = apply(maps[i][0], maps[i][1], s)
+        if end == count:
+            put(final_state, index, at, s, at.mask)
+
+
+# ------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def summarize_adjoint(
+    inputs, scan, offsets, alpha, events, grad_h, factors, sums, epsilon: tl.float64,
+    PULL: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
+    TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Each segment as the affine map from what its right end receives to what its left end passes on."""
+    STATE: tl.constexpr = alpha.dtype.element_ty
+    scan = sizes(scan, ALIGN)
+    slot, block = program(scan, BD)
+    if slot < scan.slots:
+        at = place(scan, offsets, slot, block, BD)
+        eps = tl.full((), epsilon, STATE)
+        scale = load_alpha(alpha, scan, at)
+        opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
+        opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
+        factor = tl.full((BD,), 1.0, STATE)
+        m = tl.zeros((BD,), STATE)
+        words = (at.end - at.begin + WORD - 1) // WORD
+        for w in range(0, words):
+            first = at.begin + (words - 1 - w) * WORD
+            if EVENTS:
+                word = get(events, word_row(scan, at, first), at, at.mask, 0)
+            for j in tl.static_range(WORD // TILE - 1, -1, -1):
+                step = first + j * TILE
+                grads = load_tile(opened_grad, at, step, STATE, 0, TILE)
+                if not EVENTS:
+                    tile = load_tile(opened, at, step, STATE, CHANNELS, TILE)
+                for i in tl.static_range(TILE - 1, -1, -1):
+                    valid = step + i < at.end
+                    lam = scale * grads[0][i] + m
+                    if EVENTS:
+                        code = (word >> (2 * (j * TILE + i))) & 3
+                        m = tl.where(valid, PULL_EVENT(code, lam, eps), m)
+                        factor = tl.where(valid, PULL_EVENT(code, factor, eps), factor)
+                    else:
+                        x = inputs_at(tile, i)
+                        m = tl.where(valid, PULL(x, lam, eps), m)
+                        factor = tl.where(valid, PULL(x, factor, eps), factor)
+        put(factors, slot, at, factor, at.mask)
+        put(sums, slot, at, m, at.mask)
+
+
+@triton.jit
+def advance(
+    s, opened, events, scan, at, step, eps, STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The state after TILE steps, which lie within the segment."""
+    if EVENTS:
+        word = get(events, word_row(scan, at, step), at, at.mask, 0) >> (2 * (step % WORD)).to(tl.int32)
+        for i in tl.static_range(TILE):
+            s = STEP_EVENT((word >> (2 * i)) & 3, s, eps)
+    else:
+        tile = load_tile(opened, at, step, s.dtype, CHANNELS, TILE)
+        for i in tl.static_range(TILE):
+            s = STEP(inputs_at(tile, i), s, eps)
+    return s
+
+
+@triton.jit
+def backward(
+    inputs, scan, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
+    epsilon: tl.float64, surrogate_scale: tl.float64,
+    STEP: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr,
+    CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the inputs; without a split also that of the initial state; and sums over the segment.
+
+    grad_final: what the right end receives, [slots, D] where there is a split, else [N, D].
+    partial:    [1 + inputs, slots, D], row 0 of alpha and row 1 + i of input i if it comes per channel.
+
+    Chunk by chunk from the right. From the state saved at the chunk's start follow those at its words, which registers
+    hold; from these the state before each tile; and from this the states within it.
+    """
+    STATE: tl.constexpr = alpha.dtype.element_ty
+    WORDS: tl.constexpr = CHUNK // WORD
+    TILES: tl.constexpr = WORD // TILE
+    scan = sizes(scan, ALIGN)
+    slot, block = program(scan, BD)
+    if slot < scan.slots:
+        at = place(scan, offsets, slot, block, BD)
+        eps = tl.full((), epsilon, STATE)
+        k_scale = tl.full((), surrogate_scale, STATE)
+        scale = load_alpha(alpha, scan, at)
+        opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
+        opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
+        opened_dx = ()
+        for k in tl.static_range(len(inputs)):
+            if CHANNELS >> k & 1:
+                opened_dx = opened_dx + ((0, 0),)
+            else:
+                opened_dx = opened_dx + (rows_of(grads[k], scan, at, ALIGN),)
+        m = get(grad_final, tl.where(scan.segment != 0, slot, at.index), at, at.mask, 0.0)
+        sum_alpha = tl.zeros((BD,), STATE)
+        sums = repeated(sum_alpha, len(inputs))
+        chunks = (at.end - at.begin + CHUNK - 1) // CHUNK
+        for c in range(0, chunks):
+            chunk = at.begin + (chunks - 1 - c) * CHUNK
+            tiles = (tl.minimum(at.end - chunk, CHUNK) + TILE - 1) // TILE
+            if chunk > 0:
+                s = get(checkpoints, checkpoint_row(scan, at, chunk, CHUNK), at, at.mask, 0.0)
+            else:
+                s = enter(initial, scan, at)
+            states = repeated(s, WORDS)
+            for w in range(0, (tiles - 1) // TILES):
+                for r in range(w * TILES, (w + 1) * TILES):
+                    s = advance(
+                        s, opened, events, scan, at, chunk + r * TILE, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE
+                    )
+                states = replaced(states, w + 1, s)
+            for from_right in range(0, tiles):
+                tile = tiles - 1 - from_right
+                s = pick(states, tile // TILES)
+                for r in range(tile // TILES * TILES, tile):
+                    s = advance(
+                        s, opened, events, scan, at, chunk + r * TILE, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE
+                    )
+                first = chunk + tile * TILE
+                inputs_tile = load_tile(opened, at, first, STATE, CHANNELS, TILE)
+                grad_tile = load_tile(opened_grad, at, first, STATE, 0, TILE)
+                within = (s,)
+                for i in tl.static_range(TILE):
+                    within = within + (STEP(inputs_at(inputs_tile, i), within[i], eps),)
+                for i in tl.static_range(TILE - 1, -1, -1):
+                    valid = first + i < at.end
+                    x = inputs_at(inputs_tile, i)
+                    g = grad_tile[0][i]
+                    lam = scale * g + m
+                    dx = VJP(x, within[i], lam, eps, k_scale)
+                    m = tl.where(valid, PULL(x, lam, eps), m)
+                    sum_alpha += tl.where(valid, g * within[i + 1], 0.0)
+                    totals = ()
+                    for k in tl.static_range(len(inputs)):
+                        if CHANNELS >> k & 1:
+                            totals = totals + (sums[k] + tl.where(valid, dx[k], 0.0),)
+                        else:
+                            totals = totals + (sums[k],)
+                            row = opened_dx[k][0] + (first + i) * opened_dx[k][1]
+                            tl.store(row, dx[k], mask=when(valid, at.mask))
+                    sums = totals
+        if scan.segment == 0:
+            put(grad_initial, at.index, at, m, at.mask)
+        if scan.has_alpha != 0:
+            put(partial, slot, at, sum_alpha, at.mask)
+        for k in tl.static_range(len(inputs)):
+            if CHANNELS >> k & 1:
+                put(partial, (1 + k) * scan.slots + slot, at, sums[k], at.mask)

@@ -1,0 +1,583 @@
+"""What the ops are to the rest of torch: opcheck, compile, export, autocast, torch.func, saved memory, processes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import mru_kernels as mk
+from mru_kernels import backends, checks, ops
+from mru_kernels.cells import bmru as bmru_module
+from mru_kernels.cells.bmru import bmru_packed
+
+CELL = bmru_module.CELL
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def raw_arguments(variant: str, device: torch.device) -> tuple:
+    """Arguments of the forward op."""
+    words = variant.split()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(words[0], torch.float32)
+    batch, time, channels = (1 if "offsets" in words else 2), 150, 5
+
+    def leaf(*shape: int, seed: int) -> Tensor:
+        return draw(*shape, dtype=dtype, seed=seed, device=device).requires_grad_()
+
+    streams = [leaf(batch, time, channels, seed=i) for i in range(3 if "amplitude" in words else 2)]
+    channel = []
+    if "channel" in words:
+        channel = [leaf(channels, seed=8)]
+        del streams[1]
+    packed = len(streams) if "packed" in words else 0
+    if packed:
+        streams = [torch.cat(streams, -1).detach().requires_grad_()]
+    if "transposed" in words:
+        streams = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in streams]
+    offsets = torch.tensor([0, 0, 70, 70, 150], device=device) if "offsets" in words else None
+    sequences = 4 if "offsets" in words else batch
+    alpha = leaf(channels, seed=9) if "alpha" in words else None
+    state = leaf(sequences, channels, seed=10) if "state" in words else None
+    epsilon = torch.tensor(0.5, dtype=torch.float64)
+    segment = backends.CHUNK if "segments" in words else 0
+    call = (streams, channel, alpha, state, offsets, epsilon, 1.0, "reverse" in words)
+    return *call, packed, backends.CHUNK, segment, True
+
+
+VARIANTS = [
+    "fp32",
+    "fp32 alpha state",
+    "fp64 channel alpha state segments",
+    "bf16 amplitude alpha state reverse",
+    "fp16 channel amplitude segments",
+    "fp32 packed alpha",
+    "fp32 packed amplitude state segments",
+    "fp32 offsets state alpha reverse segments",
+    "fp32 offsets packed",
+    "fp32 transposed alpha",
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_opcheck(backend, device, variant):
+    arguments = raw_arguments(variant, device)
+    torch.library.opcheck(CELL.forward[backend], arguments)
+    results = CELL.forward[backend](*arguments)
+    h, final_state, checkpoints, events = (t.detach() for t in results)
+    inputs = (torch.ones_like(h), torch.ones_like(final_state), *arguments[:-1], checkpoints, events)
+    # Second derivatives raise, so nothing that requires grad goes into the backward op.
+    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+    torch.library.opcheck(CELL.backward[backend], frozen)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_raw_op_is_differentiable_by_itself(backend, device, variant):
+    """Through the dispatcher, with boundary states saved or not, as through the public function."""
+    *arguments, _ = raw_arguments(variant, device)
+    leaves = ops._differentiable_inputs((*arguments, True))
+
+    def grads(save: bool):
+        h, final_state, *_ = CELL.forward[backend](*arguments, save)
+        return torch.autograd.grad(h.float().square().sum() + final_state.sum(), leaves)
+
+    for one, other in zip(grads(True), grads(False), strict=True):
+        assert one.shape == other.shape
+        assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------------ compile, export
+
+
+def results_and_grads(op, *inputs: Tensor, **settings) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    h, final_state = op(*leaves, **settings)
+    loss = h.float().square().sum() + final_state.square().sum()
+    return [h.detach(), final_state.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def recompiling_fails():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_dynamic_time(backend, device, recompiling_fails, compiler):
+    def op(candidate, threshold, state, alpha, epsilon):
+        return mk.bmru(candidate, threshold, state, epsilon=epsilon, alpha=alpha, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=compiler)
+    times = (200, 150, 333, 1000) if compiler == "aot_eager" else (200, 150)
+    for i, time in enumerate(times):
+        inputs = [draw(2, time, 5, seed=i, device=device), draw(2, time, 5, seed=9 + i, device=device)]
+        inputs += [draw(2, 5, device=device), draw(5, device=device)]
+        epsilon = torch.tensor(0.25 * i)
+        assert_equal(
+            results_and_grads(lambda *x, e=epsilon: compiled(*x, e), *inputs),
+            results_and_grads(lambda *x, e=epsilon: op(*x, e), *inputs),
+        )
+
+
+def test_compile_with_dynamic_time_where_it_is_cut(backend, device, recompiling_fails):
+    """The length of a segment follows from T, and does not pin it."""
+    if backend != "cpu":
+        pytest.skip("the lengths are those at which the CPU backend cuts time")
+
+    def op(candidate, threshold):
+        return mk.bmru(candidate, threshold, epsilon=0.5, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for time in (70_000, 80_001, 120_000):
+        inputs = [draw(1, time, 1, device=device), draw(1, time, 1, seed=1, device=device)]
+        assert_equal(results_and_grads(compiled, *inputs), results_and_grads(op, *inputs))
+
+
+def test_twenty_epsilons_with_one_compilation(backend, device, recompiling_fails):
+    def op(candidate, threshold, *, epsilon):
+        return mk.bmru(candidate, threshold, epsilon=epsilon, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    inputs = [draw(2, 100, 5, device=device), draw(2, 100, 5, seed=1, device=device)]
+    epsilon = torch.zeros(())
+    seen = []
+    for i in range(20):
+        epsilon.fill_(i / 19)
+        got = results_and_grads(compiled, *inputs, epsilon=epsilon)
+        assert_equal(got, results_and_grads(op, *inputs, epsilon=epsilon))
+        seen.append(got[0])
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
+def test_compiled_code_refuses_an_epsilon_out_of_range(backend, device, value):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def op(candidate, threshold, epsilon):
+        return mk.bmru(candidate, threshold, epsilon=epsilon, backend=backend)
+
+    x = draw(1, 3, 2, device=device)
+    op(x, x, torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match="epsilon: expected a value in"):
+        op(x, x, torch.tensor(value))
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [[0, 2, 99], [0, 9, 2, 5], [-3, 2, 5], [0, 2, 4], [1, 5], [0, 2**40, 5], [0]], ids=str
+)
+def test_compiled_code_refuses_offsets_out_of_range(backend, device, cu_seqlens):
+    if device.type != "cpu":
+        pytest.skip("offsets on a device are clamped, not checked")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def op(candidate, threshold, cu_seqlens):
+        return mk.bmru(candidate, threshold, cu_seqlens=cu_seqlens, backend=backend)
+
+    x = draw(1, 5, 2)
+    op(x, x, torch.tensor([0, 2, 5]))
+    with pytest.raises(RuntimeError, match="cu_seqlens: expected"):
+        op(x, x, torch.tensor(cu_seqlens))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_of_packed_sequences_reverse_and_packed_gates(backend, device, packed):
+    def op(candidate, threshold, state, cu_seqlens):
+        others = {"reverse": True, "cu_seqlens": cu_seqlens, "epsilon": 1.0, "backend": backend}
+        if packed:
+            return bmru_packed(torch.cat([candidate, threshold], -1), state, **others)
+        return mk.bmru(candidate, threshold, state, **others)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for time in (130, 77):
+        inputs = [draw(1, time, 3, device=device), draw(1, time, 3, seed=1, device=device), draw(3, 3, device=device)]
+        offsets = torch.tensor([0, 50, 50, time], device=device)
+        assert_equal(
+            results_and_grads(lambda *x, o=offsets: compiled(*x, o), *inputs),
+            results_and_grads(lambda *x, o=offsets: op(*x, o), *inputs),
+        )
+
+
+class Op(torch.nn.Module):
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
+        self.alpha = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        self.register_buffer("epsilon", torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, candidate, threshold):
+        return mk.bmru(candidate, threshold, epsilon=self.epsilon, alpha=self.alpha, backend=self.backend)
+
+
+def test_export(backend, device):
+    module = Op(backend).to(device)
+    module.epsilon = module.epsilon.cpu()
+    inputs = (draw(2, 100, 3, device=device), draw(2, 100, 3, seed=1, device=device))
+    time = torch.export.Dim("time", min=70, max=1000)
+    program = torch.export.export(module, inputs, dynamic_shapes=({1: time}, {1: time}))
+    assert any(node.target is CELL.forward[backend] for node in program.graph.nodes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for length in (100, 71, 999):
+        inputs = (draw(2, length, 3, device=device), draw(2, length, 3, seed=1, device=device))
+        assert_equal(list(loaded(*inputs)), list(module(*inputs)))
+
+
+# ------------------------------------------------------------------------------------------------ autocast, modes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend, device, dtype):
+    c, b, m = (draw(2, 40, 3, seed=i, device=device) for i in range(3))
+    alpha, state = draw(3, device=device), draw(2, 3, device=device)
+
+    def op(c, b, m, alpha, state):
+        return mk.bmru(c, b, state, epsilon=0.5, amplitude=m, alpha=alpha, backend=backend)
+
+    with torch.autocast(device.type, dtype):
+        got = results_and_grads(op, c, b, m, alpha, state)
+        # as after a linear layer: streams of several dtypes meet
+        mixed = results_and_grads(op, c.to(dtype), b, m, alpha, state)
+        kept = results_and_grads(lambda *x: mk.bmru(*x, backend=backend), c.double(), b.double())
+    plain = results_and_grads(op, c.to(dtype), b.to(dtype), m.to(dtype), alpha, state)
+    assert got[0].dtype == dtype
+    assert got[1].dtype == torch.float32
+    assert [t.dtype for t in got[2:]] == [torch.float32] * 5  # gradients in the dtype of what was given
+    assert_equal([t.float() for t in got], [t.float() for t in plain])
+    assert_equal([t.float() for t in mixed], [t.float() for t in plain])
+    assert all(t.dtype == torch.float64 for t in kept)
+
+
+def test_autocast_leaves_a_threshold_per_channel_in_float32(backend, device):
+    candidate = torch.full((1, 1, 1), 0.30078125, device=device)  # a bfloat16 number
+    threshold = torch.full((1,), 0.301, device=device)  # a little more, and the same when rounded
+    assert threshold.bfloat16().item() == candidate.item()
+    with torch.autocast(device.type, torch.bfloat16):
+        h, _ = mk.bmru(candidate, threshold, backend=backend)
+    assert h.dtype == torch.bfloat16
+    assert h.item() == 0.0
+
+
+def test_grad_scaler(backend):
+    """A loss scaled up and gradients scaled down again; an overflow skips the step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight = torch.nn.Parameter(torch.tensor([0.5, 0.25]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    x = draw(2, 30, 2)
+    h, _ = mk.bmru(x * weight, torch.full((2,), 0.1), epsilon=0.5, backend=backend)
+    scaler.scale(h.square().mean()).backward()
+    scaler.unscale_(optimizer)
+    scaled = weight.grad.clone()
+    weight.grad = None
+    h, _ = mk.bmru(x * weight, torch.full((2,), 0.1), epsilon=0.5, backend=backend)
+    h.square().mean().backward()
+    assert torch.equal(scaled, weight.grad)  # scaled by a power of two
+
+
+def test_inference_mode_and_no_grad(backend, device):
+    c, b = draw(2, 90, 3, device=device).requires_grad_(), draw(2, 90, 3, seed=1, device=device)
+    expected = [t.detach() for t in mk.bmru(c, b, epsilon=0.5, backend=backend)]
+    with torch.no_grad():
+        assert_equal(list(mk.bmru(c, b, epsilon=0.5, backend=backend)), expected)
+    with torch.inference_mode():
+        got = mk.bmru(c, b, epsilon=0.5, backend=backend)
+        assert all(t.is_inference() for t in got)
+        assert_equal(list(got), expected)
+        x = draw(2, 90, 3, device=device)
+    assert_equal(list(mk.bmru(x, b, epsilon=0.5, backend=backend)), expected)  # inference tensors outside
+
+
+def test_a_model_that_was_evaluated_first_can_be_trained(backend, device):
+    """Nothing that a call keeps is an inference tensor."""
+    c, b = draw(2, 9, 3, device=device), draw(2, 9, 3, seed=1, device=device)
+    epsilon = 0.71828  # used nowhere else
+    with torch.inference_mode():
+        mk.bmru(c, b, epsilon=epsilon, backend=backend)
+    h, _ = mk.bmru(c.requires_grad_(), b, epsilon=epsilon, backend=backend)
+    h.sum().backward()
+
+
+def test_negated_view(backend, device):
+    """The imaginary part of a conjugate: a view whose memory holds the negative of its values."""
+    view = torch.randn(2, 40, 1, dtype=torch.complex64, device=device).conj().imag
+    assert view.is_neg()
+    plain = view.clone().resolve_neg().contiguous()
+    for op in (mk.bmru, lambda *x, **settings: mk.bmru(x[0], 0.5 * x[1], **settings)):
+        one = op(view, view, epsilon=1.0, backend=backend)
+        assert_equal(list(one), list(op(plain, plain, epsilon=1.0, backend=backend)))
+
+
+# ------------------------------------------------------------------------------------------------ torch.func
+
+
+def loss(c, b, state=None, **settings):
+    h, final_state = mk.bmru(c, b, state, epsilon=0.5, **settings)
+    return h.square().sum() + final_state.sum()
+
+
+@pytest.mark.parametrize(
+    ("in_dims", "shapes"),
+    [
+        ((0, 0, 0), [(4, 2, 70, 3), (4, 2, 70, 3), (4, 2, 3)]),
+        ((0, None, None), [(4, 2, 70, 3), (2, 70, 3), (2, 3)]),
+        ((None, 1, 0), [(2, 70, 3), (2, 4, 70, 3), (4, 2, 3)]),
+        ((3, 2, 1), [(2, 70, 3, 4), (2, 70, 4, 3), (2, 4, 3)]),
+        ((0, 0, None), [(4, 2, 70, 3), (4, 3), (2, 3)]),
+        ((0, None, None), [(4, 2, 70, 3), (3,), (2, 3)]),
+        ((None, 1, None), [(2, 70, 3), (3, 4), (2, 3)]),
+    ],
+    ids=str,
+)
+def test_vmap(backend, device, in_dims, shapes):
+    """Of the op, of its gradient, and the gradient through it, against a loop; thresholds per channel as well."""
+    inputs = [draw(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
+
+    def rows():
+        for i in range(4):
+            yield [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True)]
+
+    def op(*x):
+        return mk.bmru(*x, epsilon=0.5, backend=backend)
+
+    def op_loss(*x):
+        return loss(*x, backend=backend)
+
+    loop = [torch.stack(results) for results in zip(*(op(*row) for row in rows()), strict=True)]
+    assert_equal(list(torch.vmap(op, in_dims)(*inputs)), loop)
+
+    grad = torch.func.grad(op_loss, argnums=(0, 1, 2))
+    leaves = [[x.detach().requires_grad_() for x in row] for row in rows()]
+    grads = [torch.autograd.grad(op_loss(*row), row) for row in leaves]
+    loop = [torch.stack(each) for each in zip(*grads, strict=True)]
+    for got, expected in zip(torch.vmap(grad, in_dims)(*inputs), loop, strict=True):
+        torch.testing.assert_close(got, expected)
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    through = torch.autograd.grad(torch.vmap(op_loss, in_dims)(*leaves).sum(), leaves)
+    for got, expected, d in zip(through, loop, in_dims, strict=True):
+        torch.testing.assert_close(got, expected.sum(0) if d is None else expected.movedim(0, d))
+
+
+def test_vmap_of_packed_gates(backend, device):
+    gates = draw(4, 2, 70, 9, device=device)
+
+    def op(g, alpha):
+        return bmru_packed(g, alpha=alpha, amplitude=True, epsilon=0.5, backend=backend)
+
+    def op_loss(*x):
+        h, final_state = op(*x)
+        return h.square().sum() + final_state.sum()
+
+    alpha = draw(3, device=device)
+    loop = [torch.stack(results) for results in zip(*(op(g, alpha) for g in gates), strict=True)]
+    assert_equal(list(torch.vmap(op, (0, None))(gates, alpha)), loop)
+    assert_equal(list(torch.vmap(op, (3, None))(gates.movedim(0, 3), alpha)), loop)
+    leaf = gates.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(op_loss(g, alpha) for g in leaf), leaf)
+    got = torch.vmap(torch.func.grad(op_loss), (0, None))(gates, alpha)
+    assert torch.equal(got, expected)
+
+
+def test_vmap_refuses_to_map_offsets(backend, device):
+    x, offsets = draw(1, 5, 2, device=device), torch.tensor([[0, 5], [0, 5]], device=device)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.vmap(lambda o: mk.bmru(x, x, cu_seqlens=o, backend=backend))(offsets)
+
+
+def test_gradients_outside_a_transform(backend, device):
+    """The value that `grad_and_value` returns is itself differentiable, by autograd and by an outer transform."""
+    x, b = draw(2, 50, 3, device=device), draw(2, 50, 3, seed=1, device=device)
+    weight = draw(3, seed=2, device=device).requires_grad_()
+
+    def op_loss(w):
+        return loss(x * w, b, backend=backend)
+
+    (expected,) = torch.autograd.grad(op_loss(weight), weight)
+    grad, value = torch.func.grad_and_value(op_loss)(weight)
+    assert torch.equal(grad, expected)
+    assert torch.equal(torch.autograd.grad(value, weight)[0], expected)
+
+    def inner(w):
+        return torch.func.grad_and_value(lambda one: one * op_loss(w))(torch.ones((), device=device))[1]
+
+    assert torch.equal(torch.func.grad(inner)(weight.detach()), expected)
+
+
+def test_jacobian_by_rows(backend, device):
+    c, b = draw(1, 6, 2, device=device), draw(1, 6, 2, seed=1, device=device)
+
+    def op(c):
+        return mk.bmru(c, b, epsilon=0.5, backend=backend)[0]
+
+    expected = torch.autograd.functional.jacobian(op, c)
+    torch.testing.assert_close(torch.func.jacrev(op)(c), expected)
+
+
+def test_forward_mode_raises(backend, device):
+    c, b = draw(2, 20, 3, device=device), draw(2, 20, 3, seed=1, device=device)
+
+    def op(c):
+        return mk.bmru(c, b, backend=backend)[0]
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(op, (c,), (c,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        op(torch.autograd.forward_ad.make_dual(c, c))
+
+
+def test_second_derivative_raises_under_torch_func(backend, device):
+    c, b = draw(2, 20, 3, device=device), draw(2, 20, 3, seed=1, device=device)
+
+    def op_loss(c):
+        return loss(c, b, backend=backend)
+
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.grad(lambda c: torch.func.grad(op_loss)(c).sum())(c)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.grad(op_loss)(c.requires_grad_()).sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("dtype", checks.STREAM_DTYPES, ids=str)
+@pytest.mark.parametrize("segment", [0, 128])
+def test_saved_memory(backend, device, dtype, segment, monkeypatch):
+    """Beyond the inputs, boundary states of at most 1/32 of a stream; with segments, 2 bits of events an element."""
+    monkeypatch.setattr(backends.TABLE[backend].module, "segment", lambda *sizes: segment)
+    shape = (2, 1000, 16)
+    c, b = (draw(*shape, dtype=dtype, seed=i, device=device).requires_grad_() for i in range(2))
+    alpha, state = draw(16, device=device).requires_grad_(), draw(2, 16, device=device).to(ops.state_dtype(dtype))
+    epsilon = torch.tensor(0.5, dtype=torch.float64)
+    given = {t.data_ptr() for t in (c, b, alpha, state, epsilon)}
+    saved = {}
+
+    def pack(t):
+        if t.data_ptr() not in given:
+            saved[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h, _ = mk.bmru(c, b, state, epsilon=epsilon, alpha=alpha, backend=backend)
+    events = sum(t.nbytes for t in saved.values() if t.dtype == torch.int32)
+    states = sum(t.nbytes for t in saved.values() if t.dtype != torch.int32)
+    assert 0 < states <= c.nbytes / 32
+    words = shape[1] // 16 + 1
+    assert events == (4 * shape[0] * words * shape[2] if segment else 0)
+    h.float().sum().backward()
+
+
+def test_nothing_is_saved_without_gradients(backend, device):
+    """A call whose inputs need no gradient computes no boundary states."""
+    x = draw(1, 1000, 4, device=device)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            results = func(*args, **(kwargs or {}))
+            if func is CELL.forward[backend]:
+                seen.append(results)
+            return results
+
+    with Watch():
+        mk.bmru(x, x, backend=backend)
+        mk.bmru(x.clone().requires_grad_(), x, backend=backend)
+    without, with_ = seen
+    assert without[2].numel() == 0
+    assert with_[2].numel() > 0
+
+
+def test_saved_inputs_may_not_be_changed_before_the_backward(backend, device):
+    x = draw(1, 10, 2, device=device)
+    weight = torch.ones(2, device=device, requires_grad=True)
+    candidate = x * weight
+    h, _ = mk.bmru(candidate, x, backend=backend)
+    candidate.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+def test_a_subset_of_gradients(backend, device):
+    """Whichever inputs require grad, each gets the same gradient; the others get none."""
+    shapes = [(2, 70, 3)] * 3 + [(3,), (2, 3)]
+    full = [draw(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
+
+    def grads(mask: int) -> list[Tensor | None]:
+        c, b, m, alpha, state = leaves = [t.clone().requires_grad_(bool(mask >> i & 1)) for i, t in enumerate(full)]
+        h, final_state = mk.bmru(c, b, state, epsilon=0.5, alpha=alpha, amplitude=m, backend=backend)
+        (h.square().sum() + final_state.sum()).backward()
+        return [t.grad for t in leaves]
+
+    whole = grads(0b11111)
+    for mask in range(1, 31):
+        for i, grad in enumerate(grads(mask)):
+            assert (grad is not None) == bool(mask >> i & 1)
+            assert grad is None or torch.equal(grad, whole[i])
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_result_alone_has_gradients(backend, device, used):
+    c, b = (draw(2, 70, 3, seed=i, device=device).requires_grad_() for i in range(2))
+    results = mk.bmru(c, b, epsilon=0.5, backend=backend)
+    alone = torch.autograd.grad(results[used].sum(), (c, b), retain_graph=True)
+    weights = [torch.full_like(t, float(i == used)) for i, t in enumerate(results)]
+    assert_equal(list(alone), list(torch.autograd.grad(results, (c, b), weights)))
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def _train(rank: int, world: int, file: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    model = _model()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for x in _batches():
+        optimizer.zero_grad()
+        ddp(x[rank::world])[0].square().mean().backward()
+        optimizer.step()
+    if rank == 0:
+        alone = _model()
+        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+        for x in _batches():
+            optimizer.zero_grad()
+            alone(x)[0].square().mean().backward()
+            optimizer.step()
+        for (name, one), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
+        start = dict(_model().named_parameters())
+        assert not any(torch.equal(start[name], p) for name, p in model.named_parameters())
+    torch.distributed.destroy_process_group()
+
+
+def _model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return mk.BMRU(5, 8, 2, epsilon=0.5, bidirectional=True)
+
+
+def _batches() -> Tensor:
+    return draw(3, 8, 70, 5)
+
+
+@pytest.mark.check
+def test_two_processes_train_as_one(tmp_path):
+    """DistributedDataParallel over gloo."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.multiprocessing.spawn(_train, (2, str(tmp_path / "rendezvous")), nprocs=2)

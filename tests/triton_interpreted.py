@@ -1,0 +1,219 @@
+"""What only Triton's interpreter can show. Run by test_triton.py, where TRITON_INTERPRET=1 is set in time.
+
+Addresses are recorded at every load and store: bytes are counted, and bounds are checked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from mru_kernels.backends import CHUNK
+from mru_kernels.backends import triton as backend
+from mru_kernels.cells.bmru import CELL
+
+WORD = 16
+
+
+class Traffic:
+    """Distinct addresses of 1 byte that each launch read and wrote: what has to come from memory and go there."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, dict[str, set[int]]]] = []
+
+    def bytes_in(self, how: str, *tensors: torch.Tensor) -> int:
+        """Bytes of the tensors' memory that launches loaded or stored, a byte once a launch."""
+        total = 0
+        for _, touched in self.launches:
+            addresses = np.fromiter(touched[how], np.uint64, len(touched[how]))
+            for t in tensors:
+                begin = np.uint64(t.untyped_storage().data_ptr())
+                end = begin + np.uint64(t.untyped_storage().nbytes())
+                total += int(((addresses >= begin) & (addresses < end)).sum())
+        return total
+
+    def all_bytes(self) -> int:
+        return sum(len(addresses) for _, touched in self.launches for addresses in touched.values())
+
+
+@contextmanager
+def recorded():
+    """Traffic of what is launched within."""
+    traffic = Traffic()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    before = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def record(how, pointers, mask):
+        element = pointers.get_element_ty().primitive_bitwidth // 8
+        first = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        first = first[np.broadcast_to(mask.data, first.shape).astype(bool)]
+        traffic.launches[-1][1][how].update((first[:, None] + np.arange(element, dtype=np.uint64)).ravel().tolist())
+
+    def load(self, pointers, mask, *rest):
+        record("load", pointers, mask)
+        return before[0](self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        record("store", pointers, mask)
+        return before[1](self, pointers, value, mask, *rest)
+
+    def launch(self, *arguments, **keywords):
+        traffic.launches.append((self.fn.__name__, defaultdict(set)))
+        return before[2](self, *arguments, **keywords)
+
+    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, launch
+    try:
+        yield traffic
+    finally:
+        builder.create_masked_load, builder.create_masked_store, executor.__call__ = before
+
+
+def arguments_of(streams, segment, *, cu_seqlens=None, alpha=None, initial_state=None, channel=(), reverse=False):
+    epsilon = torch.tensor(0.5, dtype=torch.float64)
+    return (streams, list(channel), alpha, initial_state, cu_seqlens, epsilon, 1.0, reverse, 0, CHUNK, segment)
+
+
+def run(arguments, grad_h, grad_final, save=True):
+    """Forward and backward on the Triton backend: results, gradients, and the traffic of each."""
+    with torch.no_grad():
+        with recorded() as forward:
+            results = CELL.forward["triton"](*arguments, save)
+        with recorded() as backward:
+            grads = CELL.backward["triton"](grad_h, grad_final, *arguments, *results[2:])
+    return results, grads, forward, backward
+
+
+# Steps of a segment, 0 where sequences are scanned whole; dtype; whether there is an amplitude.
+FORMS = [
+    *((0, "bfloat16", False), (64, "float32", False), (64, "bfloat16", False)),
+    *((0, "float32", True), (64, "float32", True)),
+]
+
+
+@pytest.mark.parametrize(("segment", "dtype", "amplitude"), FORMS)
+def test_traffic_is_the_budget(segment, dtype, amplitude):
+    """Streams in and out: the floor, plus one stream where time is cut (backward, as events replace the gates), plus
+    half a byte a step and channel of events; and states: of boundaries, and at most eight rows a segment and pass.
+    """
+    batch, time, channels = 1, 2 * 64 + 16, 40
+    streams = [torch.randn(batch, time, channels).to(getattr(torch, dtype)) for _ in range(3 if amplitude else 2)]
+    grad_h = torch.randn_like(streams[0])
+    (h, final_state, _, events), grads, forward, backward = run(
+        arguments_of(streams, segment), grad_h, torch.randn(batch, channels)
+    )
+    steps = batch * time * channels
+    stream = steps * h.element_size()
+    gates = len(streams)
+    passes = 1 if not segment or not amplitude else 2  # without events a cut makes every pass over the gates two
+
+    assert forward.bytes_in("load", *streams) == passes * gates * stream
+    assert forward.bytes_in("store", h) == stream
+    assert backward.bytes_in("load", *streams) == passes * gates * stream
+    assert backward.bytes_in("load", grad_h) == (2 if segment else 1) * stream
+    assert backward.bytes_in("store", *grads) == gates * stream
+    once = steps // 4 if segment and not amplitude else 0
+    assert forward.bytes_in("store", events) == forward.bytes_in("load", events) == once
+    # Events are read by the adjoint's summary and, but for the last step of a chunk's last word, by the gradients.
+    assert once <= backward.bytes_in("load", events) <= 2 * once
+
+    row = channels * final_state.element_size()
+    slots = batch * -(-time // segment) if segment else 0
+    states = 8 * slots * row + 2 * batch * row + batch * 2 * row + 16 * batch
+    floor = stream * (passes * gates + 1)
+    assert 0 <= forward.all_bytes() - floor - 2 * once <= states
+    floor = stream * (passes * gates + (2 if segment else 1) + gates)
+    assert 0 <= backward.all_bytes() - floor - 2 * once <= states
+
+
+@pytest.mark.parametrize("segment", [0, 64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_offsets_are_not_trusted(segment, reverse):
+    """Where offsets are wrong, so are results; but no load or store leaves the tensors."""
+    time, channels = 100, 8
+    for offsets in ([5, -3, 1000, 2], [0, 90, 20, 100], [2**40, -(2**40)]):
+        cu_seqlens = torch.tensor(offsets)
+        n = len(offsets) - 1
+        streams = [torch.randn(1, time, channels) for _ in range(2)]
+        alpha, initial_state = torch.ones(channels), torch.zeros(n, channels)
+        grad_h, grad_final = torch.randn(1, time, channels), torch.randn(n, channels)
+        arguments = arguments_of(
+            streams, segment, cu_seqlens=cu_seqlens, alpha=alpha, initial_state=initial_state, reverse=reverse
+        )
+        made: list[torch.Tensor] = []
+        empty = torch.Tensor.new_empty
+
+        def keep_empty(self, *sizes, made=made, empty=empty, **keywords):
+            made.append(empty(self, *sizes, **keywords))
+            return made[-1]
+
+        torch.Tensor.new_empty = keep_empty
+        try:
+            results, grads, *traffic = run(arguments, grad_h, grad_final)
+        finally:
+            torch.Tensor.new_empty = empty
+        known = [*streams, alpha, initial_state, grad_h, grad_final, cu_seqlens, *results, *grads, *made]
+        spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in known}
+        for launches in traffic:
+            for name, touched in launches.launches:
+                addresses = np.array(sorted(set().union(*touched.values())), dtype=np.uint64)
+                inside = np.zeros(len(addresses), dtype=bool)
+                for begin, size in spans:
+                    inside |= (addresses >= np.uint64(begin)) & (addresses < np.uint64(begin + size))
+                assert inside.all(), (name, offsets)
+
+
+@pytest.mark.parametrize("segment", [0, 64])
+def test_offsets_beyond_32_bits(segment):
+    """Views of little memory whose strides over batch and time take elements beyond 2^31, forwards and backwards."""
+    channels, time = 4, 66
+    far = 2**31 + 8
+    memory = torch.empty(far + 2**24, dtype=torch.bfloat16)  # untouched but for what the views hold
+
+    def view(offset: int, stride: int) -> torch.Tensor:
+        t = memory.as_strided((2, time, channels), (far, stride, 1), offset)
+        return t.copy_(torch.randn(2, time, channels))
+
+    streams = [view(0, 1024), view(8, 1024)]
+    grad_h, grad_final = view(16, 1024), torch.randn(2, channels)
+    steps = memory.as_strided((1, 3, channels), (0, far // 2, 1), 24)
+    for given, g, f, reverse in (
+        (streams, grad_h, grad_final, True),
+        ([steps.copy_(torch.randn(1, 3, channels))] * 2, steps, grad_final[:1], False),
+    ):
+        near = [t.clone(memory_format=torch.contiguous_format) for t in given]
+        results, grads, *_ = run(arguments_of(given, segment, reverse=reverse), g, f)
+        expected, expected_grads, *_ = run(arguments_of(near, segment, reverse=reverse), g.clone(), f)
+        for a, b in zip([*results[:2], *grads], [*expected[:2], *expected_grads], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_of_segments(monkeypatch, dtype):
+    """Where segments are so many that groups of them are walked over first, states stay the same."""
+    time, channels = 5 * 64 + 3, 4
+    streams = [torch.randn(2, time, channels, dtype=dtype) for _ in range(2)]
+    alpha, initial_state = torch.randn(channels).to(dtype), torch.randn(2, channels).to(dtype)
+    grad_h, grad_final = torch.randn_like(streams[0]), torch.randn(2, channels, dtype=dtype)
+    arguments = arguments_of(streams, 64, alpha=alpha, initial_state=initial_state)
+    (h, final_state, *_), grads, *_ = run(arguments, grad_h, grad_final)
+    monkeypatch.setattr(backend, "_WALK", 1)
+    (grouped_h, grouped_final, *_), grouped_grads, forward, backward = run(arguments, grad_h, grad_final)
+    for traffic in (forward, backward):
+        assert "fold" in [name for name, _ in traffic.launches]
+    for a, b in zip([h, final_state, *grads], [grouped_h, grouped_final, *grouped_grads], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=1e-6)
+
+
+def test_segments_are_a_function_of_sizes():
+    cpu = torch.device("cpu")
+    for sequences, time, channels in ((8, 4096, 2048), (32, 2048, 512), (1, 2**20, 64), (1, 2**31, 1), (3, 300, 5)):
+        steps = backend.segment(sequences, time, channels, cpu)
+        assert steps % CHUNK == 0
+        assert 2 * CHUNK <= steps < time
+    for whole in ((1024, 4096, 512), (1, 255, 64), (0, 4096, 4), (4, 4096, 0), (1, 0, 1)):
+        assert backend.segment(*whole, cpu) == 0

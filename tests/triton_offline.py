@@ -1,0 +1,230 @@
+"""Compiles the Triton kernels where there is no GPU, and reads what came out: `python -m tests.triton_offline`.
+
+The variants are those that mru_kernels.backends.triton can launch: a kernel, a dtype, a set of inputs, and whether
+rows are aligned to 16 bytes. The binaries' disassembly (cuobjdump and nvdisasm, which Triton brings, and llvm-objdump's
+notes for AMD in the assembly itself) gives registers, spills, the width of loads and stores, and barriers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: str
+    arch: str = "sm_90"
+    dtype: str = "fp32"
+    inputs: int = 2
+    per_channel: bool = False  # whether the second input is [D]
+    events: bool = False
+    aligned: bool = True
+
+    @property
+    def row_bits(self) -> int:
+        """What a lane loads of a stream's row at once."""
+        from mru_kernels.backends import triton as backend
+
+        return 64 if self.kernel in backend.BY_STATE and BYTES[self.dtype] == 2 else 128
+
+    @property
+    def name(self) -> str:
+        words = [self.kernel, self.dtype]
+        if self.kernel not in ("fold", "carry"):
+            words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
+            words += ["per channel"] * self.per_channel
+        return " ".join(words + ["unaligned"] * (not self.aligned))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a binary holds. Wide are global loads and stores of 128 bits, or of as much as a lane holds of a row."""
+
+    variant: Variant
+    registers: int
+    spilled: int  # bytes of local memory, and loads and stores of it
+    shared: int
+    loads: int
+    wide_loads: int
+    stores: int
+    wide_stores: int
+    barriers: int
+
+
+def variants() -> list[Variant]:
+    """Every variant for one architecture; for each of the others, one dtype of each width that differs in code."""
+    every = [v for dtype in BYTES for v in _of_dtype(dtype)]
+    every += [replace(v, aligned=False) for v in _of_dtype("bf16") if v.inputs == 2 and not v.per_channel]
+    some = [v for dtype in ("bf16", "fp32") for v in _of_dtype(dtype) if v.inputs == 2 and not v.per_channel]
+    return every + [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in some]
+
+
+def _of_dtype(dtype: str) -> Iterator[Variant]:
+    for inputs in (2, 3):
+        for per_channel in (False, True):
+            form = Variant("", dtype=dtype, inputs=inputs, per_channel=per_channel)
+            yield replace(form, kernel="forward")
+            yield replace(form, kernel="backward")
+            yield replace(form, kernel="summarize", events=inputs == 2)
+            if inputs == 3:
+                yield replace(form, kernel="summarize_adjoint")
+            else:
+                yield replace(form, kernel="backward", events=True)
+    # From events these two read no gate stream.
+    yield Variant("forward", dtype=dtype, events=True)
+    yield Variant("summarize_adjoint", dtype=dtype, events=True)
+    yield Variant("fold", dtype=dtype)
+    yield Variant("carry", dtype=dtype)
+
+
+def compile_variant(variant: Variant):
+    """Triton's result: `.asm` holds the stages."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mru_kernels.backends import CHUNK, triton_kernels
+    from mru_kernels.backends import triton as backend
+    from mru_kernels.backends.triton_cells import CELLS
+
+    kernel = getattr(triton_kernels, variant.kernel)
+    amd = variant.arch.startswith("gfx")
+    target = GPUTarget("hip", variant.arch, 64) if amd else GPUTarget("cuda", int(variant.arch[3:]), 32)
+    state = "fp64" if variant.dtype == "fp64" else "fp32"
+    element = BYTES[state if variant.kernel in backend.BY_STATE else variant.dtype]
+    vector = 16 // BYTES[variant.dtype]
+    tile = backend.tile(variant.kernel, variant.inputs, getattr(torch, "float64" if state == "fp64" else "float32"))
+    known = {
+        "EVENTS": variant.events,
+        "CHANNELS": 2 * variant.per_channel,
+        "CHUNK": CHUNK,
+        "ALIGN": vector if variant.aligned else 1,
+        "TILE": tile,
+        "BD": target.warp_size * 16 // element,
+    }
+    known |= {name.upper(): function for name, function in CELLS["bmru"]._asdict().items()}
+    streams = [triton_kernels.Stream(f"*{variant.dtype}", "i64", "i64")] * variant.inputs
+    if variant.per_channel:
+        streams[1] = triton_kernels.Stream(f"*{state}", "i64", "i64")
+    types = {
+        "inputs": tuple(streams), "grads": tuple(streams), "h": streams[0], "grad_h": streams[0],
+        "scan": triton_kernels.Scan(*["i64"] * len(triton_kernels.Scan._fields)),
+        "walk": triton_kernels.Walk(*["i64"] * len(triton_kernels.Walk._fields)),
+        "epsilon": "fp64", "surrogate_scale": "fp64", "events": "*i32", "offsets": "*i64",
+        **dict.fromkeys(known, "constexpr"),
+    }
+    signature = {name: types.get(name, f"*{state}") for name in kernel.arg_names}
+    places = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(places[name],): value for name, value in known.items() if name in places},
+        attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(signature.values()))},
+    )
+    return triton.compile(source, target=target, options=backend.OPTIONS)
+
+
+def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    for i, kind in enumerate(types):
+        if isinstance(kind, tuple):
+            yield from _pointers(kind, (*path, i))
+        elif kind.startswith("*"):
+            yield (*path, i)
+
+
+def examine(variant: Variant) -> Report:
+    """Compile a variant and read its binary."""
+    asm = compile_variant(variant).asm
+    return _amd(variant, asm["amdgcn"]) if "amdgcn" in asm else _nvidia(variant, asm["cubin"])
+
+
+def _nvidia(variant: Variant, cubin: bytes) -> Report:
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output([tools / "cuobjdump", "-res-usage", file.name])
+        listing = _output([tools / "nvdisasm", "-c", file.name])
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    count = lambda pattern: len(re.findall(pattern, listing))  # noqa: E731
+    return Report(
+        variant,
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"] + count(r"\b(?:LDL|STL)\b"),
+        shared=used["SHARED"],
+        loads=count(r"\bLDG\b"),
+        wide_loads=count(rf"\bLDG\.\S*(?:128|{variant.row_bits})"),
+        stores=count(r"\bSTG\b"),
+        wide_stores=count(rf"\bSTG\.\S*(?:128|{variant.row_bits})"),
+        barriers=count(r"\b(?:BAR|BARRIER|DEPBAR\.ALL)\b"),
+    )
+
+
+def _output(command: list) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _amd(variant: Variant, assembly: str) -> Report:
+    value = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # noqa: E731
+    count = lambda pattern: len(re.findall(pattern, assembly))  # noqa: E731
+    return Report(
+        variant,
+        registers=value("vgpr_count"),
+        spilled=value("vgpr_spill_count") + value("private_segment_fixed_size") + count(r"\bscratch_(?:load|store)"),
+        shared=value("group_segment_fixed_size"),
+        loads=count(r"\b(?:global|flat|buffer)_load_"),
+        wide_loads=count(rf"\b(?:global|flat|buffer)_load_dwordx(?:4|{variant.row_bits // 32})"),
+        stores=count(r"\b(?:global|flat|buffer)_store_"),
+        wide_stores=count(rf"\b(?:global|flat|buffer)_store_dwordx(?:4|{variant.row_bits // 32})"),
+        barriers=count(r"\bs_barrier"),
+    )
+
+
+def rows_read(variant: Variant, tile: int) -> int:
+    """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much."""
+    streams = 0 if variant.events and variant.kernel in ("forward", "summarize_adjoint") else variant.inputs
+    streams -= variant.per_channel and streams > 0
+    match variant.kernel:
+        case "forward" | "summarize":
+            return 16 * streams
+        case "summarize_adjoint":
+            return 16 * (streams + 1)
+        case "backward":
+            return tile * (streams * (1 if variant.events else 3) + 1)
+    return 2 * tile
+
+
+def reports(processes: int = 2) -> list[Report]:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        return list(pool.map(examine, variants()))
+
+
+def table(rows: list[Report]) -> str:
+    head = ("variant", "arch", "registers", "spilled", "shared", "loads", "wide", "stores", "wide", "barriers")
+    lines = [head]
+    for r in rows:
+        counts = (r.registers, r.spilled, r.shared, r.loads, r.wide_loads, r.stores, r.wide_stores, r.barriers)
+        lines.append((r.variant.name, r.variant.arch, *map(str, counts)))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET"):
+        raise SystemExit("TRITON_INTERPRET is set: kernels are not compiled then")
+    print(table(reports()))
