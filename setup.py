@@ -59,6 +59,15 @@ CPU_OBJECTS = {
     **{f"cpu_kernels_{isa}": ("csrc/cpu/kernels.cpp", [f"-DMRU_ISA={isa}", *ISA_FLAGS[isa]]) for isa in ISA_FLAGS},
 }
 
+# -fmad=false: as -ffp-contract=off. -prec-div=false: only surrogate slopes divide; a rounded division is a call.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+# csrc/cuda/scan.cu is compiled once per element type.
+CUDA_OBJECTS = {
+    f"cuda_scan_{element}": ("csrc/cuda/scan.cu", [f"-DMRU_ELEMENT={element}"])
+    for element in ("float32", "float64", "bfloat16", "float16")
+}
+
 
 def cuda_home():
     """Where CUDA is; None where there is no nvcc."""
@@ -125,6 +134,13 @@ class NinjaBuild(build_ext):
         objects = []
         for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})
+        if cuda:
+            objects += n.build("cuda_register.o", "cxx", str(ROOT / "csrc/cuda/register.cpp"))
+            n.variable("nvcc", [str(cuda / "bin/nvcc"), *NVCC_FLAGS, *gencode_flags()])
+            n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            for name, (source, own) in CUDA_OBJECTS.items():
+                objects += n.build(f"{name}.o", "nvcc", str(ROOT / source), variables={"own": own})
+            link += [str(next(cuda.glob("lib*/libcudart_static.a"))), "-ldl", "-lrt", "-lpthread"]
         n.rule("link", "$cxx $in $link -o $out")
         n.build(str(target), "link", objects, variables={"link": link})
 

@@ -4,9 +4,10 @@
 //   row        of a batch; a packed call has one          position  of the scan in a row: 0 is the first step scanned
 //   sequence   n; begins and ends inside a row            job       the positions that a thread scans (plan.h)
 //   span       a job's part of one sequence               tile      U steps, aligned: their loads are issued together
+//                                                                   (single steps at the ends of a span)
 //   s, m       state; a lambda of the step to the right   a, u      a job as one map: s -> a s + u; m -> a m + u
 //
-// Threads share nothing, except in `carry` and `reduce`. A NaN state stays NaN; nothing is multiplied by a factor 0.
+// Threads share nothing, except in `carry` and `reduce`; `backward` uses shared memory as room of each thread's own. A NaN state stays NaN; nothing is multiplied by a factor 0.
 #pragma once
 #include "memory.cuh"
 #include "plan.h"
@@ -35,6 +36,8 @@ struct Form {
     for (int i = 0; i < kInputs; ++i) count += !per_channel(i);
     return count;
   }();
+  // What `backward` sums over time: alpha's gradient, then that of each input that comes per channel.
+  static constexpr int kSums = 1 + kInputs - kStreams;
 };
 
 // Device memory that the launches of one call share.
@@ -46,9 +49,25 @@ struct Workspace {
   S* sums;    // [sum_rows, sums, D]
 };
 
+// What every kernel over channels is given.
+template <class S>
+struct Call {
+  Scan scan;
+  Plan plan;
+  Workspace<S> work;
+  Divisor across;  // D / W: the threads of a job
+};
+
 // ------------------------------------------------------------------------------------------------ where a thread is
 
-__device__ __forceinline__ int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+struct Place {
+  int64_t job, d;  // and the first of its W channels
+};
+template <class F>
+__device__ __forceinline__ Place place(const Call<typename F::S>& call) {
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, job = call.across(thread);
+  return {job, thread * F::W - job * call.scan.channels};
+}
 
 struct Span {
   int64_t row, sequence, begin, end;
@@ -64,7 +83,7 @@ class Spans {
       one_ = {job, job, 0, scan.time, true, true};
       if (scan.offsets) one_.row = 0, bounds(job, one_.begin, one_.end);
     } else {
-      const int64_t row = job / plan.segments, begin = job % plan.segments * scan.segment;
+      const int64_t row = plan.segments_divisor(job), begin = (job - row * plan.segments) * scan.segment;
       const int64_t end = begin + scan.segment < scan.time ? begin + scan.segment : scan.time;
       one_ = {row, row, begin, end, begin == 0, end == scan.time};
       packed_ = scan.offsets != nullptr;
@@ -159,6 +178,7 @@ template <class F>
 struct ChannelInputs {
   typename F::States value[F::kInputs];
 
+  ChannelInputs() = default;
   __device__ __forceinline__ ChannelInputs(const Scan& scan, int64_t d) {
 #pragma unroll
     for (int i = 0; i < F::kInputs; ++i)
@@ -167,29 +187,41 @@ struct ChannelInputs {
   }
 };
 
-// The steps of a tile that belong to the span.
-struct Valid {
-  int low, high;
-  __device__ __forceinline__ Valid(int64_t begin, int64_t end, int64_t position, int steps)
-      : low(begin > position ? int(begin - position) : 0),
-        high(end - position < steps ? int(end - position) : steps) {}
-  __device__ __forceinline__ bool operator()(int t) const { return low <= t && t < high; }
-};
+// Calls each<U>(position) for the aligned tiles in [begin, end), and each<1> for the steps before and after them.
+template <int U, class Each>
+__device__ __forceinline__ void for_tiles(int64_t begin, int64_t end, Each each) {
+  for (int64_t position = begin; position < end;) {
+    if (position % U == 0 && position + U <= end) each.template operator()<U>(position), position += U;
+    else each.template operator()<1>(position), position += 1;
+  }
+}
+template <int U, class Each>
+__device__ __forceinline__ void for_tiles_from_right(int64_t begin, int64_t end, Each each) {
+  for (int64_t position = end; position > begin;) {
+    if (position % U == 0 && position - U >= begin) each.template operator()<U>(position -= U);
+    else each.template operator()<1>(position -= 1);
+  }
+}
 
-// U steps of every stream input, as they lie in memory; valid steps only.
+// U steps of one stream, as they lie in memory.
+template <class F, int U>
+__device__ __forceinline__ void load_steps(const Row<const typename F::T>& stream, int64_t position,
+                                           Vector<typename F::T, F::W>* raw, int stride = 1) {
+  const typename F::T* at = stream.at(position);
+#pragma unroll
+  for (int t = 0; t < U; ++t, at = advance(at, stream.step))
+    raw[t * stride] = load<Traffic::kStream, F::W>(at);
+}
+
+// U steps of every stream input.
 template <class F, int U>
 struct Tile {
-  using Elements = Vector<typename F::T, F::W>;
-  Elements raw[U][F::kStreams];
+  Vector<typename F::T, F::W> raw[U][F::kStreams];
 
-  __device__ __forceinline__ void load_streams(const Scan& scan, int64_t row, int64_t d, int64_t position,
-                                               Valid valid) {
+  Tile() = default;
+  __device__ __forceinline__ Tile(const Scan& scan, int64_t row, int64_t d, int64_t position) {
     for_streams<F>([&](int i, int k) {
-      const Row<const typename F::T> stream(scan, scan.in[i].stream, row, d);
-      const typename F::T* at = stream.at(position);
-#pragma unroll
-      for (int t = 0; t < U; ++t, at += stream.step)
-        if (valid(t)) raw[t][k] = load<Traffic::kStream, F::W>(at);
+      load_steps<F, U>({scan, scan.in[i].stream, row, d}, position, &raw[0][k], F::kStreams);
     });
   }
   // The inputs of step t at channel w of the thread.
@@ -242,8 +274,9 @@ __device__ __forceinline__ typename F::States enter(const Scan& scan, const Span
 }
 
 // The row of `checkpoints` that holds the state entering a position, a multiple of the chunk > 0.
-__device__ __forceinline__ int64_t checkpoint_row(const Scan& scan, const Span& span, int64_t position) {
-  return span.row * scan.checkpoint_rows + position / scan.chunk - 1;
+__device__ __forceinline__ int64_t checkpoint_row(const Scan& scan, const Plan& plan, const Span& span,
+                                                  int64_t position) {
+  return span.row * scan.checkpoint_rows + plan.chunk_divisor(position) - 1;
 }
 
 // The codes of the 16 steps from a position on, a multiple of 16.
@@ -252,36 +285,64 @@ __device__ __forceinline__ int32_t* event_row(const Scan& scan, int64_t row, int
   return scan.events + (row * scan.event_rows + position / kEventsPerWord) * scan.channels + d;
 }
 template <class F>
-__device__ __forceinline__ Vector<int32_t, F::W> load_events(const Scan& scan, int64_t row, int64_t position,
-                                                             int64_t d) {
-  return load<Traffic::kEvents, F::W>(static_cast<const int32_t*>(event_row<F>(scan, row, position, d)));
-}
-template <class F>
 __device__ __forceinline__ void store_events(const Scan& scan, int64_t row, int64_t position, int64_t d,
                                              const Vector<int32_t, F::W>& words) {
   store<Traffic::kEvents>(event_row<F>(scan, row, position, d), words);
 }
 
+// The codes of a row as a thread comes past them.
+template <class F>
+class Events {
+ public:
+  // The codes from a position on, the first in the low bits.
+  __device__ __forceinline__ Vector<int32_t, F::W> at(const Scan& scan, int64_t row, int64_t position, int64_t d) {
+    const int64_t first = position / kEventsPerWord * kEventsPerWord;
+    if (first != first_) {
+      words_ = load<Traffic::kEvents, F::W>(static_cast<const int32_t*>(event_row<F>(scan, row, first, d)));
+      first_ = first;
+    }
+    Vector<int32_t, F::W> codes;
+#pragma unroll
+    for (int w = 0; w < F::W; ++w) codes.at[w] = words_.at[w] >> 2 * int(position - first);
+    return codes;
+  }
+
+ private:
+  Vector<int32_t, F::W> words_;
+  int64_t first_ = -1;
+};
+
 // Saves the states that enter the chunks of a span, as the scan comes past them.
 template <class F>
 struct Checkpoints {
   const Scan& scan;
+  const Plan& plan;
   const Span& span;
   const int64_t d;
   int64_t next;  // position of the next one
 
-  __device__ __forceinline__ Checkpoints(const Scan& scan, const Span& span, int64_t d)
-      : scan(scan), span(span), d(d), next(span.begin / scan.chunk * scan.chunk) {
+  __device__ __forceinline__ Checkpoints(const Scan& scan, const Plan& plan, const Span& span, int64_t d)
+      : scan(scan), plan(plan), span(span), d(d), next(plan.chunk_divisor(span.begin) * scan.chunk) {
     if (span.first || next < span.begin) next += scan.chunk;
   }
   __device__ __forceinline__ void pass(int64_t position, const typename F::States& s) {
     if (position != next) return;
     if (scan.checkpoints && position < span.end)
-      store_states<F>(scan.checkpoints, checkpoint_row(scan, span, position), scan.channels, d, s);
+      store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, position), scan.channels, d, s);
     next += scan.chunk;
   }
 };
 
+template <class F, int U>
+__device__ __forceinline__ void step_all(const typename F::Cell& cell, const Tile<F, U>& tile, int t,
+                                         const ChannelInputs<F>& channel, typename F::States& s) {
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) {
+    typename F::S x[F::kInputs];
+    tile.inputs(t, w, channel, x);
+    s.at[w] = cell.step(x, s.at[w]);
+  }
+}
 template <class F>
 __device__ __forceinline__ void store_h(typename F::T* at, const typename F::States& alpha,
                                         const typename F::States& s) {
@@ -295,10 +356,10 @@ __device__ __forceinline__ void store_h(typename F::T* at, const typename F::Sta
 
 // h, final states and checkpoints from the streams. Wide: whole sequences. Chunked: from the jobs' entry states.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads)
-    forward(const __grid_constant__ Scan scan, const __grid_constant__ Plan plan, Workspace<typename F::S> work) {
-  constexpr int U = kForwardTile;
-  const int64_t across = scan.channels / F::W, job = thread_index() / across, d = thread_index() % across * F::W;
+__global__ void __launch_bounds__(kForwardThreads, 4)
+    forward(const __grid_constant__ Call<typename F::S> call) {
+  const auto& [scan, plan, work, across] = call;
+  const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const ChannelInputs<F> channel(scan, d);
@@ -309,35 +370,28 @@ __global__ void __launch_bounds__(kForwardThreads)
     typename F::States s =
         span.first ? enter<F>(scan, span, d, alpha) : load_states<F>(work.entry, job, scan.channels, d);
     const Row<typename F::T> h(scan, scan.h, span.row, d);
-    Checkpoints<F> checkpoints(scan, span, d);
+    Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
-    for (int64_t position = span.begin / U * U; position < span.end; position += U) {
-      const Valid valid(span.begin, span.end, position, U);
-      Tile<F, U> tile;
-      tile.load_streams(scan, span.row, d, position, valid);
+    for_tiles<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
+      const Tile<F, U> tile(scan, span.row, d, position);
+      typename F::T* out = h.at(position);
 #pragma unroll
-      for (int t = 0; t < U; ++t) {
-        if (!valid(t)) continue;
-#pragma unroll
-        for (int w = 0; w < F::W; ++w) {
-          typename F::S x[F::kInputs];
-          tile.inputs(t, w, channel, x);
-          s.at[w] = cell.step(x, s.at[w]);
-        }
-        store_h<F>(h.at(position + t), alpha, s);
+      for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
+        step_all<F>(cell, tile, t, channel, s);
+        store_h<F>(out, alpha, s);
       }
       checkpoints.pass(position + U, s);
-    }
+    });
     if (span.last) store_states<F>(scan.final_state, span.sequence, scan.channels, d, s);
   }
 }
 
 // Chunked, first: each job as one map of the state, and its events.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads)
-    summarize(const __grid_constant__ Scan scan, const __grid_constant__ Plan plan, Workspace<typename F::S> work) {
-  constexpr int U = kForwardTile;
-  const int64_t across = scan.channels / F::W, job = thread_index() / across, d = thread_index() % across * F::W;
+__global__ void __launch_bounds__(kForwardThreads, 4)
+    summarize(const __grid_constant__ Call<typename F::S> call) {
+  const auto& [scan, plan, work, across] = call;
+  const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const ChannelInputs<F> channel(scan, d);
@@ -350,14 +404,13 @@ __global__ void __launch_bounds__(kForwardThreads)
   Spans spans(scan, plan, job, 1);
   for (Span span; spans.next(span);) {
     if (span.first) u = enter<F>(scan, span, d, alpha), forget = true;
-    for (int64_t position = span.begin / U * U; position < span.end; position += U) {
-      const Valid valid(span.begin, span.end, position, U);
-      Tile<F, U> tile;
-      tile.load_streams(scan, span.row, d, position, valid);
+    for_tiles<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
+      const Tile<F, U> tile(scan, span.row, d, position);
+      const int before = position % kEventsPerWord;
       if constexpr (F::Cell::kEvents) {
-        if (position / kEventsPerWord * kEventsPerWord != word) {
+        if (position - before != word) {
           if (word >= 0) store_events<F>(scan, span.row, word, d, words);
-          word = position / kEventsPerWord * kEventsPerWord;
+          word = position - before;
           words = {};
         }
       }
@@ -366,52 +419,51 @@ __global__ void __launch_bounds__(kForwardThreads)
         int32_t codes = 0;
 #pragma unroll
         for (int t = 0; t < U; ++t) {
-          if (!valid(t)) continue;
           typename F::S x[F::kInputs];
           tile.inputs(t, w, channel, x);
           u.at[w] = cell.step(x, u.at[w]);
           a.at[w] = cell.pull(x, a.at[w]);
           if constexpr (F::Cell::kEvents) codes |= cell.encode(x) << 2 * t;
         }
-        words.at[w] |= codes << 2 * int(position % kEventsPerWord);
+        words.at[w] |= codes << 2 * before;
       }
-    }
+    });
   }
   if constexpr (F::Cell::kEvents)
-    if (word >= 0) store_events<F>(scan, job / plan.segments, word, d, words);
+    if (word >= 0) store_events<F>(scan, plan.segments_divisor(job), word, d, words);
   store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(kForget) : a);
   store_states<F>(work.offset, job, scan.channels, d, u);
 }
 
 // Chunked, last: h, final states and checkpoints from the events and the jobs' entry states.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads)
-    expand(const __grid_constant__ Scan scan, const __grid_constant__ Plan plan, Workspace<typename F::S> work) {
-  constexpr int U = kEventsPerWord;
-  const int64_t across = scan.channels / F::W, job = thread_index() / across, d = thread_index() % across * F::W;
+__global__ void __launch_bounds__(kForwardThreads, 4)
+    expand(const __grid_constant__ Call<typename F::S> call) {
+  const auto& [scan, plan, work, across] = call;
+  const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
+  Events<F> events;
   Spans spans(scan, plan, job, 1);
   for (Span span; spans.next(span);) {
     typename F::States s =
         span.first ? enter<F>(scan, span, d, alpha) : load_states<F>(work.entry, job, scan.channels, d);
     const Row<typename F::T> h(scan, scan.h, span.row, d);
-    Checkpoints<F> checkpoints(scan, span, d);
+    Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
-    for (int64_t position = span.begin / U * U; position < span.end; position += U) {
-      const Valid valid(span.begin, span.end, position, U);
-      const Vector<int32_t, F::W> words = load_events<F>(scan, span.row, position, d);
+    for_tiles<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
+      const Vector<int32_t, F::W> codes = events.at(scan, span.row, position, d);
+      typename F::T* out = h.at(position);
 #pragma unroll
-      for (int t = 0; t < U; ++t) {
-        if (!valid(t)) continue;
+      for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
 #pragma unroll
-        for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(words.at[w] >> 2 * t & 3, s.at[w]);
-        store_h<F>(h.at(position + t), alpha, s);
+        for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> 2 * t & 3, s.at[w]);
+        store_h<F>(out, alpha, s);
       }
       checkpoints.pass(position + U, s);
-    }
+    });
     if (span.last) store_states<F>(scan.final_state, span.sequence, scan.channels, d, s);
   }
 }
@@ -426,16 +478,16 @@ __device__ __forceinline__ S apply(S a, S u, S s) {
 }
 
 // Chunked, between: the entry state of every job of a row, from the left; for the adjoint (direction -1) m from the
-// right. A block takes kLanes channels of a row; each group of its threads composes a run of the jobs, then all groups
-// before it give the run's entry. The order depends on sizes only.
+// right. A block takes kLanes channels of a row; each group of its threads composes `run` jobs, then all groups before
+// it give its entry. The order depends on sizes only.
 template <class S>
 __global__ void __launch_bounds__(kLanes* kGroups)
-    carry(Workspace<S> work, int64_t jobs, int64_t segments, int64_t channels, int direction) {
+    carry(Workspace<S> work, int64_t segments, int64_t run, int64_t channels, int direction) {
   S* const run_factor = reinterpret_cast<S*>(shared_memory());  // [groups, kLanes]
   S* const run_offset = run_factor + blockDim.y * kLanes;
-  const int64_t blocks = (channels + kLanes - 1) / kLanes, row = blockIdx.x / blocks;
-  const int64_t d = blockIdx.x % blocks * kLanes + threadIdx.x;
-  const int64_t run = (segments + blockDim.y - 1) / blockDim.y, begin = threadIdx.y * run;
+  const unsigned blocks = unsigned((channels + kLanes - 1) / kLanes);
+  const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kLanes + threadIdx.x;
+  const int64_t begin = threadIdx.y * run;
   const int64_t end = d < channels ? (begin + run < segments ? begin + run : segments) : 0;
   const auto at = [&](int64_t i) {
     return (row * segments + (direction > 0 ? i : segments - 1 - i)) * channels + d;
@@ -484,11 +536,10 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 
 // Chunked, first: each job as one map of m, from the right. From the events, or from the streams again.
 template <class F, bool kFromEvents>
-__global__ void __launch_bounds__(kForwardThreads)
-    summarize_adjoint(const __grid_constant__ Scan scan, const __grid_constant__ Plan plan,
-                      Workspace<typename F::S> work) {
-  constexpr int U = kFromEvents ? kEventsPerWord : kForwardTile;
-  const int64_t across = scan.channels / F::W, job = thread_index() / across, d = thread_index() % across * F::W;
+__global__ void __launch_bounds__(kForwardThreads, 4)
+    summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
+  const auto& [scan, plan, work, across] = call;
+  const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const ChannelInputs<F> channel(scan, d);
@@ -496,28 +547,25 @@ __global__ void __launch_bounds__(kForwardThreads)
 
   typename F::States a = all<F>(1), m = all<F>(0);
   bool forget = false;
+  Events<F> events;
   Spans spans(scan, plan, job, -1);
   for (Span span; spans.next(span);) {
     if (span.last) m = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), forget = true;
     const Row<const typename F::T> g(scan, scan.grad_h, span.row, d);
-    for (int64_t position = (span.end - 1) / U * U; position + U > span.begin; position -= U) {
-      const Valid valid(span.begin, span.end, position, U);
+    for_tiles_from_right<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
       Vector<typename F::T, F::W> grad[U];
-#pragma unroll
-      for (int t = 0; t < U; ++t)
-        if (valid(t)) grad[t] = load<Traffic::kStream, F::W>(g.at(position + t));
-      Tile<F, U> tile;
-      Vector<int32_t, F::W> words;
-      if constexpr (kFromEvents) words = load_events<F>(scan, span.row, position, d);
-      else tile.load_streams(scan, span.row, d, position, valid);
+      load_steps<F, U>(g, position, grad);
+      [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;
+      [[maybe_unused]] Vector<int32_t, F::W> codes;
+      if constexpr (kFromEvents) codes = events.at(scan, span.row, position, d);
+      else tile = Tile<F, U>(scan, span.row, d, position);
 #pragma unroll
       for (int t = U - 1; t >= 0; --t) {
-        if (!valid(t)) continue;
 #pragma unroll
         for (int w = 0; w < F::W; ++w) {
           const typename F::S lambda = alpha.at[w] * widen(grad[t].at[w]) + m.at[w];
           if constexpr (kFromEvents) {
-            const int code = words.at[w] >> 2 * t & 3;
+            const int code = codes.at[w] >> 2 * t & 3;
             m.at[w] = cell.pull_event(code, lambda);
             a.at[w] = cell.pull_event(code, a.at[w]);
           } else {
@@ -528,187 +576,205 @@ __global__ void __launch_bounds__(kForwardThreads)
           }
         }
       }
-    }
+    });
   }
   store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(kForget) : a);
   store_states<F>(work.offset, job, scan.channels, d, m);
 }
 
-// What a thread of `backward` keeps of a chunk in shared memory, side by side with its neighbours': the states that
-// enter its tiles and, unless they are read a second time, the streams.
+// Room of one thread of `backward` in shared memory, side by side with its neighbours': what a chunk needs beyond
+// registers. Loops over it are not unrolled: the gradient of a step is long.
 template <class F, bool kFromEvents>
-struct Kept {
+class Room {
+ public:
   using Elements = Vector<typename F::T, F::W>;
-  static constexpr int U = kBackwardTile;
-  typename F::States* states;
-  Elements* raw;
+  static constexpr int U = kBackwardTile, kThreads = kFromEvents ? 64 : 32;
+  // Streams are read once, so those of a whole chunk stay if they give its states; else a tile's.
+  static constexpr __host__ __device__ int kept_steps(int64_t chunk) { return kFromEvents ? U : int(chunk); }
+  static constexpr __host__ int64_t bytes(int64_t chunk) {
+    return kThreads * ((2 * F::kSums + chunk / U + U) * sizeof(typename F::States) +
+                      (kept_steps(chunk) * F::kStreams + U) * sizeof(Elements));
+  }
+  __device__ __forceinline__ explicit Room(const Scan& scan)
+      : factors_(reinterpret_cast<typename F::States*>(shared_memory()) + threadIdx.x),
+        totals_(factors_ + F::kSums * kThreads),
+        states_(totals_ + F::kSums * kThreads),
+        grads_(reinterpret_cast<Elements*>(states_ - threadIdx.x + U * kThreads) + threadIdx.x),
+        streams_(grads_ + U * kThreads),
+        entries_(reinterpret_cast<typename F::States*>(streams_ - threadIdx.x +
+                                                       kept_steps(scan.chunk) * F::kStreams * kThreads) +
+                 threadIdx.x) {}
 
-  static constexpr int64_t bytes(int64_t chunk, int64_t threads) {
-    return threads * chunk * (sizeof(typename F::States) / U + (kFromEvents ? 0 : F::kStreams * sizeof(Elements)));
+  // Alpha, then the inputs that come per channel; and the sums of their gradients over all chunks so far.
+  __device__ __forceinline__ typename F::States& factor(int i) const { return factors_[i * kThreads]; }
+  __device__ __forceinline__ typename F::States& total(int i) const { return totals_[i * kThreads]; }
+  // The state that enters tile i of the chunk, and step t of the tile at hand.
+  __device__ __forceinline__ typename F::States& entry(int i) const { return entries_[i * kThreads]; }
+  __device__ __forceinline__ typename F::States& state(int t) const { return states_[t * kThreads]; }
+  // grad_h of step t of the tile at hand, and stream k of step t of what is kept.
+  __device__ __forceinline__ Elements& grad(int t) const { return grads_[t * kThreads]; }
+  __device__ __forceinline__ Elements& stream(int k, int t) const {
+    return streams_[(t * F::kStreams + k) * kThreads];
   }
-  __device__ __forceinline__ explicit Kept(const Scan& scan)
-      : states(reinterpret_cast<typename F::States*>(shared_memory()) + threadIdx.x),
-        raw(reinterpret_cast<Elements*>(shared_memory() + scan.chunk / U * blockDim.x * sizeof(typename F::States)) +
-            threadIdx.x) {}
-  __device__ __forceinline__ typename F::States& state(int tile) const { return states[tile * blockDim.x]; }
-  __device__ __forceinline__ void put(int tile, const Tile<F, U>& from, Valid valid) const {
-#pragma unroll
-    for (int t = 0; t < U; ++t)
-      for_streams<F>([&](int, int k) {
-        if (valid(t)) raw[((tile * U + t) * F::kStreams + k) * blockDim.x] = from.raw[t][k];
-      });
-  }
-  __device__ __forceinline__ void get(int tile, Tile<F, U>& to, Valid valid) const {
-#pragma unroll
-    for (int t = 0; t < U; ++t)
-      for_streams<F>([&](int, int k) {
-        if (valid(t)) to.raw[t][k] = raw[((tile * U + t) * F::kStreams + k) * blockDim.x];
-      });
-  }
+
+ private:
+  typename F::States* const factors_;
+  typename F::States* const totals_;
+  typename F::States* const states_;
+  Elements* const grads_;
+  Elements* const streams_;
+  typename F::States* const entries_;
 };
 
-// Sums over time of a thread, per channel: of a chunk, added up chunk by chunk. [0] is alpha's gradient, [1 + i] that
-// of input i.
-template <class F>
-struct Sums {
-  typename F::States at[1 + F::kInputs];
-
-  static constexpr __device__ bool wanted(int i) { return i == 0 || F::per_channel(i - 1); }
-  __device__ __forceinline__ Sums() {
-#pragma unroll
-    for (int i = 0; i <= F::kInputs; ++i) at[i] = all<F>(0);
-  }
-  __device__ __forceinline__ void add(const Sums& other) {
-#pragma unroll
-    for (int i = 0; i <= F::kInputs; ++i)
-#pragma unroll
-      for (int w = 0; w < F::W; ++w)
-        if (wanted(i)) at[i].at[w] += other.at[i].at[w];
-  }
-  __device__ __forceinline__ void write(typename F::S* rows, const Plan& plan, int64_t row, int64_t channels,
-                                        int64_t d) const {
-    int k = 0;
-#pragma unroll
-    for (int i = 0; i <= F::kInputs; ++i)
-      if (wanted(i)) store_states<F>(rows, row * plan.sums + k++, channels, d, at[i]);
-  }
+// The steps [low, high) of a tile that lie in [begin, end).
+struct Part {
+  int low, high;
+  __device__ __forceinline__ Part(int64_t begin, int64_t end, int64_t position, int steps)
+      : low(begin > position ? int(begin - position) : 0),
+        high(end - position < steps ? int(end - position) : steps) {}
 };
 
-constexpr int backward_threads(bool from_events) { return from_events ? 64 : 32; }
+// Loads those steps of a stream together, and puts them where slot(t) says.
+template <class F, int U, class Slot>
+__device__ __forceinline__ void stage(const Row<const typename F::T>& stream, int64_t position, Part part, Slot slot) {
+  Vector<typename F::T, F::W> raw[U];
+  const typename F::T* at = stream.at(position);
+#pragma unroll
+  for (int t = 0; t < U; ++t, at = advance(at, stream.step))
+    if (part.low <= t && t < part.high) raw[t] = load<Traffic::kStream, F::W>(at);
+#pragma unroll
+  for (int t = 0; t < U; ++t)
+    if (part.low <= t && t < part.high) slot(t) = raw[t];
+}
 
 // Gradients, chunk by chunk from the right: first the states from the chunk's saved boundary state, then m.
-// Wide: whole sequences, from the streams. Chunked: from the jobs' entry m, the states from the events if they are.
+// Wide: whole sequences, from the streams. Chunked: from the jobs' entry m; the states from the events, if they are.
 template <class F, bool kFromEvents>
-__global__ void __launch_bounds__(backward_threads(kFromEvents))
-    backward(const __grid_constant__ Scan scan, const __grid_constant__ Plan plan, Workspace<typename F::S> work) {
+__global__ void __launch_bounds__(Room<F, kFromEvents>::kThreads, 1)
+    backward(const __grid_constant__ Call<typename F::S> call) {
   using S = typename F::S;
   constexpr int U = kBackwardTile;
-  const int64_t across = scan.channels / F::W, row = thread_index() / across, d = thread_index() % across * F::W;
+  const auto& [scan, plan, work, across] = call;
+  const auto [row, d] = place<F>(call);
   if (row >= plan.sum_rows) return;
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
-  const ChannelInputs<F> channel(scan, d);
-  const typename F::States alpha = load_alpha<F>(scan, d);
-  const Kept<F, kFromEvents> kept(scan);
-  Sums<F> total;
-
-  const auto step = [&](const Tile<F, U>& tile, int t, typename F::States& s) {
+  const Room<F, kFromEvents> room(scan);
+  // Calls each(i, k) for every input i that comes per channel, row k of the room's factors and sums.
+  const auto for_channels = [](auto each) {
+    int k = 1;
 #pragma unroll
-    for (int w = 0; w < F::W; ++w) {
-      S x[F::kInputs];
-      tile.inputs(t, w, channel, x);
-      s.at[w] = cell.step(x, s.at[w]);
-    }
+    for (int i = 0; i < F::kInputs; ++i)
+      if (F::per_channel(i)) each(i, k++);
+  };
+  const ChannelInputs<F> given(scan, d);
+  room.factor(0) = load_alpha<F>(scan, d);
+  for_channels([&](int i, int k) { room.factor(k) = given.value[i]; });
+#pragma unroll
+  for (int i = 0; i < F::kSums; ++i) room.total(i) = all<F>(0);
+
+  // Inputs of kept step t; the state after it.
+  const auto inputs = [&](int t, Tile<F, 1>& tile, ChannelInputs<F>& channel) {
+    for_streams<F>([&](int, int k) { tile.raw[0][k] = room.stream(k, t); });
+    for_channels([&](int i, int k) { channel.value[i] = room.factor(k); });
+  };
+  const auto step = [&](int t, typename F::States& s) {
+    Tile<F, 1> tile;
+    ChannelInputs<F> channel;
+    inputs(t, tile, channel);
+    step_all<F>(cell, tile, 0, channel, s);
+  };
+  const auto stage_streams = [&](int64_t row, int64_t position, Part part, int first) {
+    for_streams<F>([&](int i, int k) {
+      stage<F, U>({scan, scan.in[i].stream, row, d}, position, part,
+                  [&](int t) -> auto& { return room.stream(k, first + t); });
+    });
   };
 
   for (int64_t job = row; job < plan.jobs; job += plan.sum_rows) {
-    typename F::States m;
     Spans spans(scan, plan, job, -1);
     for (Span span; spans.next(span);) {
-      m = span.last ? load_states<F>(scan.grad_final, span.sequence, scan.channels, d)
-                    : load_states<F>(work.entry, job, scan.channels, d);
-      const Row<const typename F::T> g(scan, scan.grad_h, span.row, d);
-      for (int64_t chunk = (span.end - 1) / scan.chunk * scan.chunk; chunk + scan.chunk > span.begin && chunk >= 0;
-           chunk -= scan.chunk) {
-        const int64_t begin = chunk > span.begin ? chunk : span.begin;
-        const int64_t end = chunk + scan.chunk < span.end ? chunk + scan.chunk : span.end;
-        typename F::States s = span.first && begin == span.begin
-                                   ? initial_state<F>(scan, span.sequence, d)
-                                   : load_states<F>(scan.checkpoints, checkpoint_row(scan, span, chunk),
-                                                    scan.channels, d);
-        if constexpr (kFromEvents) {
-          for (int64_t word = begin / kEventsPerWord * kEventsPerWord; word < end; word += kEventsPerWord) {
-            const Vector<int32_t, F::W> words = load_events<F>(scan, span.row, word, d);
-            const Valid valid(begin, end, word, kEventsPerWord);
+      typename F::States m = span.last ? load_states<F>(scan.grad_final, span.sequence, scan.channels, d)
+                                       : load_states<F>(work.entry, job, scan.channels, d);
+      for (int64_t end = span.end; end > span.begin;) {
+        const int64_t chunk = plan.chunk_divisor(end - 1) * scan.chunk, begin = chunk > span.begin ? chunk : span.begin;
+        typename F::States s =
+            span.first && begin == span.begin
+                ? initial_state<F>(scan, span.sequence, d)
+                : load_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, chunk), scan.channels, d);
+        Events<F> events;
+        for (int64_t position = begin / U * U; position < end; position += U) {
+          const Part part(begin, end, position, U);
+          const int first = int(position - chunk);
+          room.entry(first / U) = s;
+          if constexpr (kFromEvents) {
+            const Vector<int32_t, F::W> codes = events.at(scan, span.row, position, d);
+#pragma unroll 1
+            for (int t = part.low; t < part.high; ++t)
 #pragma unroll
-            for (int t = 0; t < kEventsPerWord; ++t) {
-              if (t % U == 0) kept.state(int(word - chunk + t) / U) = s;
-              if (!valid(t)) continue;
-#pragma unroll
-              for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(words.at[w] >> 2 * t & 3, s.at[w]);
-            }
-          }
-        } else {
-          for (int64_t position = begin / U * U; position < end; position += U) {
-            const Valid valid(begin, end, position, U);
-            const int at = int(position - chunk) / U;
-            Tile<F, U> tile;
-            tile.load_streams(scan, span.row, d, position, valid);
-            kept.put(at, tile, valid);
-            kept.state(at) = s;
-#pragma unroll
-            for (int t = 0; t < U; ++t)
-              if (valid(t)) step(tile, t, s);
+              for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> 2 * t & 3, s.at[w]);
+          } else {
+            stage_streams(span.row, position, part, first);
+#pragma unroll 1
+            for (int t = part.low; t < part.high; ++t) step(first + t, s);
           }
         }
 
-        Sums<F> sums;
+        typename F::States sums[F::kSums];
+#pragma unroll
+        for (int i = 0; i < F::kSums; ++i) sums[i] = all<F>(0);
         for (int64_t position = (end - 1) / U * U; position + U > begin; position -= U) {
-          const Valid valid(begin, end, position, U);
-          const int at = int(position - chunk) / U;
-          Vector<typename F::T, F::W> grad[U];
-#pragma unroll
-          for (int t = 0; t < U; ++t)
-            if (valid(t)) grad[t] = load<Traffic::kStream, F::W>(g.at(position + t));
-          Tile<F, U> tile;
-          if constexpr (kFromEvents) tile.load_streams(scan, span.row, d, position, valid);
-          else kept.get(at, tile, valid);
-
-          typename F::States states[U + 1];  // before each step, and after the last
-          states[0] = kept.state(at);
-#pragma unroll
-          for (int t = 0; t < U; ++t) {
-            states[t + 1] = states[t];
-            if (valid(t)) step(tile, t, states[t + 1]);
+          const Part part(begin, end, position, U);
+          const int first = kFromEvents ? 0 : int(position - chunk);
+          stage<F, U>({scan, scan.grad_h, span.row, d}, position, part, [&](int t) -> auto& { return room.grad(t); });
+          if constexpr (kFromEvents) stage_streams(span.row, position, part, first);
+          s = room.entry(int(position - chunk) / U);
+#pragma unroll 1
+          for (int t = part.low; t < part.high; ++t) {
+            room.state(t) = s;
+            step(first + t, s);
           }
-#pragma unroll
-          for (int t = U - 1; t >= 0; --t) {
-            if (!valid(t)) continue;
+          typename F::T* into[F::kStreams];
+          for_streams<F>([&](int i, int k) {
+            into[k] = Row<typename F::T>(scan, scan.grad_in[i], span.row, d).at(position + part.high - 1);
+          });
+#pragma unroll 1
+          for (int t = part.high - 1; t >= part.low; --t) {
+            Tile<F, 1> tile;
+            ChannelInputs<F> channel;
+            inputs(first + t, tile, channel);
+            const typename F::States before = room.state(t), alpha = room.factor(0);
+            const Vector<typename F::T, F::W> grad = room.grad(t);
             typename F::States gradients[F::kInputs];
 #pragma unroll
             for (int w = 0; w < F::W; ++w) {
               S x[F::kInputs], dx[F::kInputs];
-              tile.inputs(t, w, channel, x);
-              const S grad_h = widen(grad[t].at[w]);
-              m.at[w] = cell.vjp(x, states[t].at[w], alpha.at[w] * grad_h + m.at[w], dx);
-              sums.at[0].at[w] += grad_h * states[t + 1].at[w];
-#pragma unroll
-              for (int i = 0; i < F::kInputs; ++i) {
-                if (F::per_channel(i)) sums.at[1 + i].at[w] += dx[i];
-                else gradients[i].at[w] = dx[i];
-              }
+              tile.inputs(0, w, channel, x);
+              const S g = widen(grad.at[w]);
+              m.at[w] = cell.vjp(x, before.at[w], alpha.at[w] * g + m.at[w], dx);
+              sums[0].at[w] += g * s.at[w];
+              for_channels([&](int i, int k) { sums[k].at[w] += dx[i]; });
+              for_streams<F>([&](int i, int) { gradients[i].at[w] = dx[i]; });
             }
-            for_streams<F>([&](int i, int) {
-              const Row<typename F::T> into(scan, scan.grad_in[i], span.row, d);
-              store<Traffic::kStream>(into.at(position + t), narrow<typename F::T>(gradients[i]));
+            s = before;
+            for_streams<F>([&](int i, int k) {
+              store<Traffic::kStream>(into[k], narrow<typename F::T>(gradients[i]));
+              into[k] += scan.reverse ? scan.grad_in[i].time : -scan.grad_in[i].time;
             });
           }
         }
-        total.add(sums);
+#pragma unroll
+        for (int i = 0; i < F::kSums; ++i)
+#pragma unroll
+          for (int w = 0; w < F::W; ++w) room.total(i).at[w] += sums[i].at[w];
+        end = begin;
       }
       if (span.first) store_states<F>(scan.grad_initial, span.sequence, scan.channels, d, m);
     }
   }
-  if (plan.sums > 0) total.write(work.sums, plan, row, scan.channels, d);
+  if (plan.sums > 0)
+#pragma unroll
+    for (int i = 0; i < F::kSums; ++i)
+      store_states<F>(work.sums, row * F::kSums + i, scan.channels, d, room.total(i));
 }
 
 }  // namespace mru::cuda

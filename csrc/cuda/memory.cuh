@@ -52,6 +52,14 @@ __device__ __forceinline__ void store_word(Word* p, Word word) {
   *p = word;
 }
 
+// One step further; opaque to the compiler, which else keeps every multiple of a stride in registers.
+template <class T>
+__device__ __forceinline__ T* advance(T* p, int64_t step) {
+  p += step;
+  asm("" : "+l"(p));
+  return p;
+}
+
 // Dynamic shared memory, aligned to 16 bytes.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
@@ -92,6 +100,10 @@ void store_word(Word* p, Word word) {
   simt::store(int(kind), p, word);
 }
 
+template <class T>
+T* advance(T* p, int64_t step) {
+  return p + step;
+}
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
 
 inline float widen(BFloat16Bits x) { return Half<1, BFloat16>::widen(x.bits); }

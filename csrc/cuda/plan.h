@@ -14,17 +14,41 @@ namespace mru::cuda {
 
 constexpr int64_t kMostSumRows = 8192;
 
+// Division of 0 <= n < 2^63 by a divisor that a launch knows: a device's own 64-bit division is a call.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) {  // magic = floor(2^(64 + shift) / divisor) + 1, 2^shift < divisor
+    while (shift_ < 62 && (int64_t(2) << shift_) < divisor) ++shift_;
+    if (divisor > 1) magic_ = uint64_t((static_cast<unsigned __int128>(1) << (64 + shift_)) / uint64_t(divisor)) + 1;
+  }
+  MRU_INLINE int64_t operator()(int64_t n) const {
+    if (magic_ == 0) return n;
+#ifdef __CUDA_ARCH__
+    return int64_t(__umul64hi(uint64_t(n), magic_) >> shift_);
+#else
+    return int64_t(uint64_t(static_cast<unsigned __int128>(uint64_t(n)) * magic_ >> 64) >> shift_);
+#endif
+  }
+
+ private:
+  uint64_t magic_ = 0;  // 0: divides by 1
+  int shift_ = 0;
+};
+
 struct Plan {
   int64_t segments = 1;  // of a batch row; 1: the wide form, whatever scan.segment says
   int64_t jobs = 0;
   int64_t sum_rows = 0;  // job j adds what is summed over time and batch to row j % sum_rows
   int sums = 0;          // of a row: alpha's gradient, then each per-channel input's
   int64_t states_bytes = 0;  // of one [jobs, D] in the state dtype
+  Divisor segments_divisor, chunk_divisor;
 
   Plan() = default;
   Plan(const Scan& scan, bool backward) {
     if (scan.segment > 0) segments = std::max<int64_t>(1, (scan.time + scan.segment - 1) / scan.segment);
     jobs = chunked() ? scan.batch * segments : scan.sequences;
+    segments_divisor = Divisor(segments), chunk_divisor = Divisor(scan.chunk);
     state_size_ = scan.dtype == Dtype::kFloat64 ? 8 : 4;
     states_bytes = (jobs * scan.channels * state_size_ + 15) / 16 * 16;
     if (!backward) return;

@@ -54,13 +54,14 @@ class Launcher {
   cudaError_t error_ = cudaSuccess;
 };
 
-struct Call {
+// One call of an op: its launches, in order.
+struct Run {
   const Scan& scan;
   const Plan plan;
   const Workspace<S> work;
   Launcher launch;
 
-  Call(const Scan& scan, bool backward, void* workspace, void* stream)
+  Run(const Scan& scan, bool backward, void* workspace, void* stream)
       : scan(scan), plan(scan, backward), work(cut(plan, static_cast<char*>(workspace))), launch(stream) {}
 
   static Workspace<S> cut(const Plan& plan, char* base) {
@@ -68,53 +69,53 @@ struct Call {
     return {states(0), states(1), states(2), reinterpret_cast<S*>(base + plan.sums_offset())};
   }
   // A thread for each of `rows` jobs and W channels.
-  template <class F, class Kernel>
-  void over_channels(Kernel kernel, int64_t rows, int threads, int64_t shared = 0) {
-    launch(kernel, ceil_div(rows * (scan.channels / F::W), threads), dim3(threads), shared, scan, plan, work);
+  template <class F>
+  void over_channels(void (*kernel)(Call<S>), int64_t rows, int threads, int64_t shared = 0) {
+    const int64_t across = scan.channels / F::W;
+    launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, Call<S>{scan, plan, work, Divisor(across)});
   }
   void carry_over(int direction) {
-    const int64_t groups = std::min<int64_t>(kGroups, plan.segments);
+    const int64_t groups = std::min<int64_t>(kGroups, plan.segments), run = ceil_div(plan.segments, groups);
     launch(carry<S>, scan.batch * ceil_div(scan.channels, kLanes), dim3(kLanes, groups),
-           2 * groups * kLanes * sizeof(S), work, plan.jobs, plan.segments, scan.channels, direction);
+           2 * groups * kLanes * sizeof(S), work, plan.segments, run, scan.channels, direction);
   }
 };
 
 template <class F>
-void run_forward(Call& call) {
-  const Scan& scan = call.scan;
-  if (!call.plan.chunked()) return call.over_channels<F>(forward<F>, call.plan.jobs, kForwardThreads);
-  if (scan.offsets) call.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
-  call.over_channels<F>(summarize<F>, call.plan.jobs, kForwardThreads);
-  call.carry_over(1);
-  if constexpr (F::Cell::kEvents) call.over_channels<F>(expand<F>, call.plan.jobs, kForwardThreads);
-  else call.over_channels<F>(forward<F>, call.plan.jobs, kForwardThreads);
+void run_forward(Run& run) {
+  const Scan& scan = run.scan;
+  if (!run.plan.chunked()) return run.over_channels<F>(forward<F>, run.plan.jobs, kForwardThreads);
+  if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
+  run.over_channels<F>(summarize<F>, run.plan.jobs, kForwardThreads);
+  run.carry_over(1);
+  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kForwardThreads);
+  else run.over_channels<F>(forward<F>, run.plan.jobs, kForwardThreads);
 }
 
 template <class F, bool kFromEvents>
-void run_gradients(Call& call) {
-  constexpr int threads = backward_threads(kFromEvents);
-  call.over_channels<F>(backward<F, kFromEvents>, call.plan.sum_rows, threads,
-                        Kept<F, kFromEvents>::bytes(call.scan.chunk, threads));
+void run_gradients(Run& run) {
+  using R = Room<F, kFromEvents>;
+  run.over_channels<F>(backward<F, kFromEvents>, run.plan.sum_rows, R::kThreads, R::bytes(run.scan.chunk));
 }
 
 template <class F>
-void run_backward(Call& call) {
-  const Scan& scan = call.scan;
-  const Plan& plan = call.plan;
+void run_backward(Run& run) {
+  const Scan& scan = run.scan;
+  const Plan& plan = run.plan;
   if (!plan.chunked()) {
-    run_gradients<F, false>(call);
+    run_gradients<F, false>(run);
   } else {
     if (scan.offsets)
-      call.launch.copy_rows(scan.grad_initial, scan.grad_final, scan.sequences * scan.channels * sizeof(S));
-    call.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kForwardThreads);
-    call.carry_over(-1);
-    run_gradients<F, F::Cell::kEvents>(call);
+      run.launch.copy_rows(scan.grad_initial, scan.grad_final, scan.sequences * scan.channels * sizeof(S));
+    run.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kForwardThreads);
+    run.carry_over(-1);
+    run_gradients<F, F::Cell::kEvents>(run);
   }
   int which = 0;
   const auto sum = [&](void* total) {
     if (total)
-      call.launch(reduce<S>, ceil_div(scan.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
-                  static_cast<const S*>(call.work.sums), plan.sum_rows, plan.sums, which, scan.channels,
+      run.launch(reduce<S>, ceil_div(scan.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
+                  static_cast<const S*>(run.work.sums), plan.sum_rows, plan.sums, which, scan.channels,
                   static_cast<S*>(total));
     ++which;
   };
@@ -124,33 +125,33 @@ void run_backward(Call& call) {
 }
 
 // Calls f<Form>() for the cell, the inputs that come per channel and the width of a thread.
-template <class Cell, unsigned kChannels, class Run>
-void with_width(const Scan& scan, Run run) {
-  if (moves_words(scan, kVectorWidth)) run.template operator()<Form<Cell, T, kVectorWidth, kChannels>>();
-  else run.template operator()<Form<Cell, T, 1, kChannels>>();
+template <class Cell, unsigned kChannels, class Each>
+void with_width(const Scan& scan, Each each) {
+  if (moves_words(scan, kVectorWidth)) each.template operator()<Form<Cell, T, kVectorWidth, kChannels>>();
+  else each.template operator()<Form<Cell, T, 1, kChannels>>();
 }
-template <class Cell, class Run>
-void with_channels(const Scan& scan, Run run) {
-  if (scan.in[1].channel) with_width<Cell, 2u>(scan, run);
-  else with_width<Cell, 0u>(scan, run);
+template <class Cell, class Each>
+void with_channels(const Scan& scan, Each each) {
+  if (scan.in[1].channel) with_width<Cell, 2u>(scan, each);
+  else with_width<Cell, 0u>(scan, each);
 }
-template <class Run>
-void with_form(const Scan& scan, Run run) {
+template <class Each>
+void with_form(const Scan& scan, Each each) {
   switch (scan.cell) {
     case CellKind::kBmru:
-      return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, run) : with_channels<Bmru<S, false>>(scan, run);
+      return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, each) : with_channels<Bmru<S, false>>(scan, each);
   }
 }
 
 const char* launch_forward(const Scan& scan, void* workspace, void* stream) {
-  Call call(scan, false, workspace, stream);
-  with_form(scan, [&]<class F>() { run_forward<F>(call); });
-  return call.launch.result();
+  Run run(scan, false, workspace, stream);
+  with_form(scan, [&]<class F>() { run_forward<F>(run); });
+  return run.launch.result();
 }
 const char* launch_backward(const Scan& scan, void* workspace, void* stream) {
-  Call call(scan, true, workspace, stream);
-  with_form(scan, [&]<class F>() { run_backward<F>(call); });
-  return call.launch.result();
+  Run run(scan, true, workspace, stream);
+  with_form(scan, [&]<class F>() { run_backward<F>(run); });
+  return run.launch.result();
 }
 
 }  // namespace

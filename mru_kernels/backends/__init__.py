@@ -42,6 +42,7 @@ TABLE: dict[str, Backend] = {
     row.name: row
     for row in (
         Backend("cpu", ("cpu",), "needs CPU tensors", f"{__name__}.cpu"),
+        Backend("cuda", ("cuda",), "needs a CUDA device", f"{__name__}.cuda"),
         Backend(
             "triton",
             ("cuda", "cpu") if _INTERPRETED else ("cuda",),

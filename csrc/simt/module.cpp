@@ -1,0 +1,85 @@
+// The CUDA kernels under host execution, as ops `mru::*.simt` on CPU tensors and, for the tests, what there is to set and
+// to count. Everything that a call allocates is filled with NaN first.
+#include "simt.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+
+#include "../binding.h"
+#include "../cuda/plan.h"
+
+namespace {
+
+using mru::Scan;
+using mru::Tensor;
+
+void poison(void* p, int64_t bytes) {
+  if (p && bytes > 0) std::memset(p, simt::kNanByte, bytes);
+}
+void poison(const Scan& scan, const mru::Stream& stream) {
+  const int64_t size = scan.dtype == mru::Dtype::kFloat64 ? 8 : scan.dtype == mru::Dtype::kFloat32 ? 4 : 2;
+  if (!stream.data) return;
+  for (int64_t b = 0; b < scan.batch; ++b)
+    for (int64_t t = 0; t < scan.time; ++t)
+      poison(static_cast<char*>(stream.data) + (b * stream.batch + t * stream.time) * size, scan.channels * size);
+}
+
+void launch(const Scan& scan, bool backward) {
+  const int64_t row = scan.channels * (scan.dtype == mru::Dtype::kFloat64 ? 8 : 4);
+  if (backward) {
+    for (int i = 0; i < scan.inputs; ++i) poison(scan, scan.grad_in[i]), poison(scan.grad_channel[i], row);
+    poison(scan.grad_alpha, row);
+    poison(scan.grad_initial, scan.sequences * row);
+  } else {
+    poison(scan, scan.h);
+    poison(scan.final_state, scan.sequences * row);
+    poison(scan.checkpoints, scan.batch * scan.checkpoint_rows * row);
+    poison(scan.events, scan.batch * scan.event_rows * scan.channels * int64_t(sizeof(int32_t)));
+  }
+  const mru::cuda::Plan plan(scan, backward);
+  const int64_t bytes = plan.workspace_bytes();
+  // Of the exact size, so that the address sanitizer sees an access beyond its end.
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), &std::free);
+  poison(workspace.get(), bytes);
+  const mru::cuda::Kernels& kernels = mru::cuda::kernels(scan.dtype);
+  const char* error = (backward ? kernels.backward : kernels.forward)(scan, workspace.get(), nullptr);
+  STD_TORCH_CHECK(!error, "simt: ", error ? error : "");
+}
+
+struct Simt {
+  static void forward(const Scan& scan, const Tensor&) { launch(scan, false); }
+  static void backward(const Scan& scan, const Tensor&) { launch(scan, true); }
+};
+
+std::map<std::string, std::array<uint64_t, 2>> traffic() {
+  constexpr const char* names[simt::kKinds] = {"stream", "events", "state", "index"};
+  std::map<std::string, std::array<uint64_t, 2>> all;
+  for (int i = 0; i < simt::kKinds; ++i) all[names[i]] = {simt::control.read[i], simt::control.written[i]};
+  return all;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) {
+  m.impl("bmru.simt", TORCH_BOX((&mru::forward<Simt, mru::CellKind::kBmru>)));
+  m.impl("bmru_backward.simt", TORCH_BOX((&mru::backward<Simt, mru::CellKind::kBmru>)));
+}
+
+#ifdef MRU_ONE_ELEMENT
+namespace mru::cuda {
+const Kernels kernels_float64{}, kernels_bfloat16{}, kernels_float16{};
+}
+#endif
+
+PYBIND11_MODULE(MRU_MODULE, m) {
+  m.def("traffic", &traffic, "Bytes read and written since the last reset, by kind.");
+  m.def("reset_traffic", [] {
+    for (int i = 0; i < simt::kKinds; ++i) simt::control.read[i] = simt::control.written[i] = 0;
+  });
+  m.def("configure", [](uint64_t seed, unsigned resident, uint64_t switches) {
+    simt::control.seed = seed, simt::control.resident = resident, simt::control.switches = switches;
+  }, pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("switches") = 100'000'000);
+}

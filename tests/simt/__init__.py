@@ -1,0 +1,101 @@
+"""The CUDA kernels under host execution (csrc/simt) as backends of the package, for tests. x86-64 Linux only.
+
+`simt` runs on CPU tensors. It is built on demand with g++, in build/simt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import ninja
+import pybind11
+from ninja import ninja_syntax
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[2]
+ELEMENTS = ("float32", "float64", "bfloat16", "float16")
+SUPPORTED = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
+SANITIZE = os.environ.get("MRU_SANITIZE") == "1"
+
+FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
+
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+COMPILER = [
+    *(os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wno-unknown-pragmas"),
+    *(_SANITIZE if SANITIZE else []),
+]
+
+
+def build(
+    folder: Path, csrc: Path = ROOT / "csrc", elements: tuple[str, ...] = ELEMENTS, module: Path | None = None
+) -> Path:
+    """Compile `csrc` into a Python module under `folder`.
+
+    Args:
+        folder: where objects and the module go; what is up to date there is kept.
+        csrc: the sources, or a changed copy of them.
+        elements: element types to compile the kernels for.
+        module: the object of the module, if it is compiled already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"mru_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+    headers = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
+    includes = " ".join(f"-isystem {path}" for path in headers)
+    libraries = " ".join(f"-L{path}" for path in cpp_extension.library_paths())
+    one = "-DMRU_ONE_ELEMENT" if len(elements) == 1 else ""
+    with open(folder / "build.ninja", "w") as file:
+        n = ninja_syntax.Writer(file, width=110)
+        n.variable("cxx", COMPILER)
+        n.rule("cxx", "$cxx $own -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        n.rule("link", f"$cxx $in {libraries} -shared -ltorch -ltorch_cpu -lc10 -o $out")
+        objects = []
+        for element in elements:
+            own = f"-x c++ -I {csrc / 'simt'} -DMRU_ELEMENT={element}"
+            objects += n.build(f"{element}.o", "cxx", str(csrc / "cuda" / "scan.cu"), variables={"own": own})
+        if module is None:
+            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {one} {includes}"
+            objects += n.build("module.o", "cxx", str(csrc / "simt" / "module.cpp"), variables={"own": own})
+        else:
+            objects.append(str(module))
+        n.build(str(target), "link", objects)
+    done = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the host execution does not compile:\n{done.stdout}{done.stderr}")
+    return target
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a built module, which registers `mru::*.simt`."""
+    spec = importlib.util.spec_from_file_location("mru_simt", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def control() -> ModuleType:
+    """The loaded module, which sets the scheduler and counts the traffic.
+
+    MRU_SIMT_MODULE names one that is built already; else that of the sources as they are.
+    """
+    named = os.environ.get("MRU_SIMT_MODULE")
+    return load_module(Path(named) if named else build(FOLDER))
+
+
+@cache
+def register() -> None:
+    """Add the backend `simt` to the package's table."""
+    from mru_kernels import backends, ops
+
+    ops.add_backend(backends.Backend("simt", ("cpu",), "needs CPU tensors", "simt.backend"))

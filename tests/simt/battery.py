@@ -1,0 +1,208 @@
+"""What the CUDA kernels must do under host execution; each check raises where they do not.
+
+As a program, `python -m simt.battery`, it runs the checks of float32 on the module that MRU_SIMT_MODULE names.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import product
+
+import torch
+from bench import compare, inputs
+from torch import Tensor
+
+import simt
+from mru_kernels.backends import CHUNK
+from mru_kernels.cells.bmru import CELL
+from simt import backend
+
+_MAP_NORESERVE = 0x4000  # memory that nobody touches takes no room
+WAVES = [(1, 24), (2, 1), (3, 200)]  # seed of the order of blocks and threads, blocks that run at the same time
+
+
+@contextmanager
+def segments(steps: int):
+    """Have `mru_kernels` cut time into segments of so many steps; 0: not at all."""
+    before = backend.segment
+    backend.segment = lambda *sizes: steps
+    try:
+        yield
+    finally:
+        backend.segment = before
+
+
+def require(condition: object, what: object) -> None:
+    if not condition:
+        raise AssertionError(what)
+
+
+# ------------------------------------------------------------------------------------------ the numbers
+
+
+def compare_cases(cases: list[inputs.Case]) -> None:
+    """Every result and gradient against the float64 reference, whole and in segments, in several orders."""
+    for i, (case, steps) in enumerate(product(cases, (0, CHUNK, 2 * CHUNK))):
+        seed, resident = WAVES[i % len(WAVES)]
+        simt.control().configure(seed=seed + i, resident=resident)
+        with segments(steps):
+            (row,) = compare.run([case], "simt")
+        require(row.passed, f"{compare.table([row])}, segments of {steps}")
+
+
+def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
+    """The covering cases, cut down to sizes that host execution bears."""
+    cases = []
+    for case in inputs.covering_cases("bmru", dtype):
+        time = {1000: 129, 4097: 193}.get(case.options["time"], case.options["time"])
+        channels = {100: 20}.get(case.options["channels"], case.options["channels"])
+        cases.append(inputs.Case(case.cell, dtype, {**case.options, "time": time, "channels": channels}, case.seed))
+    return cases
+
+
+def check_numbers(dtype: torch.dtype) -> None:
+    compare_cases(small_cases(dtype))
+
+
+def check_many_jobs(dtype: torch.dtype) -> None:
+    """More segments than `carry` has groups of threads; more sequences than rows of sums."""
+    parameters = {"threshold": "channel", "alpha": True, "epsilon": 0.5, "initial_state": "real"}
+    for reverse in (False, True):
+        case = inputs.case("bmru", dtype, time=70 * CHUNK + 5, batch=2, channels=3, reverse=reverse, **parameters)
+        with segments(CHUNK):
+            (row,) = compare.run([case], "simt")
+        require(row.passed, compare.table([row]))
+    (row,) = compare.run([inputs.case("bmru", dtype, time=2, batch=8200, channels=1, **parameters)], "simt")
+    require(row.passed, compare.table([row]))
+
+
+def results(call: inputs.Call, steps: int) -> dict[str, Tensor]:
+    import mru_kernels
+
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    with segments(steps):
+        h, final = mru_kernels.bmru(**leaves, **call.settings, backend="simt")
+        grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
+    return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def check_any_order(dtype: torch.dtype) -> None:
+    """The order in which threads and blocks run changes no bit."""
+    case = inputs.case("bmru", dtype, time=5 * CHUNK + 3, channels=20, epsilon=0.5, threshold="channel", alpha=True)
+    call = case.build()
+    for steps in (0, CHUNK):
+        runs = []
+        for seed, resident in WAVES:
+            simt.control().configure(seed=seed, resident=resident)
+            runs.append(results(call, steps))
+        for name, first in runs[0].items():
+            for other in runs[1:]:
+                require(torch.equal(first, other[name]), f"{name} depends on the order, segments of {steps}")
+
+
+# ------------------------------------------------------------------------------------------ traffic
+
+
+def measure(function: Callable[[], object]) -> dict[str, list[int]]:
+    simt.control().reset_traffic()
+    function()
+    return simt.control().traffic()
+
+
+def check_traffic(dtype: torch.dtype) -> None:
+    """Bytes of streams and events equal the budget; what else is moved is a few states a job."""
+    e, s = dtype.itemsize, 8 if dtype == torch.float64 else 4
+    batch, time, epsilon = 2, 4 * CHUNK, torch.zeros((), dtype=torch.float64)
+    for channels, amplitude, per_channel, reverse, steps in product(
+        (16, 3), (False, True), (False, True), (False, True), (0, CHUNK)
+    ):
+        shape = (batch, time, channels)
+        streams = [torch.randn(shape).to(dtype) for _ in range(3 - per_channel - (not amplitude))]
+        channel = [torch.randn(channels)] if per_channel else []
+        alpha = torch.randn(channels)
+        call = (streams, channel, alpha, None, None, epsilon, 1.0, reverse, 0, CHUNK, steps)
+        n = batch * time * channels
+        jobs = batch * time // (steps or time)
+        chunked, packs = steps > 0, steps > 0 and not amplitude
+        out = []
+        moved = measure(lambda: out.extend(CELL.forward["simt"](*call, True)))
+        h, final_state, checkpoints, events = out
+        _, states = jobs * channels * s, checkpoints.nbytes + final_state.nbytes
+        where = f"{channels=} {amplitude=} {per_channel=} {reverse=} {steps=} {moved}"
+        rereads = 2 if chunked and amplitude else 1
+        require(moved["stream"] == [rereads * len(streams) * n * e, n * e], f"forward, streams: {where}")
+        require(moved["events"] == [n // 4 * packs] * 2, f"forward, events: {where}")
+        # factor, offset and entry written; alpha and threshold for each kernel; factor and offset twice, entry.
+        carries = jobs * channels * s
+        require(moved["state"][1] == states + 3 * carries * chunked, f"forward, states written: {where}")
+        require(moved["state"][0] <= (9 if chunked else 2) * carries, f"forward, states read: {where}")
+
+        grads = []
+        moved = measure(
+            lambda: grads.extend(CELL.backward["simt"](h, final_state, *call, checkpoints, events))
+        )
+        where = f"{channels=} {amplitude=} {per_channel=} {reverse=} {steps=} {moved}"
+        reads = len(streams) + 1 + ((1 + len(streams) * amplitude) if chunked else 0)
+        require(moved["stream"] == [reads * n * e, len(streams) * n * e], f"backward, streams: {where}")
+        require(moved["events"] == [n // 2 * packs, 0], f"backward, events: {where}")
+        sums = (1 + per_channel) * (carries + channels * s)
+        states = final_state.nbytes + sums
+        require(moved["state"][1] == states + 3 * carries * chunked, f"backward, states written: {where}")
+        bound = checkpoints.nbytes + (11 if chunked else 3) * carries + sums
+        require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
+        require(moved["index"] == [0, 0], where)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def check_far_strides(dtype: torch.dtype) -> None:
+    """Streams of which a row lies more than 2^31 elements after the one before."""
+    stride = 2**31 + 64
+    room = mmap.mmap(-1, (stride + 128) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    flat = torch.frombuffer(room, dtype=dtype)
+    for strides in ((64, stride, 1), (stride, 64, 1)):
+        c = flat.as_strided((2, 2, 16), strides)
+        values = torch.randn(2, 2, 16).to(dtype)
+        c.copy_(values)
+        tensors = {"candidate": c, "threshold": torch.full((16,), 0.5)}
+        far = inputs.call("bmru", tensors, {"epsilon": 0.5})
+        near = inputs.call("bmru", {**tensors, "candidate": values}, {"epsilon": 0.5})
+        one, other = results(far, 0), results(near, 0)
+        for name, result in one.items():
+            require(torch.equal(result, other[name]), f"{name} with strides {strides}")
+
+
+def check_offsets_are_clamped(dtype: torch.dtype) -> None:
+    """Values of cu_seqlens are device data: wrong ones may give anything but an access out of bounds."""
+    time, epsilon = 3 * CHUNK + 1, torch.zeros((), dtype=torch.float64)
+    c = torch.randn(1, time, 5).to(dtype)
+    for offsets in ([0, 2**40, time], [-7, 60, 9999], [100, 50, 3], [time, time, 0], [9, 9, 9]):
+        cu_seqlens = torch.tensor(offsets)
+        for reverse, steps in product((False, True), (0, CHUNK)):
+            call = ([c, c], [], None, None, cu_seqlens, epsilon, 1.0, reverse, 0, CHUNK, steps)
+            h, final_state, checkpoints, events = CELL.forward["simt"](*call, True)
+            CELL.backward["simt"](h, final_state, *call, checkpoints, events)
+
+
+CHECKS = (
+    check_traffic,
+    check_any_order,
+    check_far_strides,
+    check_offsets_are_clamped,
+    check_many_jobs,
+    check_numbers,
+)
+
+if __name__ == "__main__":
+    simt.register()
+    torch.manual_seed(0)
+    for check in CHECKS:
+        try:
+            check(torch.float32)
+        except (AssertionError, RuntimeError) as error:
+            sys.exit(f"{check.__name__}: {error}")
+    print("all checks pass")

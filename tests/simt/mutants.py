@@ -1,0 +1,89 @@
+"""Faults planted into copies of the CUDA sources, one at a time: the battery must catch each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import FOLDER, ROOT, build
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in `file` below csrc/cuda, the text `old`, which stands there once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def plant(self, csrc: Path) -> None:
+        """Write a copy of the sources with the fault; files that stay the same keep their time."""
+        for source in [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]:
+            text = source.read_text()
+            place = source.relative_to(ROOT / "csrc")
+            if str(place) == f"cuda/{self.file}":
+                assert text.count(self.old) == 1, f"{self.name}: expected the text to change once in {place}"
+                text = text.replace(self.old, self.new)
+            target = csrc / place
+            if not target.exists() or target.read_text() != text:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text)
+
+
+_BARRIER = "  __syncthreads();\n"
+_AFTER_CARRY = "  run_offset[threadIdx.y * kLanes + threadIdx.x] = u;\n"
+_AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum;\n"
+_EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kForwardThreads);\n"
+_CARRY = "  run.carry_over(1);\n"
+_SUMMARIZE = "  run.over_channels<F>(summarize<F>, run.plan.jobs, kForwardThreads);\n"
+
+_KERNELS = (
+    ("dropped barrier in carry", _AFTER_CARRY + _BARRIER, _AFTER_CARRY),
+    ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER, _AFTER_REDUCE),
+    # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
+    ("exchange off by one", "g < int(threadIdx.y); ++g", "g + 1 < int(threadIdx.y); ++g"),
+    ("wrong chunk boundary", "plan.chunk_divisor(end - 1)", "plan.chunk_divisor(end)"),
+    ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
+    ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
+    ("missing head mask", "low(begin > position ? int(begin - position) : 0)", "low(0)"),
+    ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
+    ("32-bit offset", "return base + position * step;", "return base + int(position * step);"),
+    ("carry across sequences", "  if (a == S(kForget)) return u;\n", ""),
+    ("event shifted", "words.at[w] |= codes << 2 * before;", "words.at[w] |= codes << before;"),
+    ("adjoint carried from the left", "(direction > 0 ? i : segments - 1 - i)", "i"),
+    ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
+    ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
+)
+_LAUNCHES = (
+    ("carry used before it is written", _CARRY + _EXPAND, _EXPAND.rstrip("\n").rstrip(";") + ", run.carry_over(1);\n"),
+    ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
+)
+_PLAN = (
+    ("misaligned words", "bool all = scan.channels % width == 0;", "bool all = true;"),
+    ("misaligned rows", "s.batch % width == 0 && s.time % width == 0", "true"),
+)
+MUTANTS = tuple(
+    Mutant(name, file, old, new)
+    for file, faults in (("kernels.cuh", _KERNELS), ("scan.cu", _LAUNCHES), ("plan.h", _PLAN))
+    for name, old, new in faults
+)
+
+
+def run_battery(path: Path) -> subprocess.CompletedProcess[str]:
+    """The battery in a process of its own, on the module at `path`: a fault may crash it."""
+    environment = {**os.environ, "MRU_SIMT_MODULE": str(path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.run(
+        [sys.executable, "-m", "simt.battery"], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600
+    )
+
+
+def outcome(mutant: Mutant, module: Path) -> subprocess.CompletedProcess[str]:
+    """Build the mutant for float32 beside the object of the unchanged module, and run the battery on it."""
+    folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
+    mutant.plant(folder / "csrc")
+    changes_plan = mutant.file == "plan.h"
+    return run_battery(build(folder, folder / "csrc", ("float32",), None if changes_plan else module))

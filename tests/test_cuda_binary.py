@@ -1,0 +1,159 @@
+"""What nvcc makes of the CUDA kernels, for every architecture of the build. Needs nvcc and no GPU.
+
+The extension is built with CUDA against whatever torch there is, and its code read with cuobjdump and nvdisasm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.check
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "cuda"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ELEMENTS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+# Threads of a multiprocessor that the registers of a kernel must leave room for, by the kernel's name.
+WANTED_THREADS = {"forward": 256, "summarize": 256, "expand": 256, "summarize_adjoint": 256, "backward": 256}
+REGISTERS = 65536
+
+
+@dataclass
+class Kernel:
+    """One kernel's code for one architecture."""
+
+    element: str
+    name: str  # as in the sources, without arguments
+    architecture: str
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    instructions: str = ""
+
+    @property
+    def function(self) -> str:
+        return self.name.partition("<")[0]
+
+    @property
+    def moves_words(self) -> bool:
+        """Whether it is of a form whose threads move 16 bytes at once."""
+        return f", {16 // ELEMENTS[self.element]}, " in self.name
+
+    def count(self, opcode: str) -> int:
+        return len(re.findall(rf"\b{re.escape(opcode)}\b", self.instructions))
+
+
+def _tool(name: str) -> str:
+    """A tool of the toolkit's: on the PATH, or from its wheel."""
+    wheel = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
+    found = shutil.which(name) or (str(wheel) if wheel.exists() else None)
+    if found is None:
+        pytest.skip(f"there is no {name} (pip install nvidia-cuda-{name})")
+    return found
+
+
+def _run(*command: str | Path, **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The extension, built with CUDA."""
+    if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", FOLDER, "--build-temp", FOLDER / "objects")
+    environment = {**os.environ, "MRU_FORCE_CUDA": "1", "MRU_SANITIZE": "0"}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    _run(*build, cwd=ROOT, env=environment)
+    (extension,) = (FOLDER / "mru_kernels").glob("_C*.so")
+    return extension
+
+
+@pytest.fixture(scope="module")
+def kernels(built) -> list[Kernel]:
+    cuobjdump, nvdisasm = _tool("cuobjdump"), _tool("nvdisasm")
+    found = []
+    for element in ELEMENTS:
+        cubins = FOLDER / "cubins" / element
+        shutil.rmtree(cubins, ignore_errors=True)
+        cubins.mkdir(parents=True)
+        _run(cuobjdump, "-xelf", "all", FOLDER / "objects" / f"cuda_scan_{element}.o", cwd=cubins)
+        for cubin in sorted(cubins.iterdir()):
+            architecture = re.search(r"sm_\d+", cubin.name)[0]
+            usage = _run(cuobjdump, "-res-usage", cubin)
+            rows = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+            sections = re.split(r"^\.text\.(\S+):$", _run(nvdisasm, "-c", cubin), flags=re.MULTILINE)
+            code = dict(zip(sections[1::2], sections[2::2], strict=True))
+            names = _run("c++filt", input="\n".join(row[0] for row in rows)).splitlines()
+            for name, (mangled, *numbers) in zip(names, rows, strict=True):
+                short = re.sub(r"^void |mru::(cuda::)?|\(anonymous namespace\)::|\([^()]*\)$", "", name)
+                short = re.sub(r"\(Call.*$|\(.*$", "", short)
+                registers, stack, shared, local = map(int, numbers)
+                found.append(Kernel(element, short, architecture, registers, stack, local, shared, code[mangled]))
+    return found
+
+
+def test_every_kernel_for_every_architecture(kernels):
+    for element in ELEMENTS:
+        names = {k.name for k in kernels if k.element == element}
+        assert len(names) >= 40, names
+        for architecture in ARCHITECTURES:
+            assert {k.name for k in kernels if (k.element, k.architecture) == (element, architecture)} == names
+
+
+def test_registers_and_local_memory(kernels):
+    """No spills, no local memory; registers for the threads that a multiprocessor is to hold."""
+    print()
+    for k in kernels:
+        moves = f"{k.count('LDG.E.128'):3} LDG.E.128, {k.count('STG.E.128'):3} STG.E.128"
+        print(f"{k.element:9} {k.architecture:7} {k.registers:4} registers, {moves}  {k.name}")
+    for k in kernels:
+        assert k.stack == 0, k
+        assert k.local == 0, k
+        assert not re.search(r"\b(LDL|STL)\b", k.instructions), k.name
+        threads = WANTED_THREADS.get(k.function, 1024)
+        assert k.registers * threads <= REGISTERS, (k.element, k.architecture, k.name, k.registers)
+
+
+def test_words_of_sixteen_bytes(kernels):
+    checked = 0
+    for k in kernels:
+        if not k.moves_words:
+            continue
+        checked += 1
+        assert k.count("LDG.E.128"), k.name
+        assert k.count("STG.E.128"), k.name
+    assert checked >= 60
+
+
+def test_loads_on_any_torch(built):
+    """The same extension loads where torch has no CUDA, and says why its kernels cannot run there."""
+    program = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1]); "
+        "torch.library.Library('mru', 'FRAGMENT').define('bmru.cuda() -> ()'); "
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('mru::bmru.cuda', 'CUDA'))"
+    )
+    assert _run(sys.executable, "-c", program, built).strip() == "True"
+
+
+def test_reason_without_cuda(built):
+    if torch.version.cuda is not None:
+        pytest.skip("torch is built with CUDA")
+    from mru_kernels import backends
+
+    with pytest.raises(RuntimeError, match="cuda"):
+        backends.resolve("cuda", torch.device("cpu"))

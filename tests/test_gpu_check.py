@@ -1,0 +1,281 @@
+"""`make gpu-check`, with the CPU in the place of a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from bench import gpu_check, peers, speed
+from bench.gpu_check import Outcome
+
+CPU = torch.device("cpu")
+SHAPES = [(2, 64, 8, "fp32"), (1, 70, 3, "bf16")]
+IN_TORCH = ["cummax + gather", "log-step scan", "python loop"]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture
+def check(tmp_path) -> gpu_check.Check:
+    return gpu_check.Check("cpu", SHAPES, tmp_path / "logs")
+
+
+def test_jobs_run_side_by_side_and_each_outcome_is_told(tmp_path, capsys):
+    jobs = {
+        "good": python("print('all is well')"),
+        "bad": python("print('alas'); raise SystemExit(3)"),
+        "slow": python("import time; print('begun', flush=True); time.sleep(60)"),
+        "absent": [str(tmp_path / "no such program")],
+    }
+    start = time.monotonic()
+    outcomes = {outcome.name: outcome for outcome in gpu_check.run_jobs(jobs, 3, tmp_path)}
+    assert time.monotonic() - start < 30
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "good": "passed", "bad": "failed", "slow": "timed out", "absent": "failed",
+    }  # fmt: skip
+    assert outcomes["good"].reason == "all is well"
+    assert outcomes["bad"].reason == "exit status 3: alas"
+    assert [outcome.bad for outcome in outcomes.values()].count(True) == 3
+    assert (tmp_path / "slow.log").read_text() == "begun\n"
+    assert "alas" in capsys.readouterr().out
+
+
+def test_a_job_that_is_late_ends_with_its_own_processes(tmp_path):
+    code = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(p.pid, flush=True); p.wait()"
+    )
+    (outcome,) = gpu_check.run_jobs({"parent": python(code)}, 3, tmp_path)
+    assert outcome.status == "timed out"
+    child = int((tmp_path / "parent.log").read_text())
+    state = ""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state == "Z":  # ended, and nobody has asked
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} is in state {state}")
+
+
+def test_stages_that_raise_do_not_stop_the_others_and_time_left_over_is_passed_on(check):
+    given = {}
+
+    def stage(name, then=None):
+        def run(seconds):
+            given[name] = seconds
+            if then is not None:
+                raise then
+            yield Outcome(name, "passed")
+
+        return run
+
+    def found():
+        check.backends = ["cpu"]
+        return []
+
+    check.build, check.find_backends, check.comparison = stage("build"), found, stage("comparison", KeyError("lost"))
+    check.tests, check.times, check.sanitizers = stage("tests"), stage("times"), stage("sanitizers")
+    outcomes = gpu_check.run_stages(check, gpu_check.DEADLINES)
+    assert [o.name for o in outcomes if o.status == "passed"] == ["build", "tests", "times", "sanitizers"]
+    (failed,) = (o for o in outcomes if o.bad)
+    assert (failed.name, failed.reason) == ("comparison", "KeyError: 'lost'")
+    assert given == pytest.approx(gpu_check.DEADLINES, abs=5)
+
+
+def test_without_a_backend_the_rest_is_skipped(check):
+    check.build = lambda seconds: [Outcome("build", "failed", "no compiler")]
+    check.find_backends = list
+    outcomes = gpu_check.run_stages(check, gpu_check.DEADLINES)
+    assert [o.status for o in outcomes] == ["failed"] + ["skipped"] * 4
+
+
+def test_everything_fits_nine_minutes():
+    ends = list(gpu_check.DEADLINES.values())
+    assert ends == sorted(ends)
+    assert ends[-1] + 20 <= 540
+
+
+def test_what_is_missing_is_skipped_by_name(check):
+    check.backends = ["cpu"]
+    with patch.object(gpu_check, "find_spec", lambda name: None if name in ("hypothesis", "ninja") else object()):
+        (tests,), (build,) = check.tests(5), check.build(5)
+    assert (tests.status, tests.reason) == ("skipped", "hypothesis not installed")
+    assert (build.status, build.reason) == ("skipped", "ninja not installed: there is no C++ extension")
+    with patch.dict(os.environ, {"PATH": ""}):
+        (sanitizers,) = check.sanitizers(5)
+    assert sanitizers.status == "skipped"
+
+
+def test_the_version_is_recorded_in_the_tree_where_nothing_is_installed(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "mru_kernels"\nversion = "4.5.6"\n')
+    error = gpu_check.metadata.PackageNotFoundError
+    with patch.object(gpu_check, "ROOT", tmp_path), patch.object(gpu_check.metadata, "version", side_effect=error):
+        gpu_check.give_metadata()
+    (found,) = gpu_check.metadata.distributions(name="mru_kernels", path=[str(tmp_path)])
+    assert found.version == "4.5.6"
+
+
+@pytest.mark.check
+def test_backends_are_found_in_a_new_process(check):
+    assert list(check.find_backends()) == []
+    assert check.backends == ["cpu"]
+
+
+def test_a_machine_without_a_gpu_gets_one_line(capsys):
+    with patch.object(torch.cuda, "is_available", lambda: False):
+        assert gpu_check.main([]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_a_peer_does_the_same_job(name):
+    candidate, threshold = torch.randn(2, 2, 40, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    speed.check_peer(name, candidate, threshold, 0.0)
+    right = peers.PEERS[name].run
+    wrong = peers.Peer(lambda c, b, epsilon: right(c, b, epsilon) + 1e-3)
+    with patch.dict(peers.PEERS, {name: wrong}), pytest.raises(RuntimeError, match="does not compute"):
+        speed.check_peer(name, candidate, threshold, 0.0)
+
+
+def test_why_a_peer_is_left_out():
+    shape, reason = (1, 5000, 8), peers.Peer.why_not
+    run = peers.python_loop
+    assert reason(peers.Peer(run), shape, 0.0, CPU) is None
+    assert (
+        reason(peers.Peer(run, needs=("torch", "no_such_package")), shape, 0.0, CPU) == "no_such_package not installed"
+    )
+    assert reason(peers.Peer(run, epsilon=1.0), shape, 0.0, CPU) == "epsilon 1 only"
+    assert reason(peers.Peer(run, on_gpu_only=True), shape, 0.0, CPU) == "runs on GPUs only"
+    assert reason(peers.Peer(run, most_steps=4096), shape, 0.0, CPU) == "too slow beyond 4096 steps"
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """What is written of times on the CPU: by the file's path."""
+    path = tmp_path_factory.mktemp("times") / "figures.jsonl"
+    with open(path, "w") as file, patch.object(gpu_check, "_PER_SUBJECT", 0.01):
+        timing = gpu_check.Timing(CPU, lambda kind, what: print(json.dumps([kind, what]), file=file), 2**20)
+        timing.calls = lambda name: timing.write("call", {"backend": name, "microseconds": {"a call": 1.0}})
+        deadline = time.monotonic() + 60
+        gpu_check.time_all(timing, SHAPES, ["cpu"], deadline, [*IN_TORCH[:2], "cumsum"])
+        gpu_check.time_all(timing, SHAPES[:1], [], time.monotonic() - 1, ["log-step scan"])
+    return path
+
+
+def test_times_are_at_the_bytes_of_the_floor(timed):
+    found = gpu_check.read_figures(timed)
+    assert found["failed"] == []
+    (copy,) = found["copy"]
+    subjects = {(f["subject"], f["work"]) for f in found["figure"]}
+    whole = {(name, work) for name in ("cpu", "log-step scan") for work in ("forward", "forward + backward")}
+    assert subjects == whole | {("cpu", "backward"), ("torch.add(out=)", "forward"), ("cummax + gather", "forward")}
+    for f in found["figure"]:
+        batch, steps, channels = f["shape"]
+        itemsize = {"fp32": 4, "bf16": 2}[f["dtype"]]
+        moved = {"forward": 3, "backward": 5, "forward + backward": 8}[f["work"]] * batch * steps * channels * itemsize
+        assert f["ms"] > 0
+        assert f["gb_per_s"] == pytest.approx(moved / f["ms"] / 1e6)
+        assert f["percent_of_copy"] == pytest.approx(100 * f["gb_per_s"] / copy["gb_per_s"])
+    assert [reason.partition(": ")[2] for reason in found["left out"]] == [
+        "epsilon 1 only", "epsilon 1 only", "no time was left",
+    ]  # fmt: skip
+
+
+def test_a_backend_that_is_wrong_is_not_timed():
+    written = []
+    with patch.object(speed, "passes", lambda *_: False):
+        timing = gpu_check.Timing(CPU, lambda *what: written.append(what), 2**16)
+        timing.backends(["cpu"], SHAPES[0])
+    assert [kind for kind, _ in written] == ["copy", "failed", "figure"]
+    assert written[-1][1]["subject"] == "torch.add(out=)"
+
+
+def test_what_raises_is_told_and_the_rest_goes_on():
+    written = []
+    timing = gpu_check.Timing(CPU, lambda *what: written.append(what), 2**16)
+    broken = {"log-step scan": peers.Peer(lambda c, b, epsilon: 1 / 0)}
+    with patch.dict(peers.PEERS, broken), patch.object(timing, "backends", side_effect=RuntimeError("no\nmemory")):
+        gpu_check.time_all(timing, SHAPES[:1], [], time.monotonic() + 60, ["log-step scan", "cummax + gather"])
+    kinds = [kind for kind, _ in written]
+    assert kinds == ["copy", "failed", "left out", "figure"]
+    assert written[1][1].endswith("RuntimeError: no")
+    assert "ZeroDivisionError" in written[2][1]
+
+
+def test_ratios_are_to_the_same_work():
+    same = {"shape": [1, 2, 3], "dtype": "fp32", "work": "forward"}
+    figures = [
+        same | {"subject": "triton", "ms": 2.0},
+        same | {"subject": "triton", "ms": 5.0, "work": "backward"},
+        same | {"subject": "cuda", "ms": 4.0, "dtype": "bf16"},
+        same | {"subject": "peer", "ms": 8.0},
+    ]
+    *_, peer = gpu_check.with_ratios(figures, ["triton", "cuda"])
+    assert peer["slower_than"] == {"triton": 4.0}
+
+
+def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_path, capsys):
+    check.backends = ["cpu"]
+    check.logs.mkdir()
+    with open(timed) as file:
+        check.figures.write_text(file.read() + '["figure", {"cut o')
+    (check.logs / "a.log").write_text("of a")
+    outcomes = [Outcome("comparison", "timed out", "at work", 9.0)]
+    paths = gpu_check.report(check, outcomes, tmp_path / "results")
+    capsys.readouterr()
+    assert [path.suffix for path in paths] == [".json", ".md", ".png"]
+    assert all(set(path.name) <= set(map(chr, range(48, 123))) | set("-.") for path in paths)
+    assert f"torch{torch.__version__}".replace("+", "-") in paths[0].name
+    record = json.loads(paths[0].read_text())
+    assert record["machine"]["torch"] == torch.__version__
+    assert len(record["figures"]) == len(gpu_check.read_figures(timed)["figure"])
+    assert all(f["slower_than"]["cpu"] > 0 for f in record["figures"] if f["subject"] != "cpu")
+    assert record["stages"][0]["status"] == "timed out"
+    text = paths[1].read_text()
+    assert "timed out" in text
+    assert "no time was left" in text
+    assert text.count("| fp32 |") + text.count("| bf16 |") == len(record["figures"])
+    gpu_check.copy_out(paths, check.logs, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in paths} | {"gpu-check.log"}
+
+
+def test_the_small_set_runs_whole_and_split(capsys):
+    assert gpu_check.run_small_set(["cpu"], CPU)
+    assert capsys.readouterr().out.count("PASS") == 12
+    assert not gpu_check.run_small_set([], CPU)
+
+
+@pytest.mark.check
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    arguments = ["--device", "cpu", "--stage", "comparison", "times", "--shape", "1,64,4,fp32"]
+    arguments += ["--logs", str(tmp_path / "logs"), "--results", str(tmp_path / "results")]
+    with (
+        patch.object(
+            gpu_check.Check, "comparison", lambda self, seconds: [Outcome("comparison", "failed", "by design")]
+        ),
+        patch.object(gpu_check, "run_stages", _with_backend(gpu_check.run_stages)),
+    ):
+        assert gpu_check.main(arguments) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "failed: comparison"
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png", ".log"}
+
+
+def _with_backend(run_stages):
+    def run(check, deadlines):
+        check.backends = ["cpu"]
+        return run_stages(check, deadlines)
+
+    return run

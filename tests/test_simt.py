@@ -1,0 +1,115 @@
+"""The CUDA kernels without a GPU: their unmodified sources under host execution (csrc/simt), x86-64 Linux only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from bench import inputs
+
+import simt
+
+pytestmark = [
+    pytest.mark.check,
+    pytest.mark.skipif(not simt.SUPPORTED, reason="the host execution of CUDA sources needs x86-64 Linux"),
+]
+
+SELFTESTS = {
+    "warp": "right",
+    "static shared memory": "right",
+    "atomics": "right",
+    "chain of blocks": "right",
+    "shared memory not written": "NaN",
+    "barriers that differ": "different calls of __syncthreads",
+    "a thread that left": "__syncthreads",
+    "deadlock": "deadlock",
+    "divergent shuffles": "different operations",
+    "livelock": "livelock",
+    "misaligned": "misaligned access of 16 bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def selftest():
+    simt.FOLDER.mkdir(parents=True, exist_ok=True)
+    program = simt.FOLDER / "selftest"
+    source = simt.ROOT / "tests" / "simt" / "selftest.cu"
+    command = [*simt.COMPILER, "-x", "c++", "-I", str(simt.ROOT / "csrc" / "simt"), str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
+
+
+@pytest.mark.parametrize("case", SELFTESTS)
+def test_host_execution_itself(selftest, case):
+    done = subprocess.run([selftest, case], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert SELFTESTS[case] in done.stdout
+
+
+@pytest.fixture(scope="module")
+def battery():
+    simt.register()
+    from simt import battery
+
+    torch.manual_seed(0)
+    yield battery
+    simt.control().configure()
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES.values(), ids=inputs.DTYPES)
+@pytest.mark.parametrize(
+    "check", ["numbers", "many_jobs", "any_order", "traffic", "far_strides", "offsets_are_clamped"]
+)
+def test_kernels(battery, check, dtype):
+    if check == "far_strides" and simt.SANITIZE:
+        pytest.skip("the address sanitizer's own memory does not bear strides of 2^31 elements")
+    getattr(battery, f"check_{check}")(dtype)
+
+
+def test_a_launch_that_fails_raises(battery):
+    simt.control().configure(switches=0)
+    try:
+        with pytest.raises(RuntimeError, match="livelock"):
+            battery.results(inputs.case("bmru", torch.float32).build(), 64)
+    finally:
+        simt.control().configure()
+
+
+# ------------------------------------------------------------------------------------------ mutants
+
+
+@pytest.fixture(scope="module")
+def outcomes(battery):
+    """Of every mutant, and of the sources as they are; as they come."""
+    if simt.SANITIZE:
+        pytest.skip("mutants run without the sanitizers")
+    from simt import mutants
+
+    module = simt.build(simt.FOLDER / "mutants" / "none", elements=("float32",)).parent / "module.o"
+    unchanged = mutants.Mutant("none", "kernels.cuh", "#pragma once\n", "#pragma once\n")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {m.name: pool.submit(mutants.outcome, m, module) for m in (unchanged, *mutants.MUTANTS)}
+
+
+def test_the_sources_as_they_are_pass(outcomes):
+    done = outcomes["none"].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _names() -> list[str]:
+    if not simt.SUPPORTED:
+        return []
+    from simt import mutants
+
+    return [m.name for m in mutants.MUTANTS]
+
+
+@pytest.mark.parametrize("name", _names())
+def test_every_mutant_is_caught(outcomes, name):
+    done = outcomes[name].result()
+    assert done.returncode != 0
+    assert "all checks pass" not in done.stdout
+    assert done.returncode < 0 or "check_" in done.stderr, done.stderr  # a crash, or a check that says why
