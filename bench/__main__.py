@@ -1,4 +1,4 @@
-"""`python -m bench NAME ...` runs `bench.NAME.main`, imported only then."""
+"""`python -m bench NAME ...` runs `main` of the module of that name, imported only then."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from importlib.util import find_spec
 SUBCOMMANDS = {
     "compare": "errors of every backend against the float64 reference",
     "speed": "times against a pass over the same bytes",
+    "gpu-check": "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`",
     "profile": "where the time goes",
     "report": "tables and figures from recorded results",
 }
 
 
+def _module(name: str) -> str:
+    return f"bench.{name.replace('-', '_')}"
+
+
 def main(argv: list[str]) -> int:
-    present = {name: what for name, what in SUBCOMMANDS.items() if find_spec(f"bench.{name}")}
+    present = {name: what for name, what in SUBCOMMANDS.items() if find_spec(_module(name))}
     name, *rest = argv or [""]
     if name in present:
-        return importlib.import_module(f"bench.{name}").main(rest) or 0
+        return importlib.import_module(_module(name)).main(rest) or 0
     print("usage: python -m bench NAME [--help]\n")
     for name, what in present.items():
         print(f"  {name:10}{what}")

@@ -4,7 +4,8 @@ All that is compared is interleaved in one process. A figure is a median; its sp
 quartiles over the median. The floor of a pass is the time that a streaming pass over as many bytes takes, scaled from
 `torch.add(c, b, out=h)` measured in the same run, where the bytes are those of design: each stream once, in or out.
 On the CPU memory that is freed stays with the process (the allocator's thresholds are pinned), so that an op's output
-costs no page faults and a given output and an allocated one are alike.
+costs no page faults and a given output and an allocated one are alike. On a GPU a time is the device's own, between
+two events, with the caches emptied before it and the call issued ahead of it; what a call costs is measured apart.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import mru_kernels as mk
 
 from . import compare, inputs
 from .peers import PEERS
+from .progress import tqdm
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # where the cost of a call shows
 _PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": "0"}
-_SECONDS = 1.5  # spent on one subject, at most, beyond its third run
-_CHECKED_STEPS = 300  # of the inputs are compared with the reference before anything is timed
+_SECONDS = 1.5
+_CHECKED_STEPS = 256  # of the inputs are compared with the reference before anything is timed
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,53 @@ class Figure:
     speedup: float | None = None  # of the op over this subject, for peers
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class Stopwatch:
+    """Seconds that a call takes on a device."""
+
+    _AHEAD = 2_000_000  # cycles, about a millisecond, in which a call is issued before the device is free to begin
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            # Read rather than written: lines that are to be written back would take part of the next call's bandwidth.
+            size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
+            self.other = torch.ones(size // 4, device=device)
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, subject: Callable[[], object]) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            subject()
+            return time.perf_counter() - start
+        self.other.sum()
+        torch.cuda._sleep(self._AHEAD)
+        self.start.record()
+        subject()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
 
 
-def measure(subjects: dict[str, Callable[[], object]], device: torch.device) -> dict[str, tuple[float, float]]:
-    """Median seconds and relative spread of each subject; all take turns, slow ones fewer."""
+def measure(
+    subjects: dict[str, Callable[[], object]], device: torch.device, seconds: float = _SECONDS
+) -> dict[str, tuple[float, float]]:
+    """Median seconds and relative spread of each subject; all take turns, slow ones fewer.
+
+    `seconds` is spent on one subject, at most, beyond its third run.
+    """
+    stopwatch = Stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in subjects}
+    if stopwatch.on_gpu:  # kernels are compiled by their first call, which is no time of theirs
+        for subject in subjects.values():
+            subject()
     for turn in range(60):
         for name, subject in subjects.items():
-            if turn > 3 and sum(times[name]) > _SECONDS:
+            if turn > 3 and sum(times[name]) > seconds:
                 continue
-            if turn > 0 and times[name] and times[name][0] > 3 * _SECONDS:
+            if turn > 0 and times[name] and times[name][0] > 3 * seconds:
                 continue
-            start = clock(device)
-            subject()
-            elapsed = clock(device) - start
-            if turn > 0 or elapsed > _SECONDS:  # the first run of a quick subject is warm-up
+            elapsed = stopwatch(subject)
+            if turn > 0 or elapsed > seconds:  # the first run of a quick subject is warm-up
                 times[name].append(elapsed)
     return {name: _median_and_spread(values) for name, values in times.items()}
 
@@ -126,21 +155,19 @@ def time_shape(
         subjects["BMRU forward"] = (lambda: module(module_input.detach()), None)
         subjects["BMRU forward + backward"] = (module_pass, None)
     for name in peers:
-        peer, only, whole = PEERS[name]
-        if only in (None, epsilon):
-            _check_peer(name, peer, candidate, threshold, epsilon)
-            subjects[f"{name}, forward"] = (lambda peer=peer: peer(candidate, threshold, epsilon), None)
-            if whole:
-                subjects[f"{name}, forward + backward"] = (
-                    both(lambda c, b, peer=peer: peer(c, b, epsilon)),
-                    None,
-                )
+        peer = PEERS[name]
+        if peer.why_not(shape, epsilon, device) is None:
+            check_peer(name, candidate, threshold, epsilon)
+            subjects[f"{name}: forward"] = (lambda run=peer.run: run(candidate, threshold, epsilon), None)
+            if peer.whole:
+                subjects[f"{name}: forward + backward"] = (both(lambda c, b, run=peer.run: run(c, b, epsilon)), None)
     seconds = measure({name: subject for name, (subject, _) in subjects.items()}, device)
     add, _ = seconds["torch.add(out=)"]
     figures = []
     for name, (median, spread) in seconds.items():
         streams = subjects[name][1]
-        mine = name.replace(name.partition(",")[0], "bmru", 1).replace(",", "") if ", forward" in name else None
+        peer, _, work = name.partition(": ")
+        mine = f"bmru {work}" if peer in PEERS else None
         figures.append(
             Figure(
                 shape=shape,
@@ -156,9 +183,10 @@ def time_shape(
     return figures
 
 
-def _check_peer(name: str, peer, candidate: Tensor, threshold: Tensor, epsilon: float) -> None:
-    c, b = candidate[:, :_CHECKED_STEPS].float(), threshold[:, :_CHECKED_STEPS].float()
-    if not torch.allclose(peer(c, b, epsilon), mk.bmru(c, b, epsilon=epsilon)[0], rtol=1e-5, atol=1e-5):
+def check_peer(name: str, candidate: Tensor, threshold: Tensor, epsilon: float) -> None:
+    """Raise unless a peer computes, in float32, what bmru does on the first steps of these streams."""
+    c, b = (t[:, :_CHECKED_STEPS].float().contiguous() for t in (candidate, threshold))
+    if not torch.allclose(PEERS[name].run(c, b, epsilon), mk.bmru(c, b, epsilon=epsilon)[0], rtol=1e-5, atol=1e-5):
         raise RuntimeError(f"peer {name!r} does not compute what bmru computes")
 
 
@@ -190,7 +218,7 @@ def overhead(device: torch.device, backend: str | None) -> dict[str, float]:
 
 def machine(device: torch.device) -> dict[str, object]:
     """What the figures were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = output_of("git", "rev-parse", "--short", "HEAD")
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -200,13 +228,21 @@ def machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
     }
     if device.type == "cpu":
         from mru_kernels.backends import cpu as backend
 
         facts["isa"] = backend.isa()
     return facts
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _lines(path: str) -> list[str]:

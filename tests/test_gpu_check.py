@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -118,6 +119,20 @@ def test_what_is_missing_is_skipped_by_name(check):
     assert sanitizers.status == "skipped"
 
 
+def test_each_sanitizer_runs_the_small_set_and_its_findings_count(check, tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "$@"\n[ $2 != racecheck ] || exit $4\n')
+    program.chmod(0o755)
+    check.backends = ["triton", "cuda"]
+    with patch.dict(os.environ, {"PATH": f"{tmp_path}:{os.environ['PATH']}"}):
+        outcomes = {outcome.name: outcome for outcome in check.sanitizers(20)}
+    assert {name: o.status for name, o in outcomes.items()} == {
+        "memcheck": "passed", "racecheck": "failed", "synccheck": "passed",
+    }  # fmt: skip
+    log = (check.logs / "memcheck.log").read_text()
+    assert "--backend triton cuda --job small-set" in log
+
+
 def test_the_version_is_recorded_in_the_tree_where_nothing_is_installed(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "mru_kernels"\nversion = "4.5.6"\n')
     error = gpu_check.metadata.PackageNotFoundError
@@ -212,6 +227,35 @@ def test_what_raises_is_told_and_the_rest_goes_on():
     assert kinds == ["copy", "failed", "left out", "figure"]
     assert written[1][1].endswith("RuntimeError: no")
     assert "ZeroDivisionError" in written[2][1]
+
+
+def test_on_a_gpu_a_call_is_timed_between_events_with_the_caches_emptied():
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            assert self is not end
+            return 2.5
+
+    flushed = SimpleNamespace(sum=lambda: done.append("flush"))
+    with (
+        patch.object(torch, "ones", lambda count, device: flushed),
+        patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1)),
+        patch.object(torch.cuda, "Event", Event),
+        patch.object(torch.cuda, "_sleep", lambda cycles: done.append("sleep")),
+    ):
+        stopwatch = speed.Stopwatch(torch.device("cuda"))
+        assert stopwatch(lambda: done.append("call")) == 0.0025
+    assert done == ["flush", "sleep", "event", "call", "event", "wait"]
 
 
 def test_ratios_are_to_the_same_work():

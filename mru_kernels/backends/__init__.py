@@ -67,6 +67,8 @@ def why_not(name: str, device: torch.device) -> str | None:
     backend = TABLE[name]
     if device.type not in backend.device_types:
         return f"{backend.needs}, got a tensor on {device}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA or ROCm device"
     return _load_error(name)
 
 
