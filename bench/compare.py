@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import python_ref
 
 from . import errors, inputs
 from .inputs import Call, Case
+from .progress import tqdm
 
 FORWARD = ("h", "final_state")
 REFERENCE = "reference"  #: as a backend: the plain loop in the dtype that the kernels accumulate in
