@@ -7,10 +7,10 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
-from bench import inputs
-
 import simt
+import torch
+
+from bench import inputs
 
 pytestmark = [
     pytest.mark.check,
@@ -61,7 +61,7 @@ def battery():
 
 @pytest.mark.parametrize("dtype", inputs.DTYPES.values(), ids=inputs.DTYPES)
 @pytest.mark.parametrize(
-    "check", ["numbers", "many_jobs", "any_order", "traffic", "far_strides", "offsets_are_clamped"]
+    "check", ["numbers", "many_jobs", "any_order", "traffic", "far_strides", "misaligned", "offsets_are_clamped"]
 )
 def test_kernels(battery, check, dtype):
     if check == "far_strides" and simt.SANITIZE:
@@ -70,7 +70,7 @@ def test_kernels(battery, check, dtype):
 
 
 def test_a_launch_that_fails_raises(battery):
-    simt.control().configure(switches=0)
+    simt.control().configure(budget=0)
     try:
         with pytest.raises(RuntimeError, match="livelock"):
             battery.results(inputs.case("bmru", torch.float32).build(), 64)

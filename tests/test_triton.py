@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mru_kernels.backends import triton as backend
+from mru_kernels.cells.bmru import CELL
 from tests import triton_offline
 
 pytest.importorskip("triton")
@@ -18,15 +19,27 @@ pytestmark = pytest.mark.check
 
 ROOT = Path(__file__).parents[1]
 
+# Of tests/test_op.py; the rest of it passes too, and takes much longer.
+OF_EVERY_BACKEND = [
+    "test_equals_the_reference",
+    "test_segments_equal_the_whole",
+    "test_reverse_equals",
+    "test_packed_sequences",
+    "test_no_sequence",
+    "test_strides",
+]
+
 # The most registers of a lane: 65536 of a multiprocessor over 32 lanes and the warps that are to reside on it.
 REGISTERS = {"forward": 168, "summarize": 200, "summarize_adjoint": 168, "fold": 168, "carry": 200, "backward": 255}
 
 
 def test_under_the_interpreter():
-    """The suite of every backend, few examples, and what is Triton's own, where TRITON_INTERPRET is set in time."""
-    options = ["-q", "-p", "no:cacheprovider", "--backend", "triton", "-p", "tests.interpreter"]
-    tests = ["tests/test_op.py", "tests/triton_interpreted.py", "--hypothesis-profile=interpreted"]
-    ran = subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT, capture_output=True, text=True)
+    """A few examples of what every backend passes, and what is Triton's own, where TRITON_INTERPRET is set in time."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.interpreter"]
+    command += ["--backend", "triton", "--hypothesis-profile=interpreted", "--durations=10"]
+    command += ["tests/test_op.py", "tests/triton_interpreted.py"]
+    command += ["-k", " or ".join(["interpreted", *OF_EVERY_BACKEND])]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
 
@@ -51,3 +64,55 @@ def test_compiled_for_devices():
         if any(bad.values()):
             failed[f"{v.name} {v.arch}"] = [name for name, is_bad in bad.items() if is_bad]
     assert not failed
+
+
+@pytest.fixture
+def requested(monkeypatch):
+    """What launches ask Triton to compile, with no device to run it on: (kernel, signature, constants, alignments)."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Device:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    asked = []
+
+    def refuse(*, fn, compile, **_):
+        attrs = {path: value for path, value in compile["configs"][0].items() if value}
+        asked.append((fn.jit_function.fn.__name__, str(compile["signature"]), str(compile["constants"]), str(attrs)))
+        return True  # do not compile
+
+    monkeypatch.setattr(driver, "_active", Device())
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", refuse)
+    return asked
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
+@pytest.mark.parametrize("segment", [0, 64])
+def test_sizes_are_not_compiled_in(requested, segment):
+    """One set of variants for any sizes, flags and strides, as long as rows stay aligned."""
+    for batch, time, channels, reverse, packed in (
+        (1, 64, 256, False, False),
+        (2, 1, 264, True, False),
+        (3, 1000, 1024, False, False),
+        (1, 333, 16 * 33, True, True),
+    ):
+        streams = [torch.empty(batch, time, channels, dtype=torch.bfloat16) for _ in range(2)]
+        cu_seqlens = torch.tensor([0, 5, time]) if packed else None
+        n = 2 if packed else batch
+        alpha = None if packed else torch.empty(channels)
+        arguments = (streams, [], alpha, None, cu_seqlens, torch.tensor(0.5, dtype=torch.float64), 1.0, reverse, 0, 64)
+        results = backend._forward(CELL, *arguments, segment, True)
+        backend._backward(CELL, streams[0], torch.empty(n, channels), *arguments, segment, *results[2:])
+    assert not any("i32'" in signature.replace("*i32'", "") for _, signature, *_ in requested)
+    kernels = {name for name, *_ in requested}
+    assert kernels == {"forward", "backward"} | ({"summarize", "summarize_adjoint", "carry"} if segment else set())
+    assert len(set(requested)) == len(kernels)

@@ -120,10 +120,16 @@ def compile_variant(variant: Variant):
     if variant.per_channel:
         streams[1] = triton_kernels.Stream(f"*{state}", "i64", "i64")
     types = {
-        "inputs": tuple(streams), "grads": tuple(streams), "h": streams[0], "grad_h": streams[0],
+        "inputs": tuple(streams),
+        "grads": tuple(streams),
+        "h": streams[0],
+        "grad_h": streams[0],
         "scan": triton_kernels.Scan(*["i64"] * len(triton_kernels.Scan._fields)),
         "walk": triton_kernels.Walk(*["i64"] * len(triton_kernels.Walk._fields)),
-        "epsilon": "fp64", "surrogate_scale": "fp64", "events": "*i32", "offsets": "*i64",
+        "epsilon": "fp64",
+        "surrogate_scale": "fp64",
+        "events": "*i32",
+        "offsets": "*i64",
         **dict.fromkeys(known, "constexpr"),
     }
     signature = {name: types.get(name, f"*{state}") for name in kernel.arg_names}

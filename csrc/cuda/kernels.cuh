@@ -209,8 +209,7 @@ __device__ __forceinline__ void load_steps(const Row<const typename F::T>& strea
                                            Vector<typename F::T, F::W>* raw, int stride = 1) {
   const typename F::T* at = stream.at(position);
 #pragma unroll
-  for (int t = 0; t < U; ++t, at = advance(at, stream.step))
-    raw[t * stride] = load<Traffic::kStream, F::W>(at);
+  for (int t = 0; t < U; ++t, at = advance(at, stream.step)) raw[t * stride] = load<Traffic::kStream, F::W>(at);
 }
 
 // U steps of every stream input.
@@ -220,9 +219,8 @@ struct Tile {
 
   Tile() = default;
   __device__ __forceinline__ Tile(const Scan& scan, int64_t row, int64_t d, int64_t position) {
-    for_streams<F>([&](int i, int k) {
-      load_steps<F, U>({scan, scan.in[i].stream, row, d}, position, &raw[0][k], F::kStreams);
-    });
+    for_streams<F>(
+        [&](int i, int k) { load_steps<F, U>({scan, scan.in[i].stream, row, d}, position, &raw[0][k], F::kStreams); });
   }
   // The inputs of step t at channel w of the thread.
   __device__ __forceinline__ void inputs(int t, int w, const ChannelInputs<F>& channel, typename F::S* x) const {
@@ -356,8 +354,7 @@ __device__ __forceinline__ void store_h(typename F::T* at, const typename F::Sta
 
 // h, final states and checkpoints from the streams. Wide: whole sequences. Chunked: from the jobs' entry states.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads, 4)
-    forward(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kForwardThreads, 4) forward(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
@@ -388,8 +385,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
 
 // Chunked, first: each job as one map of the state, and its events.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads, 4)
-    summarize(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kForwardThreads, 4) summarize(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
@@ -437,8 +433,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
 
 // Chunked, last: h, final states and checkpoints from the events and the jobs' entry states.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads, 4)
-    expand(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kForwardThreads, 4) expand(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
@@ -489,9 +484,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kLanes + threadIdx.x;
   const int64_t begin = threadIdx.y * run;
   const int64_t end = d < channels ? (begin + run < segments ? begin + run : segments) : 0;
-  const auto at = [&](int64_t i) {
-    return (row * segments + (direction > 0 ? i : segments - 1 - i)) * channels + d;
-  };
+  const auto at = [&](int64_t i) { return (row * segments + (direction > 0 ? i : segments - 1 - i)) * channels + d; };
   const auto read = [&](const S* from, int64_t i) { return load<Traffic::kState, 1>(from + at(i)).at[0]; };
 
   S a = 1, u = 0;
@@ -593,7 +586,7 @@ class Room {
   static constexpr __host__ __device__ int kept_steps(int64_t chunk) { return kFromEvents ? U : int(chunk); }
   static constexpr __host__ int64_t bytes(int64_t chunk) {
     return kThreads * ((2 * F::kSums + chunk / U + U) * sizeof(typename F::States) +
-                      (kept_steps(chunk) * F::kStreams + U) * sizeof(Elements));
+                       (kept_steps(chunk) * F::kStreams + U) * sizeof(Elements));
   }
   __device__ __forceinline__ explicit Room(const Scan& scan)
       : factors_(reinterpret_cast<typename F::States*>(shared_memory()) + threadIdx.x),
@@ -613,9 +606,7 @@ class Room {
   __device__ __forceinline__ typename F::States& state(int t) const { return states_[t * kThreads]; }
   // grad_h of step t of the tile at hand, and stream k of step t of what is kept.
   __device__ __forceinline__ Elements& grad(int t) const { return grads_[t * kThreads]; }
-  __device__ __forceinline__ Elements& stream(int k, int t) const {
-    return streams_[(t * F::kStreams + k) * kThreads];
-  }
+  __device__ __forceinline__ Elements& stream(int k, int t) const { return streams_[(t * F::kStreams + k) * kThreads]; }
 
  private:
   typename F::States* const factors_;
@@ -630,8 +621,7 @@ class Room {
 struct Part {
   int low, high;
   __device__ __forceinline__ Part(int64_t begin, int64_t end, int64_t position, int steps)
-      : low(begin > position ? int(begin - position) : 0),
-        high(end - position < steps ? int(end - position) : steps) {}
+      : low(begin > position ? int(begin - position) : 0), high(end - position < steps ? int(end - position) : steps) {}
 };
 
 // Loads those steps of a stream together, and puts them where slot(t) says.
@@ -773,8 +763,7 @@ __global__ void __launch_bounds__(Room<F, kFromEvents>::kThreads, 1)
   }
   if (plan.sums > 0)
 #pragma unroll
-    for (int i = 0; i < F::kSums; ++i)
-      store_states<F>(work.sums, row * F::kSums + i, scan.channels, d, room.total(i));
+    for (int i = 0; i < F::kSums; ++i) store_states<F>(work.sums, row * F::kSums + i, scan.channels, d, room.total(i));
 }
 
 }  // namespace mru::cuda

@@ -11,11 +11,21 @@
 
 namespace mru::cuda {
 
-struct BFloat16Bits { uint16_t bits; };
-struct Float16Bits { uint16_t bits; };
+struct BFloat16Bits {
+  uint16_t bits;
+};
+struct Float16Bits {
+  uint16_t bits;
+};
 
-template <class T> struct StateOf { using type = float; };
-template <> struct StateOf<double> { using type = double; };
+template <class T>
+struct StateOf {
+  using type = float;
+};
+template <>
+struct StateOf<double> {
+  using type = double;
+};
 
 // N values; as an object in memory it is aligned to its size, at most 16 bytes.
 template <class T, int N>
@@ -36,11 +46,24 @@ enum class Traffic { kStream, kEvents, kState, kIndex };
 
 #ifdef __CUDACC__
 
-template <int kBytes> struct WordOf;
-template <> struct WordOf<2> { using type = unsigned short; };
-template <> struct WordOf<4> { using type = unsigned int; };
-template <> struct WordOf<8> { using type = uint2; };
-template <> struct WordOf<16> { using type = uint4; };
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
 
 // Nothing that a kernel reads is written by the same launch, so that loads may take the read-only path.
 template <Traffic, class Word>
@@ -88,7 +111,9 @@ __device__ __forceinline__ uint32_t narrow_pair(Float16Bits, float low, float hi
 
 template <int kBytes>
 struct WordOf {
-  using type = struct alignas(kBytes) { unsigned char bytes[kBytes]; };
+  using type = struct alignas(kBytes) {
+    unsigned char bytes[kBytes];
+  };
 };
 
 template <Traffic kind, class Word>
@@ -124,7 +149,9 @@ template <Traffic kind, int N, class T>
 __device__ __forceinline__ Vector<T, N> load(const T* p) {
   using V = Vector<T, N>;
   using Word = typename WordOf<alignof(V)>::type;
-  struct Words { Word at[sizeof(V) / sizeof(Word)]; } words;
+  struct Words {
+    Word at[sizeof(V) / sizeof(Word)];
+  } words;
 #pragma unroll
   for (int i = 0; i < int(sizeof(V) / sizeof(Word)); ++i)
     words.at[i] = load_word<kind>(reinterpret_cast<const Word*>(p) + i);
@@ -134,11 +161,12 @@ __device__ __forceinline__ Vector<T, N> load(const T* p) {
 template <Traffic kind, int N, class T>
 __device__ __forceinline__ void store(T* p, const Vector<T, N>& v) {
   using Word = typename WordOf<alignof(Vector<T, N>)>::type;
-  struct Words { Word at[sizeof(v) / sizeof(Word)]; };
+  struct Words {
+    Word at[sizeof(v) / sizeof(Word)];
+  };
   const Words words = bits_as<Words>(v);
 #pragma unroll
-  for (int i = 0; i < int(sizeof(v) / sizeof(Word)); ++i)
-    store_word<kind>(reinterpret_cast<Word*>(p) + i, words.at[i]);
+  for (int i = 0; i < int(sizeof(v) / sizeof(Word)); ++i) store_word<kind>(reinterpret_cast<Word*>(p) + i, words.at[i]);
 }
 
 // State values rounded once to elements of a stream.

@@ -39,8 +39,8 @@ class Divisor {
 struct Plan {
   int64_t segments = 1;  // of a batch row; 1: the wide form, whatever scan.segment says
   int64_t jobs = 0;
-  int64_t sum_rows = 0;  // job j adds what is summed over time and batch to row j % sum_rows
-  int sums = 0;          // of a row: alpha's gradient, then each per-channel input's
+  int64_t sum_rows = 0;      // job j adds what is summed over time and batch to row j % sum_rows
+  int sums = 0;              // of a row: alpha's gradient, then each per-channel input's
   int64_t states_bytes = 0;  // of one [jobs, D] in the state dtype
   Divisor segments_divisor, chunk_divisor;
 

@@ -25,6 +25,7 @@ class Launcher {
   template <class... P, class... A>
   void operator()(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared, const A&... arguments) {
     if (blocks == 0) return;
+    if (blocks > INT32_MAX) check(cudaErrorInvalidValue);
     if (shared > kDefaultShared)
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(shared)));
@@ -115,8 +116,8 @@ void run_backward(Run& run) {
   const auto sum = [&](void* total) {
     if (total)
       run.launch(reduce<S>, ceil_div(scan.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
-                  static_cast<const S*>(run.work.sums), plan.sum_rows, plan.sums, which, scan.channels,
-                  static_cast<S*>(total));
+                 static_cast<const S*>(run.work.sums), plan.sum_rows, plan.sums, which, scan.channels,
+                 static_cast<S*>(total));
     ++which;
   };
   sum(scan.grad_alpha);

@@ -46,15 +46,13 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return simt::exchange(mask, value, 3, [=](int lane) {
-    return lane - int(delta) < (lane & ~(width - 1)) ? lane : lane - int(delta);
-  });
+  return simt::exchange(mask, value, 3,
+                        [=](int lane) { return lane - int(delta) < (lane & ~(width - 1)) ? lane : lane - int(delta); });
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return simt::exchange(mask, value, 4, [=](int lane) {
-    return lane + int(delta) > (lane | (width - 1)) ? lane : lane + int(delta);
-  });
+  return simt::exchange(mask, value, 4,
+                        [=](int lane) { return lane + int(delta) > (lane | (width - 1)) ? lane : lane + int(delta); });
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int = 32) {
@@ -108,7 +106,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const bool done = simt::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                              [&] { kernel(Parameters(arguments)...); });
+  const bool done =
+      simt::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(Parameters(arguments)...); });
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }

@@ -1,7 +1,5 @@
 // The CUDA kernels under host execution, as ops `mru::*.simt` on CPU tensors and, for the tests, what there is to set and
 // to count. Everything that a call allocates is filled with NaN first.
-#include "simt.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +8,7 @@
 
 #include "../binding.h"
 #include "../cuda/plan.h"
+#include "simt.h"
 
 namespace {
 
@@ -79,7 +78,10 @@ PYBIND11_MODULE(MRU_MODULE, m) {
   m.def("reset_traffic", [] {
     for (int i = 0; i < simt::kKinds; ++i) simt::control.read[i] = simt::control.written[i] = 0;
   });
-  m.def("configure", [](uint64_t seed, unsigned resident, uint64_t switches) {
-    simt::control.seed = seed, simt::control.resident = resident, simt::control.switches = switches;
-  }, pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("switches") = 100'000'000);
+  m.def(
+      "configure",
+      [](uint64_t seed, unsigned resident, uint64_t budget) {
+        simt::control.seed = seed, simt::control.resident = resident, simt::control.budget = budget;
+      },
+      pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("budget") = 500'000'000);
 }

@@ -6,7 +6,7 @@
 //   memory nobody wrote     shared memory starts as NaN; the caller does the same for what it allocates
 //   races at barriers       threads and blocks run in a random order, so what needs a barrier is read too early
 //   barriers that differ    all threads of a block must meet at the same call of __syncthreads
-//   deadlocks, livelocks    a launch may switch between fibers so many times, then it fails
+//   deadlocks, livelocks    a launch may switch between fibers and access memory so many times, then it fails
 //   misalignment            every access of a word must be aligned to its size
 //   traffic                 bytes read from and written to global memory are counted, by kind
 #pragma once
@@ -42,9 +42,9 @@ constexpr unsigned char kNanByte = 0xff;  // four or eight of them are a NaN
 
 // What tests set and read.
 struct Control {
-  uint64_t seed = 1;                // of the order of threads and blocks
-  unsigned resident = 24;           // blocks that run at the same time, at most
-  uint64_t switches = 100'000'000;  // a launch's budget
+  uint64_t seed = 1;              // of the order of threads and blocks
+  unsigned resident = 24;         // blocks that run at the same time, at most
+  uint64_t budget = 500'000'000;  // of a launch: switches between fibers and accesses of global memory
   uint64_t read[kKinds] = {}, written[kKinds] = {};
 };
 inline Control control;
@@ -89,7 +89,7 @@ inline Fiber* current = nullptr;
 inline void* scheduler_pointer = nullptr;
 inline const std::function<void()>* body = nullptr;
 inline std::string failure;  // of the launch at hand
-inline uint64_t switches = 0;
+inline uint64_t spent = 0;   // of the budget
 inline dim3 threads_of_block;
 
 extern "C" void mru_simt_switch(void** save, void* to);
@@ -150,6 +150,10 @@ inline void to_scheduler() {
   std::abort();
 }
 
+inline void spend() {
+  if (++spent > control.budget) fail("livelock: the budget of a launch is spent");
+}
+
 inline std::vector<void*>& free_stacks() {
   static std::vector<void*> stacks;
   return stacks;
@@ -161,8 +165,8 @@ inline void* take_stack() {
     stacks.pop_back();
     return stack;
   }
-  void* const stack = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const stack =
+      mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED) std::perror("simt: stack"), std::abort();
   mprotect(stack, kGuard, PROT_NONE);
   return stack;
@@ -170,6 +174,7 @@ inline void* take_stack() {
 
 inline void fiber_main() {
   finish_switch(nullptr, &scheduler_bottom, &scheduler_size);
+  spend();
   (*body)();
   Block& block = *current->block;
   current->state = State::kDone;
@@ -194,7 +199,6 @@ inline void resume(Fiber& fiber) {
   const dim3& n = threads_of_block;
   threadIdx = dim3(i % n.x, i / n.x % n.y, i / n.x / n.y);
   blockIdx = fiber.block->index;
-  ++switches;
   void* fake = nullptr;
   start_switch(&fake, static_cast<char*>(fiber.stack) + kGuard, kStack);
   mru_simt_switch(&scheduler_pointer, fiber.pointer);
@@ -205,7 +209,10 @@ inline void resume(Fiber& fiber) {
 // ------------------------------------------------------------------------------------------------ meeting points
 
 // A place where a fiber lets others run: a spin on global memory passes through here.
-inline void yield() { to_scheduler(); }
+inline void yield() {
+  spend();
+  to_scheduler();
+}
 
 inline void barrier(std::source_location at) {
   Block& block = *current->block;
@@ -234,7 +241,8 @@ inline const uint64_t* meet(unsigned mask, uint64_t value, int operation) {
   if (lanes < kWarp) mask &= (1u << lanes) - 1;
   if (!(mask >> lane & 1)) fail("a lane is not in its own mask");
   if (warp.arrived == 0) warp.mask = mask, warp.operation = operation;
-  else if (warp.mask != mask || warp.operation != operation) fail("lanes of a warp meet with different operations or masks");
+  else if (warp.mask != mask || warp.operation != operation)
+    fail("lanes of a warp meet with different operations or masks");
   const unsigned generation = warp.generation;
   uint64_t* const slots = warp.slots[generation & 1];
   slots[lane] = value;
@@ -280,7 +288,7 @@ inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
   }
   gridDim = grid, blockDim = threads_of_block = threads;
   body = &kernel;
-  switches = 0;
+  spent = 0;
   uint64_t random = control.seed * 0x9e3779b97f4a7c15 | 1;
   const auto draw = [&](uint64_t below) {
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -307,16 +315,17 @@ inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
     Block& block = *active[chosen];
     if (static_bytes) std::memcpy(__start_mru_simt_shared, block.static_shared.data(), static_bytes);
     const unsigned first = draw(count);
-    const uint64_t before = switches;
+    bool resumed = false;
     for (unsigned i = 0; i < count && failure.empty(); ++i) {
       Fiber& fiber = block.fibers[(first + i) % count];
-      if (ready(fiber)) resume(fiber);
+      if (!ready(fiber)) continue;
+      resumed = true;
+      resume(fiber);
     }
     if (static_bytes) std::memcpy(block.static_shared.data(), __start_mru_simt_shared, static_bytes);
     if (!failure.empty()) break;
-    if (switches > control.switches) failure = "livelock: the budget of switches is spent";
-    else if (block.done == count) active.erase(active.begin() + chosen);
-    else if (switches == before) failure = "deadlock: no thread of a block can go on";
+    if (block.done == count) active.erase(active.begin() + chosen);
+    else if (!resumed) failure = "deadlock: no thread of a block can go on";
   }
   for (auto& block : active)  // what a failure left behind; new stacks, because these still hold frames
     for (Fiber& fiber : block->fibers)
@@ -335,6 +344,7 @@ inline void check_aligned(const void* p, size_t bytes) {
 template <class Word>
 Word load(int kind, const Word* p) {
   check_aligned(p, sizeof(Word));
+  spend();
   control.read[kind] += sizeof(Word);
   Word word;
   std::memcpy(&word, p, sizeof word);
@@ -343,6 +353,7 @@ Word load(int kind, const Word* p) {
 template <class Word>
 void store(int kind, Word* p, Word word) {
   check_aligned(p, sizeof(Word));
+  spend();
   control.written[kind] += sizeof(Word);
   std::memcpy(p, &word, sizeof word);
 }

@@ -157,13 +157,15 @@ class _Call:
         from . import triton_kernels
 
         element = (self.state if name in BY_STATE else self.first.dtype).itemsize
-        block = min(_LANES * _VECTOR_BYTES // element, 1 << max(self.channels - 1, 0).bit_length())
+        least = max(1 << max(self.channels - 1, 0).bit_length(), _LANES)
+        block = min(_LANES * _VECTOR_BYTES // element, least)
         units = programs * _ceil_div(self.channels, block)
         if units > 0:
             kernel, most = getattr(triton_kernels, name), triton_kernels.GRID.value
             arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
             grid = (min(units, most), _ceil_div(units, most))
-            kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **OPTIONS)
+            with torch.cuda.device_of(self.first):
+                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **OPTIONS)
 
     def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
         """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
@@ -178,7 +180,10 @@ class _Call:
         entries = self.rows(self.slots)
         own = {
             "walk": Walk(encode(groups), encode(per_group), encode(int(adjoint_of is not None))),
-            "factors": factors, "sums": sums, "entries": entries, "final_state": final_state,
+            "factors": factors,
+            "sums": sums,
+            "entries": entries,
+            "final_state": final_state,
             "group_factors": self.rows(self.sequences * groups),
             "group_sums": self.rows(self.sequences * groups),
         }
@@ -224,7 +229,8 @@ def _backward(
     grads = ops.allocate_backward(streams, channel, alpha, initial_state, packed)
     n_streams = len(streams)
     views = ops.split_gates(grads[0], packed) if packed else grads[:n_streams]
-    grad_initial = call.rows(call.sequences)
+    in_place = initial_state is not None and initial_state.dtype == call.state
+    grad_initial = grads[-1] if in_place else call.rows(call.sequences)
     wants_sums = alpha is not None or len(channel) > 0  # one [D] per slot: of alpha, then of each input
     partial = call.first.new_empty(((1 + len(call.inputs)) * wants_sums, call.slots, call.channels), dtype=call.state)
     own = {"grad_h": call.stream(grad_h), "grad_final": grad_final.to(call.state).contiguous(), "partial": partial}
@@ -240,6 +246,6 @@ def _backward(
     of_alpha = [partial[0]] if alpha is not None else []
     for grad, rows in zip(grads[n_streams:], of_channels + of_alpha, strict=False):
         grad.copy_(rows.sum(0))  # in a fixed order
-    if initial_state is not None:
+    if initial_state is not None and not in_place:
         grads[-1].copy_(grad_initial)
     return grads

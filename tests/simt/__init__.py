@@ -36,7 +36,11 @@ COMPILER = [
 
 
 def build(
-    folder: Path, csrc: Path = ROOT / "csrc", elements: tuple[str, ...] = ELEMENTS, module: Path | None = None
+    folder: Path,
+    csrc: Path = ROOT / "csrc",
+    elements: tuple[str, ...] = ELEMENTS,
+    module: Path | None = None,
+    optimization: str = "-O1",
 ) -> Path:
     """Compile `csrc` into a Python module under `folder`.
 
@@ -45,6 +49,7 @@ def build(
         csrc: the sources, or a changed copy of them.
         elements: element types to compile the kernels for.
         module: the object of the module, if it is compiled already.
+        optimization: the level of the kernels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"mru_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -59,7 +64,7 @@ def build(
         n.rule("link", f"$cxx $in {libraries} -shared -ltorch -ltorch_cpu -lc10 -o $out")
         objects = []
         for element in elements:
-            own = f"-x c++ -I {csrc / 'simt'} -DMRU_ELEMENT={element}"
+            own = f"-x c++ -I {csrc / 'simt'} -DMRU_ELEMENT={element} {optimization}"
             objects += n.build(f"{element}.o", "cxx", str(csrc / "cuda" / "scan.cu"), variables={"own": own})
         if module is None:
             own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {one} {includes}"

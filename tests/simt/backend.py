@@ -7,8 +7,6 @@ import torch
 from . import SUPPORTED, control
 
 
-
-
 def load() -> None:
     """Build the host execution, if it is not up to date, and load it."""
     if not SUPPORTED:

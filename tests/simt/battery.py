@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from itertools import product
 
 import torch
-from bench import compare, inputs
 from torch import Tensor
 
 import simt
+from bench import compare, inputs
 from mru_kernels.backends import CHUNK
 from mru_kernels.cells.bmru import CELL
 from simt import backend
@@ -106,10 +106,10 @@ def check_any_order(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------ traffic
 
 
-def measure(function: Callable[[], object]) -> dict[str, list[int]]:
+def measure(op: Callable, *arguments) -> tuple[Sequence[Tensor], dict[str, list[int]]]:
+    """Results of an op, and the bytes that it read and wrote."""
     simt.control().reset_traffic()
-    function()
-    return simt.control().traffic()
+    return op(*arguments), simt.control().traffic()
 
 
 def check_traffic(dtype: torch.dtype) -> None:
@@ -127,10 +127,8 @@ def check_traffic(dtype: torch.dtype) -> None:
         n = batch * time * channels
         jobs = batch * time // (steps or time)
         chunked, packs = steps > 0, steps > 0 and not amplitude
-        out = []
-        moved = measure(lambda: out.extend(CELL.forward["simt"](*call, True)))
-        h, final_state, checkpoints, events = out
-        _, states = jobs * channels * s, checkpoints.nbytes + final_state.nbytes
+        (h, final_state, checkpoints, events), moved = measure(CELL.forward["simt"], *call, True)
+        states = checkpoints.nbytes + final_state.nbytes
         where = f"{channels=} {amplitude=} {per_channel=} {reverse=} {steps=} {moved}"
         rereads = 2 if chunked and amplitude else 1
         require(moved["stream"] == [rereads * len(streams) * n * e, n * e], f"forward, streams: {where}")
@@ -140,10 +138,7 @@ def check_traffic(dtype: torch.dtype) -> None:
         require(moved["state"][1] == states + 3 * carries * chunked, f"forward, states written: {where}")
         require(moved["state"][0] <= (9 if chunked else 2) * carries, f"forward, states read: {where}")
 
-        grads = []
-        moved = measure(
-            lambda: grads.extend(CELL.backward["simt"](h, final_state, *call, checkpoints, events))
-        )
+        _, moved = measure(CELL.backward["simt"], h, final_state, *call, checkpoints, events)
         where = f"{channels=} {amplitude=} {per_channel=} {reverse=} {steps=} {moved}"
         reads = len(streams) + 1 + ((1 + len(streams) * amplitude) if chunked else 0)
         require(moved["stream"] == [reads * n * e, len(streams) * n * e], f"backward, streams: {where}")
@@ -176,6 +171,24 @@ def check_far_strides(dtype: torch.dtype) -> None:
             require(torch.equal(result, other[name]), f"{name} with strides {strides}")
 
 
+def check_misaligned(dtype: torch.dtype) -> None:
+    """Channels that 16 bytes divide, in rows or tensors that do not begin on 16 bytes."""
+    tensors = inputs.case("bmru", dtype, time=70, channels=16, alpha=True, threshold="channel").build().tensors
+
+    def moved(t: Tensor, offset: int, padding: int) -> Tensor:
+        wide = t.new_empty((*t.shape[:-1], offset + t.shape[-1] + padding))
+        return wide[..., offset : offset + t.shape[-1]].copy_(t)
+
+    aligned = inputs.call("bmru", tensors, {"epsilon": 0.5})
+    for steps in (0, CHUNK):
+        expected = results(aligned, steps)
+        for name in tensors:
+            for offset, padding in ((1, 15), (0, 1)):
+                call = inputs.call("bmru", {**tensors, name: moved(tensors[name], offset, padding)}, {"epsilon": 0.5})
+                for result, value in results(call, steps).items():
+                    require(torch.equal(value, expected[result]), f"{result}, {name} at {offset} + {padding}")
+
+
 def check_offsets_are_clamped(dtype: torch.dtype) -> None:
     """Values of cu_seqlens are device data: wrong ones may give anything but an access out of bounds."""
     time, epsilon = 3 * CHUNK + 1, torch.zeros((), dtype=torch.float64)
@@ -192,6 +205,7 @@ CHECKS = (
     check_traffic,
     check_any_order,
     check_far_strides,
+    check_misaligned,
     check_offsets_are_clamped,
     check_many_jobs,
     check_numbers,

@@ -63,7 +63,7 @@ _LAUNCHES = (
     ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
 )
 _PLAN = (
-    ("misaligned words", "bool all = scan.channels % width == 0;", "bool all = true;"),
+    ("misaligned pointers", "all = all && reinterpret_cast<uintptr_t>(p) % 16 == 0;", ""),
     ("misaligned rows", "s.batch % width == 0 && s.time % width == 0", "true"),
 )
 MUTANTS = tuple(
@@ -74,7 +74,7 @@ MUTANTS = tuple(
 
 
 def run_battery(path: Path) -> subprocess.CompletedProcess[str]:
-    """The battery in a process of its own, on the module at `path`: a fault may crash it."""
+    """The battery on the module at `path`, in a process of its own: a fault may crash it."""
     environment = {**os.environ, "MRU_SIMT_MODULE": str(path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
         [sys.executable, "-m", "simt.battery"], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600
@@ -86,4 +86,4 @@ def outcome(mutant: Mutant, module: Path) -> subprocess.CompletedProcess[str]:
     folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
     mutant.plant(folder / "csrc")
     changes_plan = mutant.file == "plan.h"
-    return run_battery(build(folder, folder / "csrc", ("float32",), None if changes_plan else module))
+    return run_battery(build(folder, folder / "csrc", ("float32",), None if changes_plan else module, "-O0"))

@@ -96,7 +96,7 @@ std::string all(int count, const int* out, Right right) {
 int main(int, char** argv) {
   alignas(16) int out[256] = {}, counter = 0, zero = 0;
   alignas(16) float values[64] = {};
-  simt::control.switches = 100'000;
+  simt::control.budget = 100'000;
   const std::string name = argv[1];
   std::string said;
   if (name == "warp") {
