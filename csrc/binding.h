@@ -56,26 +56,31 @@ inline Tensor as_state(const Tensor& t, ScalarType type) {
   return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
-// Uninitialised and contiguous, on the device of `like`; without the dispatcher, which costs more than a short scan.
-inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+// Uninitialised, on the device of `like`; without the dispatcher, which costs more than a short scan.
+inline Tensor allocate(const Tensor& like, size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
   int32_t device = 0;
   aoti_torch_get_device_type(like.get(), &device);
+  AtenTensorHandle handle = nullptr;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[3];
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
-  AtenTensorHandle handle = nullptr;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device, like.get_device_index(), &handle));
-  return Tensor(handle);
+  return allocate(like, sizes.size(), sizes.begin(), strides, type);
 }
 
 inline Tensor allocate_like(const Tensor& t) {
   if (!t.is_contiguous()) return torch::stable::empty_like(t);
-  return allocate(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
+  return allocate(t, 3, t.sizes().data(), t.strides().data(), t.scalar_type());
 }
 
 inline Stream stream_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }

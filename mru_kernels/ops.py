@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import backends
 
@@ -30,7 +30,7 @@ _EVENTS_PER_WORD = 16
 
 _INPUTS = (
     "Tensor[] streams, Tensor[] channel, Tensor? alpha, Tensor? initial_state, Tensor? cu_seqlens, Tensor epsilon, "
-    "float surrogate_scale, bool reverse, int packed, int chunk, int segment"
+    "float surrogate_scale, bool reverse, int packed, int chunk, SymInt segment"
 )
 _FORWARD = f"({_INPUTS}, bool save) -> (Tensor h, Tensor final_state, Tensor checkpoints, Tensor events)"
 _BACKWARD = f"(Tensor grad_h, Tensor grad_final, {_INPUTS}, Tensor checkpoints, Tensor events) -> Tensor[]"
@@ -85,14 +85,19 @@ def scan(
     segment = row.module.segment(sequences, time, channels // packed if packed else channels, first.device)
     streams, channel = list(streams), list(channel)
     save = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_exporting():
+        save = False  # the number of boundary states would pin T where it is 1; a backward pass makes up for it
     arguments = (
         *(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse),
         *(packed, backends.CHUNK, segment, save),
     )
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if compiling:
         results = cell.forward[row.name](*arguments)
-    elif save:  # what the op's autograd kernel does, without the way there and back through the dispatcher
-        results = _apply(_Scan, cell, row.name, arguments, *_differentiable_inputs(arguments))
+    elif torch._C._are_functorch_transforms_active():
+        results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+    elif save or forward_ad._current_level >= 0:  # as the op's autograd kernel, without the dispatcher's detours
+        results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
     else:
         with torch._C._AutoDispatchBelowAutograd():
             results = cell.forward[row.name](*arguments)
@@ -201,8 +206,9 @@ def _define(cell: Cell, backend: str) -> None:
 def _differentiable(cell: Cell, backend: str):
     def autograd_kernel(*arguments):
         inputs = _differentiable_inputs(arguments)
-        if torch.is_grad_enabled() and _requires_grad(*inputs):
-            return _apply(_Scan, cell, backend, arguments, *inputs)
+        differentiated = torch.is_grad_enabled() and _requires_grad(*inputs)
+        if differentiated or forward_ad._current_level >= 0:
+            return _Scan.apply(cell, backend, arguments, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return cell.forward[backend](*arguments)
 
@@ -215,23 +221,12 @@ def _once_differentiable(cell: Cell, backend: str):
         with torch._C._AutoDispatchBelowAutograd():
             grads = cell.backward[backend](*arguments)
         inputs = (grad_h, grad_final, *_differentiable_inputs(rest))
-        if torch.is_grad_enabled() and _requires_grad(*inputs):
-            return list(_apply(_NoSecondDerivative, cell.name, len(grads), *grads, *inputs))
+        differentiated = torch.is_grad_enabled() and _requires_grad(*inputs)
+        if differentiated and not torch._C._are_functorch_transforms_active():
+            return list(_NoSecondDerivative.apply(cell.name, len(grads), *grads, *inputs))
         return grads
 
     return autograd_kernel
-
-
-def _apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, also below `torch.func` transforms.
-
-    There an autograd kernel is asked for one level of differentiation; the public `apply` takes its caller for a user
-    who wants all levels, and refuses.
-    """
-    if not torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -253,6 +248,11 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, cell, backend, arguments, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             results = cell.forward[backend](*arguments)
+        _Scan.keep(ctx, cell, backend, arguments, inputs, results)
+        return results
+
+    @staticmethod
+    def keep(ctx, cell, backend, arguments, inputs, results):
         *fixed, save = arguments
         streams, channel, alpha, initial_state, cu_seqlens, epsilon, *numbers = fixed
         checkpoints, events = results[2:]
@@ -260,7 +260,6 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(*inputs, cu_seqlens, epsilon, checkpoints, events)
         ctx.call = (cell, backend, len(streams), len(channel), alpha is not None, initial_state is not None, save)
         ctx.numbers = numbers
-        return results
 
     @staticmethod
     def backward(ctx, grad_h, grad_final, _checkpoints, _events):
@@ -276,23 +275,52 @@ class _Scan(torch.autograd.Function):
             with torch.no_grad():
                 _, _, checkpoints, events = cell.forward[backend](*call, True)
         grads = cell.backward[backend](grad_h, grad_final, *call, checkpoints, events)
+        if torch._C._are_functorch_transforms_active():  # where the op's own autograd kernel cannot refuse
+            grads = _NoSecondDerivative.apply(cell.name, len(grads), *grads, grad_h, grad_final, *inputs)
         return None, None, None, *grads
+
+
+class _TransformedScan(torch.autograd.Function):
+    """`_Scan` in the form that the transforms of torch.func ask for, and that costs more."""
+
+    @staticmethod
+    def forward(cell, backend, arguments, *_inputs):
+        return cell.forward[backend](*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, backend, arguments, *tensors = inputs
+        _Scan.keep(ctx, cell, backend, arguments, tensors, output)
+
+    backward = _Scan.backward
+
+    @staticmethod
+    def vmap(info, in_dims, cell, backend, arguments, *_inputs):
+        def apply(*folded):
+            return _TransformedScan.apply(cell, backend, folded, *_differentiable_inputs(folded))
+
+        return _fold_into_channels(cell.forward[backend], apply)(info, in_dims[2], *arguments)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """First gradients as they are; asking for a second derivative raises."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, name, count, *tensors):
-        ctx.name = name
+    def forward(name, count, *tensors):
         return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(f"mru::{ctx.name}: the surrogate gradient is first order; there is no second derivative")
 
 
-def _fold_into_channels(op):
+def _fold_into_channels(op, call=None):
     """vmap: channels are independent, so the mapped dimension is folded into them."""
 
     def fold(size: int, t, dim: int | None):
@@ -308,7 +336,7 @@ def _fold_into_channels(op):
         if not packed:
             return fold(size, t, dim)
         t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        return t.unflatten(-1, (packed, -1)).movedim(0, -2).flatten(-3)
+        return t.unflatten(-1, (packed, t.shape[-1] // packed)).movedim(0, -2).flatten(-3)
 
     def rule(info, in_dims, *arguments):
         size = info.batch_size
@@ -326,12 +354,12 @@ def _fold_into_channels(op):
                 folded.append([fold(size, t, d) for t, d in zip(value, dims, strict=True)])
             else:
                 folded.append(fold(size, value, dims))
-        results = op(*folded)
+        results = (call or op)(*folded)
         if isinstance(results, tuple):
             return tuple(zip(*(unfold(size, t) for t in results), strict=True))
         unfolded = [unfold(size, t) for t in results]
         if packed:
-            gates = results[0].unflatten(-1, (packed, size, -1))
+            gates = results[0].unflatten(-1, (packed, size, results[0].shape[-1] // (packed * size)))
             unfolded[0] = (gates.movedim(-2, 0).flatten(-2), 0)
         return tuple(map(list, zip(*unfolded, strict=True)))
 

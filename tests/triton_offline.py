@@ -113,7 +113,7 @@ def compile_variant(variant: Variant):
         "CHUNK": CHUNK,
         "ALIGN": vector if variant.aligned else 1,
         "TILE": tile,
-        "BD": target.warp_size * 16 // element,
+        "BD": target.warp_size * (16 // element if variant.aligned else 2),
     }
     known |= {name.upper(): function for name, function in CELLS["bmru"]._asdict().items()}
     streams = [triton_kernels.Stream(f"*{variant.dtype}", "i64", "i64")] * variant.inputs

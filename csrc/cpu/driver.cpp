@@ -40,6 +40,12 @@ struct Pieces {
 };
 
 Pieces cut(const Scan& scan) {
+  if (scan.offsets) {
+    const int64_t first = scan.offsets[0], last = scan.offsets[scan.sequences];
+    STD_TORCH_CHECK(first == 0 && last == scan.time,
+                    "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time, ", got ", first,
+                    " to ", last);
+  }
   Pieces pieces;
   pieces.first.reserve(scan.sequences + 1);
   for (int64_t n = 0; n < scan.sequences; ++n) {
@@ -141,6 +147,11 @@ const char* isa_name() {
 }
 
 void forward(Scan scan) {
+  if (scan.offsets) {  // sequences leave rows between them
+    const int64_t rows = scan.batch * scan.channels;
+    if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));
+    if (scan.events) std::memset(scan.events, 0, scan.event_rows * rows * sizeof(int32_t));
+  }
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
   const Pieces pieces = cut(scan);
@@ -178,7 +189,7 @@ void backward(Scan scan) {
   const Pieces pieces = cut(scan);
   const int64_t count = pieces.list.size();
   const int64_t row_bytes = scan.channels * state_bytes(scan);
-  std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * row_bytes);
+  if (scan.sequences * row_bytes > 0) std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * row_bytes);
 
   // Several pieces share a row of sums where there are very many.
   const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)), groups = ceil_div(count, per_group);

@@ -97,6 +97,8 @@ def _resolve(name: str | None, device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def _resolved(name: str | None, device: torch.device) -> str:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"backend: expected None or a name, got {type(name).__name__}")
     return _resolve(name or _CHOSEN, device)
 
 

@@ -157,13 +157,13 @@ class _Call:
         from . import triton_kernels
 
         element = (self.state if name in BY_STATE else self.first.dtype).itemsize
-        least = max(1 << max(self.channels - 1, 0).bit_length(), _LANES)
-        block = min(_LANES * _VECTOR_BYTES // element, least)
+        most = _LANES * (_VECTOR_BYTES // element if self.align > 1 else 2)
+        block = min(most, max(1 << max(self.channels - 1, 0).bit_length(), _LANES))
         units = programs * _ceil_div(self.channels, block)
         if units > 0:
-            kernel, most = getattr(triton_kernels, name), triton_kernels.GRID.value
+            kernel, row = getattr(triton_kernels, name), triton_kernels.GRID.value
             arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
-            grid = (min(units, most), _ceil_div(units, most))
+            grid = (min(units, row), _ceil_div(units, row))
             with torch.cuda.device_of(self.first):
                 kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **OPTIONS)
 

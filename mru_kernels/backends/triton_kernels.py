@@ -217,13 +217,14 @@ def open_inputs(inputs, scan, at, STATE: tl.constexpr, CHANNELS: tl.constexpr, A
 def load_tile(opened, at, step, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
     """Per input, its values at TILE steps, in the state dtype. Zeros from `end` on."""
     tile = ()
+    first = tl.minimum(step, at.end)  # is step; hides from LLVM that rows are a progression: it would hold them all
     for k in tl.static_range(len(opened)):
         values = ()
         if CHANNELS >> k & 1:
             values = repeated(opened[k][0], TILE)
         else:
             for i in tl.static_range(TILE):
-                row = opened[k][0] + (step + i) * opened[k][1]
+                row = opened[k][0] + (first + i) * opened[k][1]
                 values = values + (tl.load(row, mask=when(step + i < at.end, at.mask), other=0.0).to(STATE),)
         tile = tile + (values,)
     return tile
