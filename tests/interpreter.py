@@ -15,7 +15,7 @@ import triton.language as tl
 from hypothesis import settings
 from triton.runtime import interpreter
 
-settings.register_profile("interpreted", max_examples=4, derandomize=True, deadline=None)
+settings.register_profile("interpreted", max_examples=2, derandomize=True, deadline=None)
 
 _patched: set[int] = set()
 _launch = interpreter.GridExecutor.__call__

@@ -22,15 +22,14 @@ ROOT = Path(__file__).parents[1]
 # Of tests/test_op.py; the rest of it passes too, and takes much longer.
 OF_EVERY_BACKEND = [
     "test_equals_the_reference",
-    "test_segments_equal_the_whole",
     "test_reverse_equals",
     "test_packed_sequences",
     "test_no_sequence",
     "test_strides",
 ]
 
-# The most registers of a lane: 65536 of a multiprocessor over 32 lanes and the warps that are to reside on it.
-REGISTERS = {"forward": 168, "summarize": 200, "summarize_adjoint": 168, "fold": 168, "carry": 200, "backward": 255}
+# Of a lane. NVIDIA: 65536 of a multiprocessor over ten warps of 32 lanes. AMD: 512 of a lane over two warps.
+REGISTERS = {"sm": 200, "gfx": 256}
 
 
 def test_under_the_interpreter():
@@ -56,7 +55,7 @@ def test_compiled_for_devices():
         read = triton_offline.rows_read(v, backend.tile(v.kernel, v.inputs, state))
         bad = {
             "spilled": r.spilled > 0,
-            "registers": r.registers > REGISTERS[v.kernel],
+            "registers": r.registers > REGISTERS["gfx" if v.arch.startswith("gfx") else "sm"],
             "barriers": r.barriers > 0,
             "rows not loaded whole": v.aligned and r.wide_loads < read,
             "narrow stores": v.aligned and r.wide_stores != r.stores,

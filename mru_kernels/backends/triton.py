@@ -19,8 +19,9 @@ from . import CHUNK
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LANES = 64 if torch.version.hip else 32
 _VECTOR_BYTES = 16  # that a lane loads or stores at once
-#: How kernels are compiled.
-OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # a fused multiply-add would round differently from the CPU
+#: How kernels are compiled. A fused multiply-add would round differently from the CPU. With 200 registers a lane ten
+#: warps reside on an NVIDIA multiprocessor; left alone, ptxas takes more or, at times, spills to take far fewer.
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 200})
 
 #: Kernels of which a lane holds the channels that make 16 bytes of a row of states, not of a stream: they keep many
 #: states, and have the registers for no more.
