@@ -83,5 +83,5 @@ PYBIND11_MODULE(MRU_MODULE, m) {
       [](uint64_t seed, unsigned resident, uint64_t budget) {
         simt::control.seed = seed, simt::control.resident = resident, simt::control.budget = budget;
       },
-      pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("budget") = 500'000'000);
+      pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("budget") = 20'000'000);
 }

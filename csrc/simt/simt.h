@@ -44,7 +44,7 @@ constexpr unsigned char kNanByte = 0xff;  // four or eight of them are a NaN
 struct Control {
   uint64_t seed = 1;              // of the order of threads and blocks
   unsigned resident = 24;         // blocks that run at the same time, at most
-  uint64_t budget = 500'000'000;  // of a launch: switches between fibers and accesses of global memory
+  uint64_t budget = 20'000'000;  // of a launch: switches between fibers and accesses of global memory
   uint64_t read[kKinds] = {}, written[kKinds] = {};
 };
 inline Control control;

@@ -6,7 +6,6 @@
 #include <map>
 #include <string>
 
-
 namespace {
 
 // ---- what must work
@@ -70,7 +69,9 @@ __global__ void spins_for_ever(volatile int* flag) {
   while (*flag == 0) __nanosleep(1);
 }
 __global__ void reads_off_its_alignment(const float* in, float* out) {
-  struct alignas(16) Four { float at[4]; };
+  struct alignas(16) Four {
+    float at[4];
+  };
   *out = simt::load(0, reinterpret_cast<const Four*>(in + 1)).at[0];
 }
 
