@@ -130,7 +130,8 @@ BAD = [
     ("surrogate_scale", None, TypeError, "float.*NoneType"),
     ("cu_seqlens", offsets(0, T), ValueError, "batch 1.*batch 2"),
     ("backend", "fortran", ValueError, "cpu.*fortran"),
-    ("backend", 3, ValueError, "cpu.*3"),
+    ("backend", 3, TypeError, "got int"),
+    ("backend", ["cpu"], TypeError, "got list"),
 ]
 # The same, with streams of batch 1 and no initial state.
 BAD_OFFSETS = [

@@ -28,8 +28,9 @@ OF_EVERY_BACKEND = [
     "test_strides",
 ]
 
-# Of a lane. NVIDIA: 65536 of a multiprocessor over ten warps of 32 lanes. AMD: 512 of a lane over two warps.
-REGISTERS = {"sm": 200, "gfx": 256}
+# Of a lane. An NVIDIA multiprocessor's 65536 are for 12, 9 or 8 warps then.
+REGISTERS = {"forward": 168, "summarize": 224, "summarize_adjoint": 168, "fold": 168, "carry": 168, "backward": 255}
+REGISTERS_AMD = 256  # two waves on a SIMD unit
 
 
 def test_under_the_interpreter():
@@ -55,7 +56,7 @@ def test_compiled_for_devices():
         read = triton_offline.rows_read(v, backend.tile(v.kernel, v.inputs, state))
         bad = {
             "spilled": r.spilled > 0,
-            "registers": r.registers > REGISTERS["gfx" if v.arch.startswith("gfx") else "sm"],
+            "registers": r.registers > (REGISTERS_AMD if v.arch.startswith("gfx") else REGISTERS[v.kernel]),
             "barriers": r.barriers > 0,
             "rows not loaded whole": v.aligned and r.wide_loads < read,
             "narrow stores": v.aligned and r.wide_stores != r.stores,

@@ -65,8 +65,8 @@ class Report:
 
 
 def variants() -> list[Variant]:
-    """Every variant for sm_90, but of fp16, whose code is bf16's, and of unaligned rows only the main ones; and for each
-    other architecture the main ones of bf16 and fp32.
+    """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, and of unaligned rows; and for
+    each other architecture the main ones of bf16 and fp32.
     """
     main = [v for v in _of_dtype("bf16") if v.inputs == 2 and not v.per_channel and v.kernel not in ("fold", "carry")]
     every = [v for dtype in ("bf16", "fp32", "fp64") for v in _of_dtype(dtype)]
@@ -143,7 +143,7 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(signature.values()))},
     )
-    return triton.compile(source, target=target, options=backend.OPTIONS)
+    return triton.compile(source, target=target, options=backend.options(variant.kernel, amd))
 
 
 def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -206,8 +206,11 @@ def _amd(variant: Variant, assembly: str) -> Report:
 
 def rows_read(variant: Variant, tile: int) -> int:
     """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much."""
-    streams = 0 if variant.events and variant.kernel in ("forward", "summarize_adjoint") else variant.inputs
-    streams -= variant.per_channel and streams > 0
+    streams = variant.inputs - variant.per_channel
+    if variant.kernel in ("forward", "summarize_adjoint") and variant.events:
+        streams = 0
+    elif variant.kernel == "summarize_adjoint":
+        streams -= variant.inputs == 3  # an amplitude has no part in it
     match variant.kernel:
         case "forward" | "summarize":
             return 16 * streams

@@ -19,10 +19,6 @@ from . import CHUNK
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LANES = 64 if torch.version.hip else 32
 _VECTOR_BYTES = 16  # that a lane loads or stores at once
-#: How kernels are compiled. A fused multiply-add would round differently from the CPU. With 200 registers a lane ten
-#: warps reside on an NVIDIA multiprocessor; left alone, ptxas takes more or, at times, spills to take far fewer.
-OPTIONS = {"num_warps": 1, "enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 200})
-
 #: Kernels of which a lane holds the channels that make 16 bytes of a row of states, not of a stream: they keep many
 #: states, and have the registers for no more.
 BY_STATE = ("fold", "carry", "backward")
@@ -65,6 +61,13 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def options(kernel: str, amd: bool = bool(torch.version.hip)) -> dict:
+    """How a kernel is compiled. A fused multiply-add would round differently from the CPU."""
+    common = {"num_warps": 1, "enable_fp_fusion": False}
+    # Left alone, ptxas at times spills to have the backward kernel take far fewer registers than there are.
+    return common | ({"maxnreg": 255} if kernel == "backward" and not amd else {})
 
 
 def tile(kernel: str, inputs: int, state: torch.dtype) -> int:
@@ -166,7 +169,7 @@ class _Call:
             arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
             grid = (min(units, row), _ceil_div(units, row))
             with torch.cuda.device_of(self.first):
-                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **OPTIONS)
+                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options(name))
 
     def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
         """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
