@@ -72,6 +72,7 @@ __device__ __forceinline__ Word load_word(const Word* p) {
 }
 template <Traffic, class Word>
 __device__ __forceinline__ void store_word(Word* p, Word word) {
+  __builtin_assume(__isGlobal(p));  // which `advance` hides
   *p = word;
 }
 

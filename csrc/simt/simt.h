@@ -25,6 +25,7 @@
 #include <string>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -42,8 +43,8 @@ constexpr unsigned char kNanByte = 0xff;  // four or eight of them are a NaN
 
 // What tests set and read.
 struct Control {
-  uint64_t seed = 1;              // of the order of threads and blocks
-  unsigned resident = 24;         // blocks that run at the same time, at most
+  uint64_t seed = 1;             // of the order of threads and blocks
+  unsigned resident = 24;        // blocks that run at the same time, at most
   uint64_t budget = 20'000'000;  // of a launch: switches between fibers and accesses of global memory
   uint64_t read[kKinds] = {}, written[kKinds] = {};
 };
@@ -163,6 +164,9 @@ inline void* take_stack() {
   if (!stacks.empty()) {
     void* const stack = stacks.back();
     stacks.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(static_cast<char*>(stack) + kGuard, kStack);  // its last fiber never returned
+#endif
     return stack;
   }
   void* const stack =
