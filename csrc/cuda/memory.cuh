@@ -70,10 +70,22 @@ template <Traffic, class Word>
 __device__ __forceinline__ Word load_word(const Word* p) {
   return __ldg(p);
 }
-template <Traffic, class Word>
-__device__ __forceinline__ void store_word(Word* p, Word word) {
-  __builtin_assume(__isGlobal(p));  // which `advance` hides
-  *p = word;
+// In PTX, because `advance` hides that a pointer is global, and so that a word is not taken apart.
+template <Traffic>
+__device__ __forceinline__ void store_word(uint4* p, uint4 w) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w));
+}
+template <Traffic>
+__device__ __forceinline__ void store_word(uint2* p, uint2 w) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(p), "r"(w.x), "r"(w.y));
+}
+template <Traffic>
+__device__ __forceinline__ void store_word(unsigned int* p, unsigned int w) {
+  asm volatile("st.global.u32 [%0], %1;" : : "l"(p), "r"(w));
+}
+template <Traffic>
+__device__ __forceinline__ void store_word(unsigned short* p, unsigned short w) {
+  asm volatile("st.global.u16 [%0], %1;" : : "l"(p), "h"(w));
 }
 
 // One step further; opaque to the compiler, which else keeps every multiple of a stride in registers.
