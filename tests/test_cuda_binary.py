@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.check
+pytestmark = pytest.mark.gpu_kernels
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "cuda"
@@ -130,8 +130,10 @@ def test_registers_and_local_memory(kernels):
 
 
 def test_words_of_sixteen_bytes(kernels):
+    """Where threads move words; and nowhere an access that does not know that it is global."""
     checked = 0
     for k in kernels:
+        assert not re.search(r"\b(LD|ST)\.E\b", k.instructions), k.name
         if not k.moves_words:
             continue
         checked += 1
