@@ -59,7 +59,8 @@ def test_compiled_for_devices():
             "registers": r.registers > (REGISTERS_AMD if v.arch.startswith("gfx") else REGISTERS[v.kernel]),
             "barriers": r.barriers > 0,
             "rows not loaded whole": v.aligned and r.wide_loads < read,
-            "narrow stores": v.aligned and r.wide_stores != r.stores,
+            # a lane's events are 8 bytes where its streams are fp64
+            "narrow stores": v.aligned and r.stores - r.wide_stores > (v.dtype == "fp64" and v.events),
         }
         if any(bad.values()):
             failed[f"{v.name} {v.arch}"] = [name for name, is_bad in bad.items() if is_bad]

@@ -143,7 +143,7 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(signature.values()))},
     )
-    return triton.compile(source, target=target, options=backend.options(variant.kernel, amd))
+    return triton.compile(source, target=target, options=backend.options(variant.kernel, variant.events, amd))
 
 
 def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:

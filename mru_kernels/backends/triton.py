@@ -63,11 +63,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def options(kernel: str, amd: bool = bool(torch.version.hip)) -> dict:
+def options(kernel: str, events: bool, amd: bool = bool(torch.version.hip)) -> dict:
     """How a kernel is compiled. A fused multiply-add would round differently from the CPU."""
     common = {"num_warps": 1, "enable_fp_fusion": False}
-    # Left alone, ptxas at times spills to have the backward kernel take far fewer registers than there are.
-    return common | ({"maxnreg": 255} if kernel == "backward" and not amd else {})
+    # Registers of a lane: left alone, ptxas at times spills to have kernels take far fewer than there are.
+    most = 255 if kernel == "backward" else 168 if kernel == "forward" and not events else None
+    return common | ({} if most is None or amd else {"maxnreg": most})
 
 
 def tile(kernel: str, inputs: int, state: torch.dtype) -> int:
@@ -169,7 +170,7 @@ class _Call:
             arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
             grid = (min(units, row), _ceil_div(units, row))
             with torch.cuda.device_of(self.first):
-                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options(name))
+                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options(name, self.packs))
 
     def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
         """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
