@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu_kernels
 
 ROOT = Path(__file__).parents[1]
 
-# Of tests/test_op.py; the rest of it passes too, and takes much longer.
+# Of tests/test_op.py, the tests that fit the time; the rest of it has not been run to its end under the interpreter.
 OF_EVERY_BACKEND = [
     "test_equals_the_reference",
     "test_reverse_equals",
@@ -28,8 +28,8 @@ OF_EVERY_BACKEND = [
     "test_strides",
 ]
 
-# Of a lane. An NVIDIA multiprocessor's 65536 are for 12, 9 or 8 warps then.
-REGISTERS = {"forward": 168, "summarize": 224, "summarize_adjoint": 168, "fold": 168, "carry": 168, "backward": 255}
+# Of a lane. An NVIDIA multiprocessor's 65536 are for 12, 10, 9 or 8 warps then.
+REGISTERS = {"forward": 200, "summarize": 224, "summarize_adjoint": 168, "fold": 168, "carry": 168, "backward": 255}
 REGISTERS_AMD = 256  # two waves on a SIMD unit
 
 

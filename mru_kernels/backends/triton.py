@@ -7,7 +7,7 @@ kind of layout (aligned to 16 bytes or not), and not for sizes.
 from __future__ import annotations
 
 import os
-from functools import cache, partial
+from functools import partial
 from math import isqrt
 
 import torch
@@ -56,7 +56,6 @@ def segment(sequences: int, time: int, channels: int, device: torch.device) -> i
     return _ceil_div(steps, CHUNK) * CHUNK
 
 
-@cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _INTERPRETED_MULTIPROCESSORS
@@ -66,9 +65,9 @@ def _multiprocessors(device: torch.device) -> int:
 def options(kernel: str, events: bool, amd: bool = bool(torch.version.hip)) -> dict:
     """How a kernel is compiled. A fused multiply-add would round differently from the CPU."""
     common = {"num_warps": 1, "enable_fp_fusion": False}
-    # Registers of a lane: left alone, ptxas at times spills to have kernels take far fewer than there are.
-    most = 255 if kernel == "backward" else 168 if kernel == "forward" and not events else None
-    return common | ({} if most is None or amd else {"maxnreg": most})
+    # Left alone, ptxas at times spills to have these take far fewer registers than there are.
+    scans_streams = kernel == "backward" or (kernel == "forward" and not events)
+    return common | ({"maxnreg": 255} if scans_streams and not amd else {})
 
 
 def tile(kernel: str, inputs: int, state: torch.dtype) -> int:
