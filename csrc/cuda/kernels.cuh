@@ -155,13 +155,14 @@ class Spans {
 // A stream along the scan of one row, from channel d on.
 template <class T>
 struct Row {
-  T* base;
-  int64_t step;
+  T* data;
+  int64_t first, step;  // offset of position 0, and from one position to the next
 
   __device__ __forceinline__ Row(const Scan& scan, const Stream& stream, int64_t row, int64_t d)
-      : base(static_cast<T*>(stream.data) + row * stream.batch + (scan.reverse ? scan.time - 1 : 0) * stream.time + d),
+      : data(static_cast<T*>(stream.data)),
+        first(row * stream.batch + (scan.reverse ? scan.time - 1 : 0) * stream.time + d),
         step(scan.reverse ? -stream.time : stream.time) {}
-  __device__ __forceinline__ T* at(int64_t position) const { return base + position * step; }
+  __device__ __forceinline__ T* at(int64_t position) const { return data + (first + position * step); }
 };
 
 // Calls each(i, k) for every input i that is a stream, the k-th of them.

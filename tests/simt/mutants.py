@@ -51,7 +51,7 @@ _KERNELS = (
     ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
     ("missing head mask", "low(begin > position ? int(begin - position) : 0)", "low(0)"),
     ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
-    ("32-bit offset", "return base + position * step;", "return base + int(position * step);"),
+    ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
     ("carry across sequences", "  if (a == S(kForget)) return u;\n", ""),
     ("event shifted", "words.at[w] |= codes << 2 * before;", "words.at[w] |= codes << before;"),
     ("adjoint carried from the left", "(direction > 0 ? i : segments - 1 - i)", "i"),
