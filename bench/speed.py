@@ -2,7 +2,7 @@
 
 All that is compared is interleaved in one process. A figure is a median; its spread is the range between the
 quartiles over the median. The floor of a pass is the time that a streaming pass over as many bytes takes, scaled from
-`torch.add(c, b, out=h)` measured in the same run, where the bytes are those of design: each stream once, in or out.
+`torch.add(c, b, out=h)` measured in the same run; a pass is to move each of its streams once, in or out.
 On the CPU memory that is freed stays with the process (the allocator's thresholds are pinned), so that an op's output
 costs no page faults and a given output and an allocated one are alike. On a GPU a time is the device's own, between
 two events, with the caches emptied before it and the call issued ahead of it; what a call costs is measured apart.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import mru_kernels as mk
+from mru_kernels.backends import resolve
 
 from . import compare, inputs
 from .peers import PEERS
@@ -157,7 +158,7 @@ def time_shape(
     for name in peers:
         peer = PEERS[name]
         if peer.why_not(shape, epsilon, device) is None:
-            check_peer(name, candidate, threshold, epsilon)
+            check_peer(name, candidate, threshold, epsilon, backend)
             subjects[f"{name}: forward"] = (lambda run=peer.run: run(candidate, threshold, epsilon), None)
             if peer.whole:
                 subjects[f"{name}: forward + backward"] = (both(lambda c, b, run=peer.run: run(c, b, epsilon)), None)
@@ -183,10 +184,11 @@ def time_shape(
     return figures
 
 
-def check_peer(name: str, candidate: Tensor, threshold: Tensor, epsilon: float) -> None:
+def check_peer(name: str, candidate: Tensor, threshold: Tensor, epsilon: float, backend: str | None = None) -> None:
     """Raise unless a peer computes, in float32, what bmru does on the first steps of these streams."""
     c, b = (t[:, :_CHECKED_STEPS].float().contiguous() for t in (candidate, threshold))
-    if not torch.allclose(PEERS[name].run(c, b, epsilon), mk.bmru(c, b, epsilon=epsilon)[0], rtol=1e-5, atol=1e-5):
+    expected, _ = mk.bmru(c, b, epsilon=epsilon, backend=backend)
+    if not torch.allclose(PEERS[name].run(c, b, epsilon), expected, rtol=1e-5, atol=1e-5):
         raise RuntimeError(f"peer {name!r} does not compute what bmru computes")
 
 
@@ -290,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "bench", "speed", *(sys.argv[2:] if argv is None else argv)]
         os.execve(sys.executable, command, {**os.environ, **_PINNED})
 
-    name = arguments.backend or next(k for k, why in mk.available_backends(arguments.device).items() if why is None)
+    name = resolve(arguments.backend, arguments.device).name
     figures, failed = [], []
     jobs = [(shape, dtype) for shape in arguments.shape for dtype in arguments.dtype]
     for shape, dtype in tqdm(jobs, "shapes", leave=False):

@@ -161,12 +161,13 @@ def allocate_backward(
 # ------------------------------------------------------------------------------------------------ registration
 
 
-_cells: list[Cell] = []
+#: Every cell that has ops.
+CELLS: list[Cell] = []
 
 
 def add_cell(cell: Cell) -> Cell:
     """Define the ops of `cell` for every backend."""
-    _cells.append(cell)
+    CELLS.append(cell)
     for backend in backends.TABLE:
         _define(cell, backend)
     return cell
@@ -175,7 +176,7 @@ def add_cell(cell: Cell) -> Cell:
 def add_backend(row: backends.Backend) -> None:
     """Add a row to the table of backends and define the ops of every cell for it."""
     backends.TABLE[row.name] = row
-    for cell in _cells:
+    for cell in CELLS:
         _define(cell, row.name)
 
 

@@ -27,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if "triton" in _names(config) and config.getoption("device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    if "simt" in _names(config):
+        import simt
+
+        simt.register()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

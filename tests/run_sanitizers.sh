@@ -35,3 +35,9 @@ fi
 
 sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$build/package ." --hypothesis-profile=brief \
   -m "not slow and not check" tests/test_op.py tests/test_bad_input.py "$@"
+
+# The CUDA kernels under host execution; their deliberate faults are left out, as the sanitizers end a run.
+if [[ $(uname -sm) == "Linux x86_64" ]]; then
+  MRU_SANITIZE=1 sanitized python -m pytest -q -p no:cacheprovider --capture=sys -m gpu_kernels tests/test_simt.py \
+    -k "not mutant and not as_they_are"
+fi

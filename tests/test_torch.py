@@ -180,8 +180,8 @@ def test_compiled_code_refuses_an_epsilon_out_of_range(backend, device, value):
     "cu_seqlens", [[0, 2, 99], [0, 9, 2, 5], [-3, 2, 5], [0, 2, 4], [1, 5], [0, 2**40, 5], [0]], ids=str
 )
 def test_compiled_code_refuses_offsets_out_of_range(backend, device, cu_seqlens):
-    if device.type != "cpu":
-        pytest.skip("offsets on a device are clamped, not checked")
+    if backend != "cpu":
+        pytest.skip("kernels for devices clamp offsets, they do not check them")
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def op(candidate, threshold, cu_seqlens):

@@ -35,7 +35,7 @@ def load() -> None:
     """Register `mru::*.triton`. Raises ImportError where Triton is not installed."""
     from .triton_cells import CELLS
 
-    for cell in ops._cells:
+    for cell in ops.CELLS:
         if cell.name in CELLS:
             for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
                 _library.impl(f"{cell.name}.triton", partial(_forward, cell), key)
