@@ -1,7 +1,6 @@
 # make demo    sets up, then trains on real data, compares with the reference and times
 # make test    sets up, then the suite
-# make check   sets up, then what is slower: linters, sanitizers, several processes
-# make check-gpu-kernels   the Triton and CUDA kernels without a GPU: interpreted, host-executed, compiled and read
+# make check   sets up, then what is slower: linters, sanitizers, several processes, the GPU kernels without a GPU
 # make gpu-check   on a machine with a GPU: build, tests, comparison, times, in nine minutes at most; installs nothing
 #
 # A machine needs Python 3.11 or newer with its headers, g++ and make. Everything is installed into .venv.
@@ -15,20 +14,17 @@ BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check check-gpu-kernels gpu-check lint sanitize setup clean
+.PHONY: demo test check gpu-check lint sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	python -m examples.demo
 
 test: setup
-	pytest -m "not slow and not check and not gpu_kernels"
+	pytest -m "not slow and not check"
 
 check: lint sanitize
 	pytest -m check
-
-check-gpu-kernels: setup
-	pytest -m gpu_kernels
 
 gpu-check:  # by the Python in .venv where there is one, else by the machine's own
 	$(PYTHON) -m bench gpu-check

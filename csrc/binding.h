@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "scan.h"
@@ -56,14 +56,18 @@ inline Tensor as_state(const Tensor& t, ScalarType type) {
   return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
+inline int32_t device_type(const Tensor& t) {
+  int32_t type = 0;
+  aoti_torch_get_device_type(t.get(), &type);
+  return type;
+}
+
 // Uninitialised, on the device of `like`; without the dispatcher, which costs more than a short scan.
 inline Tensor allocate(const Tensor& like, size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
-  int32_t device = 0;
-  aoti_torch_get_device_type(like.get(), &device);
   AtenTensorHandle handle = nullptr;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides, dtype, device, like.get_device_index(), &handle));
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device_type(like), like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -93,7 +97,8 @@ inline Tensors split_gates(Tensor gates, int64_t k) {
   return views;
 }
 
-// A Scan and the tensors that it points into.
+// A Scan and the tensors that it points into. Everything that a kernel relies on is checked here; the public functions
+// of the package put what they can into the words of their own arguments.
 class Bound {
  public:
   Scan scan{};
@@ -102,10 +107,15 @@ class Bound {
 
   Bound(CellKind cell, const Call& call) {
     STD_TORCH_CHECK(!call.streams.empty(), "streams: expected at least one tensor");
+    device_type_ = device_type(call.streams[0]), device_index_ = call.streams[0].get_device_index();
     for (const Tensor& t : call.streams) {
       STD_TORCH_CHECK(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(), " dimensions");
+      expect_device(t, "streams");
       streams.push_back(unit_channels(t));
     }
+    STD_TORCH_CHECK(
+        call.packed == 0 || (call.packed > 0 && streams.size() == 1 && streams[0].size(2) % call.packed == 0),
+        "packed: expected the number of gates in one tensor, got ", call.packed);
     if (call.packed > 0) streams = split_gates(streams[0], call.packed);
     const Tensor& first = streams[0];
     type = first.scalar_type();
@@ -113,6 +123,10 @@ class Bound {
     scan.cell = cell;
     scan.dtype = dtype_of(type);
     scan.batch = first.size(0), scan.time = first.size(1), scan.channels = first.size(2);
+    STD_TORCH_CHECK(double(scan.batch) * double(scan.time) * double(scan.channels) <= double(int64_t(1) << 60),
+                    "streams: expected a size that 64 bits can address");
+    STD_TORCH_CHECK(call.surrogate_scale > 0 && call.surrogate_scale < std::numeric_limits<double>::infinity(),
+                    "surrogate_scale: expected a positive finite number, got ", call.surrogate_scale);
     scan.reverse = call.reverse, scan.chunk = call.chunk, scan.segment = call.segment;
     scan.surrogate_scale = call.surrogate_scale;
     STD_TORCH_CHECK(
@@ -126,12 +140,15 @@ class Bound {
 
     // Gate inputs in the cell's order: the first stream, the inputs that come per channel, the other streams.
     const size_t inputs = streams.size() + call.channel.size();
-    STD_TORCH_CHECK(inputs <= kMaxInputs, "streams, channel: expected at most ", kMaxInputs, " gate inputs");
+    const unsigned per_channel = ((1u << std::min<size_t>(call.channel.size(), kMaxInputs)) - 1) << 1;
+    STD_TORCH_CHECK(inputs <= kMaxInputs && takes(cell, int(inputs), per_channel),
+                    "streams, channel: expected the inputs of the cell, got ", streams.size(), " and ",
+                    call.channel.size());
     scan.inputs = int(inputs);
     for (size_t i = 0; i < inputs; ++i) {
       const size_t channel = i - 1, after = i - call.channel.size();
       if (i > 0 && channel < call.channel.size()) {
-        scan.in[i].channel = keep(as_state(call.channel[channel], state));
+        scan.in[i].channel = keep(vector(call.channel[channel], "channel"));
       } else {
         const Tensor& t = streams[i == 0 ? 0 : after];
         STD_TORCH_CHECK(
@@ -140,25 +157,44 @@ class Bound {
         scan.in[i].stream = stream_of(t);
       }
     }
-    if (call.alpha) scan.alpha = keep(as_state(*call.alpha, state));
+    if (call.alpha) scan.alpha = keep(vector(*call.alpha, "alpha"));
     scan.sequences = scan.batch;
     if (call.cu_seqlens) {
+      expect_device(*call.cu_seqlens, "cu_seqlens");
+      const ScalarType offset = call.cu_seqlens->scalar_type();
+      STD_TORCH_CHECK(call.cu_seqlens->dim() == 1 && call.cu_seqlens->numel() > 0 &&
+                          (offset == ScalarType::Int || offset == ScalarType::Long),
+                      "cu_seqlens: expected int32 or int64 [sequences + 1]");
       STD_TORCH_CHECK(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
       scan.sequences = call.cu_seqlens->numel() - 1;
       scan.offsets = static_cast<const int64_t*>(keep(as_state(*call.cu_seqlens, ScalarType::Long)));
     }
-    if (call.initial_state) {
-      STD_TORCH_CHECK(call.initial_state->dim() == 2 && call.initial_state->size(0) == scan.sequences &&
-                          call.initial_state->size(1) == scan.channels,
-                      "initial_state: expected [", scan.sequences, ", ", scan.channels, "]");
-      scan.initial = keep(as_state(*call.initial_state, state));
-    }
+    if (call.initial_state) scan.initial = keep(sequence_states(*call.initial_state, "initial_state"));
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
     scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
   }
 
   // Where write events fit 2 bits and are worth packing: several segments scan the sequence at once.
   bool packs_events(bool cell_has_events) const { return cell_has_events && scan.segment > 0; }
+
+  // A tensor [sequences, D], in the state dtype.
+  Tensor sequence_states(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
+                    scan.sequences, ", ", scan.channels, "]");
+    return parameter(t, name);
+  }
+  // What the forward pass saved, [B, rows, D].
+  void* saved(const Tensor& t, int64_t rows, ScalarType as, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == scan.batch && t.size(1) == rows && t.size(2) == scan.channels &&
+                        t.scalar_type() == as,
+                    name, ": expected [", scan.batch, ", ", rows, ", ", scan.channels, "] as the forward pass made it");
+    expect_device(t, name);
+    return const_cast<void*>(keep(torch::stable::contiguous(t)));
+  }
+  void expect_device(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
+                    ": expected the streams' device");
+  }
 
   Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
   Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {scan.batch, rows, scan.channels}, as); }
@@ -168,29 +204,46 @@ class Bound {
   }
 
  private:
+  // A tensor [D], in the state dtype.
+  Tensor vector(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == scan.channels, name, ": expected [", scan.channels, "]");
+    return parameter(t, name);
+  }
+  Tensor parameter(const Tensor& t, const char* name) const {
+    expect_device(t, name);
+    const ScalarType own = t.scalar_type();
+    STD_TORCH_CHECK(own == type || own == state || own == ScalarType::Float, name,
+                    ": expected the streams' dtype, the state dtype or float32");
+    return as_state(t, state);
+  }
+
+  int32_t device_type_, device_index_;
   Tensors kept_;
 };
 
 // A backend is a type with static void forward(Scan), static void backward(Scan) that launch on a tensor's device.
 template <class Backend, CellKind kCell>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors streams, Tensors channel, OptionalTensor alpha,
-                                                   OptionalTensor initial_state, OptionalTensor cu_seqlens,
-                                                   Tensor epsilon, double surrogate_scale, bool reverse, int64_t packed,
-                                                   int64_t chunk, int64_t segment, bool save) {
+Tensors forward(Tensors streams, Tensors channel, OptionalTensor alpha, OptionalTensor initial_state,
+                OptionalTensor cu_seqlens, Tensor epsilon, double surrogate_scale, bool reverse, int64_t packed,
+                int64_t chunk, int64_t segment, bool save) {
   Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
                       chunk, segment});
   Scan& scan = bound.scan;
   const bool events = bound.packs_events(has_events(kCell, scan.inputs));
-  Tensor h = allocate_like(bound.streams[0]);
-  Tensor final_state = bound.states(scan.sequences);
-  Tensor checkpoints = bound.rows(save ? scan.checkpoint_rows : 0, bound.state);
-  Tensor packed_events = bound.rows(events ? scan.event_rows : 0, ScalarType::Int);
-  scan.h = stream_of(h);
-  scan.final_state = final_state.data_ptr();
-  if (save) scan.checkpoints = checkpoints.data_ptr();
-  if (events) scan.events = static_cast<int32_t*>(packed_events.data_ptr());
-  Backend::forward(scan, h);
-  return {h, final_state, checkpoints, packed_events};
+  Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
+  scan.h = stream_of(results[0]);
+  scan.final_state = results[1].data_ptr();
+  if (save) {
+    results.push_back(bound.rows(scan.checkpoint_rows, bound.state));
+    scan.checkpoints = results.back().data_ptr();
+  }
+  if (save || events) {  // the scan itself needs them too
+    results.push_back(bound.rows(events ? scan.event_rows : 0, ScalarType::Int));
+    if (events) scan.events = static_cast<int32_t*>(results.back().data_ptr());
+  }
+  Backend::forward(scan, results[0]);
+  if (!save) results.resize(2, results[0]);
+  return results;
 }
 
 // Gradients of: each stream (or the packed gates), each per-channel input, alpha if given, initial_state if given.
@@ -201,14 +254,17 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors chan
   Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
                       chunk, segment});
   Scan& scan = bound.scan;
+  STD_TORCH_CHECK(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
+                      grad_h.size(2) == scan.channels,
+                  "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
+  bound.expect_device(grad_h, "grad_h");
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);
-  scan.grad_final = bound.keep(as_state(grad_final, bound.state));
-  STD_TORCH_CHECK(checkpoints.size(1) == scan.checkpoint_rows, "checkpoints: expected ", scan.checkpoint_rows,
-                  " rows, got ", checkpoints.size(1));
-  scan.checkpoints = checkpoints.data_ptr();
-  if (bound.packs_events(has_events(kCell, scan.inputs)))
-    scan.events = static_cast<int32_t*>(const_cast<void*>(bound.keep(torch::stable::contiguous(events))));
+  scan.grad_final = bound.keep(bound.sequence_states(grad_final, "grad_final"));
+  scan.checkpoints = bound.saved(checkpoints, scan.checkpoint_rows, bound.state, "checkpoints");
+  const bool has = bound.packs_events(has_events(kCell, scan.inputs));
+  void* const rows = bound.saved(events, has ? scan.event_rows : 0, ScalarType::Int, "events");
+  if (has) scan.events = static_cast<int32_t*>(rows);
 
   Tensors grads, views;
   if (packed > 0) {

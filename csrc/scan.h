@@ -17,6 +17,14 @@ constexpr int kEventsPerWord = 16;  // 2 bits each in an int32
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class CellKind { kBmru };
 
+// How many inputs a cell has, and which of them may come per channel (bit i: input i).
+constexpr bool takes(CellKind cell, int inputs, unsigned per_channel) {
+  switch (cell) {
+    case CellKind::kBmru: return (inputs == 2 || inputs == 3) && (per_channel & ~2u) == 0;
+  }
+  return false;
+}
+
 // Whether a step of the cell fits a 2-bit event: hold, one of two writes, NaN.
 constexpr bool has_events(CellKind cell, int inputs) {
   switch (cell) {

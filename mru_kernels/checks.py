@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOST_BYTES = 2**63 - 1
+_MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
 
 
@@ -32,22 +32,22 @@ def tensor(name: str, value, rank: int, shape: str) -> None:
 
 def streams(named: Mapping[str, Tensor]) -> None:
     """Streams `[B, T, D]` of one floating dtype, shape and device."""
-    (first_name, first), *others = named.items()
-    tensor(first_name, first, 3, "[batch, time, channels]")
-    dtype, shape, device = first.dtype, first.shape, first.device
-    if dtype not in STREAM_DTYPES:
-        raise TypeError(f"{first_name}: expected a dtype of {_names(STREAM_DTYPES)}, got {dtype}")
-    for name, value in others:
+    first_name = None
+    for name, value in named.items():
         tensor(name, value, 3, "[batch, time, channels]")
-        if value.dtype != dtype:
+        if first_name is None:
+            first_name, dtype, shape, device = name, value.dtype, value.shape, value.device
+            if dtype not in STREAM_DTYPES:
+                raise TypeError(f"{name}: expected a dtype of {_names(STREAM_DTYPES)}, got {dtype}")
+            batch, time, channels = shape
+            if batch * time * channels > _MOST_ELEMENTS:
+                raise ValueError(f"{name}: expected a size that 64 bits can address, got shape {list(shape)}")
+        elif value.dtype is not dtype:
             raise TypeError(f"{name}: expected {first_name}'s dtype {dtype}, got {value.dtype}")
-        if value.shape != shape:
+        elif value.shape != shape:
             raise ValueError(f"{name}: expected {first_name}'s shape {list(shape)}, got {list(value.shape)}")
-        if value.device != device:
+        elif value.device != device:
             raise ValueError(f"{name}: expected {first_name}'s device {device}, got {value.device}")
-    batch, time, channels = shape
-    if batch * time * channels * first.element_size() > _MOST_BYTES:
-        raise ValueError(f"{first_name}: expected a size that 64 bits can address, got shape {list(shape)}")
 
 
 def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letters: str) -> None:
@@ -61,6 +61,29 @@ def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letter
         raise TypeError(f"{name}: expected a dtype of {_names(allowed)}, got {value.dtype}")
     if value.device != first.device:
         raise ValueError(f"{name}: expected the streams' device {first.device}, got {value.device}")
+
+
+def arguments(
+    named: Mapping[str, Tensor], channel: Mapping[str, Tensor], alpha: Tensor | None, initial_state: Tensor | None,
+    offset: Tensor | None, packed: int,
+) -> None:  # fmt: skip
+    """The tensors of a call: streams and inputs per channel by name; the one stream holds `packed` > 0 side by side."""
+    streams(named)
+    (name, first), *_ = named.items()
+    sequences, _, channels = first.shape
+    if packed:
+        if channels % packed:
+            raise ValueError(f"{name}: expected a last dimension that {packed} divides, got shape {list(first.shape)}")
+        channels //= packed
+    for name, value in channel.items():
+        like(name, value, first, (channels,), "[channels]")
+    if offset is not None:
+        cu_seqlens(offset, first)
+        sequences = offset.shape[0] - 1
+    if initial_state is not None:
+        like("initial_state", initial_state, first, (sequences, channels), "[sequences, channels]")
+    if alpha is not None:
+        like("alpha", alpha, first, (channels,), "[channels]")
 
 
 _epsilons: dict[float, Tensor] = {}
@@ -119,10 +142,14 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
         raise ValueError(f"cu_seqlens: expected streams of batch 1, got batch {first.shape[0]}")
     if value.device != first.device:
         raise ValueError(f"cu_seqlens: expected the streams' device {first.device}, got {value.device}")
+
+
+def offsets(value: Tensor, total: int) -> None:
+    """The values of `cu_seqlens`, where these are at hand."""
     if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
-        offsets = value.tolist()
-        rises = all(a <= b for a, b in pairwise(offsets))
-        if offsets[0] != 0 or offsets[-1] != first.shape[1] or not rises:
+        numbers = value.tolist()
+        rises = all(a <= b for a, b in pairwise(numbers))
+        if numbers[0] != 0 or numbers[-1] != total or not rises:
             raise ValueError(
-                f"cu_seqlens: expected offsets that rise from 0 to the total length {first.shape[1]}, got {offsets}"
+                f"cu_seqlens: expected offsets that rise from 0 to the total length {total}, got {numbers}"
             )

@@ -7,12 +7,12 @@ inputs come as streams `[B, T, D]` and, where a cell allows it, as one value per
     channel    inputs given per channel; they stand between the first stream and the others in the cell's order
     chunk      steps between the boundary states that are saved for the backward pass
     segment    steps of a unit of time that is scanned in parallel with others; 0: none
-    save       whether a backward pass may follow, so whether boundary states are kept
+    save       whether a backward pass may follow, so whether what it needs is a result
 
-Results of the forward op: `h` as `empty_like` of the first stream, the final state `[N, D]`, the boundary states
-`[B, floor((T - 1) / chunk), D]`, and, where segments are, the write events `[B, floor(T / 16) + (N or 1), D]` (int32,
-16 steps of 2 bits). States have the state dtype: float64 for float64 streams, else float32. N is B, or the number of
-packed sequences.
+Results of the forward op: `h` as `empty_like` of the first stream and the final state `[N, D]`; with `save` also the
+boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
+steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
+streams, else float32. N is B, or the number of packed sequences.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, checks
 
 _EVENTS_PER_WORD = 16
 
@@ -32,7 +32,7 @@ _INPUTS = (
     "Tensor[] streams, Tensor[] channel, Tensor? alpha, Tensor? initial_state, Tensor? cu_seqlens, Tensor epsilon, "
     "float surrogate_scale, bool reverse, int packed, int chunk, SymInt segment"
 )
-_FORWARD = f"({_INPUTS}, bool save) -> (Tensor h, Tensor final_state, Tensor checkpoints, Tensor events)"
+_FORWARD = f"({_INPUTS}, bool save) -> Tensor[]"
 _BACKWARD = f"(Tensor grad_h, Tensor grad_final, {_INPUTS}, Tensor checkpoints, Tensor events) -> Tensor[]"
 
 _library = torch.library.Library("mru", "DEF")
@@ -50,11 +50,15 @@ class Cell:
 
     Attributes:
         name: of its ops, `mru::<name>`.
+        inputs: how many it has, at least and at most; the first is a stream.
+        per_channel: the inputs that may come as one value per channel.
         event_inputs: the number of inputs with which a step fits a 2-bit event (hold, one of two writes, NaN).
         forward, backward: the ops of each backend.
     """
 
     name: str
+    inputs: tuple[int, int]
+    per_channel: tuple[str, ...]
     event_inputs: int | None
     forward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
@@ -65,25 +69,23 @@ class Cell:
 
 def scan(
     cell: Cell,
-    streams: Sequence[Tensor],
-    channel: Sequence[Tensor] = (),
-    *,
+    streams: list[Tensor],
+    channel: list[Tensor],
     alpha: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     epsilon: Tensor,
     surrogate_scale: float,
     reverse: bool,
-    packed: int = 0,
+    packed: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run `cell` over validated arguments on the backend that `backend` resolves to: (h, final state)."""
+    """Run `cell` on the backend that `backend` resolves to: (h, final state)."""
     first = streams[0]
     row = backends.resolve(backend, first.device)
     batch, time, channels = first.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment = row.module.segment(sequences, time, channels // packed if packed else channels, first.device)
-    streams, channel = list(streams), list(channel)
+    segment = row.module.segment(sequences, batch * time, channels // (packed or 1), first.device)
     save = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
     compiling = torch.compiler.is_compiling()
     if compiling and torch.compiler.is_exporting():
@@ -126,8 +128,8 @@ def streams_of(streams: Sequence[Tensor], packed: int) -> list[Tensor]:
 def allocate(
     cell: Cell, streams: Sequence[Tensor], channel: Sequence[Tensor], cu_seqlens: Tensor | None, packed: int,
     chunk: int, segment: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Uninitialised results of the forward op."""
+) -> list[Tensor]:  # fmt: skip
+    """Uninitialised results of the forward op, all four of them; the first `returned(save)` are returned."""
     views = streams_of(streams, packed)
     first = views[0]
     batch, time, channels = first.shape
@@ -136,12 +138,30 @@ def allocate(
     packs_events = segment > 0 and len(views) + len(channel) == cell.event_inputs
     checkpoint_rows = max(time - 1, 0) // chunk if save else 0
     event_rows = time // _EVENTS_PER_WORD + (1 if cu_seqlens is None else sequences) if packs_events else 0
-    return (
+    return [
         torch.empty_like(first),
         first.new_empty((sequences, channels), dtype=state),
         first.new_empty((batch, checkpoint_rows, channels), dtype=state),
         first.new_empty((batch, event_rows, channels), dtype=torch.int32),
-    )
+    ]
+
+
+def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed) -> None:
+    """Raise unless the tensors of a call fit together: for the kernels that are written in Python."""
+    if packed < 0 or (packed and len(streams) != 1):
+        raise ValueError(f"packed: expected the number of gates in one tensor, got {packed}, {len(streams)} tensors")
+    least, most = cell.inputs
+    if not least <= (packed or len(streams)) + len(channel) <= most or len(channel) > len(cell.per_channel):
+        came = f"{len(streams)} and {len(channel)}"
+        raise ValueError(f"streams, channel, packed: expected the {least} to {most} inputs of {cell.name}, got {came}")
+    named = {f"streams[{i}]": t for i, t in enumerate(streams)}
+    vectors = {f"channel[{i}]": t for i, t in enumerate(channel)}
+    checks.arguments(named, vectors, alpha, initial_state, cu_seqlens, packed)
+
+
+def returned(save: bool) -> int:
+    """How many results the forward op has."""
+    return 4 if save else 2
 
 
 def allocate_backward(
@@ -191,7 +211,8 @@ def _define(cell: Cell, backend: str) -> None:
     @torch.library.register_fake(forward, lib=_library)
     def _(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
           segment, save):  # fmt: skip
-        return allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
+        check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
+        return allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)[: returned(save)]
 
     @torch.library.register_fake(backward, lib=_library)
     def _(grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
@@ -209,7 +230,7 @@ def _differentiable(cell: Cell, backend: str):
         inputs = _differentiable_inputs(arguments)
         differentiated = torch.is_grad_enabled() and _requires_grad(*inputs)
         if differentiated or forward_ad._current_level >= 0:
-            return _Scan.apply(cell, backend, arguments, *inputs)
+            return list(_Scan.apply(cell, backend, arguments, *inputs))
         with torch._C._AutoDispatchBelowAutograd():
             return cell.forward[backend](*arguments)
 
@@ -250,32 +271,32 @@ class _Scan(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             results = cell.forward[backend](*arguments)
         _Scan.keep(ctx, cell, backend, arguments, inputs, results)
-        return results
+        return tuple(results)
 
     @staticmethod
     def keep(ctx, cell, backend, arguments, inputs, results):
-        *fixed, save = arguments
-        streams, channel, alpha, initial_state, cu_seqlens, epsilon, *numbers = fixed
-        checkpoints, events = results[2:]
-        ctx.mark_non_differentiable(checkpoints, events)
-        ctx.save_for_backward(*inputs, cu_seqlens, epsilon, checkpoints, events)
-        ctx.call = (cell, backend, len(streams), len(channel), alpha is not None, initial_state is not None, save)
+        streams, channel, alpha, initial_state, cu_seqlens, epsilon, *numbers, _save = arguments
+        saved = results[2:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*inputs, cu_seqlens, epsilon, *saved)
+        ctx.call = (cell, backend, len(streams), len(channel), alpha is not None, initial_state is not None)
         ctx.numbers = numbers
 
     @staticmethod
-    def backward(ctx, grad_h, grad_final, _checkpoints, _events):
-        cell, backend, n_streams, n_channel, has_alpha, has_initial, save = ctx.call
-        *inputs, cu_seqlens, epsilon, checkpoints, events = ctx.saved_tensors
-        rest = list(inputs)
+    def backward(ctx, grad_h, grad_final, *_):
+        cell, backend, n_streams, n_channel, has_alpha, has_initial = ctx.call
+        rest = list(ctx.saved_tensors)
+        inputs = rest[: n_streams + n_channel + has_alpha + has_initial]
         streams, rest = rest[:n_streams], rest[n_streams:]
         channel, rest = rest[:n_channel], rest[n_channel:]
         alpha = rest.pop(0) if has_alpha else None
         initial_state = rest.pop(0) if has_initial else None
+        cu_seqlens, epsilon, *saved = rest
         call = (streams, channel, alpha, initial_state, cu_seqlens, epsilon, *ctx.numbers)
-        if not save:
+        if not saved:
             with torch.no_grad():
-                _, _, checkpoints, events = cell.forward[backend](*call, True)
-        grads = cell.backward[backend](grad_h, grad_final, *call, checkpoints, events)
+                saved = cell.forward[backend](*call, True)[2:]
+        grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
         if torch._C._are_functorch_transforms_active():  # where the op's own autograd kernel cannot refuse
             grads = _NoSecondDerivative.apply(cell.name, len(grads), *grads, grad_h, grad_final, *inputs)
         return None, None, None, *grads
@@ -286,7 +307,7 @@ class _TransformedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(cell, backend, arguments, *_inputs):
-        return cell.forward[backend](*arguments)
+        return tuple(cell.forward[backend](*arguments))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -300,7 +321,8 @@ class _TransformedScan(torch.autograd.Function):
         def apply(*folded):
             return _TransformedScan.apply(cell, backend, folded, *_differentiable_inputs(folded))
 
-        return _fold_into_channels(cell.forward[backend], apply)(info, in_dims[2], *arguments)
+        results, dims = _fold_into_channels(cell.forward[backend], apply)(info, in_dims[2], *arguments)
+        return tuple(results), tuple(dims)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -356,10 +378,8 @@ def _fold_into_channels(op, call=None):
             else:
                 folded.append(fold(size, value, dims))
         results = (call or op)(*folded)
-        if isinstance(results, tuple):
-            return tuple(zip(*(unfold(size, t) for t in results), strict=True))
         unfolded = [unfold(size, t) for t in results]
-        if packed:
+        if packed and names[0] == "grad_h":  # the first is the gradient of the packed gates
             gates = results[0].unflatten(-1, (packed, size, results[0].shape[-1] // (packed * size)))
             unfolded[0] = (gates.movedim(-2, 0).flatten(-2), 0)
         return tuple(map(list, zip(*unfolded, strict=True)))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import mru_kernels as mk
 import python_ref
 from bench import errors
+from mru_kernels.cells.bmru import CELL
 
 B, T, D = 2, 5, 3
 
@@ -250,6 +251,94 @@ def test_step_names_the_argument(name, value):
 def test_step_names_the_argument_of_another_shape_than_the_candidate(name, shape):
     with pytest.raises(ValueError, match=f"^{name}: expected.*shape"):
         mk.bmru_step(**step_arguments() | {name: ones(*shape)})
+
+
+# ------------------------------------------------------------------------------------------------ the ops themselves
+
+NAMES = [argument.name for argument in CELL.forward["cpu"]._schema.arguments]
+BACKWARD_NAMES = [argument.name for argument in CELL.backward["cpu"]._schema.arguments]
+
+
+def raw(device: torch.device) -> dict[str, Any]:
+    """Arguments of the forward op that are all as they should be, boundary states and events included."""
+    streams = [torch.randn(B, 150, D, device=device) for _ in range(2)]
+    vectors = {name: torch.randn(D, device=device) for name in ("alpha", "channel")}
+    numbers = {"epsilon": torch.tensor(0.5, dtype=torch.float64), "surrogate_scale": 1.0, "reverse": False}
+    split = {"packed": 0, "chunk": 64, "segment": 64, "save": True}
+    given = {"streams": streams, "channel": [], "alpha": vectors["alpha"], "cu_seqlens": None}
+    return given | {"initial_state": torch.randn(B, D, device=device)} | numbers | split
+
+
+RAW_BAD = [
+    ("streams", []),
+    ("streams", [ones(B, T, D)]),
+    ("streams", [ones(B, T, D), ones(B, T, D + 1)]),
+    ("streams", [ones(B, T, D), ones(B, T, D).double()]),
+    ("streams", [ones(B, T, D)] * 4),
+    ("streams", [ones(T, D)] * 2),
+    ("streams", [ones(B, T, D, dtype=torch.int32)] * 2),
+    ("channel", [ones(D - 1)]),
+    ("channel", [ones(D), ones(D)]),
+    ("channel", [ones(D, dtype=torch.int32)]),
+    ("alpha", ones(1)),
+    ("alpha", ones(D, 1)),
+    ("alpha", ones(D, dtype=torch.float16)),
+    ("initial_state", ones(B + 1, D)),
+    ("initial_state", ones(D)),
+    ("cu_seqlens", offsets(0, 150)),  # batch is 2
+    ("cu_seqlens", ones(2)),
+    ("packed", 4),
+    ("packed", 3),
+    ("packed", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), RAW_BAD)
+def test_raw_op_checks_what_its_kernel_relies_on(backend, device, name, value):
+    def move(t: Any) -> Any:
+        return t.to(device) if isinstance(t, torch.Tensor) else t
+
+    value = [move(t) for t in value] if isinstance(value, list) else move(value)
+    arguments = raw(device) | {name: value}
+    if name == "channel":
+        arguments["streams"] = arguments["streams"][:1]
+    if (name, value) == ("packed", 4):
+        arguments["streams"] = arguments["streams"][:1]
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=name):
+        CELL.forward[backend](*(arguments[n] for n in NAMES))
+
+
+NUMBERS = [("epsilon", 1.5), ("epsilon", math.nan), ("surrogate_scale", 0.0), ("surrogate_scale", math.inf)]
+NUMBERS += [("chunk", 0), ("chunk", 8), ("segment", 65), ("segment", -64)]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+def test_raw_op_of_a_cpp_backend_checks_its_numbers(name, value):
+    value = torch.tensor(value, dtype=torch.float64) if name == "epsilon" else value
+    arguments = raw(torch.device("cpu")) | {name: value}
+    with pytest.raises(RuntimeError, match=name):
+        CELL.forward["cpu"](*(arguments[n] for n in NAMES))
+
+
+SAVED = [
+    ("grad_h", (B, 150, D + 1)),
+    ("grad_h", (150, D)),
+    ("grad_final", (B, D + 1)),
+    ("checkpoints", (B, 1, D)),
+    ("checkpoints", (B, 2, D + 1)),
+    ("events", (B, 9, D)),
+]
+
+
+@pytest.mark.parametrize(("name", "shape"), SAVED)
+def test_raw_backward_of_a_cpp_backend_checks_what_it_is_given(name, shape):
+    arguments = raw(torch.device("cpu"))
+    h, final, checkpoints, events = CELL.forward["cpu"](*(arguments[n] for n in NAMES))
+    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
+    assert len(CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))) == 4
+    arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype)
+    with pytest.raises(RuntimeError, match=name):
+        CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
 
 
 # ------------------------------------------------------------------------------------------------ fuzz

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu_kernels
+pytestmark = pytest.mark.check
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "cuda"

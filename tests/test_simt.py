@@ -13,7 +13,7 @@ import torch
 from bench import inputs
 
 pytestmark = [
-    pytest.mark.gpu_kernels,
+    pytest.mark.check,
     pytest.mark.skipif(not simt.SUPPORTED, reason="the host execution of CUDA sources needs x86-64 Linux"),
 ]
 

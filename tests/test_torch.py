@@ -498,7 +498,7 @@ def test_nothing_is_saved_without_gradients(backend, device):
         mk.bmru(x, x, backend=backend)
         mk.bmru(x.clone().requires_grad_(), x, backend=backend)
     without, with_ = seen
-    assert without[2].numel() == 0
+    assert len(without) == 2
     assert with_[2].numel() > 0
 
 

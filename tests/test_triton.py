@@ -15,7 +15,7 @@ from mru_kernels.cells.bmru import CELL
 from tests import triton_offline
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu_kernels
+pytestmark = pytest.mark.check
 
 ROOT = Path(__file__).parents[1]
 

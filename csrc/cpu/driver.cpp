@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <vector>
 
 namespace mru::cpu {
@@ -125,13 +127,18 @@ char* row(void* base, const Scan& scan, int64_t n, int64_t d = 0) {
 
 }  // namespace
 
+// The widest set that the processor has, but none wider than ATEN_CPU_CAPABILITY allows, as for torch's own kernels.
 Isa isa() {
 #if defined(__x86_64__)
-  static const Isa widest = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                                ? Isa::kAvx512
-                            : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? Isa::kAvx2
-                                                                                               : Isa::kBaseline;
+  static const Isa widest = [] {
+    const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view most = variable ? variable : "";
+    if (most == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return Isa::kBaseline;
+    if (most == "avx2" || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+      return Isa::kAvx2;
+    return Isa::kAvx512;
+  }();
   return widest;
 #else
   return Isa::kBaseline;

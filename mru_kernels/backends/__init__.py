@@ -20,8 +20,9 @@ CHUNK = 64  #: steps between two boundary states that the forward pass saves for
 @dataclass(frozen=True)
 class Backend:
     """A row of the table. Its module offers `load()`, called once, which registers the ops or raises ImportError with
-    the reason why it cannot; and `segment(sequences, time, channels, device)`: steps that one unit scans while others
-    scan the same sequence (a multiple of `CHUNK`), or 0 where a sequence is scanned whole.
+    the reason why it cannot; and `segment(sequences, steps, channels, device)`: how many steps one unit scans while
+    others scan the same sequence (a multiple of `CHUNK`), or 0 where a sequence is scanned whole, for so many sequences
+    that have so many steps all together.
     """
 
     name: str

@@ -22,13 +22,14 @@ def load() -> None:
     torch.ops.load_library(str(found[0]))
 
 
-def segment(sequences: int, time: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
     """Steps of a segment, from sizes only: results must not depend on the number of threads."""
-    units = sequences * ((channels + _BLOCK - 1) // _BLOCK)
-    if units >= _ENOUGH or units == 0 or time < 2 * _LEAST:
+    blocks = (channels + _BLOCK - 1) // _BLOCK
+    units = sequences * blocks
+    if units >= _ENOUGH or units == 0 or steps < 2 * _LEAST * sequences:
         return 0
-    steps = max(time * units // _SEGMENTS, _LEAST)
-    return (steps + CHUNK - 1) // CHUNK * CHUNK
+    least = max(steps * blocks // _SEGMENTS, _LEAST)
+    return (least + CHUNK - 1) // CHUNK * CHUNK
 
 
 def isa() -> str:

@@ -20,10 +20,10 @@ def load() -> None:
         raise ImportError("torch is built without CUDA")
 
 
-def segment(sequences: int, time: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
     """Steps of a segment, from sizes only: results are the same on every device."""
     at_once = sequences * channels
-    if at_once >= _ENOUGH or at_once == 0 or time < 2 * _LEAST:
+    if at_once >= _ENOUGH or at_once == 0 or steps < 2 * _LEAST * sequences:
         return 0
-    steps = max(time * at_once // _WANTED, _LEAST)
-    return (steps + CHUNK - 1) // CHUNK * CHUNK
+    least = max(steps * channels // _WANTED, _LEAST)
+    return (least + CHUNK - 1) // CHUNK * CHUNK

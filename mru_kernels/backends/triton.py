@@ -42,7 +42,7 @@ def load() -> None:
                 _library.impl(f"{cell.name}_backward.triton", partial(_backward, cell), key)
 
 
-def segment(sequences: int, time: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
     """Steps of a segment, from sizes and the number of multiprocessors only.
 
     A sequence is scanned whole where half of what fills the device, or more, runs at once; else time is cut so that
@@ -50,10 +50,9 @@ def segment(sequences: int, time: int, channels: int, device: torch.device) -> i
     """
     row = max(channels, _LANES * _VECTOR_BYTES // 4)  # a warp is busy however few its channels are
     wanted = _FULL * _multiprocessors(device)
-    if sequences == 0 or channels == 0 or 2 * sequences * row >= wanted or time < 2 * _LEAST:
+    if sequences == 0 or channels == 0 or 2 * sequences * row >= wanted or steps < 2 * _LEAST * sequences:
         return 0
-    steps = max(_ceil_div(time * sequences * row, wanted), _LEAST)
-    return _ceil_div(steps, CHUNK) * CHUNK
+    return _ceil_div(max(_ceil_div(steps * row, wanted), _LEAST), CHUNK) * CHUNK
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -206,6 +205,7 @@ def _forward(
     cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk, segment,
     save,
 ):  # fmt: skip
+    ops.check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
     call = _Call(
         cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
         segment, saved=save,
@@ -218,7 +218,7 @@ def _forward(
         call.launch("summarize", call.slots, **own, factors=factors, sums=sums)
         own["entries"] = call.walk(factors, sums, final_state)
     call.launch("forward", call.slots, **own)
-    return results
+    return results[: ops.returned(save)]
 
 
 def _backward(

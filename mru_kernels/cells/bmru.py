@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
+from .call import call
 
-CELL = ops.add_cell(ops.Cell(name="bmru", event_inputs=2))
+CELL = ops.add_cell(ops.Cell(name="bmru", inputs=(2, 3), per_channel=("threshold",), event_inputs=2))
 
 
 def bmru(
@@ -56,20 +57,12 @@ def bmru(
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call; a second derivative is taken.
     """
-    per_channel = isinstance(threshold, Tensor) and threshold.dim() == 1
-    named = {"candidate": candidate}
-    if not per_channel:
-        named["threshold"] = threshold
+    inputs = {"candidate": candidate, "threshold": threshold}
     if amplitude is not None:
-        named["amplitude"] = amplitude
-    named = _autocast(named)
-    checks.streams(named)
-    streams, channel = list(named.values()), []
-    if per_channel:
-        checks.like("threshold", threshold, streams[0], streams[0].shape[2:], "[channels]")
-        channel = [threshold]
-    return _scan(
-        streams, channel, 0, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
+        inputs["amplitude"] = amplitude
+    return call(
+        CELL, inputs, initial_state, epsilon=epsilon, alpha=alpha, surrogate_scale=surrogate_scale, reverse=reverse,
+        cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip
 
 
@@ -92,58 +85,10 @@ def bmru_packed(
 
     The other arguments, results and errors are those of `bmru`.
     """
-    named = _autocast({"gates": gates})
-    checks.streams(named)
-    gates = named["gates"]
-    packed = 3 if amplitude else 2
-    if gates.shape[2] % packed:
-        raise ValueError(f"gates: expected a last dimension that {packed} divides, got shape {list(gates.shape)}")
-    return _scan(
-        [gates], [], packed, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
+    return call(
+        CELL, {"gates": gates}, initial_state, epsilon=epsilon, alpha=alpha, surrogate_scale=surrogate_scale,
+        reverse=reverse, cu_seqlens=cu_seqlens, backend=backend, packed=3 if amplitude else 2,
     )  # fmt: skip
-
-
-def _scan(
-    streams, channel, packed, initial_state, epsilon, alpha, surrogate_scale, reverse, cu_seqlens, backend
-):  # fmt: skip
-    first = streams[0]
-    channels = first.shape[2] // max(packed, 1)
-    sequences = first.shape[0]
-    if cu_seqlens is not None:
-        checks.cu_seqlens(cu_seqlens, first)
-        sequences = cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        checks.like("initial_state", initial_state, first, (sequences, channels), "[sequences, channels]")
-    if alpha is not None:
-        checks.like("alpha", alpha, first, (channels,), "[channels]")
-    return ops.scan(
-        CELL,
-        streams,
-        channel,
-        alpha=alpha,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        epsilon=checks.epsilon(epsilon),
-        surrogate_scale=checks.surrogate_scale(surrogate_scale),
-        reverse=bool(reverse),
-        packed=packed,
-        backend=backend,
-    )
-
-
-def _autocast(streams: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under autocast the floating streams in its dtype, so that different ones may meet; float64 stays."""
-    if not torch._C._is_any_autocast_enabled():
-        return streams
-
-    def cast(t):
-        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
-            return t
-        kind = t.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
-
-    return {name: cast(t) for name, t in streams.items()}
 
 
 def bmru_step(
@@ -176,14 +121,25 @@ def bmru_step(
                 raise RuntimeError(
                     f"bmru_step: {name} requires grad, but the step has no gradient; use bmru with T = 1, or no_grad"
                 )
+    refused = None
+    try:
+        inputs = {"candidate": candidate.unsqueeze(1), "threshold": threshold}
+        if threshold.dim() != 1:
+            inputs["threshold"] = threshold.unsqueeze(1)
+        if amplitude is not None:
+            inputs["amplitude"] = amplitude.unsqueeze(1)
+        if isinstance(state, Tensor):
+            h, after = call(
+                CELL, inputs, state, epsilon=epsilon, alpha=alpha, surrogate_scale=1.0, reverse=False, cu_seqlens=None,
+                backend=None,
+            )  # fmt: skip
+            return h.squeeze(1), after
+    except Exception as error:
+        refused = error
     checks.tensor("candidate", candidate, 2, "[batch, channels]")
-    checks.like("state", state, candidate, candidate.shape, "[batch, channels]")
+    streams = {"threshold": threshold} if getattr(threshold, "ndim", 2) != 1 else {}
     if amplitude is not None:
-        checks.tensor("amplitude", amplitude, 2, "[batch, channels]")
-        amplitude = amplitude.unsqueeze(1)
-    if isinstance(threshold, Tensor) and threshold.dim() == 2:
-        threshold = threshold.unsqueeze(1)
-    h, state = bmru(
-        candidate.unsqueeze(1), threshold, state, epsilon=epsilon, alpha=alpha, amplitude=amplitude
-    )  # fmt: skip
-    return h.squeeze(1), state
+        streams["amplitude"] = amplitude
+    for name, value in (("state", state), *streams.items()):
+        checks.like(name, value, candidate, candidate.shape, "[batch, channels]")
+    raise refused

@@ -14,6 +14,6 @@ def load() -> None:
     control()
 
 
-def segment(sequences: int, time: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
     """Whole sequences; tests ask for segments."""
     return 0

@@ -1,0 +1,78 @@
+"""What the public functions of all cells have in common: autocast, checks, and the way to `ops.scan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+
+
+def call(
+    cell: ops.Cell,
+    inputs: Mapping[str, Tensor],
+    initial_state: Tensor | None,
+    *,
+    epsilon: float | Tensor,
+    alpha: Tensor | None,
+    surrogate_scale: float,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+    backend: str | None,
+    packed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run `cell` on its inputs, which come by name and in the cell's order.
+
+    An eager call goes to the kernels at once, which refuse what they cannot take. Only then is it examined here, to say
+    it in the caller's terms: on a short scan these checks would cost as much as the scan.
+    """
+    first_to_kernels = cu_seqlens is None and not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled())
+    if not first_to_kernels:
+        inputs = _autocast(inputs)
+        _check(cell, inputs, initial_state, alpha, cu_seqlens, packed)
+    try:
+        streams: list[Tensor] = []
+        channel: list[Tensor] = []
+        for name, value in inputs.items():
+            (channel if value.dim() == 1 and name in cell.per_channel else streams).append(value)
+        return ops.scan(
+            cell, streams, channel, alpha, initial_state, cu_seqlens, checks.epsilon(epsilon),
+            checks.surrogate_scale(surrogate_scale), bool(reverse), packed, backend,
+        )  # fmt: skip
+    except Exception:
+        if first_to_kernels:
+            try:
+                _check(cell, inputs, initial_state, alpha, cu_seqlens, packed)
+            except (TypeError, ValueError) as reason:
+                raise reason from None
+        raise
+
+
+def _check(cell, inputs, initial_state, alpha, cu_seqlens, packed) -> None:
+    """Raise what names the argument that is not as it must be."""
+    channel = {name: value for name, value in inputs.items() if name in cell.per_channel and _is_vector(value)}
+    streams = {name: value for name, value in inputs.items() if name not in channel}
+    checks.arguments(streams, channel, alpha, initial_state, cu_seqlens, packed)
+    if cu_seqlens is not None:
+        checks.offsets(cu_seqlens, next(iter(inputs.values())).shape[1])
+
+
+def _is_vector(value) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1
+
+
+def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Under autocast the floating streams in its dtype, so that different ones may meet; float64 stays."""
+    if not torch._C._is_any_autocast_enabled():
+        return inputs
+
+    def cast(t):
+        if not isinstance(t, Tensor) or t.dim() == 1 or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        kind = t.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
+
+    return {name: cast(t) for name, t in inputs.items()}

@@ -1,0 +1,35 @@
+"""The CPU kernels of narrower instruction sets than this machine's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mru_kernels.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+NARROWER = {"baseline": "default", "avx2": "avx2"}  # by the names that torch has for them
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("isa", NARROWER)
+def test_the_tests_of_the_op_pass_with(isa):
+    sets = [*NARROWER, "avx512"]
+    if sets.index(isa) >= sets.index(cpu.isa()):
+        pytest.skip(f"this machine runs {cpu.isa()} kernels: {isa} is not narrower")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": NARROWER[isa]}
+    report = subprocess.run(
+        [sys.executable, "-m", "mru_kernels"], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert f"{isa} in mru_kernels" in report.stdout
+    tests = [*("-q", "-p", "no:cacheprovider"), "--hypothesis-profile=brief", "-m", "not slow and not check"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests, "tests/test_op.py"],
+        env=environment, capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    print(run.stdout.splitlines()[-1])
