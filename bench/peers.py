@@ -63,8 +63,8 @@ def python_loop(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
     a, w = gates(candidate, threshold, epsilon)
     s = torch.zeros_like(w[:, 0])
     states = []
-    for t in range(w.shape[1]):
-        s = a[:, t] * s + w[:, t]
+    for a_t, w_t in zip(a.unbind(1), w.unbind(1), strict=True):
+        s = a_t * s + w_t
         states.append(s)
     return torch.stack(states, 1)
 

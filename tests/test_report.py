@@ -1,0 +1,74 @@
+"""`python -m bench report`: from records to pages."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import report, speed
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("report") / "record.json"
+    shape, peer = ["--shape", "2,64,4", "--dtype", "fp32"], ["--peer", "log-step scan"]
+    assert speed.main([*shape, *peer, "--json", str(file)]) == 0
+    return file
+
+
+def test_one_record(file, capsys):
+    assert report.main([str(file)]) == 0
+    page = capsys.readouterr().out
+    assert "backend cpu" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| 2, 64, 4")]
+    figures = {f["subject"]: f for f in json.loads(file.read_text())["figures"]}
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    forward, both = figures["bmru forward"], figures["bmru forward + backward"]
+    expected = ["2, 64, 4", "float32", f"{forward['ms']:.3g}", f"{forward['floor_ratio']:.2f}"]
+    expected += [f"{both['ms']:.3g}", f"{both['floor_ratio']:.2f}"]
+    expected += [f"{figures['log-step scan: forward + backward']['ms'] / both['ms']:.3g}x"]
+    assert cells == expected
+
+
+def test_two_records(file, tmp_path, capsys):
+    record = json.loads(file.read_text())
+    for figure in record["figures"]:
+        figure["spread"] = 0.05
+    before, slower, faster = (tmp_path / f"{name}.json" for name in ("before", "slower", "faster"))
+    before.write_text(json.dumps(record))
+    for path, factor in ((slower, 1.2), (faster, 0.8)):
+        changed = copy.deepcopy(record)
+        changed["figures"][1]["ms"] *= factor
+        path.write_text(json.dumps(changed))
+    assert report.main([str(before), str(before)]) == 0
+    assert not re.search(r"\| (slower|faster) \|", capsys.readouterr().out)
+    assert report.main([str(before), str(slower)]) == 1
+    assert capsys.readouterr().out.count("| slower |") == 1
+    assert report.main([str(before), str(faster)]) == 0
+    assert capsys.readouterr().out.count("| faster |") == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x80"])
+def test_what_is_no_record(text, tmp_path, capsys):
+    file = tmp_path / "record.json"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(SystemExit):
+        report.main([str(file)])
+    assert "record.json: expected a record" in capsys.readouterr().err
+
+
+def test_the_readme_shows_what_its_record_says():
+    """Each page between the comments of README.md is what the command in the first of them prints."""
+    pages = re.findall(
+        r"<!-- python -m bench report (\S+) -->\n(.*?)\n<!-- end", (ROOT / "README.md").read_text(), re.S
+    )
+    assert pages
+    for file, page in pages:
+        record = report.load(ROOT / file)
+        assert page == f"{report.machine(record)}\n\n{report.summary(record)}"
