@@ -177,11 +177,16 @@ class Draw:
         """Values `[D]` in the dtype of the case's parameters; if asked for, a NaN in one of many channels."""
         return self._finish(x, self.parameter_dtype, nan=x.numel() >= 8)
 
-    def initial_state(self) -> Tensor | None:
-        """`[B, D]` or `[N, D]`, or None, as the case asks."""
-        kind = self.case.options["initial_state"]
-        if kind == "none":
-            return None
+    def common(self, options: Options) -> dict[str, Tensor]:
+        """What every cell takes where the case asks for it: alpha `[D]`, an initial state `[B, D]` or `[N, D]`."""
+        tensors = {}
+        if options["alpha"]:
+            tensors["alpha"] = self.parameter(self.normal(self.shape[2:], mean=1.0, deviation=0.5))
+        if options["initial_state"] != "none":
+            tensors["initial_state"] = self._initial_state(options["initial_state"])
+        return tensors
+
+    def _initial_state(self, kind: str) -> Tensor:
         sequences = self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
         x = self.normal((sequences, self.shape[2]), deviation=2.0)
         return self._finish(x.round() if kind == "integer" else x, self.parameter_dtype)
@@ -237,12 +242,24 @@ def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, An
     tensors = {"candidate": draw.stream(c), "threshold": b}
     if options["amplitude"]:
         tensors["amplitude"] = draw.stream(draw.normal(shape, mean=1.0, deviation=0.5))
-    if options["alpha"]:
-        tensors["alpha"] = draw.parameter(draw.normal(shape[2:], mean=1.0, deviation=0.5))
-    initial_state = draw.initial_state()
-    if initial_state is not None:
-        tensors["initial_state"] = initial_state
-    return tensors, {"epsilon": options["epsilon"], "surrogate_scale": options["surrogate_scale"]}
+    return tensors | draw.common(options), {name: options[name] for name in ("epsilon", "surrogate_scale")}
+
+
+def _schmitt(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """About half of the steps hold: candidates are normal around 1/2, low about 0.15, width about 0.7; some tie."""
+    shape = draw.shape
+    low = draw.uniform(shape[2:], -0.1, 0.4)
+    high = low + draw.uniform(shape[2:], 0.5, 0.9)
+    crossed = draw.some(shape[2:], 0.1)  # high < low is allowed
+    low, high = draw.parameter(torch.where(crossed, high, low)), draw.parameter(torch.where(crossed, low, high))
+    c = draw.normal(shape, mean=0.5)
+    for edge in (low, high):
+        tie = draw.some(shape, 0.05) & ~edge.isnan()
+        c = torch.where(tie, edge.double(), c)
+    if options["nonfinite"]:
+        c = torch.where(draw.some(shape, 0.02), draw.signs(shape) * float("inf"), c)
+    tensors = {"candidate": draw.stream(c), "low": low, "high": high}
+    return tensors | draw.common(options), {name: options[name] for name in ("epsilon", "surrogate_scale")}
 
 
 CELLS = {
@@ -256,6 +273,10 @@ CELLS = {
         },
         draw=_bmru,
     ),
+    "schmitt": Cell(
+        factors={"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "surrogate_scale": (1.0, 2.5)},
+        draw=_schmitt,
+    ),
 }
 
 
@@ -268,6 +289,9 @@ def case(cell: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> Case:
     unknown = options.keys() - factors.keys()
     if unknown:
         raise ValueError(f"options: expected some of {', '.join(factors)}, got {', '.join(sorted(unknown))}")
+    for name, value in options.items():
+        if isinstance(value, str) and value not in factors[name]:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, factors[name]))}, got {value!r}")
     return Case(cell, dtype, {name: values[0] for name, values in factors.items()} | options, seed)
 
 

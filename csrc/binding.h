@@ -15,6 +15,10 @@
 
 #include "scan.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace mru {
 
 using torch::headeronly::ScalarType;

@@ -15,12 +15,13 @@ constexpr int kMaxInputs = 3;       // gate inputs of a cell
 constexpr int kEventsPerWord = 16;  // 2 bits each in an int32
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class CellKind { kBmru };
+enum class CellKind { kBmru, kSchmitt };
 
 // How many inputs a cell has, and which of them may come per channel (bit i: input i).
 constexpr bool takes(CellKind cell, int inputs, unsigned per_channel) {
   switch (cell) {
     case CellKind::kBmru: return (inputs == 2 || inputs == 3) && (per_channel & ~2u) == 0;
+    case CellKind::kSchmitt: return inputs == 3 && per_channel == 6u;
   }
   return false;
 }
@@ -29,6 +30,7 @@ constexpr bool takes(CellKind cell, int inputs, unsigned per_channel) {
 constexpr bool has_events(CellKind cell, int inputs) {
   switch (cell) {
     case CellKind::kBmru: return inputs == 2;  // an amplitude is written as it comes
+    case CellKind::kSchmitt: return true;
   }
   return false;
 }

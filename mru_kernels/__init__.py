@@ -4,9 +4,20 @@ from importlib.metadata import version as _version
 
 from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
-from .nn import BMRU, CMRU, AlphaCMRU
+from .cells.schmitt import schmitt, schmitt_step
+from .nn import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU
 
 __version__ = _version("mru_kernels")
-__all__ = ["BMRU", "CMRU", "AlphaCMRU", "available_backends", "bmru", "bmru_step"]
+__all__ = [
+    "BMRU",
+    "CMRU",
+    "AlphaCMRU",
+    "FirstQuadrantBMRU",
+    "available_backends",
+    "bmru",
+    "bmru_step",
+    "schmitt",
+    "schmitt_step",
+]
 
 available_backends()  # registers the CPU kernels, so that exported programs find them without a call through here

@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, ops
 from .cells.bmru import bmru_packed
+from .cells.schmitt import schmitt
 
-__all__ = ["BMRU", "CMRU", "AlphaCMRU", "MRUBase", "WriteOrHold"]
+__all__ = ["BMRU", "CMRU", "AlphaCMRU", "FirstQuadrantBMRU", "MRUBase", "WriteOrHold"]
 
 
 class MRUBase(torch.nn.Module):
@@ -405,3 +406,45 @@ class AlphaCMRU(CMRU):
 
     gates = {"candidate": None, "threshold": 1.0, "amplitude": 1.0}
     vectors = {}
+
+
+class FirstQuadrantBMRU(WriteOrHold):
+    """Layers of first-quadrant bistable units, Schmitt triggers (arXiv 2605.15216), used like `torch.nn.GRU`.
+
+    For each step, with per-channel parameters and the unit step H(0) = 1::
+
+        candidate_t = relu(W x_t + b)      high = low + |width|
+        L_t = H(candidate_t - low)         U_t = H(candidate_t - high)      hold_t = L_t (1 - U_t)
+        s_t = hold_t s_{t-1} + (1 - hold_t) (U_t + epsilon s_{t-1})
+        h_t = alpha s_t
+
+    Initially weights are non-negative, b is about 0.5, low about 0.15 and width about 0.35, each times a draw from
+    0.8 to 1.2, and learned initial states are 0 or 1. Arguments, call and errors are those of `BMRU`.
+    """
+
+    gates = {"candidate": None}
+    vectors = {"low": 0.15, "width": 0.35, "alpha": 1.0}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters as said above."""
+        super().reset_parameters()
+        for _, suffix in self._scans():
+            getattr(self, "weight_ih" + suffix).abs_()
+            around = {"low": 0.15, "width": 0.35} | ({"bias_ih": 0.5} if self.bias else {})
+            for name, value in around.items():
+                getattr(self, name + suffix).uniform_(0.8 * value, 1.2 * value)
+            if self.learn_initial_state:
+                getattr(self, "initial_state" + suffix).clamp_(min=0.0)
+
+    def _scan(self, gates, initial_state, **options):
+        low, width = options.pop("low"), options.pop("width")
+        return schmitt(
+            F.relu(gates),
+            low,
+            low + width.abs(),
+            initial_state,
+            epsilon=self._epsilon,
+            surrogate_scale=self.surrogate_scale,
+            **options,
+        )

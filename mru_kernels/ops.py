@@ -51,15 +51,17 @@ class Cell:
     Attributes:
         name: of its ops, `mru::<name>`.
         inputs: how many it has, at least and at most; the first is a stream.
-        per_channel: the inputs that may come as one value per channel.
+        vectors: the inputs that come as one value per channel, `[D]`.
+        either: those that come as a stream or as one value per channel.
         event_inputs: the number of inputs with which a step fits a 2-bit event (hold, one of two writes, NaN).
         forward, backward: the ops of each backend.
     """
 
     name: str
     inputs: tuple[int, int]
-    per_channel: tuple[str, ...]
     event_inputs: int | None
+    vectors: tuple[str, ...] = ()
+    either: tuple[str, ...] = ()
     forward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
 
@@ -151,12 +153,13 @@ def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed
     if packed < 0 or (packed and len(streams) != 1):
         raise ValueError(f"packed: expected the number of gates in one tensor, got {packed}, {len(streams)} tensors")
     least, most = cell.inputs
-    if not least <= (packed or len(streams)) + len(channel) <= most or len(channel) > len(cell.per_channel):
+    vectors = len(channel) - len(cell.vectors)
+    if not (least <= (packed or len(streams)) + len(channel) <= most and 0 <= vectors <= len(cell.either)):
         came = f"{len(streams)} and {len(channel)}"
         raise ValueError(f"streams, channel, packed: expected the {least} to {most} inputs of {cell.name}, got {came}")
     named = {f"streams[{i}]": t for i, t in enumerate(streams)}
-    vectors = {f"channel[{i}]": t for i, t in enumerate(channel)}
-    checks.arguments(named, vectors, alpha, initial_state, cu_seqlens, packed)
+    per_channel = {f"channel[{i}]": t for i, t in enumerate(channel)}
+    checks.arguments(named, per_channel, alpha, initial_state, cu_seqlens, packed)
 
 
 def returned(save: bool) -> int:

@@ -7,5 +7,6 @@ is validated.
 
 from . import adjoint
 from .bmru import bmru
+from .schmitt import schmitt
 
-__all__ = ["adjoint", "bmru"]
+__all__ = ["adjoint", "bmru", "schmitt"]

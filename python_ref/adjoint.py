@@ -62,20 +62,8 @@ def bmru(
         sgn_c = torch.where(c >= 0, c.new_ones(()), -c.new_ones(()))
         z = c.abs() >= b.abs()
         v = term(m * sgn_c)
-        g = term(scale * G)
-        a = torch.where(z, c.new_tensor(epsilon), c.new_ones(()))
-
-        state, states = term(s_0), []
-        for z_t, v_t in zip(z.unbind(1), v.unbind(1), strict=True):
-            states.append(state)
-            state = torch.where(z_t, v_t if epsilon == 0 else v_t.add(state, alpha=epsilon), state)
-        s_before, s = _stack(states, c), _stack([*states[1:], state][: len(states)], c)
-
-        pulled, lambdas = term(F), []  # pulled: a_{t+1} lambda_{t+1}
-        for a_t, g_t in zip(reversed(a.unbind(1)), reversed(g.unbind(1)), strict=True):
-            lambdas.append(g_t + pulled)
-            pulled = a_t * lambdas[-1]
-        lambda_ = _stack(lambdas[::-1], c)
+        s_before, s, state = _states(z, v, term(s_0), epsilon)
+        lambda_, pulled = _adjoint_states(z, term(scale * G), term(F), epsilon)
 
         x = c.abs() - b.abs()
         dz = lambda_ * (v + term(epsilon - 1) * s_before)
@@ -95,6 +83,72 @@ def bmru(
     if amplitude is not None:
         results["amplitude"] = dm
     return results
+
+
+@torch.no_grad()
+def schmitt(
+    candidate: Tensor,
+    low: Tensor,
+    high: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    grad_h: Tensor,
+    grad_final: Tensor,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    surrogate_scale: float = 1.0,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    term: Callable[[Any], Any] = itself,
+) -> dict[str, Tensor]:
+    """Values and gradients of `python_ref.schmitt`; arguments and results as those of `bmru` above."""
+    epsilon, k = float(epsilon), surrogate_scale
+    c, G, F = candidate.double(), grad_h.double(), grad_final.double()  # noqa: N806 as in the equations
+    low, high = low.double(), high.double()
+    scale = c.new_ones(c.shape[2]) if alpha is None else alpha.double()
+    s_0 = torch.zeros_like(F) if initial_state is None else initial_state.double()
+
+    def one(streams: Tensors, states: Tensors) -> tuple[Tensors, Tensors]:
+        c, G = streams  # noqa: N806
+        s_0, F = states  # noqa: N806
+        L, U = (c >= low).double(), (c >= high).double()  # noqa: N806
+        z = L * (1 - U) == 0
+        s_before, s, state = _states(z, U, term(s_0), epsilon)
+        lambda_, pulled = _adjoint_states(z, term(scale * G), term(F), epsilon)
+
+        dz = lambda_ * (U + term(epsilon - 1) * s_before)  # -dhold
+        dU = (lambda_ * z + L * dz) * slope(c - high, k)  # noqa: N806
+        dL = term(-(1 - U) * dz) * slope(c - low, k)  # noqa: N806
+        return [term(scale * s), dU + dL, term(-dL), term(-dU), term(G) * s], [state, pulled]
+
+    streams, states = _over_sequences(one, [c, G], [s_0, F], reverse, cu_seqlens)
+    (h, dc, dlow, dhigh, dalpha), (final_state, ds_0) = streams, states
+    results = {"h": h, "final_state": final_state, "candidate": dc}
+    results |= {"low": dlow.sum((0, 1)), "high": dhigh.sum((0, 1))}
+    if initial_state is not None:
+        results["initial_state"] = ds_0
+    if alpha is not None:
+        results["alpha"] = dalpha.sum((0, 1))
+    return results
+
+
+def _states(z: Tensor, v: Tensor, state: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before and after each step of `write_or_hold`, `[B, T, D]`, and the final one."""
+    states = []
+    for z_t, v_t in zip(z.unbind(1), v.unbind(1), strict=True):
+        states.append(state)
+        state = torch.where(z_t, v_t if epsilon == 0 else v_t.add(state, alpha=epsilon), state)
+    return _stack(states, v), _stack([*states[1:], state][: len(states)], v), state
+
+
+def _adjoint_states(z: Tensor, g: Tensor, pulled: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Each step's lambda `[B, T, D]`, and what it passes on to the initial state; `pulled` is a_{t+1} lambda_{t+1}."""
+    a = torch.where(z, g.new_tensor(epsilon), g.new_ones(()))
+    lambdas = []
+    for a_t, g_t in zip(reversed(a.unbind(1)), reversed(g.unbind(1)), strict=True):
+        lambdas.append(g_t + pulled)
+        pulled = a_t * lambdas[-1]
+    return _stack(lambdas[::-1], g), pulled
 
 
 def _stack(rows: Tensors, like: Tensor) -> Tensor:

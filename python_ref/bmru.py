@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .scan import scan
-from .surrogate import select, sgn, unit_step
+from .surrogate import sgn, unit_step
+from .write_or_hold import write_or_hold
 
 
 def bmru(
@@ -48,23 +46,13 @@ def bmru(
     Returns:
         h `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
     """
-    epsilon, k = float(epsilon), surrogate_scale
+    k = surrogate_scale
     c, b = candidate.to(dtype), threshold.to(dtype)
     m = c.new_ones(()) if amplitude is None else amplitude.to(dtype)
     scale = c.new_ones(()) if alpha is None else alpha.to(dtype)
-    if initial_state is None:
-        sequences = c.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial_state = c.new_zeros(sequences, c.shape[2])
 
     z = unit_step(c.abs(), b.abs(), k)  # a tie writes
     v = m * sgn(c, k)  # 0.0 and -0.0 write +1
     nan = c.isnan() | b.isnan() | m.isnan() | scale.isnan()  # in a stream or in a per-channel parameter
-    z, v = z.masked_fill(nan, 1), v.masked_fill(nan, math.nan)  # is written, so that no hold hides it
-
-    def step(s: Tensor, z: Tensor, v: Tensor) -> Tensor:
-        if epsilon == 0:  # nothing is multiplied by 0, and no write undoes a NaN
-            return select(z, torch.where(s.isnan(), s, v), s)
-        return select(z, v + epsilon * s, s)
-
-    s, final_state = scan(step, (z, v), initial_state.to(dtype), reverse=reverse, cu_seqlens=cu_seqlens)
+    s, final_state = write_or_hold(z, v, nan, initial_state, epsilon, reverse=reverse, cu_seqlens=cu_seqlens)
     return scale * s, final_state

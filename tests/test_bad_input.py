@@ -253,6 +253,41 @@ def test_step_names_the_argument_of_another_shape_than_the_candidate(name, shape
         mk.bmru_step(**step_arguments() | {name: ones(*shape)})
 
 
+# ------------------------------------------------------------------------------------------------ the Schmitt trigger
+
+TRIGGER_BAD = [
+    ("candidate", None, TypeError, "tensor.*NoneType"),
+    ("candidate", ones(D), ValueError, r"3 dimensions.*\[3\]"),
+    ("candidate", ones(B, T, D, dtype=torch.int64), TypeError, "float32.*int64"),
+    ("low", None, TypeError, r"\[channels\].*NoneType"),
+    ("low", 0.5, TypeError, r"\[channels\].*float"),
+    ("low", ones(B, T, D), ValueError, r"1 dimensions.*\[2, 5, 3\]"),
+    ("low", ones(D + 1), ValueError, r"\[3\].*\[4\]"),
+    ("high", ones(D, dtype=torch.float16), TypeError, "float32.*float16"),
+    ("high", ones(D, device="meta"), ValueError, "device cpu.*meta"),
+    ("alpha", ones(D - 1), ValueError, r"\[3\].*\[2\]"),
+    ("initial_state", ones(B + 1, D), ValueError, r"\[2, 3\].*\[3, 3\]"),
+    ("epsilon", 2.0, ValueError, r"\[0, 1\].*2.0"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "error", "message"), TRIGGER_BAD, ids=_ids(TRIGGER_BAD))
+def test_message_names_the_argument_of_a_schmitt_trigger(argument, value, error, message):
+    arguments = {"candidate": ones(B, T, D), "low": ones(D), "high": 2 * ones(D), "alpha": ones(D)}
+    with pytest.raises(error, match=f"^{argument}: expected .*{message}"):
+        mk.schmitt(**arguments | {argument: value})
+
+
+@pytest.mark.parametrize("argument", ["candidate", "low", "high", "state"])
+@pytest.mark.parametrize("value", [None, ones(B, T, D), ones(B, D + 1)], ids=["none", "rank", "shape"])
+def test_step_of_a_schmitt_trigger_names_the_argument(argument, value):
+    arguments = {"candidate": ones(B, D), "low": ones(D), "high": 2 * ones(D), "state": ones(B, D)}
+    mk.schmitt_step(**arguments)
+    named = "(candidate|low|state)" if argument == "candidate" else argument  # a longer row fits nothing beside it
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: expected"):
+        mk.schmitt_step(**arguments | {argument: value})
+
+
 # ------------------------------------------------------------------------------------------------ the ops themselves
 
 NAMES = [argument.name for argument in CELL.forward["cpu"]._schema.arguments]

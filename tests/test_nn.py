@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import mru_kernels as mk
 
-CLASSES = [mk.BMRU, mk.CMRU, mk.AlphaCMRU]
+SIGNED = [mk.BMRU, mk.CMRU, mk.AlphaCMRU]
+CLASSES = [*SIGNED, mk.FirstQuadrantBMRU]
 all_classes = pytest.mark.parametrize("cls", CLASSES)
 
 
@@ -53,7 +54,7 @@ def loop(module, gates, state, alpha, reverse=False):
 # -------------------------------------------------------------------------------- equations
 
 
-@all_classes
+@pytest.mark.parametrize("cls", SIGNED)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_equations(cls, bias, epsilon):
@@ -73,7 +74,40 @@ def test_equations(cls, bias, epsilon):
         torch.testing.assert_close(h_n[direction], final, rtol=0, atol=1e-13)
 
 
-@all_classes
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_equations_of_the_first_quadrant(bias, epsilon):
+    module = make(mk.FirstQuadrantBMRU, 5, 7, bias=bias, bidirectional=True, epsilon=epsilon, dtype=torch.float64)
+    x = torch.randn(3, 33, 5, dtype=torch.float64)
+    for suffix in ("_l0", "_l0_reverse"):
+        torch.nn.init.normal_(getattr(module, "alpha" + suffix))
+        torch.nn.init.normal_(getattr(module, "width" + suffix), std=0.5)  # of either sign
+    output, h_n = module(x)
+    for direction, suffix in enumerate(("_l0", "_l0_reverse")):
+        p = {name.removesuffix(suffix): value for name, value in module.named_parameters() if name.endswith(suffix)}
+        candidate = F.linear(x, p["weight_ih"], p.get("bias_ih")).clamp(min=0)
+        state, high = p["initial_state"].expand(3, 7), p["low"] + p["width"].abs()
+        for t in reversed(range(33)) if direction else range(33):
+            c = candidate[:, t]
+            hold = (c >= p["low"]) & (c < high)
+            state = torch.where(hold, state, (c >= high) + epsilon * state)
+            h = output[:, t, 7 * direction : 7 * (direction + 1)]
+            torch.testing.assert_close(h, p["alpha"] * state, rtol=0, atol=1e-13)
+        torch.testing.assert_close(h_n[direction], state, rtol=0, atol=1e-13)
+
+
+def test_initial_values_of_the_first_quadrant():
+    module = make(mk.FirstQuadrantBMRU, 9, 400)
+    for name, value in (("bias_ih", 0.5), ("low", 0.15), ("width", 0.35)):
+        drawn = getattr(module, f"{name}_l0").detach()
+        assert torch.all((drawn >= 0.8 * value) & (drawn <= 1.2 * value))
+        assert drawn.min() < 0.9 * value < 1.1 * value < drawn.max()
+    assert module.weight_ih_l0.min() >= 0
+    assert torch.all(module.alpha_l0 == 1)
+    assert set(module.initial_state_l0.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("cls", SIGNED)
 def test_gradients_are_those_of_the_op(cls):
     module = make(cls, 5, 7, dtype=torch.float64)
     x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
@@ -490,7 +524,7 @@ def test_vmap_over_an_ensemble():
         assert torch.equal(h_n[i], module(x)[1])
 
 
-@all_classes
+@pytest.mark.parametrize("cls", SIGNED)
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_training_step_copies_no_stream_and_runs_no_cat(cls, batch_first):
     module = make(cls, 16, 32, batch_first=batch_first)

@@ -57,6 +57,42 @@ def test_states_by_hand(epsilon, initial, reverse, expected, final):
     assert_values(final_state, final)
 
 
+# Between 1 and 3 hold: a tie that writes 1, a hold, a tie that holds, a 0, a hold, a 1, a 0.
+LOW, HIGH = torch.tensor([1.0]), torch.tensor([3.0])
+TRIGGER = column(3, 2, 1, 0.5, 2, 4, -1)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "initial", "reverse", "expected", "final"),
+    [
+        (0, None, False, (1, 1, 1, 0, 0, 1, 0), 0),
+        (1, 5, False, (6, 6, 6, 6, 6, 7, 7), 7),
+        (0.5, 4, False, (3, 3, 3, 1.5, 1.5, 1.75, 0.875), 0.875),
+        (0, 7, True, (1, 0, 0, 0, 1, 1, 0), 1),
+        (1, None, True, (2, 1, 1, 1, 1, 1, 0), 2),
+    ],
+)
+def test_states_of_a_schmitt_trigger_by_hand(epsilon, initial, reverse, expected, final):
+    initial = None if initial is None else state(initial)
+    h, final_state = python_ref.schmitt(TRIGGER, LOW, HIGH, initial, epsilon=epsilon, reverse=reverse)
+    assert_values(h, *expected)
+    assert_values(final_state, final)
+
+
+def test_a_schmitt_trigger_with_its_edges_crossed_never_holds():
+    h, _ = python_ref.schmitt(TRIGGER, HIGH, LOW, state(5), alpha=torch.tensor([10.0]))
+    assert_values(h, 10, 10, 10, 0, 10, 10, 0)
+
+
+@pytest.mark.parametrize("where", ["candidate", "low", "high", "alpha"])
+def test_nan_in_any_input_of_a_schmitt_trigger_makes_it_nan(where):
+    given = {"candidate": TRIGGER.clone(), "low": LOW.clone(), "high": HIGH.clone(), "alpha": torch.ones(1)}
+    given[where].view(-1)[1 if where == "candidate" else 0] = NAN
+    h, final_state = python_ref.schmitt(**given)
+    assert_values(h, *((1,) if where == "candidate" else (NAN,)), *[NAN] * 6)
+    assert_values(final_state, NAN)
+
+
 def test_alpha_scales_the_output_alone_and_amplitude_what_is_written():
     alpha, amplitude = torch.tensor([10.0]), column(2, 3, 9, -1, 9, 7, 9)
     h, final_state = python_ref.bmru(C, B, epsilon=1, alpha=alpha, amplitude=amplitude)
@@ -276,20 +312,27 @@ def test_the_sign_of_the_threshold_and_zeros_have_the_slopes_of_abs():
         assert b.grad.item() == pytest.approx(-sign / math.pi / (1 + x * x), rel=1e-14)
 
 
+FORMS = [
+    ("bmru", {"threshold": "stream", "amplitude": True}),
+    ("bmru", {"threshold": "channel", "amplitude": True}),
+    ("schmitt", {}),
+]
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("threshold", ["stream", "channel"])
+@pytest.mark.parametrize(("cell", "form"), FORMS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3, "packed"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_adjoint_equals_autograd(epsilon, threshold, batch, reverse):
-    options = {"epsilon": epsilon, "threshold": threshold, "batch": batch, "reverse": reverse}
-    options |= {"amplitude": True, "alpha": True, "initial_state": "real", "parameters": "as streams"}
+def test_adjoint_equals_autograd(epsilon, cell, form, batch, reverse):
+    options = {"epsilon": epsilon, "batch": batch, "reverse": reverse} | form
+    options |= {"alpha": True, "initial_state": "real", "parameters": "as streams"}
     for seed, time in enumerate((0, 1, 2, 40)):
-        call = inputs.case("bmru", torch.float64, seed, time=time, surrogate_scale=1.5, **options).build()
+        call = inputs.case(cell, torch.float64, seed, time=time, surrogate_scale=1.5, **options).build()
         leaves = {name: x.requires_grad_() for name, x in call.tensors.items()}
-        outputs = python_ref.bmru(**leaves, **call.settings)
+        outputs = getattr(python_ref, cell)(**leaves, **call.settings)
         grads = torch.autograd.grad(outputs, list(leaves.values()), (call.grad_h, call.grad_final))
         given = leaves | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
-        derived = python_ref.adjoint.bmru(**given)
+        derived = getattr(python_ref.adjoint, cell)(**given)
         expected = dict(zip(("h", "final_state", *leaves), (*outputs, *grads), strict=True))
         assert derived.keys() == expected.keys()
         for name in expected:
@@ -322,15 +365,16 @@ def test_absolute_terms_by_hand():
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("cell", "form"), FORMS[1:], ids=str)
 @pytest.mark.parametrize("batch", [3, "packed"])
-def test_absolute_terms_bound_the_values(epsilon, batch):
+def test_absolute_terms_bound_the_values(epsilon, cell, form, batch):
     case = inputs.case(
-        "bmru", torch.float64, epsilon=epsilon, batch=batch, threshold="channel", amplitude=True, alpha=True,
-        initial_state="real", reverse=True,
-    )  # fmt: skip
+        cell, torch.float64, epsilon=epsilon, batch=batch, alpha=True, initial_state="real", reverse=True, **form
+    )
     call = case.build()
     given = {**call.tensors, **call.settings, "grad_h": call.grad_h, "grad_final": call.grad_final}
-    values, terms = python_ref.adjoint.bmru(**given), python_ref.adjoint.bmru(**given, term=abs)
+    adjoint = getattr(python_ref.adjoint, cell)
+    values, terms = adjoint(**given), adjoint(**given, term=abs)
     for name, value in values.items():
         assert (terms[name] >= value.abs() * (1 - 1e-12)).all(), name
     if epsilon == 0:  # a state sums nothing

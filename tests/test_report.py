@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench import report, speed
+from bench import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("report") / "record.json"
-    shape, peer = ["--shape", "2,64,4", "--dtype", "fp32"], ["--peer", "log-step scan"]
-    assert speed.main([*shape, *peer, "--json", str(file)]) == 0
+    options = ["--shape", "2,64,4", "--dtype", "fp32", "--peer", "log-step scan", "--json", str(file)]
+    subprocess.run([sys.executable, "-m", "bench", "speed", *options], check=True, cwd=ROOT, capture_output=True)
     return file
 
 

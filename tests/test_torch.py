@@ -13,6 +13,7 @@ from torch import Tensor
 import mru_kernels as mk
 from mru_kernels import backends, checks, ops
 from mru_kernels.cells import bmru as bmru_module
+from mru_kernels.cells import schmitt as schmitt_module
 from mru_kernels.cells.bmru import bmru_packed
 
 CELL = bmru_module.CELL
@@ -26,7 +27,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device:
 def raw_arguments(variant: str, device: torch.device) -> tuple:
     """Arguments of the forward op."""
     words = variant.split()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(words[0], torch.float32)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    dtype = next((dtypes[word] for word in words if word in dtypes), torch.float32)
     batch, time, channels = (1 if "offsets" in words else 2), 150, 5
 
     def leaf(*shape: int, seed: int) -> Tensor:
@@ -36,6 +38,9 @@ def raw_arguments(variant: str, device: torch.device) -> tuple:
     channel = []
     if "channel" in words:
         channel = [leaf(channels, seed=8)]
+        del streams[1]
+    if "schmitt" in words:
+        channel = [leaf(channels, seed=i) for i in (8, 7)]
         del streams[1]
     packed = len(streams) if "packed" in words else 0
     if packed:
@@ -63,19 +68,25 @@ VARIANTS = [
     "fp32 offsets state alpha reverse segments",
     "fp32 offsets packed",
     "fp32 transposed alpha",
+    "schmitt fp32 alpha state reverse segments",
+    "schmitt bf16 offsets",
 ]
+
+
+def cell_of(variant: str) -> ops.Cell:
+    return schmitt_module.CELL if "schmitt" in variant else CELL
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck(backend, device, variant):
-    arguments = raw_arguments(variant, device)
-    torch.library.opcheck(CELL.forward[backend], arguments)
-    results = CELL.forward[backend](*arguments)
+    arguments, cell = raw_arguments(variant, device), cell_of(variant)
+    torch.library.opcheck(cell.forward[backend], arguments)
+    results = cell.forward[backend](*arguments)
     h, final_state, checkpoints, events = (t.detach() for t in results)
     inputs = (torch.ones_like(h), torch.ones_like(final_state), *arguments[:-1], checkpoints, events)
     # Second derivatives raise, so nothing that requires grad goes into the backward op.
     frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
-    torch.library.opcheck(CELL.backward[backend], frozen)
+    torch.library.opcheck(cell.backward[backend], frozen)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,7 +96,7 @@ def test_raw_op_is_differentiable_by_itself(backend, device, variant):
     leaves = ops._differentiable_inputs((*arguments, True))
 
     def grads(save: bool):
-        h, final_state, *_ = CELL.forward[backend](*arguments, save)
+        h, final_state, *_ = cell_of(variant).forward[backend](*arguments, save)
         return torch.autograd.grad(h.float().square().sum() + final_state.sum(), leaves)
 
     for one, other in zip(grads(True), grads(False), strict=True):

@@ -26,10 +26,11 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 @dataclass(frozen=True)
 class Variant:
     kernel: str
+    cell: str = "bmru"
     arch: str = "sm_90"
     dtype: str = "fp32"
     inputs: int = 2
-    per_channel: bool = False  # whether the second input is [D]
+    per_channel: int = 0  # how many inputs, from the second on, are [D]
     events: bool = False
     aligned: bool = True
 
@@ -44,8 +45,8 @@ class Variant:
     def name(self) -> str:
         words = [self.kernel, self.dtype]
         if self.kernel not in ("fold", "carry"):
-            words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
-            words += ["per channel"] * self.per_channel
+            words += [self.cell, "events" if self.events else "streams", f"{self.inputs} inputs"]
+            words += [f"{self.per_channel} per channel"] * (self.per_channel > 0)
         return " ".join(words + ["unaligned"] * (not self.aligned))
 
 
@@ -70,6 +71,7 @@ def variants() -> list[Variant]:
     """
     main = [v for v in _of_dtype("bf16") if v.inputs == 2 and not v.per_channel and v.kernel not in ("fold", "carry")]
     every = [v for dtype in ("bf16", "fp32", "fp64") for v in _of_dtype(dtype)]
+    every += [v for dtype in ("bf16", "fp32", "fp64") for v in _of_schmitt(dtype)]
     every += [replace(v, dtype="fp16") for v in main] + [replace(v, aligned=False) for v in main]
     others = [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in main]
     return every + others + [replace(v, dtype="fp32") for v in others]
@@ -77,7 +79,7 @@ def variants() -> list[Variant]:
 
 def _of_dtype(dtype: str) -> Iterator[Variant]:
     for inputs in (2, 3):
-        for per_channel in (False, True):
+        for per_channel in (0, 1):
             form = Variant("", dtype=dtype, inputs=inputs, per_channel=per_channel)
             yield replace(form, kernel="forward")
             yield replace(form, kernel="backward")
@@ -91,6 +93,17 @@ def _of_dtype(dtype: str) -> Iterator[Variant]:
     yield Variant("summarize_adjoint", dtype=dtype, events=True)
     yield Variant("fold", dtype=dtype)
     yield Variant("carry", dtype=dtype)
+
+
+def _of_schmitt(dtype: str) -> Iterator[Variant]:
+    """Beyond those that depend on a cell through its events alone."""
+    form = Variant("", cell="schmitt", dtype=dtype, inputs=3, per_channel=2)
+    yield replace(form, kernel="forward")
+    yield replace(form, kernel="backward")
+    yield replace(form, kernel="forward", events=True)
+    yield replace(form, kernel="summarize", events=True)
+    yield replace(form, kernel="summarize_adjoint", events=True)
+    yield replace(form, kernel="backward", events=True)
 
 
 def compile_variant(variant: Variant):
@@ -112,16 +125,16 @@ def compile_variant(variant: Variant):
     tile = backend.tile(variant.kernel, variant.inputs, getattr(torch, "float64" if state == "fp64" else "float32"))
     known = {
         "EVENTS": variant.events,
-        "CHANNELS": 2 * variant.per_channel,
+        "CHANNELS": ((1 << variant.per_channel) - 1) << 1,
         "CHUNK": CHUNK,
         "ALIGN": vector if variant.aligned else 1,
         "TILE": tile,
         "BD": target.warp_size * (16 // element if variant.aligned else 2),
     }
-    known |= {name.upper(): function for name, function in CELLS["bmru"]._asdict().items()}
+    known |= {name.upper(): function for name, function in CELLS[variant.cell]._asdict().items()}
     streams = [triton_kernels.Stream(f"*{variant.dtype}", "i64", "i64")] * variant.inputs
-    if variant.per_channel:
-        streams[1] = triton_kernels.Stream(f"*{state}", "i64", "i64")
+    for i in range(variant.per_channel):
+        streams[1 + i] = triton_kernels.Stream(f"*{state}", "i64", "i64")
     types = {
         "inputs": tuple(streams),
         "grads": tuple(streams),

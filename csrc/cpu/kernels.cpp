@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "../cells/bmru.h"
+#include "../cells/schmitt.h"
 #include "vector.h"
 
 namespace mru {
@@ -294,20 +295,24 @@ struct Kernel {
                                     &backward,       &apply,           &enter,     &reduce};
 };
 
-template <template <class, bool> class Cell, bool kFlag, unsigned kChannels>
+template <template <class> class Cell, unsigned kChannels>
 const Kernels& with_dtype(const Scan& scan) {
   switch (scan.dtype) {
-    case Dtype::kFloat64: return Kernel<Cell<double, kFlag>, double, kChannels>::table;
-    case Dtype::kBFloat16: return Kernel<Cell<float, kFlag>, BFloat16, kChannels>::table;
-    case Dtype::kFloat16: return Kernel<Cell<float, kFlag>, Float16, kChannels>::table;
-    default: return Kernel<Cell<float, kFlag>, float, kChannels>::table;
+    case Dtype::kFloat64: return Kernel<Cell<double>, double, kChannels>::table;
+    case Dtype::kBFloat16: return Kernel<Cell<float>, BFloat16, kChannels>::table;
+    case Dtype::kFloat16: return Kernel<Cell<float>, Float16, kChannels>::table;
+    default: return Kernel<Cell<float>, float, kChannels>::table;
   }
 }
 
-template <bool kAmplitude>
-const Kernels& bmru(const Scan& scan) {
-  return scan.in[1].channel ? with_dtype<Bmru, kAmplitude, 2u>(scan) : with_dtype<Bmru, kAmplitude, 0u>(scan);
+template <template <class> class Cell>
+const Kernels& with_threshold(const Scan& scan) {
+  return scan.in[1].channel ? with_dtype<Cell, 2u>(scan) : with_dtype<Cell, 0u>(scan);
 }
+template <class S>
+using BmruOfTwo = Bmru<S, false>;
+template <class S>
+using BmruOfThree = Bmru<S, true>;
 
 }  // namespace
 
@@ -316,7 +321,8 @@ const Kernels& bmru(const Scan& scan) {
 
 const Kernels& MRU_TABLE(MRU_ISA)(const Scan& scan) {
   switch (scan.cell) {
-    case CellKind::kBmru: return scan.inputs == 3 ? bmru<true>(scan) : bmru<false>(scan);
+    case CellKind::kBmru: return scan.inputs == 3 ? with_threshold<BmruOfThree>(scan) : with_threshold<BmruOfTwo>(scan);
+    case CellKind::kSchmitt: return with_dtype<Schmitt, 6u>(scan);
   }
   __builtin_unreachable();
 }

@@ -38,4 +38,6 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(mru, CUDA, m) {
   m.impl("bmru.cuda", TORCH_BOX((&mru::forward<Cuda, mru::CellKind::kBmru>)));
   m.impl("bmru_backward.cuda", TORCH_BOX((&mru::backward<Cuda, mru::CellKind::kBmru>)));
+  m.impl("schmitt.cuda", TORCH_BOX((&mru::forward<Cuda, mru::CellKind::kSchmitt>)));
+  m.impl("schmitt_backward.cuda", TORCH_BOX((&mru::backward<Cuda, mru::CellKind::kSchmitt>)));
 }

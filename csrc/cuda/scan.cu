@@ -1,5 +1,6 @@
 // Launches of the kernels for one element type: compiled once per row of `Element`, with -DMRU_ELEMENT=float32 and so on.
 #include "../cells/bmru.h"
+#include "../cells/schmitt.h"
 #include "kernels.cuh"
 
 namespace mru::cuda {
@@ -141,6 +142,7 @@ void with_form(const Scan& scan, Each each) {
   switch (scan.cell) {
     case CellKind::kBmru:
       return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, each) : with_channels<Bmru<S, false>>(scan, each);
+    case CellKind::kSchmitt: return with_width<Schmitt<S>, 6u>(scan, each);
   }
 }
 

@@ -135,6 +135,56 @@ def bmru_step_event(code, s, epsilon):
     return write_or_hold(code != HOLD, code == NAN, value, s, epsilon)
 
 
+# ------------------------------------------------------------------------- Schmitt trigger (csrc/cells/schmitt.h)
+
+
+@triton.jit
+def schmitt_writes(x):
+    return (x[0] < x[1]) | (x[0] >= x[2])
+
+
+@triton.jit
+def schmitt_nan(x):
+    return (x[0] != x[0]) | (x[1] != x[1]) | (x[2] != x[2])
+
+
+@triton.jit
+def schmitt_upper(x):
+    return tl.where(x[0] >= x[2], 1.0, 0.0).to(x[0].dtype)
+
+
+@triton.jit
+def schmitt_step(x, s, epsilon):
+    return write_or_hold(schmitt_writes(x), schmitt_nan(x), schmitt_upper(x), s, epsilon)
+
+
+@triton.jit
+def schmitt_pull(x, m, epsilon):
+    return tl.where(schmitt_writes(x), scaled(m, epsilon), m)
+
+
+@triton.jit
+def schmitt_vjp(x, s, lam, epsilon, scale):
+    dhold = lam * ((1.0 - epsilon) * s - schmitt_upper(x))
+    written = tl.where(schmitt_writes(x), lam, 0.0)
+    dupper = tl.where(x[0] >= x[1], written - dhold, written) * step_slope(x[0] - x[2], scale)
+    dlower = tl.where(x[0] >= x[2], 0.0, dhold) * step_slope(x[0] - x[1], scale)
+    return (dupper + dlower, -dlower, -dupper)
+
+
+@triton.jit
+def schmitt_encode(x):
+    code = tl.where(schmitt_writes(x), tl.where(x[0] >= x[2], FIRST, SECOND), HOLD)
+    return tl.where(schmitt_nan(x), NAN, code)
+
+
+@triton.jit
+def schmitt_step_event(code, s, epsilon):
+    value = tl.where(code == FIRST, 1.0, 0.0).to(s.dtype)
+    return write_or_hold(code != HOLD, code == NAN, value, s, epsilon)
+
+
 CELLS = {
     "bmru": Cell(bmru_step, bmru_pull, bmru_vjp, bmru_encode, bmru_step_event, pull_event),
+    "schmitt": Cell(schmitt_step, schmitt_pull, schmitt_vjp, schmitt_encode, schmitt_step_event, pull_event),
 }

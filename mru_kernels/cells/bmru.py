@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import checks, ops
-from .call import call
+from .. import ops
+from .call import call, step
 
-CELL = ops.add_cell(ops.Cell(name="bmru", inputs=(2, 3), per_channel=("threshold",), event_inputs=2))
+CELL = ops.add_cell(ops.Cell(name="bmru", inputs=(2, 3), either=("threshold",), event_inputs=2))
 
 
 def bmru(
@@ -114,32 +113,7 @@ def bmru_step(
         TypeError, ValueError: as `bmru`.
         RuntimeError: grad mode is on and an input requires grad.
     """
-    named = {"candidate": candidate, "threshold": threshold, "state": state, "alpha": alpha, "amplitude": amplitude}
-    if torch.is_grad_enabled():
-        for name, value in named.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise RuntimeError(
-                    f"bmru_step: {name} requires grad, but the step has no gradient; use bmru with T = 1, or no_grad"
-                )
-    refused = None
-    try:
-        inputs = {"candidate": candidate.unsqueeze(1), "threshold": threshold}
-        if threshold.dim() != 1:
-            inputs["threshold"] = threshold.unsqueeze(1)
-        if amplitude is not None:
-            inputs["amplitude"] = amplitude.unsqueeze(1)
-        if isinstance(state, Tensor):
-            h, after = call(
-                CELL, inputs, state, epsilon=epsilon, alpha=alpha, surrogate_scale=1.0, reverse=False, cu_seqlens=None,
-                backend=None,
-            )  # fmt: skip
-            return h.squeeze(1), after
-    except Exception as error:
-        refused = error
-    checks.tensor("candidate", candidate, 2, "[batch, channels]")
-    streams = {"threshold": threshold} if getattr(threshold, "ndim", 2) != 1 else {}
+    inputs = {"candidate": candidate, "threshold": threshold}
     if amplitude is not None:
-        streams["amplitude"] = amplitude
-    for name, value in (("state", state), *streams.items()):
-        checks.like(name, value, candidate, candidate.shape, "[batch, channels]")
-    raise refused
+        inputs["amplitude"] = amplitude
+    return step(CELL, inputs, state, epsilon=epsilon, alpha=alpha)

@@ -36,7 +36,7 @@ def call(
         streams: list[Tensor] = []
         channel: list[Tensor] = []
         for name, value in inputs.items():
-            (channel if value.dim() == 1 and name in cell.per_channel else streams).append(value)
+            (channel if _is_per_channel(cell, name, value) else streams).append(value)
         return ops.scan(
             cell, streams, channel, alpha, initial_state, cu_seqlens, checks.epsilon(epsilon),
             checks.surrogate_scale(surrogate_scale), bool(reverse), packed, backend,
@@ -52,15 +52,15 @@ def call(
 
 def _check(cell, inputs, initial_state, alpha, cu_seqlens, packed) -> None:
     """Raise what names the argument that is not as it must be."""
-    channel = {name: value for name, value in inputs.items() if name in cell.per_channel and _is_vector(value)}
+    channel = {name: value for name, value in inputs.items() if _is_per_channel(cell, name, value)}
     streams = {name: value for name, value in inputs.items() if name not in channel}
     checks.arguments(streams, channel, alpha, initial_state, cu_seqlens, packed)
     if cu_seqlens is not None:
         checks.offsets(cu_seqlens, next(iter(inputs.values())).shape[1])
 
 
-def _is_vector(value) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 1
+def _is_per_channel(cell: ops.Cell, name: str, value: Tensor) -> bool:
+    return name in cell.vectors or (name in cell.either and isinstance(value, Tensor) and value.dim() == 1)
 
 
 def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -76,3 +76,36 @@ def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return t.to(torch.get_autocast_dtype(kind)) if enabled else t
 
     return {name: cast(t) for name, t in inputs.items()}
+
+
+def step(
+    cell: ops.Cell, inputs: Mapping[str, Tensor], state: Tensor, *, epsilon: float | Tensor, alpha: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`call` on a single step: streams are `[B, D]`, and so are the results. There is no gradient."""
+    if torch.is_grad_enabled():
+        for name, value in (*inputs.items(), ("state", state), ("alpha", alpha)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{cell.name}_step: {name} requires grad, but the step has no gradient; use {cell.name} with T = 1,"
+                    " or no_grad"
+                )
+    refused = None
+    try:
+        if isinstance(state, Tensor):  # None would be zeros
+            long = {
+                name: value if _is_per_channel(cell, name, value) else value.unsqueeze(1)
+                for name, value in inputs.items()
+            }
+            h, after = call(
+                cell, long, state, epsilon=epsilon, alpha=alpha, surrogate_scale=1.0, reverse=False, cu_seqlens=None,
+                backend=None,
+            )  # fmt: skip
+            return h.squeeze(1), after
+    except Exception as error:
+        refused = error
+    (first_name, first), *others = inputs.items()
+    checks.tensor(first_name, first, 2, "[batch, channels]")
+    for name, value in (("state", state), *others):
+        if not _is_per_channel(cell, name, value):
+            checks.like(name, value, first, first.shape, "[batch, channels]")
+    raise refused
