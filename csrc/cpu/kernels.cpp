@@ -14,6 +14,8 @@ namespace {
 template <class T>
 using StateT = typename StateOf<T>::type;
 
+constexpr int64_t kFewChannels = 32;  // see Kernel::tile
+
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(S);
 
@@ -39,6 +41,7 @@ struct Row {
     step = scan.reverse ? -stream.time : stream.time;
   }
   MRU_INLINE void advance(int64_t steps = 1) { at += steps * step; }
+  MRU_INLINE T* ahead(int64_t steps) const { return at + steps * step; }
 };
 
 // The inputs of a cell. Bit i of kChannels: input i is one value per channel instead of a stream.
@@ -56,14 +59,27 @@ struct Inputs {
       else row[i] = Row<const T>(scan, scan.in[i].stream, piece, position, d0);
     }
   }
-  template <int N>
-  MRU_INLINE void load_at(int64_t j, Vector<S, N>* x) const {
-    for (int i = 0; i < Cell::kInputs; ++i) x[i] = per_channel(i) ? load<N>(channel[i] + j) : load<N>(row[i].at + j);
-  }
   MRU_INLINE void advance(int64_t steps = 1) {
     for (int i = 0; i < Cell::kInputs; ++i)
       if (!per_channel(i)) row[i].advance(steps);
   }
+
+  // The same at lanes [j, j + N).
+  template <int N>
+  struct Lane {
+    const Inputs& in;
+    const int64_t j;
+    Vector<S, N> constant[Cell::kInputs];
+
+    MRU_INLINE Lane(const Inputs& in, int64_t j) : in(in), j(j) {
+      for (int i = 0; i < Cell::kInputs; ++i)
+        if (per_channel(i)) constant[i] = load<N>(in.channel[i] + j);
+    }
+    // The inputs of the step that is `ahead` of the rows.
+    MRU_INLINE void load_at(int64_t ahead, Vector<S, N>* x) const {
+      for (int i = 0; i < Cell::kInputs; ++i) x[i] = per_channel(i) ? constant[i] : load<N>(in.row[i].ahead(ahead) + j);
+    }
+  };
 };
 
 int32_t* event_row(const Scan& scan, const Piece& piece, int64_t step, int64_t d0) {
@@ -85,115 +101,172 @@ struct Kernel {
 
   static Cell cell(const Scan& scan) { return Cell(S(scan.epsilon), S(scan.surrogate_scale)); }
 
-  // Event codes of 16 steps, one word a channel, from the lane's low bits up.
+  // Calls f<steps>(), of steps that a group of lanes takes before the next group does. Few channels keep their state in
+  // registers over a word of events, while all that lies in the first-level cache; many go row by row, as memory does.
+  template <class F>
+  static MRU_INLINE void with_tile(int64_t channels, F f) {
+    if (channels <= kFewChannels) f.template operator()<kEventsPerWord>();
+    else f.template operator()<1>();
+  }
+  // Steps of a tile that begins where so many are left.
+  template <int kTile>
+  static MRU_INLINE int64_t tile_of(int64_t left) {
+    return left < kTile ? left : kTile;
+  }
+
+  // A word of events, one a channel, in lanes as wide as the state's.
   template <int N>
-  static MRU_INLINE auto event(const int32_t* words, int64_t j, int64_t step) {
-    const int shift = 2 * (step % kEventsPerWord);
-    if constexpr (N == 1) return words[j] >> shift & 3;
-    else if constexpr (sizeof(S) == 4) return load_bytes<Vector<int32_t, N>>(words + j) >> shift & 3;
-    else return __builtin_convertvector(load_bytes<Vector<int32_t, N>>(words + j), Vector<int64_t, N>) >> shift & 3;
+  using Word = typename Lanes<Vector<S, N>>::Int;
+  template <int N>
+  static MRU_INLINE Word<N> load_word(const int32_t* words) {
+    const auto narrow = load_bytes<Vector<int32_t, N>>(words);
+    if constexpr (sizeof(narrow) == sizeof(Word<N>)) return narrow;
+    else return __builtin_convertvector(narrow, Word<N>);
   }
-  template <int N, class Int>
-  static MRU_INLINE void put_event(int32_t* words, int64_t j, int64_t step, Int code) {
-    const int shift = 2 * (step % kEventsPerWord);
+  template <int N>
+  static MRU_INLINE void store_word(int32_t* words, Word<N> word) {
     Vector<int32_t, N> narrow;
-    if constexpr (sizeof(Int) == sizeof(narrow)) narrow = code;
-    else narrow = __builtin_convertvector(code, Vector<int32_t, N>);
-    if (shift != 0) narrow = load_bytes<Vector<int32_t, N>>(words + j) | narrow << shift;
-    __builtin_memcpy(words + j, &narrow, sizeof narrow);
+    if constexpr (sizeof(narrow) == sizeof(Word<N>)) narrow = word;
+    else narrow = __builtin_convertvector(word, Vector<int32_t, N>);
+    __builtin_memcpy(words, &narrow, sizeof narrow);
   }
+  static int shift(int64_t step) { return 2 * (step % kEventsPerWord); }
 
   template <bool kFromEvents>
   static void forward(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry) {
+    with_tile(d1 - d0, [&]<int kTile>() { forward_by<kTile, kFromEvents>(scan, piece, d0, d1, carry); });
+  }
+  template <int kTile, bool kFromEvents>
+  static void forward_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const state = static_cast<S*>(carry);
     const S* const alpha = static_cast<const S*>(scan.alpha) + d0;
     In in(scan, piece, piece.begin, d0);
     Row<T> h(scan, scan.h, piece, piece.begin, d0);
-    for (int64_t step = piece.begin; step < piece.end; ++step) {
+    for (int64_t step = piece.begin; step < piece.end;) {
+      const int64_t steps = tile_of<kTile>(piece.end - step);
       const int32_t* words = kFromEvents ? event_row(scan, piece, step, d0) : nullptr;
       for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
+        const typename In::template Lane<N> inputs(in, j);
+        const Vector<S, N> scale = load<N>(alpha + j);
         Vector<S, N> s = load<N>(state + j);
-        if constexpr (kFromEvents) {
-          s = f.step_event(event<N>(words, j, step), s);
-        } else {
-          Vector<S, N> x[Cell::kInputs];
-          in.template load_at<N>(j, x);
-          s = f.step(x, s);
+        Word<N> word{};
+        if constexpr (kFromEvents) word = load_word<N>(words + j) >> shift(step);
+        for (int64_t i = 0; i < steps; ++i) {
+          if constexpr (kFromEvents) {
+            s = f.step_event(word & 3, s);
+            word >>= 2;
+          } else {
+            Vector<S, N> x[Cell::kInputs];
+            inputs.load_at(i, x);
+            s = f.step(x, s);
+          }
+          store<N>(h.ahead(i) + j, scale * s);
         }
         store<N>(state + j, s);
-        store<N>(h.at + j, load<N>(alpha + j) * s);
       });
-      in.advance();
-      h.advance();
-      const int64_t next = step + 1;
-      if (scan.checkpoints && next % scan.chunk == 0 && next < piece.length)
-        __builtin_memcpy(checkpoint_row<S>(scan, piece, next, d0), state, n * sizeof(S));
+      in.advance(steps);
+      h.advance(steps);
+      step += steps;
+      if (scan.checkpoints && step % scan.chunk == 0 && step < piece.length)
+        __builtin_memcpy(checkpoint_row<S>(scan, piece, step, d0), state, n * sizeof(S));
     }
   }
 
   static void summarize(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset) {
+    with_tile(d1 - d0, [&]<int kTile>() { summarize_by<kTile>(scan, piece, d0, d1, factor, offset); });
+  }
+  template <int kTile>
+  static void summarize_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
-    S* const a = static_cast<S*>(factor);
-    S* const u = static_cast<S*>(offset);
-    for (int64_t j = 0; j < n; ++j) a[j] = 1, u[j] = 0;
+    S* const factors = static_cast<S*>(factor);
+    S* const offsets = static_cast<S*>(offset);
+    for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
     In in(scan, piece, piece.begin, d0);
-    for (int64_t step = piece.begin; step < piece.end; ++step) {
+    for (int64_t step = piece.begin; step < piece.end;) {
+      const int64_t steps = tile_of<kTile>(piece.end - step);
       int32_t* const words = scan.events ? event_row(scan, piece, step, d0) : nullptr;
       for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-        Vector<S, N> x[Cell::kInputs];
-        in.template load_at<N>(j, x);
-        store<N>(u + j, f.step(x, load<N>(u + j)));
-        store<N>(a + j, f.pull(x, load<N>(a + j)));
-        if constexpr (Cell::kEvents)
-          if (words) put_event<N>(words, j, step, f.encode(x));
+        const typename In::template Lane<N> inputs(in, j);
+        Vector<S, N> a = load<N>(factors + j), u = load<N>(offsets + j);
+        Word<N> word{};
+        if (Cell::kEvents && words && shift(step) != 0) word = load_word<N>(words + j);
+        for (int64_t i = 0; i < steps; ++i) {
+          Vector<S, N> x[Cell::kInputs];
+          inputs.load_at(i, x);
+          u = f.step(x, u);
+          a = f.pull(x, a);
+          if constexpr (Cell::kEvents) word |= f.encode(x) << shift(step + i);
+        }
+        store<N>(offsets + j, u);
+        store<N>(factors + j, a);
+        if (Cell::kEvents && words) store_word<N>(words + j, word);
       });
-      in.advance();
+      in.advance(steps);
+      step += steps;
     }
   }
 
-  template <bool kFromEvents>
-  static void summarize_adjoint_from(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
-                                     void* offset) {
+  template <int kTile, bool kFromEvents>
+  static void summarize_adjoint_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
+                                   void* offset) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
-    S* const a = static_cast<S*>(factor);
-    S* const m = static_cast<S*>(offset);
-    for (int64_t j = 0; j < n; ++j) a[j] = 1, m[j] = 0;
+    S* const factors = static_cast<S*>(factor);
+    S* const offsets = static_cast<S*>(offset);
+    for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
     const S* const alpha = static_cast<const S*>(scan.alpha) + d0;
-    In in(scan, piece, piece.end - 1, d0);
-    Row<const T> g(scan, scan.grad_h, piece, piece.end - 1, d0);
-    for (int64_t step = piece.end - 1; step >= piece.begin; --step) {
+    In in(scan, piece, piece.end, d0);
+    Row<const T> g(scan, scan.grad_h, piece, piece.end, d0);
+    for (int64_t end = piece.end; end > piece.begin;) {
+      const int64_t steps = (end - 1) % kTile + 1, step = end - steps;  // piece.begin is a multiple of the tile
+      in.advance(-steps);
+      g.advance(-steps);
       const int32_t* words = kFromEvents ? event_row(scan, piece, step, d0) : nullptr;
       for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-        const Vector<S, N> lambda = load<N>(alpha + j) * load<N>(g.at + j) + load<N>(m + j);
-        if constexpr (kFromEvents) {
-          const auto code = event<N>(words, j, step);
-          store<N>(m + j, f.pull_event(code, lambda));
-          store<N>(a + j, f.pull_event(code, load<N>(a + j)));
-        } else {
-          Vector<S, N> x[Cell::kInputs];
-          in.template load_at<N>(j, x);
-          store<N>(m + j, f.pull(x, lambda));
-          store<N>(a + j, f.pull(x, load<N>(a + j)));
+        const typename In::template Lane<N> inputs(in, j);
+        const Vector<S, N> scale = load<N>(alpha + j);
+        Vector<S, N> a = load<N>(factors + j), m = load<N>(offsets + j);
+        Word<N> word{};
+        if constexpr (kFromEvents) word = load_word<N>(words + j);
+        for (int64_t i = steps; i-- > 0;) {
+          const Vector<S, N> lambda = scale * load<N>(g.ahead(i) + j) + m;
+          if constexpr (kFromEvents) {
+            const Word<N> code = word >> shift(step + i) & 3;
+            m = f.pull_event(code, lambda);
+            a = f.pull_event(code, a);
+          } else {
+            Vector<S, N> x[Cell::kInputs];
+            inputs.load_at(i, x);
+            m = f.pull(x, lambda);
+            a = f.pull(x, a);
+          }
         }
+        store<N>(offsets + j, m);
+        store<N>(factors + j, a);
       });
-      in.advance(-1);
-      g.advance(-1);
+      end = step;
     }
   }
   static void summarize_adjoint(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
                                 void* offset) {
-    if constexpr (Cell::kEvents)
-      if (scan.events) return summarize_adjoint_from<true>(scan, piece, d0, d1, factor, offset);
-    summarize_adjoint_from<false>(scan, piece, d0, d1, factor, offset);
+    with_tile(d1 - d0, [&]<int kTile>() {
+      if constexpr (Cell::kEvents)
+        if (scan.events) return summarize_adjoint_by<kTile, true>(scan, piece, d0, d1, factor, offset);
+      summarize_adjoint_by<kTile, false>(scan, piece, d0, d1, factor, offset);
+    });
   }
 
   // Chunk by chunk from the right: recompute the states of the chunk from its saved boundary state, then go left.
   static void backward(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry, void* sums,
                        int64_t stride, void* scratch) {
+    with_tile(d1 - d0, [&]<int kTile>() { backward_by<kTile>(scan, piece, d0, d1, carry, sums, stride, scratch); });
+  }
+  template <int kTile>
+  static void backward_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry, void* sums,
+                          int64_t stride, void* scratch) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const m = static_cast<S*>(carry);
@@ -223,34 +296,52 @@ struct Kernel {
         for (int i = 0; i < Cell::kInputs; ++i)
           if (!In::per_channel(i)) dx_row[i].advance(steps);
       };
-      for (int64_t step = begin; step < end; ++step) {
-        S* const s = states + (step - begin) * n;
+      for (int64_t step = begin; step < end;) {
+        const int64_t steps = tile_of<kTile>(end - step);
+        S* const before = states + (step - begin) * n;
         for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-          Vector<S, N> x[Cell::kInputs];
-          in.template load_at<N>(j, x);
-          store<N>(s + n + j, f.step(x, load<N>(s + j)));
-          // The way back runs against the order that the hardware prefetches in.
-          __builtin_prefetch(g.at + j);
-          for (int i = 0; i < Cell::kInputs; ++i)
-            if (!In::per_channel(i)) __builtin_prefetch(dx_row[i].at + j, 1);
-        });
-        advance(1);
-      }
-      for (int64_t step = end - 1; step >= begin; --step) {
-        advance(-1);
-        const S* const s = states + (step - begin) * n;
-        for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-          Vector<S, N> x[Cell::kInputs], dx[Cell::kInputs];
-          in.template load_at<N>(j, x);
-          const Vector<S, N> grad = load<N>(g.at + j);
-          const Vector<S, N> lambda = load<N>(alpha + j) * grad + load<N>(m + j);
-          store<N>(m + j, f.vjp(x, load<N>(s + j), lambda, dx));
-          if (scan.grad_alpha) store<N>(chunk_sums + j, load<N>(chunk_sums + j) + grad * load<N>(s + n + j));
-          for (int i = 0; i < Cell::kInputs; ++i) {
-            S* const sum = chunk_sums + (1 + i) * n + j;
-            if (In::per_channel(i)) store<N>(sum, load<N>(sum) + dx[i]);
-            else store<N>(dx_row[i].at + j, dx[i]);
+          const typename In::template Lane<N> inputs(in, j);
+          Vector<S, N> s = load<N>(before + j);
+          for (int64_t i = 0; i < steps; ++i) {
+            Vector<S, N> x[Cell::kInputs];
+            inputs.load_at(i, x);
+            s = f.step(x, s);
+            store<N>(before + (i + 1) * n + j, s);
+            // The way back runs against the order that the hardware prefetches in.
+            __builtin_prefetch(g.ahead(i) + j);
+            for (int k = 0; k < Cell::kInputs; ++k)
+              if (!In::per_channel(k)) __builtin_prefetch(dx_row[k].ahead(i) + j, 1);
           }
+        });
+        advance(steps);
+        step += steps;
+      }
+      for (int64_t right = end; right > begin;) {
+        const int64_t steps = (right - 1) % kTile + 1;  // `begin` is a multiple of the tile
+        advance(-steps);
+        right -= steps;
+        const S* const before = states + (right - begin) * n;
+        for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
+          const typename In::template Lane<N> inputs(in, j);
+          const Vector<S, N> scale = load<N>(alpha + j);
+          Vector<S, N> pulled = load<N>(m + j), sum[kSums] = {};
+          const auto sums_up = [&](int k) { return k == 0 ? scan.grad_alpha != nullptr : In::per_channel(k - 1); };
+          for (int k = 0; k < kSums; ++k)
+            if (sums_up(k)) sum[k] = load<N>(chunk_sums + k * n + j);
+          for (int64_t i = steps; i-- > 0;) {
+            Vector<S, N> x[Cell::kInputs], dx[Cell::kInputs];
+            inputs.load_at(i, x);
+            const Vector<S, N> grad = load<N>(g.ahead(i) + j);
+            pulled = f.vjp(x, load<N>(before + i * n + j), scale * grad + pulled, dx);
+            if (sums_up(0)) sum[0] += grad * load<N>(before + (i + 1) * n + j);
+            for (int k = 0; k < Cell::kInputs; ++k) {
+              if (In::per_channel(k)) sum[1 + k] += dx[k];
+              else store<N>(dx_row[k].ahead(i) + j, dx[k]);
+            }
+          }
+          store<N>(m + j, pulled);
+          for (int k = 0; k < kSums; ++k)
+            if (sums_up(k)) store<N>(chunk_sums + k * n + j, sum[k]);
         });
       }
       for (int i = 0; i < kSums; ++i) {
