@@ -1,7 +1,7 @@
 """Pages from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
 
-One record: a summary, a row a shape and dtype. Two: the second run beside the first, figure by figure; a change counts
-where it is more than the spreads of both runs together.
+One record: a summary, a row a shape and dtype; with --plot also a plot of a sweep. Two: the second run beside the
+first, figure by figure; a change counts where it is more than the spreads of both runs together.
 """
 
 from __future__ import annotations
@@ -87,14 +87,60 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
     return _table(["B, T, D", "dtype", "subject", "ms before", "ms", "ratio", "noise", "change"], lines, 3), slower
 
 
+def plot(record: Record, file: Path) -> None:
+    """Draw a sweep: time, percent of the floor, and speed-up over each peer, a row of panels a dtype.
+
+    Raises:
+        ValueError: not just one of B, T and D varies.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = list(zip(*(f["shape"] for f in record["figures"]), strict=True))
+    varying = [i for i, values in enumerate(sizes) if len(set(values)) > 1]
+    if len(varying) != 1:
+        raise ValueError(f"--plot: expected a sweep of one of B, T and D, got {len(varying)} that vary")
+    (axis,) = varying
+    dtypes = list(dict.fromkeys(f["dtype"] for f in record["figures"]))
+    panels = {"time, ms": "ms", "percent of the floor": "floor_ratio", "times faster than": "speedup"}
+    figure, axes = pyplot.subplots(len(dtypes), 3, figsize=(15, 4.2 * len(dtypes)), squeeze=False, sharex=True)
+    for row, dtype in zip(axes, dtypes, strict=True):
+        for panel, (title, value) in zip(row, panels.items(), strict=True):
+            curves: dict[str, list[tuple[int, float]]] = {}
+            for f in record["figures"]:
+                y = f[value]
+                shown = f["dtype"] == dtype and y is not None and not f["subject"].startswith("BMRU")
+                if not shown or (value == "floor_ratio" and f["subject"].startswith("torch.")):
+                    continue
+                curves.setdefault(f["subject"], []).append((f["shape"][axis], 100 / y if value == "floor_ratio" else y))
+            for subject, points in curves.items():
+                style = {"linestyle": "-" if subject.endswith(_BOTH) else "--", "marker": "o", "markersize": 3}
+                panel.plot(*zip(*sorted(points), strict=True), label=subject, **style)
+            panel.set(xscale="log", yscale="linear" if value == "floor_ratio" else "log", title=f"{title} ({dtype})")
+            panel.set_xlabel("BTD"[axis])
+            panel.grid(alpha=0.3, which="both")
+            panel.legend(fontsize=7)
+    fixed = ", ".join(f"{name} = {values[0]}" for name, values in zip("BTD", sizes, strict=True) if name != "BTD"[axis])
+    figure.suptitle(f"{fixed}; {machine(record)}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="one record, or two to compare")
-    files = parser.parse_args(argv).files
-    if len(files) > 2:
-        parser.error(f"FILE: expected one or two, got {len(files)}")
+    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="where to draw a sweep; .png or .svg")
+    arguments = parser.parse_args(argv)
+    files = arguments.files
+    if len(files) > 2 or (arguments.plot and len(files) > 1):
+        parser.error(f"FILE: expected one{' or two' if not arguments.plot else ''}, got {len(files)}")
     try:
         records = [load(file) for file in files]
+        if arguments.plot:
+            plot(records[0], arguments.plot)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for record in records:

@@ -273,14 +273,23 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def shape_of(text: str) -> tuple[int, int, int]:
+    """The sizes in "B,T,D"."""
     batch, steps, channels = map(int, text.split(","))
     return batch, steps, channels
 
 
+def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]]:
+    """Shapes in which the size B, T or D is 1, 4, 16 and so on, up to that of `shape`."""
+    i = "BTD".index(letter)
+    sizes = [size for k in range(shape[i].bit_length()) if (size := 4**k) < shape[i]]
+    return [(*shape[:i], size, *shape[i + 1 :]) for size in (*sizes, shape[i])]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench speed", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", type=_shape, nargs="+", default=list(SHAPES), metavar="B,T,D")
+    parser.add_argument("--shape", type=shape_of, nargs="+", default=list(SHAPES), metavar="B,T,D")
+    parser.add_argument("--sweep", choices="BTD", help="let this size of the one --shape grow to it in powers of 4")
     parser.add_argument("--dtype", nargs="+", choices=inputs.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
@@ -292,6 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "bench", "speed", *(sys.argv[2:] if argv is None else argv)]
         os.execve(sys.executable, command, {**os.environ, **_PINNED})
 
+    if arguments.sweep:
+        if len(arguments.shape) != 1:
+            parser.error(f"--sweep: expected one --shape, got {len(arguments.shape)}")
+        arguments.shape = sweep(arguments.shape[0], arguments.sweep)
     name = resolve(arguments.backend, arguments.device).name
     figures, failed = [], []
     jobs = [(shape, dtype) for shape in arguments.shape for dtype in arguments.dtype]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, speed
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +54,31 @@ def test_two_records(file, tmp_path, capsys):
     assert capsys.readouterr().out.count("| slower |") == 1
     assert report.main([str(before), str(faster)]) == 0
     assert capsys.readouterr().out.count("| faster |") == 1
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_plot_of_a_sweep(file, tmp_path, kind):
+    record = json.loads(file.read_text())
+    longer = [{**figure, "shape": [2, 256, 4], "ms": 3 * figure["ms"]} for figure in record["figures"]]
+    sweep, image = tmp_path / "sweep.json", tmp_path / f"sweep.{kind}"
+    sweep.write_text(json.dumps(record | {"figures": record["figures"] + longer}))
+    assert report.main([str(sweep), "--plot", str(image)]) == 0
+    assert image.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[kind])
+
+
+def test_plot_of_what_is_no_sweep(file, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(file), "--plot", str(tmp_path / "image.png")])
+    assert "expected a sweep of one of B, T and D, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("letter", "BTD")
+def test_sizes_of_a_sweep(letter):
+    i = "BTD".index(letter)
+    assert [shape[i] for shape in speed.sweep((70, 70, 70), letter)] == [1, 4, 16, 64, 70]
+    assert [shape[i] for shape in speed.sweep((16, 16, 16), letter)] == [1, 4, 16]
+    assert speed.sweep((1, 1, 1), letter) == [(1, 1, 1)]
+    assert all(shape[:i] + shape[i + 1 :] == (70, 70) for shape in speed.sweep((70, 70, 70), letter))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "\x80"])

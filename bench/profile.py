@@ -1,0 +1,102 @@
+"""Where the time of a call goes: `python -m bench profile`.
+
+`torch.profiler` over some forward and backward passes of one cell on one shape: the time of every op or kernel, what
+the passes take together, and the percent of the floor, the time of a streaming pass over as many bytes (`bench speed`).
+On a GPU it prints the command by which `ncu` looks into each kernel, launched once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import mru_kernels as mk
+from mru_kernels.backends import resolve
+
+from . import inputs, speed
+
+_PASSES = 10
+
+
+def work(call: inputs.Call, backend: str) -> tuple[Callable[[], object], int]:
+    """A forward and backward pass, and the bytes that it must move: each stream once in each pass, in or out."""
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    op = getattr(mk, call.cell)
+    gradients = (call.grad_h, call.grad_final)
+
+    def run() -> object:
+        return torch.autograd.grad(op(**leaves, **call.settings, backend=backend), list(leaves.values()), gradients)
+
+    streams = sum(t.dim() == 3 for t in leaves.values())
+    return run, (3 * streams + 2) * call.stream.numel() * call.stream.element_size()
+
+
+def floor(call: inputs.Call, device: torch.device) -> float:
+    """Seconds a byte of a streaming pass."""
+    one, other, out = (torch.empty_like(call.stream) for _ in range(3))
+    subjects = {"add": lambda: torch.add(one, other, out=out)}
+    seconds, _ = speed.measure(subjects, device, seconds=0.5)["add"]
+    return seconds / (3 * out.numel() * out.element_size())
+
+
+def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
+    """Markdown: the events that took longest by themselves, on the GPU where there is one."""
+    own = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
+    events = sorted((e for e in profile.key_averages() if own(e) > 0), key=own, reverse=True)
+    total = sum(map(own, events))
+    lines = ["| event | times a pass | microseconds a pass | share |", "|---|---:|---:|---:|"]
+    for e in events[:15]:
+        numbers = (f"{e.count / _PASSES:.3g}", f"{own(e) / _PASSES:.1f}", f"{own(e) / total:.1%}")
+        lines.append(f"| {e.key[:80]} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__.split("\n")[0])
+    parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
+    parser.add_argument("--shape", type=speed.shape_of, default=(4, 4096, 512), metavar="B,T,D")
+    parser.add_argument("--dtype", choices=inputs.DTYPES, default="fp32")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--backend", help="default: what backend=None chooses")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing or Perfetto")
+    parser.add_argument("--once", action="store_true", help="run one pass between the profiler's marks, for ncu")
+    arguments = parser.parse_args(argv)
+    device, shape = arguments.device, dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
+    backend = resolve(arguments.backend, device).name
+    call = inputs.case(arguments.cell, inputs.DTYPES[arguments.dtype], **shape).build().to(device)
+    run, moved = work(call, backend)
+    for _ in range(3):
+        run()
+    on_gpu = device.type == "cuda"
+    if arguments.once:
+        if not on_gpu:
+            parser.error(f"--once: expected a GPU, got --device {device}")
+        torch.cuda.synchronize(device)
+        with torch.cuda.profiler.profile():
+            run()
+            torch.cuda.synchronize(device)
+        return 0
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(_PASSES):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    seconds, _ = speed.measure({"pass": run}, device, seconds=1.0)["pass"]
+    share = floor(call, device) * moved / seconds
+    print(f"{arguments.cell}, {backend}, {arguments.dtype}, B, T, D = {', '.join(map(str, arguments.shape))}\n")
+    print(table(profile, on_gpu))
+    print(f"\nA pass, forward and backward: {1e3 * seconds:.3g} ms, {moved / 2**20:.0f} MiB, {share:.0%} of the floor.")
+    if arguments.trace:
+        profile.export_chrome_trace(str(arguments.trace))
+    if on_gpu:
+        options = f"--cell {arguments.cell} --shape {','.join(map(str, arguments.shape))} --dtype {arguments.dtype}"
+        again = f"python -m bench profile --once --device {device} --backend {backend} {options}"
+        print(f"\nncu --profile-from-start off --set full {again}")
+    return 0

@@ -1,0 +1,35 @@
+"""`python -m bench profile`, on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import inputs, profile
+
+
+@pytest.mark.parametrize("cell", inputs.CELLS)
+def test_page_and_trace(cell, tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    assert profile.main(["--cell", cell, "--shape", "2,64,4", "--trace", str(trace)]) == 0
+    page = capsys.readouterr().out
+    assert f"| mru::{cell}_backward |" in page
+    assert "of the floor" in page
+    assert "ncu" not in page  # nothing to look into without a GPU
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_bytes_of_a_pass():
+    for options, streams in (({}, 2), ({"amplitude": True}, 3), ({"threshold": "channel"}, 1)):
+        call = inputs.case("bmru", torch.bfloat16, batch=2, time=5, channels=3, **options).build()
+        _, moved = profile.work(call, "cpu")
+        forward, backward = streams + 1, 2 * streams + 1
+        assert moved == 2 * 30 * (forward + backward)
+
+
+def test_ncus_form_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        profile.main(["--once", "--shape", "1,4,4"])
+    assert "--once: expected a GPU" in capsys.readouterr().err
