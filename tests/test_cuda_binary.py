@@ -115,9 +115,20 @@ def test_every_kernel_for_every_architecture(kernels):
             assert {k.name for k in kernels if (k.element, k.architecture) == (element, architecture)} == names
 
 
+def summary(kernels: list[Kernel]) -> str:
+    """Markdown: of each kernel, over its forms, the most registers for each architecture."""
+    lines = [f"| CUDA kernel | forms | {' | '.join(ARCHITECTURES)} | local memory |", "|---|---:|---:|---:|---:|---:|"]
+    for function in dict.fromkeys(k.function for k in kernels):
+        of_function = [k for k in kernels if k.function == function]
+        most = [max(k.registers for k in of_function if k.architecture == name) for name in ARCHITECTURES]
+        cells = [len(of_function) // len(ARCHITECTURES), *most, max(k.stack + k.local for k in of_function)]
+        lines.append(f"| {function} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def test_registers_and_local_memory(kernels):
     """No spills, no local memory; registers for the threads that a multiprocessor is to hold."""
-    print()
+    print(f"\n{summary(kernels)}\n")
     for k in kernels:
         moves = f"{k.count('LDG.E.128'):3} LDG.E.128, {k.count('STG.E.128'):3} STG.E.128"
         print(f"{k.element:9} {k.architecture:7} {k.registers:4} registers, {moves}  {k.name}")

@@ -14,7 +14,7 @@ from mru_kernels.backends import triton as backend
 from mru_kernels.cells.bmru import CELL
 from tests import triton_offline
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.check
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,7 @@ def requested(monkeypatch):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
+@pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="its hooks fail where a function is an argument")
 @pytest.mark.parametrize("segment", [0, 64])
 def test_sizes_are_not_compiled_in(requested, segment):
     """One set of variants for any sizes, flags and strides, as long as rows stay aligned."""

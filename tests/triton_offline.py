@@ -249,7 +249,21 @@ def table(rows: list[Report]) -> str:
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def summary(rows: list[Report]) -> str:
+    """Markdown: of each kernel, over its variants, the most registers for each architecture."""
+    lines = ["| Triton kernel | variants | " + " | ".join(ARCHITECTURES) + " | spilled | barriers |"]
+    lines.append("|---|---:|" + "---:|" * (len(ARCHITECTURES) + 2))
+    for kernel in dict.fromkeys(r.variant.kernel for r in rows):
+        of_kernel = [r for r in rows if r.variant.kernel == kernel]
+        most = [[r.registers for r in of_kernel if r.variant.arch == arch] for arch in ARCHITECTURES]
+        cells = [len(of_kernel), *(max(registers, default="") for registers in most)]
+        cells += [max(r.spilled for r in of_kernel), max(r.barriers for r in of_kernel)]
+        lines.append(f"| {kernel} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET is set: kernels are not compiled then")
-    print(table(reports()))
+    examined = reports()
+    print(f"{table(examined)}\n\n{summary(examined)}")
