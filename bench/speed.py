@@ -1,21 +1,20 @@
 """Times of the ops beside a pass over the same bytes and beside peers: `python -m bench speed`.
 
-All that is compared is interleaved in one process. A figure is a median; its spread is the range between the
-quartiles over the median. The floor of a pass is the time that a streaming pass over as many bytes takes, scaled from
+All that is compared is interleaved in one process. A figure is a median; its spread is the range between the quartiles
+over the median. The floor of a pass is the time that a streaming pass over as many bytes takes, scaled from
 `torch.add(c, b, out=h)` measured in the same run; a pass is to move each of its streams once, in or out.
-On the CPU memory that is freed stays with the process (the allocator's thresholds are pinned), so that an op's output
-costs no page faults and a given output and an allocated one are alike. On a GPU a time is the device's own, between
-two events, with the caches emptied before it and the call issued ahead of it; what a call costs is measured apart.
+On the CPU memory that is freed stays with the process (`python -m bench` pins the allocator's thresholds), so that an
+op's output costs no page faults and a given output and an allocated one are alike. On a GPU a time is the device's own,
+between two events, with the caches emptied before it and the call issued ahead of it; what a call costs is measured
+apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +32,6 @@ from .progress import tqdm
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # where the cost of a call shows
-_PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": "0"}
 _SECONDS = 1.5
 _CHECKED_STEPS = 256  # of the inputs are compared with the reference before anything is timed
 
@@ -297,10 +295,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[], help="default: none; they are slow")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    if arguments.device.type == "cpu" and any(os.environ.get(k) != v for k, v in _PINNED.items()):
-        command = [sys.executable, "-m", "bench", "speed", *(sys.argv[2:] if argv is None else argv)]
-        os.execve(sys.executable, command, {**os.environ, **_PINNED})
-
     if arguments.sweep:
         if len(arguments.shape) != 1:
             parser.error(f"--sweep: expected one --shape, got {len(arguments.shape)}")
