@@ -40,10 +40,6 @@ CXX_FLAGS = [
 ]
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
 LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-if os.environ.get("MRU_SANITIZE") == "1":
-    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    CXX_FLAGS += ["-O1", *SANITIZE]
-    LINK_FLAGS += SANITIZE
 
 # csrc/cpu/kernels.cpp is compiled once per instruction set; csrc/cpu/driver.cpp chooses at run time.
 ISA_FLAGS = {"baseline": []}
@@ -51,6 +47,13 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] += ["-Wno-uninitialized"]  # raised within GCC 12's own headers
+
+if os.environ.get("MRU_SANITIZE") == "1":
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    CXX_FLAGS += ["-O1", *SANITIZE]
+    LINK_FLAGS += SANITIZE
+    if ISA_FLAGS.pop("avx512", None):  # takes minutes, to run nowhere but where there is AVX-512
+        CXX_FLAGS += ["-DMRU_NO_AVX512"]
 
 # Object name: (source, flags of its own).
 CPU_OBJECTS = {

@@ -27,7 +27,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 const Kernels& kernels(const Scan& scan) {
   switch (isa()) {
 #if defined(__x86_64__)
+#ifndef MRU_NO_AVX512
     case Isa::kAvx512: return kernels_avx512(scan);
+#endif
     case Isa::kAvx2: return kernels_avx2(scan);
 #endif
     default: return kernels_baseline(scan);
@@ -137,7 +139,11 @@ Isa isa() {
     if (most == "avx2" || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
       return Isa::kAvx2;
+#ifdef MRU_NO_AVX512
+    return Isa::kAvx2;
+#else
     return Isa::kAvx512;
+#endif
   }();
   return widest;
 #else
