@@ -431,7 +431,7 @@ class FirstQuadrantBMRU(WriteOrHold):
         super().reset_parameters()
         for _, suffix in self._scans():
             getattr(self, "weight_ih" + suffix).abs_()
-            around = {"low": 0.15, "width": 0.35} | ({"bias_ih": 0.5} if self.bias else {})
+            around = {name: self.vectors[name] for name in ("low", "width")} | ({"bias_ih": 0.5} if self.bias else {})
             for name, value in around.items():
                 getattr(self, name + suffix).uniform_(0.8 * value, 1.2 * value)
             if self.learn_initial_state:

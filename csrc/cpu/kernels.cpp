@@ -14,7 +14,7 @@ namespace {
 template <class T>
 using StateT = typename StateOf<T>::type;
 
-constexpr int64_t kFewChannels = 32;  // see Kernel::tile
+constexpr int64_t kFewChannels = 32;  // see Kernel::with_tile
 
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(S);
