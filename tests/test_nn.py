@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, unpack_sequence
 
 import mru_kernels as mk
+from tests import processes
 
 SIGNED = [mk.BMRU, mk.CMRU, mk.AlphaCMRU]
 CLASSES = [*SIGNED, mk.FirstQuadrantBMRU]
@@ -547,9 +548,7 @@ def test_a_training_step_copies_no_stream_and_runs_no_cat(cls, batch_first):
     assert needed <= allocated < needed + parameters + stream / 4
 
 
-def _train_in_two_processes(rank, store, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _train_in_two_processes(rank, results):
     module = make(mk.BMRU, 4, 6, 2, bidirectional=True, epsilon=0.5, dtype=torch.float64)
     parallel = torch.nn.parallel.DistributedDataParallel(module)
     torch.manual_seed(7)
@@ -565,14 +564,13 @@ def _train_in_two_processes(rank, store, results):
         for a, p in zip(got, module.parameters(), strict=True):
             torch.testing.assert_close(a, p.grad, rtol=1e-12, atol=1e-12)
     results.put(rank)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.check
 def test_distributed_data_parallel(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    torch.multiprocessing.spawn(_train_in_two_processes, (str(tmp_path / "store"), results), nprocs=2)
+    processes.run(_train_in_two_processes, tmp_path / "rendezvous", results)
     assert {results.get(timeout=10), results.get(timeout=10)} == {0, 1}
 
 

@@ -15,6 +15,7 @@ from mru_kernels import backends, checks, ops
 from mru_kernels.cells import bmru as bmru_module
 from mru_kernels.cells import schmitt as schmitt_module
 from mru_kernels.cells.bmru import bmru_packed
+from tests import processes
 
 CELL = bmru_module.CELL
 
@@ -553,9 +554,7 @@ def test_one_result_alone_has_gradients(backend, device, used):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def _train(rank: int, world: int, file: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def _train(rank: int, world: int) -> None:
     model = _model()
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
@@ -574,7 +573,6 @@ def _train(rank: int, world: int, file: str) -> None:
             torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
         start = dict(_model().named_parameters())
         assert not any(torch.equal(start[name], p) for name, p in model.named_parameters())
-    torch.distributed.destroy_process_group()
 
 
 def _model() -> torch.nn.Module:
@@ -591,4 +589,4 @@ def test_two_processes_train_as_one(tmp_path):
     """DistributedDataParallel over gloo."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.multiprocessing.spawn(_train, (2, str(tmp_path / "rendezvous")), nprocs=2)
+        processes.run(_train, tmp_path / "rendezvous", 2)

@@ -1,0 +1,35 @@
+"""Several processes in one test, joined in a gloo group, which end or are ended."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import torch
+
+
+def run(
+    function: Callable[..., None], rendezvous: Path, *arguments: object, count: int = 2, seconds: int = 120
+) -> None:
+    """Run `function(rank, *arguments)` in each process; what one raises is raised, and a hang fails the test."""
+    given = (function, str(rendezvous), count, arguments)
+    context = torch.multiprocessing.spawn(_member, given, nprocs=count, join=False)
+    deadline = monotonic() + seconds
+    while not context.join(timeout=1):
+        if monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"the processes did not end within {seconds} s")
+
+
+def _member(rank: int, function: Callable[..., None], rendezvous: str, count: int, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
+    function(rank, *arguments)
+    # A DistributedDataParallel that outlives the group drops its last reference with the GIL held, which the group's
+    # threads need to end: some runs hang. What the function made goes first.
+    gc.collect()
+    torch.distributed.destroy_process_group()
