@@ -2,9 +2,10 @@
 
     error = RMS(result - reference) / RMS(terms)
 
-where the reference is in float64, and `terms` is the sum of the absolute values of the terms that each
-element of the result adds up (`python_ref.adjoint` with `term=abs`; for an element that sums nothing that is
-its own absolute value). So neither cancellation nor a reference that is zero everywhere decides.
+where the reference is in float64 (complex128 for a complex result), and `terms` is the sum of the absolute
+values of the terms that each element of the result adds up (`python_ref.adjoint` with `term=abs`; for an
+element that sums nothing that is its own absolute value). So neither cancellation nor a reference that is zero
+everywhere decides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 #: By the dtype of the result.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LIMITS |= {torch.complex128: LIMITS[torch.float64], torch.complex64: LIMITS[torch.float32]}
 
 #: Every integer up to this one is a value of the dtype that states are held in.
 _LARGEST_LEVEL = {torch.float64: 2**53, torch.float32: 2**24}
@@ -33,7 +35,12 @@ class Verdict(NamedTuple):
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for streams of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
+
+
+def wide(t: Tensor) -> Tensor:
+    """A tensor in double precision, real or complex."""
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -49,8 +56,8 @@ def relative_error(result: Tensor, reference: Tensor, terms: Tensor) -> float:
     smallest normal number of that dtype, below which it has no relative precision.
 
     Args:
-        result: any shape and floating dtype.
-        reference: float64, the same shape.
+        result: any shape and floating or complex dtype.
+        reference: float64 or complex128, the same shape.
         terms: float64, the same shape.
     """
     expected = reference.to(result.dtype)
@@ -62,7 +69,7 @@ def relative_error(result: Tensor, reference: Tensor, terms: Tensor) -> float:
     scale = _rms(terms[finite])
     if not math.isfinite(scale):
         return math.inf
-    return _rms(result[finite].double() - reference[finite]) / max(scale, torch.finfo(result.dtype).tiny)
+    return _rms((wide(result[finite]) - reference[finite]).abs()) / max(scale, torch.finfo(result.dtype).tiny)
 
 
 def _rms(x: Tensor) -> float:
@@ -82,7 +89,7 @@ def judge(
             accepted as well, float64 excepted. Called only where it decides.
     """
     error, limit = relative_error(result, reference, terms), LIMITS[result.dtype]
-    if error > limit and float32_loop is not None and result.dtype != torch.float64:
+    if error > limit and float32_loop is not None and result.dtype not in (torch.float64, torch.complex128):
         of_loop = relative_error(float32_loop(), reference, terms)
         if math.isfinite(of_loop):
             limit = max(limit, 2 * of_loop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from .errors import state_dtype
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPLEX_DTYPES = {"c64": torch.complex64, "c128": torch.complex128}  # of the cells that take them
 
 Options = Mapping[str, Any]
 
@@ -119,12 +121,15 @@ def call(
 ) -> Call:
     """A call on given tensors, such as a model's activations, with normal gradients of its results."""
     generator = generator or torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=generator)
     tensors = {name: t.detach() for name, t in tensors.items()}
     stream = next(iter(tensors.values()))
     cu_seqlens = settings.get("cu_seqlens")
     sequences = stream.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    grad_h = torch.randn(stream.shape, generator=generator)
-    grad_final = torch.randn(sequences, stream.shape[2], generator=generator)
+    if stream.is_complex():
+        normal = partial(normal, dtype=torch.complex64)
+    grad_h = normal(stream.shape)
+    grad_final = normal((sequences, stream.shape[2]))
     return Call(
         cell,
         tensors,
@@ -143,7 +148,7 @@ class Draw:
         self.generator = torch.Generator().manual_seed(case.seed)
         self.shape = case.shape
         self.cu_seqlens = self._offsets() if case.options["batch"] == "packed" else None
-        as_streams = case.options["parameters"] == "as streams"
+        as_streams = case.options["parameters"] == "as streams" or case.dtype.is_complex
         self.parameter_dtype = case.dtype if as_streams else torch.float32
 
     def _offsets(self) -> Tensor:
@@ -178,9 +183,9 @@ class Draw:
         return self._finish(x, self.parameter_dtype, nan=x.numel() >= 8)
 
     def common(self, options: Options) -> dict[str, Tensor]:
-        """What every cell takes where the case asks for it: alpha `[D]`, an initial state `[B, D]` or `[N, D]`."""
+        """What cells take where the case asks for it: alpha `[D]`, an initial state `[B, D]` or `[N, D]`."""
         tensors = {}
-        if options["alpha"]:
+        if options.get("alpha"):
             tensors["alpha"] = self.parameter(self.normal(self.shape[2:], mean=1.0, deviation=0.5))
         if options["initial_state"] != "none":
             tensors["initial_state"] = self._initial_state(options["initial_state"])
@@ -189,7 +194,13 @@ class Draw:
     def _initial_state(self, kind: str) -> Tensor:
         sequences = self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
         x = self.normal((sequences, self.shape[2]), deviation=2.0)
-        return self._finish(x.round() if kind == "integer" else x, self.parameter_dtype)
+        return self._finish(self.turned(x.round() if kind == "integer" else x), self.parameter_dtype)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Where the case is complex, with a random phase, in steps that leave integers integer."""
+        if not self.case.dtype.is_complex:
+            return x
+        return x * torch.tensor([1, 1j, -1, -1j])[torch.randint(4, x.shape, generator=self.generator)]
 
     def _finish(self, x: Tensor, dtype: torch.dtype, nan: bool = True) -> Tensor:
         x = x.to(dtype)
@@ -218,10 +229,12 @@ class Cell:
     Attributes:
         factors: by which its calls differ beside `COMMON_FACTORS`; the first value of each is the default.
         draw: makes the op's tensors, streams first, and its other arguments, from a case's options.
+        dtypes: of its streams, by their short names.
     """
 
     factors: dict[str, tuple]
     draw: Callable[[Draw, Options], tuple[dict[str, Tensor], dict[str, Any]]] = field(repr=False)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=lambda: DTYPES, repr=False)
 
 
 def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -262,6 +275,21 @@ def _schmitt(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str,
     return tensors | draw.common(options), {name: options[name] for name in ("epsilon", "surrogate_scale")}
 
 
+def _linear_recurrence(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Most decays are between 0.8 and 1 in size, one in ten is negative (or turned), a few are 0 or 1."""
+    shape = draw.shape
+    a_shape = shape[2:] if options["decay"] == "channel" else shape
+    a = draw.uniform(a_shape, 0.8, 1.0) * torch.where(draw.some(a_shape, 0.1), -1.0, 1.0)
+    a[draw.some(a_shape, 0.02)] = 1.0
+    a[draw.some(a_shape, 0.02)] = 0.0
+    w = draw.normal(shape)
+    if draw.case.dtype.is_complex:
+        a = torch.polar(a.abs(), draw.uniform(a_shape, -3.0, 3.0))
+        w = torch.complex(w, draw.normal(shape))
+    a = draw.parameter(a) if options["decay"] == "channel" else draw.stream(a)
+    return {"update": draw.stream(w), "decay": a} | draw.common(options), {}
+
+
 CELLS = {
     "bmru": Cell(
         factors={
@@ -276,6 +304,9 @@ CELLS = {
     "schmitt": Cell(
         factors={"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "surrogate_scale": (1.0, 2.5)},
         draw=_schmitt,
+    ),
+    "linear_recurrence": Cell(
+        factors={"decay": ("stream", "channel")}, draw=_linear_recurrence, dtypes=DTYPES | COMPLEX_DTYPES
     ),
 }
 
@@ -298,7 +329,7 @@ def case(cell: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> Case:
 def covering_cases(cell: str, dtype: torch.dtype) -> list[Case]:
     """A short list of cases in which any two values of two factors meet (of time and channels, most)."""
     factors = COMMON_FACTORS | CELLS[cell].factors
-    index = list(DTYPES.values()).index(dtype)
+    index = list(CELLS[cell].dtypes.values()).index(dtype)
     rows = _covering_rows(factors, apart=("time", "channels"), seed=index)
     return [Case(cell, dtype, row, seed) for seed, row in enumerate(rows)]
 

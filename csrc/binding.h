@@ -37,7 +37,8 @@ struct Call {
 };
 
 inline ScalarType state_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  return half ? ScalarType::Float : type;
 }
 
 inline Dtype dtype_of(ScalarType type) {
@@ -46,7 +47,9 @@ inline Dtype dtype_of(ScalarType type) {
     case ScalarType::Double: return Dtype::kFloat64;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "streams: expected float32, float64, bfloat16 or float16");
+    case ScalarType::ComplexFloat: return Dtype::kComplex64;
+    case ScalarType::ComplexDouble: return Dtype::kComplex128;
+    default: STD_TORCH_CHECK(false, "streams: expected float32, float64, bfloat16, float16, complex64 or complex128");
   }
 }
 
@@ -145,9 +148,10 @@ class Bound {
     // Gate inputs in the cell's order: the first stream, the inputs that come per channel, the other streams.
     const size_t inputs = streams.size() + call.channel.size();
     const unsigned per_channel = ((1u << std::min<size_t>(call.channel.size(), kMaxInputs)) - 1) << 1;
-    STD_TORCH_CHECK(inputs <= kMaxInputs && takes(cell, int(inputs), per_channel),
+    STD_TORCH_CHECK(inputs <= kMaxInputs && takes(cell, scan.dtype, int(inputs), per_channel),
                     "streams, channel: expected the inputs of the cell, got ", streams.size(), " and ",
                     call.channel.size());
+    STD_TORCH_CHECK(!call.alpha || !is_complex(scan.dtype), "alpha: expected none with complex streams");
     scan.inputs = int(inputs);
     for (size_t i = 0; i < inputs; ++i) {
       const size_t channel = i - 1, after = i - call.channel.size();
@@ -216,8 +220,8 @@ class Bound {
   Tensor parameter(const Tensor& t, const char* name) const {
     expect_device(t, name);
     const ScalarType own = t.scalar_type();
-    STD_TORCH_CHECK(own == type || own == state || own == ScalarType::Float, name,
-                    ": expected the streams' dtype, the state dtype or float32");
+    STD_TORCH_CHECK(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
+                    ": expected the streams' dtype, the state dtype or, beside real streams, float32");
     return as_state(t, state);
   }
 
@@ -298,6 +302,19 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors chan
   if (alpha) cast(grads[first_channel + channel.size()], *alpha);
   if (initial_state) cast(grads.back(), *initial_state);
   return grads;
+}
+
+// The ops of a cell for a backend. `m` is what STABLE_TORCH_LIBRARY_IMPL gives.
+template <class Backend, CellKind kCell, class Library>
+void implement(Library& m, const std::string& cell, const std::string& backend) {
+  m.impl((cell + "." + backend).c_str(), TORCH_BOX((&forward<Backend, kCell>)));
+  m.impl((cell + "_backward." + backend).c_str(), TORCH_BOX((&backward<Backend, kCell>)));
+}
+template <class Backend, class Library>
+void implement_cells(Library& m, const std::string& backend) {
+  implement<Backend, CellKind::kBmru>(m, "bmru", backend);
+  implement<Backend, CellKind::kSchmitt>(m, "schmitt", backend);
+  implement<Backend, CellKind::kLinear>(m, "linear_recurrence", backend);
 }
 
 }  // namespace mru

@@ -5,7 +5,7 @@
 //   scan position                   0 is the first step scanned: time 0, or the last time step when `reverse`
 //   chunk                           steps between two saved boundary states
 //   segment                         steps that one unit scans while other units scan the same sequence; 0: no split
-//   state dtype                     float for fp32, bf16 and fp16 streams, double for fp64
+//   state dtype                     float for fp32, bf16 and fp16 streams, else the streams'
 #pragma once
 #include <cstdint>
 
@@ -14,14 +14,32 @@ namespace mru {
 constexpr int kMaxInputs = 3;       // gate inputs of a cell
 constexpr int kEventsPerWord = 16;  // 2 bits each in an int32
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class CellKind { kBmru, kSchmitt };
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kComplex64, kComplex128 };
+enum class CellKind { kBmru, kSchmitt, kLinear };
 
-// How many inputs a cell has, and which of them may come per channel (bit i: input i).
-constexpr bool takes(CellKind cell, int inputs, unsigned per_channel) {
+constexpr bool is_complex(Dtype dtype) { return dtype == Dtype::kComplex64 || dtype == Dtype::kComplex128; }
+
+// Bytes of an element of a stream, and of a state.
+constexpr int64_t element_bytes(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+    case Dtype::kFloat16: return 2;
+    case Dtype::kFloat32: return 4;
+    case Dtype::kFloat64:
+    case Dtype::kComplex64: return 8;
+    case Dtype::kComplex128: return 16;
+  }
+  return 0;
+}
+constexpr int64_t state_bytes(Dtype dtype) { return element_bytes(dtype) < 4 ? 4 : element_bytes(dtype); }
+
+// Whether a cell takes streams of a dtype, so many inputs, and some of them per channel (bit i: input i).
+constexpr bool takes(CellKind cell, Dtype dtype, int inputs, unsigned per_channel) {
+  if (is_complex(dtype) && cell != CellKind::kLinear) return false;
   switch (cell) {
     case CellKind::kBmru: return (inputs == 2 || inputs == 3) && (per_channel & ~2u) == 0;
     case CellKind::kSchmitt: return inputs == 3 && per_channel == 6u;
+    case CellKind::kLinear: return inputs == 2 && (per_channel & ~2u) == 0;
   }
   return false;
 }
@@ -31,6 +49,7 @@ constexpr bool has_events(CellKind cell, int inputs) {
   switch (cell) {
     case CellKind::kBmru: return inputs == 2;  // an amplitude is written as it comes
     case CellKind::kSchmitt: return true;
+    case CellKind::kLinear: return false;
   }
   return false;
 }
@@ -59,7 +78,7 @@ struct Scan {
   int64_t chunk = 0, segment = 0;
   double epsilon = 0, surrogate_scale = 1;
 
-  const void* alpha = nullptr;    // [D] state dtype, or null: ones
+  const void* alpha = nullptr;    // [D] state dtype, or null: ones; never given beside complex streams
   const void* initial = nullptr;  // [sequences, D] state dtype, or null: zeros
 
   // Forward results. Row k of `checkpoints` is the state that enters the chunk at scan position (k + 1) chunk,

@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
+from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
 from .nn import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU
 
@@ -16,6 +17,8 @@ __all__ = [
     "available_backends",
     "bmru",
     "bmru_step",
+    "linear_recurrence",
+    "linear_recurrence_step",
     "schmitt",
     "schmitt_step",
 ]

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and sums for streams of `dtype`."""
+    return dtype if dtype in (torch.float64, *COMPLEX_DTYPES) else torch.float32
 
 
 def _names(dtypes) -> str:
@@ -30,15 +36,15 @@ def tensor(name: str, value, rank: int, shape: str) -> None:
         raise ValueError(f"{name}: expected {rank} dimensions {shape}, got shape {list(value.shape)}")
 
 
-def streams(named: Mapping[str, Tensor]) -> None:
-    """Streams `[B, T, D]` of one floating dtype, shape and device."""
+def streams(named: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Streams `[B, T, D]` of one dtype, which is one of `dtypes`, one shape and device."""
     first_name = None
     for name, value in named.items():
         tensor(name, value, 3, "[batch, time, channels]")
         if first_name is None:
             first_name, dtype, shape, device = name, value.dtype, value.shape, value.device
-            if dtype not in STREAM_DTYPES:
-                raise TypeError(f"{name}: expected a dtype of {_names(STREAM_DTYPES)}, got {dtype}")
+            if dtype not in dtypes:
+                raise TypeError(f"{name}: expected a dtype of {_names(dtypes)}, got {dtype}")
             batch, time, channels = shape
             if batch * time * channels > _MOST_ELEMENTS:
                 raise ValueError(f"{name}: expected a size that 64 bits can address, got shape {list(shape)}")
@@ -52,12 +58,13 @@ def streams(named: Mapping[str, Tensor]) -> None:
 
 def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letters: str) -> None:
     """A per-channel parameter or a state beside the stream `first`: its shape, dtype and device."""
-    state = torch.float64 if first.dtype == torch.float64 else torch.float32
+    allowed = dict.fromkeys((first.dtype, state_dtype(first.dtype)))
+    if not first.is_complex():
+        allowed[torch.float32] = None
     tensor(name, value, len(shape), letters)
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)} {letters}, got {list(value.shape)}")
-    if value.dtype not in (first.dtype, state, torch.float32):
-        allowed = dict.fromkeys((first.dtype, state, torch.float32))
+    if value.dtype not in allowed:
         raise TypeError(f"{name}: expected a dtype of {_names(allowed)}, got {value.dtype}")
     if value.device != first.device:
         raise ValueError(f"{name}: expected the streams' device {first.device}, got {value.device}")
@@ -65,10 +72,10 @@ def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letter
 
 def arguments(
     named: Mapping[str, Tensor], channel: Mapping[str, Tensor], alpha: Tensor | None, initial_state: Tensor | None,
-    offset: Tensor | None, packed: int,
+    offset: Tensor | None, packed: int, dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
 ) -> None:  # fmt: skip
     """The tensors of a call: streams and inputs per channel by name; the one stream holds `packed` > 0 side by side."""
-    streams(named)
+    streams(named, dtypes)
     (name, first), *_ = named.items()
     sequences, _, channels = first.shape
     if packed:

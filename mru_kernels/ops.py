@@ -12,7 +12,7 @@ inputs come as streams `[B, T, D]` and, where a cell allows it, as one value per
 Results of the forward op: `h` as `empty_like` of the first stream and the final state `[N, D]`; with `save` also the
 boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
 steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
-streams, else float32. N is B, or the number of packed sequences.
+streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, checks
+from .checks import state_dtype
 
 _EVENTS_PER_WORD = 16
 
@@ -39,11 +40,6 @@ _library = torch.library.Library("mru", "DEF")
 _library.define("cpu_isa() -> str")
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states and sums for streams of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class Cell:
     """What the ops need to know of a cell.
@@ -54,6 +50,7 @@ class Cell:
         vectors: the inputs that come as one value per channel, `[D]`.
         either: those that come as a stream or as one value per channel.
         event_inputs: the number of inputs with which a step fits a 2-bit event (hold, one of two writes, NaN).
+        dtypes: of its streams. Where these are complex there is no alpha.
         forward, backward: the ops of each backend.
     """
 
@@ -62,6 +59,7 @@ class Cell:
     event_inputs: int | None
     vectors: tuple[str, ...] = ()
     either: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
     forward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
 
@@ -159,7 +157,9 @@ def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed
         raise ValueError(f"streams, channel, packed: expected the {least} to {most} inputs of {cell.name}, got {came}")
     named = {f"streams[{i}]": t for i, t in enumerate(streams)}
     per_channel = {f"channel[{i}]": t for i, t in enumerate(channel)}
-    checks.arguments(named, per_channel, alpha, initial_state, cu_seqlens, packed)
+    checks.arguments(named, per_channel, alpha, initial_state, cu_seqlens, packed, cell.dtypes)
+    if alpha is not None and alpha.is_complex():
+        raise ValueError("alpha: expected None with complex streams")
 
 
 def returned(save: bool) -> int:
@@ -343,7 +343,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"mru::{ctx.name}: the surrogate gradient is first order; there is no second derivative")
+        raise RuntimeError(f"mru::{ctx.name}: there is a first derivative only, no second derivative")
 
 
 def _fold_into_channels(op, call=None):

@@ -132,6 +132,49 @@ def schmitt(
     return results
 
 
+@torch.no_grad()
+def linear_recurrence(
+    decay: Tensor,
+    update: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    grad_h: Tensor,
+    grad_final: Tensor,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    term: Callable[[Any], Any] = itself,
+) -> dict[str, Tensor]:
+    """Values and gradients of `python_ref.linear_recurrence`; arguments and results as those of `bmru` above.
+
+    What is complex is so in complex128, with the gradients of torch's convention.
+    """
+    wide = torch.complex128 if update.is_complex() else torch.float64
+    w, G, F = update.to(wide), grad_h.to(wide), grad_final.to(wide)  # noqa: N806 as in the equations
+    a = decay.to(wide).expand_as(w)
+    s_0 = torch.zeros_like(F) if initial_state is None else initial_state.to(wide)
+
+    def one(streams: Tensors, states: Tensors) -> tuple[Tensors, Tensors]:
+        a, w, G = (term(x) for x in streams)  # noqa: N806
+        state, pulled = (term(x) for x in states)
+        before, after, lambdas = [], [], []
+        for a_t, w_t in zip(a.unbind(1), w.unbind(1), strict=True):
+            before.append(state)
+            state = a_t * state + w_t
+            after.append(state)
+        for a_t, g_t in zip(reversed(a.unbind(1)), reversed(G.unbind(1)), strict=True):
+            lambdas.append(g_t + pulled)
+            pulled = a_t.conj() * lambdas[-1]
+        lambda_ = _stack(lambdas[::-1], G)
+        return [_stack(after, w), lambda_ * _stack(before, w).conj(), lambda_], [state, pulled]
+
+    (s, da, dw), (final_state, ds_0) = _over_sequences(one, [a, w, G], [s_0, F], reverse, cu_seqlens)
+    results = {"h": s, "final_state": final_state, "update": dw}
+    results["decay"] = da.sum((0, 1)) if decay.dim() == 1 else da
+    if initial_state is not None:
+        results["initial_state"] = ds_0
+    return results
+
+
 def _states(z: Tensor, v: Tensor, state: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """The states before and after each step of `write_or_hold`, `[B, T, D]`, and the final one."""
     states = []

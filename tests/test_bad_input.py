@@ -288,6 +288,52 @@ def test_step_of_a_schmitt_trigger_names_the_argument(argument, value):
         mk.schmitt_step(**arguments | {argument: value})
 
 
+# ------------------------------------------------------------------------------------------------ the linear recurrence
+
+LINEAR_BAD = [
+    ("update", None, TypeError, "tensor.*NoneType"),
+    ("update", ones(D), ValueError, r"3 dimensions.*\[3\]"),
+    ("update", ones(B, T, D, dtype=torch.int64), TypeError, "float32.*complex128.*int64"),
+    ("decay", None, TypeError, "tensor.*NoneType"),
+    ("decay", 0.5, TypeError, "tensor.*float"),
+    ("decay", ones(D + 1), ValueError, r"\[3\].*\[4\]"),
+    ("decay", ones(B, T, D + 1), ValueError, r"\[2, 5, 3\].*\[2, 5, 4\]"),
+    ("decay", ones(B, T, D, dtype=torch.complex64), TypeError, "float32.*complex64"),
+    ("decay", ones(D, dtype=torch.complex64), TypeError, "float32.*complex64"),
+    ("initial_state", ones(B + 1, D), ValueError, r"\[2, 3\].*\[3, 3\]"),
+    ("initial_state", ones(B, D, dtype=torch.complex64), TypeError, "float32.*complex64"),
+    ("cu_seqlens", torch.tensor([0, T]), ValueError, "batch 1.*batch 2"),
+    ("backend", "abacus", ValueError, "cpu.*abacus"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "error", "message"), LINEAR_BAD, ids=_ids(LINEAR_BAD))
+def test_message_names_the_argument_of_a_linear_recurrence(argument, value, error, message):
+    arguments = {"update": ones(B, T, D), "decay": ones(B, T, D), "initial_state": ones(B, D)}
+    mk.linear_recurrence(**arguments)
+    with pytest.raises(error, match=f"^{argument}: expected .*{message}"):
+        mk.linear_recurrence(**arguments | {argument: value})
+
+
+@pytest.mark.parametrize("name", ["decay", "initial_state"])
+def test_a_complex_linear_recurrence_takes_nothing_real(name):
+    arguments = {"update": ones(B, T, D), "decay": ones(D), "initial_state": ones(B, D)}
+    arguments = {key: value.to(torch.complex64) for key, value in arguments.items()}
+    mk.linear_recurrence(**arguments)
+    with pytest.raises(TypeError, match=f"^{name}: expected .*complex64.*float32"):
+        mk.linear_recurrence(**arguments | {name: arguments[name].real.contiguous()})
+
+
+@pytest.mark.parametrize("argument", ["decay", "update", "state"])
+@pytest.mark.parametrize("value", [None, ones(B, T, D), ones(B, D + 1)], ids=["none", "rank", "shape"])
+def test_step_of_a_linear_recurrence_names_the_argument(argument, value):
+    arguments = {"update": ones(B, D), "decay": ones(B, D), "state": ones(B, D)}
+    mk.linear_recurrence_step(**arguments)
+    named = "(update|decay|state)" if argument == "update" else argument
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: expected"):
+        mk.linear_recurrence_step(**arguments | {argument: value})
+
+
 # ------------------------------------------------------------------------------------------------ the ops themselves
 
 NAMES = [argument.name for argument in CELL.forward["cpu"]._schema.arguments]

@@ -21,7 +21,6 @@ from bench import compare, errors, inputs
 from mru_kernels import backends
 
 CELLS = list(inputs.CELLS)
-DTYPES = list(inputs.DTYPES.values())
 SEGMENTS = st.sampled_from([0, 64])
 
 
@@ -38,7 +37,8 @@ def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> i
         factors["epsilon"] |= st.floats(0.0, 1.0)
     factors |= {name: st.just(value) for name, value in fixed.items()}
     options = {name: draw(values) for name, values in factors.items()}
-    return inputs.Case(cell, draw(st.sampled_from(DTYPES)), options, draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(list(inputs.CELLS[cell].dtypes.values())))
+    return inputs.Case(cell, dtype, options, draw(st.integers(0, 2**31)))
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def assert_agree(call: inputs.Call, one: dict[str, torch.Tensor], other: dict[st
         if exact and name in ("h", "final_state"):
             assert errors.same_values(result, other[name]), name
         else:
-            verdict = errors.judge(result, other[name].double(), terms[name])
+            verdict = errors.judge(result, errors.wide(other[name]), terms[name])
             assert verdict.passed, (name, verdict)
 
 
@@ -120,14 +120,16 @@ def test_equals_the_reference_when_time_is_cut(backend, device, largest, data):
         assert_right(call, op_of(call.cell, backend), device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=inputs.DTYPES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
 def test_equals_the_reference_where_the_backend_cuts_time(backend, device, largest, cell, dtype):
     """Few channels and a long time, with the segments of the backend's own choice."""
     if largest[0] < 200:
         pytest.skip("too long for an interpreted backend")
-    for seed, epsilon in enumerate([0.0, 0.75, 1.0]):
-        case = inputs.case(cell, dtype, seed, time=1900, channels=5, epsilon=epsilon, initial_state="real")
+    factors = inputs.CELLS[cell].factors
+    for seed in range(3):
+        options = {name: values[seed % len(values)] for name, values in factors.items()}
+        options |= {"time": 1900, "channels": 5, "initial_state": "real"}
+        case = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], seed, **options)
         assert_right(case.build(), op_of(cell, backend), device)
 
 
@@ -187,6 +189,28 @@ def test_nan_stays_from_its_step_on_and_in_its_channel(backend, device, source, 
         others = [d for d in range(9) if d != channel]
         for argument in call.tensors:
             assert torch.equal(got[argument][..., others], clean[argument][..., others]), argument
+
+
+@pytest.mark.parametrize("steps", [0, 64])
+@pytest.mark.parametrize("source", ["update", "decay", "decay per channel", "initial_state"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "c64"])
+def test_nan_stays_in_a_linear_recurrence(backend, device, source, dtype, steps):
+    name, *per_channel = source.split(maxsplit=1)
+    options = {"decay": "channel" if per_channel else "stream", "initial_state": "real"}
+    call = inputs.case("linear_recurrence", inputs.CELLS["linear_recurrence"].dtypes[dtype], 5, time=150, channels=9,
+                       **options).build()  # fmt: skip
+    dirty = call.tensors[name].clone()
+    dirty[(1, 40, 3)[3 - dirty.dim() :] if dirty.dim() == 3 else (1, 3)[2 - dirty.dim() :]] = math.nan
+    touched = torch.zeros_like(call.stream, dtype=torch.bool)
+    touched[slice(None) if per_channel else 1, slice(40, None) if dirty.dim() == 3 else slice(None), 3] = True
+    with segments(backend, steps):
+        clean = run(call, op_of(call.cell, backend), device)
+        got = run(replace(call, tensors=call.tensors | {name: dirty}), op_of(call.cell, backend), device)
+    assert got["h"][touched].isnan().all()
+    assert torch.equal(got["h"][~touched], clean["h"][~touched])
+    others = [d for d in range(9) if d != 3]
+    for result in got:
+        assert torch.equal(got[result][..., others], clean[result][..., others]), result
 
 
 # ------------------------------------------------------------------------------------------------ metamorphic
@@ -327,14 +351,14 @@ def test_no_sequence_at_all(backend, device, data):
 def test_steps_equal_the_scan(data):
     """The step function time after time, in every dtype: each h, and the state."""
     call = data.draw(cases((20, 40), batch=data.draw(st.integers(1, 3)), reverse=False)).build()
-    tensors, epsilon = call.tensors, call.settings["epsilon"]
+    tensors, settings = call.tensors, {name: x for name, x in call.settings.items() if name == "epsilon"}
     step = getattr(mk, f"{call.cell}_step")
-    h, final_state = getattr(mk, call.cell)(**tensors, epsilon=epsilon)
+    h, final_state = getattr(mk, call.cell)(**tensors, **settings)
     state = tensors.get("initial_state")
     state = torch.zeros_like(final_state) if state is None else state
     for t in range(h.shape[1]):
         row = {name: x[:, t] if x.dim() == 3 else x for name, x in tensors.items() if name != "initial_state"}
-        h_t, state = step(**row, state=state, epsilon=epsilon)
+        h_t, state = step(**row, state=state, **settings)
         assert errors.same_values(h_t, h[:, t])
     assert errors.same_values(state.to(final_state.dtype), final_state)
 
@@ -407,15 +431,15 @@ def test_expanded_streams_are_read_in_place(backend, device, largest, data):
 def _large(cell: str, largest: tuple[int, int], **options) -> inputs.Call:
     """A call large enough for several threads."""
     time, channels = largest
-    options = {"time": time, "channels": channels, "batch": 4, "alpha": True, "initial_state": "real"} | options
+    options = {"time": time, "channels": channels, "batch": 4, "initial_state": "real"} | options
     return inputs.case(cell, torch.float32, **options).build()
 
 
 VARIANTS = [
-    {"epsilon": 0.9},
-    {"epsilon": 0.9, "amplitude": True},
-    {"epsilon": 0.9, "threshold": "channel"},
-    {"epsilon": 0.9, "threshold": "channel", "batch": "packed", "reverse": True},
+    {"epsilon": 0.9, "alpha": True},
+    {"epsilon": 0.9, "alpha": True, "amplitude": True},
+    {"epsilon": 0.9, "alpha": True, "threshold": "channel", "decay": "channel"},
+    {"epsilon": 0.9, "alpha": True, "threshold": "channel", "batch": "packed", "reverse": True},
 ]
 
 
@@ -468,12 +492,12 @@ def poisoned(device: torch.device):
 
 
 @pytest.mark.parametrize("steps", [0, 64])
-@pytest.mark.parametrize("dtype", DTYPES, ids=inputs.DTYPES)
-def test_every_element_of_every_result_is_written(backend, device, largest, dtype, steps):
+@pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
+def test_every_element_of_every_result_is_written(backend, device, largest, cell, dtype, steps):
     sizes = {"time": min(largest[0], 200), "channels": 19}
-    for seed, options in enumerate([*VARIANTS, {"batch": "packed"}, {"time": 0}, {"time": 1, "channels": 1}]):
-        options = sizes | {"alpha": True, "initial_state": "real"} | options
-        call = inputs.case("bmru", dtype, seed, **options).build()
+    for seed, options in enumerate([*variants(cell), {"batch": "packed"}, {"time": 0}, {"time": 1, "channels": 1}]):
+        options = sizes | {"initial_state": "real"} | options
+        call = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], seed, **options).build()
         with segments(backend, steps):
             clean = run(call, op_of(call.cell, backend), device)
             with poisoned(device):

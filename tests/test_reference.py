@@ -15,9 +15,13 @@ from python_ref.surrogate import select, sgn, unit_step
 NAN, INF = math.nan, math.inf
 
 
-def column(*values: float) -> Tensor:
+def column(*values: complex) -> Tensor:
     """One channel of one sequence: `[1, T, 1]`."""
-    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1)
+    return torch.tensor(values, dtype=_wide(values)).view(1, -1, 1)
+
+
+def _wide(values: tuple) -> torch.dtype:
+    return torch.complex128 if any(isinstance(x, complex) for x in values) else torch.float64
 
 
 def state(*values: float) -> Tensor:
@@ -25,7 +29,7 @@ def state(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(-1, 1)
 
 
-def assert_values(result: Tensor, *expected: float) -> None:
+def assert_values(result: Tensor, *expected: complex) -> None:
     torch.testing.assert_close(
         result.flatten(), torch.tensor(expected, dtype=result.dtype), rtol=0, atol=0, equal_nan=True
     )
@@ -91,6 +95,39 @@ def test_nan_in_any_input_of_a_schmitt_trigger_makes_it_nan(where):
     h, final_state = python_ref.schmitt(**given)
     assert_values(h, *((1,) if where == "candidate" else (NAN,)), *[NAN] * 6)
     assert_values(final_state, NAN)
+
+
+A = column(0.5, 2, 0, -1)
+W = column(1, -3, 4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("initial", "reverse", "expected", "final"),
+    [
+        (None, False, (1, -1, 4, -3.5), -3.5),
+        (6, False, (4, 5, 4, -3.5), -3.5),
+        (2, True, (3.5, 5, 4, -1.5), 3.5),
+    ],
+)
+def test_states_of_a_linear_recurrence_by_hand(initial, reverse, expected, final):
+    initial = None if initial is None else state(initial)
+    s, final_state = python_ref.linear_recurrence(A, W, initial, reverse=reverse)
+    assert_values(s, *expected)
+    assert_values(final_state, final)
+
+
+def test_a_complex_linear_recurrence_turns_its_state():
+    w = column(1, 0, 0, 1j, 0)
+    s, final_state = python_ref.linear_recurrence(torch.tensor([2j]), w, state(1), dtype=torch.float64)
+    assert_values(s, 1 + 2j, -4 + 2j, -4 - 8j, 16 - 7j, 14 + 32j)
+    assert_values(final_state, 14 + 32j)
+
+
+def test_nan_in_any_input_of_a_linear_recurrence_stays():
+    for a, w in ((column(0.5, NAN, 0, 0), W), (A, column(1, NAN, 4, 1))):
+        s, final_state = python_ref.linear_recurrence(a, w, state(6))
+        assert_values(s, 4, NAN, NAN, NAN)
+        assert_values(final_state, NAN)
 
 
 def test_alpha_scales_the_output_alone_and_amplitude_what_is_written():
@@ -313,21 +350,27 @@ def test_the_sign_of_the_threshold_and_zeros_have_the_slopes_of_abs():
 
 
 FORMS = [
-    ("bmru", {"threshold": "stream", "amplitude": True}),
-    ("bmru", {"threshold": "channel", "amplitude": True}),
-    ("schmitt", {}),
+    ("bmru", torch.float64, {"threshold": threshold, "amplitude": True, "alpha": True, "epsilon": epsilon})
+    for threshold in ("stream", "channel")
+    for epsilon in (0.0, 0.3, 1.0)
+]
+FORMS += [("schmitt", torch.float64, {"alpha": True, "epsilon": epsilon}) for epsilon in (0.0, 0.3, 1.0)]
+FORMS += [
+    ("linear_recurrence", dtype, {"decay": decay})
+    for dtype in (torch.float64, torch.complex128)
+    for decay in ("stream", "channel")
 ]
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("cell", "form"), FORMS, ids=str)
+@pytest.mark.parametrize(("cell", "dtype", "form"), FORMS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3, "packed"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_adjoint_equals_autograd(epsilon, cell, form, batch, reverse):
-    options = {"epsilon": epsilon, "batch": batch, "reverse": reverse} | form
-    options |= {"alpha": True, "initial_state": "real", "parameters": "as streams"}
+def test_adjoint_equals_autograd(cell, dtype, form, batch, reverse):
+    options = {"batch": batch, "reverse": reverse, "initial_state": "real", "parameters": "as streams"} | form
+    if "surrogate_scale" in inputs.CELLS[cell].factors:
+        options["surrogate_scale"] = 1.5
     for seed, time in enumerate((0, 1, 2, 40)):
-        call = inputs.case(cell, torch.float64, seed, time=time, surrogate_scale=1.5, **options).build()
+        call = inputs.case(cell, dtype, seed, time=time, **options).build()
         leaves = {name: x.requires_grad_() for name, x in call.tensors.items()}
         outputs = getattr(python_ref, cell)(**leaves, **call.settings)
         grads = torch.autograd.grad(outputs, list(leaves.values()), (call.grad_h, call.grad_final))
@@ -364,19 +407,15 @@ def test_absolute_terms_by_hand():
         torch.testing.assert_close(terms[name].flatten(), values, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("cell", "form"), FORMS[1:], ids=str)
+@pytest.mark.parametrize(("cell", "dtype", "form"), FORMS, ids=str)
 @pytest.mark.parametrize("batch", [3, "packed"])
-def test_absolute_terms_bound_the_values(epsilon, cell, form, batch):
-    case = inputs.case(
-        cell, torch.float64, epsilon=epsilon, batch=batch, alpha=True, initial_state="real", reverse=True, **form
-    )
-    call = case.build()
+def test_absolute_terms_bound_the_values(cell, dtype, form, batch):
+    call = inputs.case(cell, dtype, batch=batch, initial_state="real", reverse=True, **form).build()
     given = {**call.tensors, **call.settings, "grad_h": call.grad_h, "grad_final": call.grad_final}
     adjoint = getattr(python_ref.adjoint, cell)
     values, terms = adjoint(**given), adjoint(**given, term=abs)
     for name, value in values.items():
         assert (terms[name] >= value.abs() * (1 - 1e-12)).all(), name
-    if epsilon == 0:  # a state sums nothing
+    if form.get("epsilon") == 0:  # a state sums nothing
         assert errors.same_values(terms["h"], values["h"].abs())
         assert errors.same_values(terms["final_state"], values["final_state"].abs())

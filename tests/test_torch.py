@@ -13,6 +13,7 @@ from torch import Tensor
 import mru_kernels as mk
 from mru_kernels import backends, checks, ops
 from mru_kernels.cells import bmru as bmru_module
+from mru_kernels.cells import linear_recurrence as linear_module
 from mru_kernels.cells import schmitt as schmitt_module
 from mru_kernels.cells.bmru import bmru_packed
 from tests import processes
@@ -22,18 +23,20 @@ CELL = bmru_module.CELL
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    wide = torch.complex64 if dtype.is_complex else torch.float32
+    return torch.randn(shape, generator=generator, dtype=wide).to(device, dtype)
 
 
 def raw_arguments(variant: str, device: torch.device) -> tuple:
     """Arguments of the forward op."""
     words = variant.split()
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "c64": torch.complex64}
     dtype = next((dtypes[word] for word in words if word in dtypes), torch.float32)
     batch, time, channels = (1 if "offsets" in words else 2), 150, 5
 
     def leaf(*shape: int, seed: int) -> Tensor:
-        return draw(*shape, dtype=dtype, seed=seed, device=device).requires_grad_()
+        x = draw(*shape, dtype=dtype, seed=seed, device=device)
+        return (x.sgn() * x.abs().clamp(max=0.9) if "linear" in words else x).requires_grad_()  # decays
 
     streams = [leaf(batch, time, channels, seed=i) for i in range(3 if "amplitude" in words else 2)]
     channel = []
@@ -71,11 +74,15 @@ VARIANTS = [
     "fp32 transposed alpha",
     "schmitt fp32 alpha state reverse segments",
     "schmitt bf16 offsets",
+    "linear fp32 state reverse segments",
+    "linear bf16 channel offsets",
+    "linear c64 channel state segments",
+    "linear c64 packed offsets reverse",
 ]
 
 
 def cell_of(variant: str) -> ops.Cell:
-    return schmitt_module.CELL if "schmitt" in variant else CELL
+    return {"schmitt": schmitt_module.CELL, "linear": linear_module.CELL}.get(variant.split()[0], CELL)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -98,7 +105,7 @@ def test_raw_op_is_differentiable_by_itself(backend, device, variant):
 
     def grads(save: bool):
         h, final_state, *_ = cell_of(variant).forward[backend](*arguments, save)
-        return torch.autograd.grad(h.float().square().sum() + final_state.sum(), leaves)
+        return torch.autograd.grad(h.abs().float().square().sum() + final_state.abs().square().sum(), leaves)
 
     for one, other in zip(grads(True), grads(False), strict=True):
         assert one.shape == other.shape

@@ -6,7 +6,7 @@
 // inputs at one step and s the state before it:
 //   kInputs, kEvents       how many inputs; whether a step fits 2 bits (hold, one of two writes, NaN)
 //   step(x, s)             the state after
-//   pull(x, m)             a m, where a is the factor of the affine form s' = a s + w
+//   pull(x, m)             conj(a) m, where a is the factor of the affine form s' = a s + w
 //   vjp(x, s, lambda, dx)  dx = gradients of the inputs, lambda = dL/ds'; returns pull(x, lambda)
 //   encode(x), step_event(code, s), pull_event(code, m)     the same from an event code (kEvents only)
 #pragma once

@@ -11,6 +11,44 @@
 
 namespace mru {
 
+// A complex number, or a vector of them: V is its scalar type or vector of lanes.
+template <class V>
+struct Complex {
+  V re, im;
+
+  Complex() = default;
+  MRU_INLINE constexpr Complex(V re, V im = V{}) : re(re), im(im) {}
+
+  friend MRU_INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+  friend MRU_INLINE Complex operator*(Complex a, Complex b) {
+    return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+  }
+  friend MRU_INLINE Complex operator*(V a, Complex b) { return {a * b.re, a * b.im}; }
+  MRU_INLINE Complex& operator+=(Complex b) { return *this = *this + b; }
+  friend MRU_INLINE bool operator==(Complex a, Complex b) { return a.re == b.re && a.im == b.im; }
+};
+
+template <class V>
+MRU_INLINE V conj(V x) {
+  return x;
+}
+template <class V>
+MRU_INLINE Complex<V> conj(Complex<V> x) {
+  return {x.re, -x.im};
+}
+
+// The real type of a type that may be complex.
+template <class V>
+struct RealOf {
+  using type = V;
+  static constexpr bool is_complex = false;
+};
+template <class V>
+struct RealOf<Complex<V>> {
+  using type = V;
+  static constexpr bool is_complex = true;
+};
+
 template <class V>
 struct Lanes {
   using Scalar = V;

@@ -36,7 +36,7 @@ const Kernels& kernels(const Scan& scan) {
   }
 }
 
-int64_t state_bytes(const Scan& scan) { return scan.dtype == Dtype::kFloat64 ? 8 : 4; }
+int64_t state_bytes(const Scan& scan) { return mru::state_bytes(scan.dtype); }
 
 struct Pieces {
   std::vector<Piece> list;
@@ -100,13 +100,14 @@ void for_blocks(const Scan& scan, int64_t items, int64_t block_bytes, const F& f
   });
 }
 
-// Alpha is always given to the kernels.
+// Alpha is always given to the kernels, beside complex streams too, where it is real.
 struct Ones {
   std::vector<double> f64;
   std::vector<float> f32;
   explicit Ones(Scan& scan) {
     if (scan.alpha) return;
-    if (scan.dtype == Dtype::kFloat64) f64.assign(scan.channels, 1), scan.alpha = f64.data();
+    if (scan.dtype == Dtype::kFloat64 || scan.dtype == Dtype::kComplex128)
+      f64.assign(scan.channels, 1), scan.alpha = f64.data();
     else f32.assign(scan.channels, 1), scan.alpha = f32.data();
   }
 };

@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "../cells/bmru.h"
+#include "../cells/linear.h"
 #include "../cells/schmitt.h"
 #include "vector.h"
 
@@ -13,11 +14,13 @@ namespace {
 
 template <class T>
 using StateT = typename StateOf<T>::type;
+template <class S>
+using RealT = typename RealOf<S>::type;
 
 constexpr int64_t kFewChannels = 32;  // see Kernel::with_tile
 
 template <class S>
-constexpr int kLanes = kVectorBytes / sizeof(S);
+constexpr int kLanes = kVectorBytes / sizeof(RealT<S>);
 
 // Calls f<N>(j) for lanes [j, j + N) that cover [0, n): whole vectors, then single channels.
 template <class S, class F>
@@ -97,9 +100,10 @@ S* checkpoint_row(const Scan& scan, const Piece& piece, int64_t step, int64_t d0
 template <class Cell, class T, unsigned kChannels>
 struct Kernel {
   using S = StateT<T>;
+  using Real = RealT<S>;  // of alpha
   using In = Inputs<Cell, T, kChannels>;
 
-  static Cell cell(const Scan& scan) { return Cell(S(scan.epsilon), S(scan.surrogate_scale)); }
+  static Cell cell(const Scan& scan) { return Cell(Real(scan.epsilon), Real(scan.surrogate_scale)); }
 
   // Calls f<steps>(), of steps that a group of lanes takes before the next group does. Few channels keep their state in
   // registers over a word of events, while all that lies in the first-level cache; many go row by row, as memory does.
@@ -141,7 +145,7 @@ struct Kernel {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const state = static_cast<S*>(carry);
-    const S* const alpha = static_cast<const S*>(scan.alpha) + d0;
+    const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;
     In in(scan, piece, piece.begin, d0);
     Row<T> h(scan, scan.h, piece, piece.begin, d0);
     for (int64_t step = piece.begin; step < piece.end;) {
@@ -149,7 +153,7 @@ struct Kernel {
       const int32_t* words = kFromEvents ? event_row(scan, piece, step, d0) : nullptr;
       for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
         const typename In::template Lane<N> inputs(in, j);
-        const Vector<S, N> scale = load<N>(alpha + j);
+        const Vector<Real, N> scale = load<N>(alpha + j);
         Vector<S, N> s = load<N>(state + j);
         Word<N> word{};
         if constexpr (kFromEvents) word = load_word<N>(words + j) >> shift(step);
@@ -197,7 +201,7 @@ struct Kernel {
           Vector<S, N> x[Cell::kInputs];
           inputs.load_at(i, x);
           u = f.step(x, u);
-          a = f.pull(x, a);
+          a = conj(f.pull(x, conj(a)));
           if constexpr (Cell::kEvents) word |= f.encode(x) << shift(step + i);
         }
         store<N>(offsets + j, u);
@@ -217,7 +221,7 @@ struct Kernel {
     S* const factors = static_cast<S*>(factor);
     S* const offsets = static_cast<S*>(offset);
     for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
-    const S* const alpha = static_cast<const S*>(scan.alpha) + d0;
+    const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;
     In in(scan, piece, piece.end, d0);
     Row<const T> g(scan, scan.grad_h, piece, piece.end, d0);
     for (int64_t end = piece.end; end > piece.begin;) {
@@ -227,7 +231,7 @@ struct Kernel {
       const int32_t* words = kFromEvents ? event_row(scan, piece, step, d0) : nullptr;
       for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
         const typename In::template Lane<N> inputs(in, j);
-        const Vector<S, N> scale = load<N>(alpha + j);
+        const Vector<Real, N> scale = load<N>(alpha + j);
         Vector<S, N> a = load<N>(factors + j), m = load<N>(offsets + j);
         Word<N> word{};
         if constexpr (kFromEvents) word = load_word<N>(words + j);
@@ -270,7 +274,7 @@ struct Kernel {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const m = static_cast<S*>(carry);
-    const S* const alpha = static_cast<const S*>(scan.alpha) + d0;
+    const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;
     S* const states = static_cast<S*>(scratch);  // [chunk + 1, n]: before the first step, after each
     S* const chunk_sums = states + (scan.chunk + 1) * n;
     constexpr int kSums = 1 + Cell::kInputs;
@@ -323,7 +327,7 @@ struct Kernel {
         const S* const before = states + (right - begin) * n;
         for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
           const typename In::template Lane<N> inputs(in, j);
-          const Vector<S, N> scale = load<N>(alpha + j);
+          const Vector<Real, N> scale = load<N>(alpha + j);
           Vector<S, N> pulled = load<N>(m + j), sum[kSums] = {};
           const auto sums_up = [&](int k) { return k == 0 ? scan.grad_alpha != nullptr : In::per_channel(k - 1); };
           for (int k = 0; k < kSums; ++k)
@@ -363,7 +367,7 @@ struct Kernel {
 
   static void enter(const Scan& scan, int64_t sequence, bool poison, void* state) {
     const S* const initial = static_cast<const S*>(scan.initial);
-    const S* const alpha = static_cast<const S*>(scan.alpha);
+    const Real* const alpha = static_cast<const Real*>(scan.alpha);
     S* const s = static_cast<S*>(state);
     for (int64_t j = 0; j < scan.channels; ++j) {
       s[j] = initial ? initial[sequence * scan.channels + j] : S(0);
@@ -396,6 +400,15 @@ const Kernels& with_dtype(const Scan& scan) {
   }
 }
 
+template <unsigned kChannels>
+const Kernels& linear(const Scan& scan) {
+  switch (scan.dtype) {
+    case Dtype::kComplex64: return Kernel<Linear<Complex<float>>, Complex<float>, kChannels>::table;
+    case Dtype::kComplex128: return Kernel<Linear<Complex<double>>, Complex<double>, kChannels>::table;
+    default: return with_dtype<Linear, kChannels>(scan);
+  }
+}
+
 template <template <class> class Cell>
 const Kernels& with_threshold(const Scan& scan) {
   return scan.in[1].channel ? with_dtype<Cell, 2u>(scan) : with_dtype<Cell, 0u>(scan);
@@ -414,6 +427,7 @@ const Kernels& MRU_TABLE(MRU_ISA)(const Scan& scan) {
   switch (scan.cell) {
     case CellKind::kBmru: return scan.inputs == 3 ? with_threshold<BmruOfThree>(scan) : with_threshold<BmruOfTwo>(scan);
     case CellKind::kSchmitt: return with_dtype<Schmitt, 6u>(scan);
+    case CellKind::kLinear: return scan.in[1].channel ? linear<2u>(scan) : linear<0u>(scan);
   }
   __builtin_unreachable();
 }

@@ -13,11 +13,6 @@ std::string cpu_isa() { return mru::cpu::isa_name(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) {
-  m.impl("bmru.cpu", TORCH_BOX((&mru::forward<Cpu, mru::CellKind::kBmru>)));
-  m.impl("bmru_backward.cpu", TORCH_BOX((&mru::backward<Cpu, mru::CellKind::kBmru>)));
-  m.impl("schmitt.cpu", TORCH_BOX((&mru::forward<Cpu, mru::CellKind::kSchmitt>)));
-  m.impl("schmitt_backward.cpu", TORCH_BOX((&mru::backward<Cpu, mru::CellKind::kSchmitt>)));
-}
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { mru::implement_cells<Cpu>(m, "cpu"); }
 
 STABLE_TORCH_LIBRARY_IMPL(mru, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

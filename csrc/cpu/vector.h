@@ -29,6 +29,14 @@ struct VectorOf<S, 1> {
 };
 template <class S, int N>
 using Vector = typename VectorOf<S, N>::type;
+template <class S, int N>
+struct VectorOf<Complex<S>, N> {
+  using type = Complex<Vector<S, N>>;
+};
+template <class S>
+struct VectorOf<Complex<S>, 1> {
+  using type = Complex<S>;
+};
 
 template <class S, class I, int N>
 struct VectorLanes {
@@ -38,10 +46,24 @@ struct VectorLanes {
   static MRU_INLINE V splat(S a) { return a - V{}; }
   static MRU_INLINE V abs(V x) { return (V)((Int)x & ((I(1) << (8 * sizeof(S) - 1)) ^ I(-1))); }
 };
+template <class V>
+struct Lanes<Complex<V>> {
+  using Int = typename Lanes<V>::Int;
+};
 template <>
 struct Lanes<Vector<float, kVectorBytes / 4>> : VectorLanes<float, int32_t, kVectorBytes / 4> {};
 template <>
 struct Lanes<Vector<double, kVectorBytes / 8>> : VectorLanes<double, int64_t, kVectorBytes / 8> {};
+
+// The integers from 0 to N - 1, as what a fold expression goes over.
+template <int... i>
+struct Indices {};
+template <int N, int... i>
+struct Count : Count<N - 1, N - 1, i...> {};
+template <int... i>
+struct Count<0, i...> {
+  using type = Indices<i...>;
+};
 
 struct BFloat16 {
   uint16_t bits;
@@ -57,6 +79,10 @@ struct StateOf {
 template <>
 struct StateOf<double> {
   using type = double;
+};
+template <class S>
+struct StateOf<Complex<S>> {
+  using type = Complex<S>;
 };
 
 template <class To, class From>
@@ -149,11 +175,38 @@ MRU_INLINE void narrow_bits(void* p, Vector<uint32_t, N> u) {
   }
 }
 
+// The even elements, or the odd ones, of two vectors side by side.
+template <int kFirst, int N, class V>
+MRU_INLINE V every_other(V a, V b) {
+  return [&]<int... i>(Indices<i...>) {
+    return __builtin_shufflevector(a, b, (2 * i + kFirst)...);
+  }(typename Count<N>::type{});
+}
+// Elements of two vectors in turn, from the kFirst-th of each on.
+template <int kFirst, int N, class V>
+MRU_INLINE V in_turn(V a, V b) {
+  return [&]<int... i>(Indices<i...>) {
+    return __builtin_shufflevector(a, b, (kFirst + i / 2 + i % 2 * N)...);
+  }(typename Count<N>::type{});
+}
+
+template <int N, class S>
+MRU_INLINE Vector<Complex<S>, N> load_complex(const Complex<S>* p) {
+  const auto low = load_bytes<Vector<S, N>>(p), high = load_bytes<Vector<S, N>>(p + N / 2);
+  return {every_other<0, N>(low, high), every_other<1, N>(low, high)};
+}
+template <int N, class S>
+MRU_INLINE void store_complex(Complex<S>* p, Vector<Complex<S>, N> v) {
+  const Vector<S, N> parts[2] = {in_turn<0, N>(v.re, v.im), in_turn<N / 2, N>(v.re, v.im)};
+  __builtin_memcpy(p, parts, sizeof parts);
+}
+
 // N consecutive elements at p, as state values.
 template <int N, class T>
 MRU_INLINE auto load(const T* p) {
   using S = typename StateOf<T>::type;
-  if constexpr (sizeof(T) == sizeof(S)) return load_bytes<Vector<S, N>>(p);
+  if constexpr (N > 1 && RealOf<T>::is_complex) return load_complex<N>(p);
+  else if constexpr (sizeof(T) == sizeof(S)) return load_bytes<Vector<S, N>>(p);
 #if defined(__F16C__) && !defined(__AVX512F__)
   else if constexpr (N == 8 && __is_same(T, Float16)) return (Vector<S, N>)_mm256_cvtph_ps(load_bytes<__m128i>(p));
 #endif
@@ -162,7 +215,10 @@ MRU_INLINE auto load(const T* p) {
 
 template <int N, class T>
 MRU_INLINE void store(T* p, Vector<typename StateOf<T>::type, N> v) {
-  if constexpr (sizeof(T) == sizeof(typename StateOf<T>::type)) {
+  if constexpr (N > 1 && RealOf<T>::is_complex) {
+    store_complex<N>(p, v);
+    return;
+  } else if constexpr (sizeof(T) == sizeof(typename StateOf<T>::type)) {
     __builtin_memcpy(p, &v, sizeof v);
     return;
   }

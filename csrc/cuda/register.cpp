@@ -35,9 +35,4 @@ struct Cuda {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mru, CUDA, m) {
-  m.impl("bmru.cuda", TORCH_BOX((&mru::forward<Cuda, mru::CellKind::kBmru>)));
-  m.impl("bmru_backward.cuda", TORCH_BOX((&mru::backward<Cuda, mru::CellKind::kBmru>)));
-  m.impl("schmitt.cuda", TORCH_BOX((&mru::forward<Cuda, mru::CellKind::kSchmitt>)));
-  m.impl("schmitt_backward.cuda", TORCH_BOX((&mru::backward<Cuda, mru::CellKind::kSchmitt>)));
-}
+STABLE_TORCH_LIBRARY_IMPL(mru, CUDA, m) { mru::implement_cells<Cuda>(m, "cuda"); }

@@ -62,12 +62,7 @@ std::map<std::string, std::array<uint64_t, 2>> traffic() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) {
-  m.impl("bmru.simt", TORCH_BOX((&mru::forward<Simt, mru::CellKind::kBmru>)));
-  m.impl("bmru_backward.simt", TORCH_BOX((&mru::backward<Simt, mru::CellKind::kBmru>)));
-  m.impl("schmitt.simt", TORCH_BOX((&mru::forward<Simt, mru::CellKind::kSchmitt>)));
-  m.impl("schmitt_backward.simt", TORCH_BOX((&mru::backward<Simt, mru::CellKind::kSchmitt>)));
-}
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { mru::implement_cells<Simt>(m, "simt"); }
 
 #ifdef MRU_ONE_ELEMENT
 namespace mru::cuda {

@@ -15,12 +15,12 @@ def call(
     inputs: Mapping[str, Tensor],
     initial_state: Tensor | None,
     *,
-    epsilon: float | Tensor,
-    alpha: Tensor | None,
-    surrogate_scale: float,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    backend: str | None,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    surrogate_scale: float = 1.0,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
     packed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Run `cell` on its inputs, which come by name and in the cell's order.
@@ -54,7 +54,7 @@ def _check(cell, inputs, initial_state, alpha, cu_seqlens, packed) -> None:
     """Raise what names the argument that is not as it must be."""
     channel = {name: value for name, value in inputs.items() if _is_per_channel(cell, name, value)}
     streams = {name: value for name, value in inputs.items() if name not in channel}
-    checks.arguments(streams, channel, alpha, initial_state, cu_seqlens, packed)
+    checks.arguments(streams, channel, alpha, initial_state, cu_seqlens, packed, cell.dtypes)
     if cu_seqlens is not None:
         checks.offsets(cu_seqlens, next(iter(inputs.values())).shape[1])
 
@@ -79,7 +79,12 @@ def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def step(
-    cell: ops.Cell, inputs: Mapping[str, Tensor], state: Tensor, *, epsilon: float | Tensor, alpha: Tensor | None
+    cell: ops.Cell,
+    inputs: Mapping[str, Tensor],
+    state: Tensor,
+    *,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`call` on a single step: streams are `[B, D]`, and so are the results. There is no gradient."""
     if torch.is_grad_enabled():
@@ -96,10 +101,7 @@ def step(
                 name: value if _is_per_channel(cell, name, value) else value.unsqueeze(1)
                 for name, value in inputs.items()
             }
-            h, after = call(
-                cell, long, state, epsilon=epsilon, alpha=alpha, surrogate_scale=1.0, reverse=False, cu_seqlens=None,
-                backend=None,
-            )  # fmt: skip
+            h, after = call(cell, long, state, epsilon=epsilon, alpha=alpha)
             return h.squeeze(1), after
     except Exception as error:
         refused = error

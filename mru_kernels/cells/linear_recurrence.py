@@ -1,0 +1,78 @@
+"""The linear recurrence, real or complex: the scan of minGRU (arXiv 2410.01201) and of the LRU (arXiv 2303.06349)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import checks, ops
+from .call import call, step
+
+CELL = ops.add_cell(
+    ops.Cell(
+        name="linear_recurrence",
+        inputs=(2, 2),
+        either=("decay",),
+        event_inputs=None,
+        dtypes=checks.STREAM_DTYPES + checks.COMPLEX_DTYPES,
+    )
+)
+
+
+def linear_recurrence(
+    decay: Tensor,
+    update: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan a linear recurrence over time.
+
+    ::
+
+        s_t = decay_t s_{t-1} + update_t
+
+    It is evaluated as it stands, not in log space, so `decay` may have any sign and be 0. Gradients of complex
+    arguments follow torch's convention.
+
+    Args:
+        decay: `[B, T, D]` in the update's dtype, or `[D]`, then beside a real update also in float32.
+        update: `[B, T, D]`; float32, float64, bfloat16, float16, complex64 or complex128. Any strides on B and T are
+            read in place.
+        initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the
+            update's or the state dtype; zeros if None.
+        reverse: scan from the last step to the first.
+        cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        backend: None chooses; a name (see `available_backends`) runs or raises.
+
+    Returns:
+        The states `s [B, T, D]` in the update's dtype with the strides of `torch.empty_like(update)`, and the final
+        state `[B, D]` (`[N, D]`) in the state dtype: float32 for half-precision streams, else theirs. Under autocast
+        floating streams are cast to the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: the backend cannot run this call; a second derivative is taken.
+    """
+    inputs = {"update": update, "decay": decay}
+    return call(CELL, inputs, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, backend=backend)
+
+
+def linear_recurrence_step(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of `linear_recurrence`, for streaming inference.
+
+    Args:
+        decay: `[B, D]` or `[D]`.
+        update: `[B, D]`.
+        state: `[B, D]`, the state before the step.
+
+    Returns:
+        The state after the step `[B, D]`, in the update's dtype and in the state dtype, equal to
+        `linear_recurrence` with T = 1.
+
+    Raises:
+        TypeError, ValueError: as `linear_recurrence`.
+        RuntimeError: grad mode is on and an input requires grad.
+    """
+    return step(CELL, {"update": update, "decay": decay}, state)
