@@ -21,10 +21,10 @@ demo: setup
 	python -m examples.demo
 
 test: setup
-	pytest -m "not slow and not check"
+	pytest -n 2 -m "not slow and not check"
 
 check: lint sanitize
-	pytest -m check
+	pytest -n 2 --dist loadfile -m check
 
 gpu-check:  # by the Python in .venv where there is one, else by the machine's own
 	$(PYTHON) -m bench gpu-check

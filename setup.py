@@ -68,7 +68,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-prec-div=false", "-Xcompiler
 # csrc/cuda/scan.cu is compiled once per element type.
 CUDA_OBJECTS = {
     f"cuda_scan_{element}": ("csrc/cuda/scan.cu", [f"-DMRU_ELEMENT={element}"])
-    for element in ("float32", "float64", "bfloat16", "float16")
+    for element in ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 }
 
 

@@ -34,7 +34,7 @@ if found=$(sanitized python -c "$control" "$build/package" 2>&1) || [[ $found !=
   exit 1
 fi
 
-sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$build/package ." --hypothesis-profile=brief \
+sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$build/package ." -n 2 --hypothesis-profile=brief \
   -m "not slow and not check" tests/test_op.py tests/test_bad_input.py "$@"
 
 # The CUDA kernels under host execution; their deliberate faults are left out, as the sanitizers end a run.

@@ -36,6 +36,14 @@ template <class V>
 MRU_INLINE Complex<V> conj(Complex<V> x) {
   return {x.re, -x.im};
 }
+template <class V>
+MRU_INLINE V real(V x) {
+  return x;
+}
+template <class V>
+MRU_INLINE V real(Complex<V> x) {
+  return x.re;
+}
 
 // The real type of a type that may be complex.
 template <class V>

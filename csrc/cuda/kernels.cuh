@@ -18,9 +18,12 @@ constexpr int kForwardThreads = 64;
 constexpr int kForwardTile = 8, kBackwardTile = 8;
 constexpr int kLanes = 32, kGroups = 32;  // threads of `carry` and `reduce`: channels, rows at once
 
-// A factor of a job in which a sequence begins (for the adjoint: ends): what came before is forgotten, NaN included.
-// Other factors are in [0, 1].
-constexpr int kForget = -1;
+// The factor of a job in which a sequence begins (for the adjoint: ends): what came before is forgotten, NaN included.
+// It is NaN; where a NaN in the inputs makes a factor NaN, the offset is NaN as well, and nothing is lost.
+template <class S>
+__device__ __forceinline__ S forgets() {
+  return S(__builtin_nan(""));
+}
 
 // What a kernel is compiled for. Bit i of kChannels_: input i is one value per channel instead of a stream.
 template <class Cell_, class T_, int W_, unsigned kChannels_>
@@ -347,7 +350,7 @@ __device__ __forceinline__ void store_h(typename F::T* at, const typename F::Sta
                                         const typename F::States& s) {
   typename F::States h;
 #pragma unroll
-  for (int w = 0; w < F::W; ++w) h.at[w] = alpha.at[w] * s.at[w];
+  for (int w = 0; w < F::W; ++w) h.at[w] = real(alpha.at[w]) * s.at[w];
   store<Traffic::kStream>(at, narrow<typename F::T>(h));
 }
 
@@ -419,7 +422,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4) summarize(const __grid_con
           typename F::S x[F::kInputs];
           tile.inputs(t, w, channel, x);
           u.at[w] = cell.step(x, u.at[w]);
-          a.at[w] = cell.pull(x, a.at[w]);
+          a.at[w] = conj(cell.pull(x, conj(a.at[w])));
           if constexpr (F::Cell::kEvents) codes |= cell.encode(x) << 2 * t;
         }
         words.at[w] |= codes << 2 * before;
@@ -428,7 +431,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4) summarize(const __grid_con
   }
   if constexpr (F::Cell::kEvents)
     if (word >= 0) store_events<F>(scan, plan.segments_divisor(job), word, d, words);
-  store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(kForget) : a);
+  store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
   store_states<F>(work.offset, job, scan.channels, d, u);
 }
 
@@ -468,7 +471,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4) expand(const __grid_consta
 
 template <class S>
 __device__ __forceinline__ S apply(S a, S u, S s) {
-  if (a == S(kForget)) return u;
+  if (a != a) return u;  // forgets
   if (s != s) return s;
   return a == S(0) ? u : a * s + u;
 }
@@ -493,7 +496,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   for (int64_t i = begin; i < end; ++i) {
     const S factor = read(work.factor, i);
     u = apply(factor, read(work.offset, i), u);
-    a = factor == S(kForget) || a == S(kForget) ? S(kForget) : factor * a;
+    a = factor * a;
   }
   run_factor[threadIdx.y * kLanes + threadIdx.x] = a;
   run_offset[threadIdx.y * kLanes + threadIdx.x] = u;
@@ -557,7 +560,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
       for (int t = U - 1; t >= 0; --t) {
 #pragma unroll
         for (int w = 0; w < F::W; ++w) {
-          const typename F::S lambda = alpha.at[w] * widen(grad[t].at[w]) + m.at[w];
+          const typename F::S lambda = real(alpha.at[w]) * widen(grad[t].at[w]) + m.at[w];
           if constexpr (kFromEvents) {
             const int code = codes.at[w] >> 2 * t & 3;
             m.at[w] = cell.pull_event(code, lambda);
@@ -572,7 +575,7 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
       }
     });
   }
-  store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(kForget) : a);
+  store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
   store_states<F>(work.offset, job, scan.channels, d, m);
 }
 
@@ -741,7 +744,7 @@ __global__ void __launch_bounds__(Room<F, kFromEvents>::kThreads, 1)
               S x[F::kInputs], dx[F::kInputs];
               tile.inputs(0, w, channel, x);
               const S g = widen(grad.at[w]);
-              m.at[w] = cell.vjp(x, before.at[w], alpha.at[w] * g + m.at[w], dx);
+              m.at[w] = cell.vjp(x, before.at[w], real(alpha.at[w]) * g + m.at[w], dx);
               sums[0].at[w] += g * s.at[w];
               for_channels([&](int i, int k) { sums[k].at[w] += dx[i]; });
               for_streams<F>([&](int i, int) { gradients[i].at[w] = dx[i]; });

@@ -26,6 +26,10 @@ template <>
 struct StateOf<double> {
   using type = double;
 };
+template <class S>
+struct StateOf<Complex<S>> {
+  using type = Complex<S>;
+};
 
 // N values; as an object in memory it is aligned to its size, at most 16 bytes.
 template <class T, int N>
@@ -157,6 +161,10 @@ inline uint32_t narrow_pair(Float16Bits, float low, float high) {
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
+template <class S>
+__device__ __forceinline__ Complex<S> widen(Complex<S> x) {
+  return x;
+}
 
 template <Traffic kind, int N, class T>
 __device__ __forceinline__ Vector<T, N> load(const T* p) {

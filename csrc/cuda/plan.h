@@ -49,7 +49,7 @@ struct Plan {
     if (scan.segment > 0) segments = std::max<int64_t>(1, (scan.time + scan.segment - 1) / scan.segment);
     jobs = chunked() ? scan.batch * segments : scan.sequences;
     segments_divisor = Divisor(segments), chunk_divisor = Divisor(scan.chunk);
-    state_size_ = scan.dtype == Dtype::kFloat64 ? 8 : 4;
+    state_size_ = state_bytes(scan.dtype);
     states_bytes = (jobs * scan.channels * state_size_ + 15) / 16 * 16;
     if (!backward) return;
     sum_rows = std::min(jobs, kMostSumRows);
@@ -92,13 +92,16 @@ struct Kernels {
   const char* (*forward)(const Scan&, void* workspace, void* stream);
   const char* (*backward)(const Scan&, void* workspace, void* stream);
 };
-extern const Kernels kernels_float32, kernels_float64, kernels_bfloat16, kernels_float16;
+extern const Kernels kernels_float32, kernels_float64, kernels_bfloat16, kernels_float16, kernels_complex64,
+    kernels_complex128;
 
 inline const Kernels& kernels(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat64: return kernels_float64;
     case Dtype::kBFloat16: return kernels_bfloat16;
     case Dtype::kFloat16: return kernels_float16;
+    case Dtype::kComplex64: return kernels_complex64;
+    case Dtype::kComplex128: return kernels_complex128;
     default: return kernels_float32;
   }
 }

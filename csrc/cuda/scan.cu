@@ -1,5 +1,6 @@
 // Launches of the kernels for one element type: compiled once per row of `Element`, with -DMRU_ELEMENT=float32 and so on.
 #include "../cells/bmru.h"
+#include "../cells/linear.h"
 #include "../cells/schmitt.h"
 #include "kernels.cuh"
 
@@ -11,6 +12,8 @@ struct Element {
   using float64 = double;
   using bfloat16 = BFloat16Bits;
   using float16 = Float16Bits;
+  using complex64 = Complex<float>;
+  using complex128 = Complex<double>;
 };
 using T = Element::MRU_ELEMENT;
 using S = StateOf<T>::type;
@@ -139,10 +142,15 @@ void with_channels(const Scan& scan, Each each) {
 }
 template <class Each>
 void with_form(const Scan& scan, Each each) {
-  switch (scan.cell) {
-    case CellKind::kBmru:
-      return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, each) : with_channels<Bmru<S, false>>(scan, each);
-    case CellKind::kSchmitt: return with_width<Schmitt<S>, 6u>(scan, each);
+  if constexpr (RealOf<S>::is_complex) {
+    with_channels<Linear<S>>(scan, each);
+  } else {
+    switch (scan.cell) {
+      case CellKind::kBmru:
+        return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, each) : with_channels<Bmru<S, false>>(scan, each);
+      case CellKind::kSchmitt: return with_width<Schmitt<S>, 6u>(scan, each);
+      case CellKind::kLinear: return with_channels<Linear<S>>(scan, each);
+    }
   }
 }
 

@@ -19,7 +19,7 @@ void poison(void* p, int64_t bytes) {
   if (p && bytes > 0) std::memset(p, simt::kNanByte, bytes);
 }
 void poison(const Scan& scan, const mru::Stream& stream) {
-  const int64_t size = scan.dtype == mru::Dtype::kFloat64 ? 8 : scan.dtype == mru::Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = mru::element_bytes(scan.dtype);
   if (!stream.data) return;
   for (int64_t b = 0; b < scan.batch; ++b)
     for (int64_t t = 0; t < scan.time; ++t)
@@ -27,7 +27,7 @@ void poison(const Scan& scan, const mru::Stream& stream) {
 }
 
 void launch(const Scan& scan, bool backward) {
-  const int64_t row = scan.channels * (scan.dtype == mru::Dtype::kFloat64 ? 8 : 4);
+  const int64_t row = scan.channels * mru::state_bytes(scan.dtype);
   if (backward) {
     for (int i = 0; i < scan.inputs; ++i) poison(scan, scan.grad_in[i]), poison(scan.grad_channel[i], row);
     poison(scan.grad_alpha, row);
@@ -66,7 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { mru::implement_cells<Simt>(m, "simt"); 
 
 #ifdef MRU_ONE_ELEMENT
 namespace mru::cuda {
-const Kernels kernels_float64{}, kernels_bfloat16{}, kernels_float16{};
+const Kernels kernels_float64{}, kernels_bfloat16{}, kernels_float16{}, kernels_complex64{}, kernels_complex128{};
 }
 #endif
 

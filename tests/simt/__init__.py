@@ -21,7 +21,7 @@ from ninja import ninja_syntax
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
-ELEMENTS = ("float32", "float64", "bfloat16", "float16")
+ELEMENTS = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 SUPPORTED = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 SANITIZE = os.environ.get("MRU_SANITIZE") == "1"
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import simt
-from bench import compare, inputs
+from bench import compare, errors, inputs
 from mru_kernels.backends import CHUNK
-from mru_kernels.cells.bmru import CELL
+from mru_kernels.cells.bmru import CELL as BMRU
+from mru_kernels.cells.linear_recurrence import CELL as LINEAR
 from simt import backend
 
 _MAP_NORESERVE = 0x4000  # memory that nobody touches takes no room
@@ -53,10 +54,15 @@ def compare_cases(cases: list[inputs.Case]) -> None:
         require(row.passed, f"{compare.table([row])}, segments of {steps}")
 
 
+def cells_of(dtype: torch.dtype) -> list[str]:
+    """The cells that take streams of `dtype`."""
+    return [cell for cell, declared in inputs.CELLS.items() if dtype in declared.dtypes.values()]
+
+
 def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
     """The covering cases, cut down to sizes that host execution bears."""
     cases = []
-    for case in (case for cell in inputs.CELLS for case in inputs.covering_cases(cell, dtype)):
+    for case in (case for cell in cells_of(dtype) for case in inputs.covering_cases(cell, dtype)):
         time = {1000: 129, 4097: 193}.get(case.options["time"], case.options["time"])
         channels = {100: 20}.get(case.options["channels"], case.options["channels"])
         cases.append(inputs.Case(case.cell, dtype, {**case.options, "time": time, "channels": channels}, case.seed))
@@ -84,7 +90,7 @@ def results(call: inputs.Call, steps: int) -> dict[str, Tensor]:
 
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     with segments(steps):
-        h, final = mru_kernels.bmru(**leaves, **call.settings, backend="simt")
+        h, final = getattr(mru_kernels, call.cell)(**leaves, **call.settings, backend="simt")
         grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
     return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -114,23 +120,26 @@ def measure(op: Callable, *arguments) -> tuple[Sequence[Tensor], dict[str, list[
 
 def check_traffic(dtype: torch.dtype) -> None:
     """Bytes of streams and events equal the budget; what else is moved is a few states a job."""
-    e, s = dtype.itemsize, 8 if dtype == torch.float64 else 4
+    e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
     batch, time, epsilon = 2, 4 * CHUNK, torch.zeros((), dtype=torch.float64)
-    for channels, amplitude, per_channel, reverse, steps in product(
-        (16, 3), (False, True), (False, True), (False, True), (0, CHUNK)
+    forms = [(LINEAR, 2)] if dtype.is_complex else [(BMRU, 2), (BMRU, 3), (LINEAR, 2)]
+    for channels, (cell, n_inputs), per_channel, reverse, steps in product(
+        (16, 3), forms, (False, True), (False, True), (0, CHUNK)
     ):
         shape = (batch, time, channels)
-        streams = [torch.randn(shape).to(dtype) for _ in range(3 - per_channel - (not amplitude))]
-        channel = [torch.randn(channels)] if per_channel else []
-        alpha = torch.randn(channels)
+        streams = [torch.randn(shape).to(dtype) for _ in range(n_inputs - per_channel)]
+        channel = [torch.randn(channels).to(errors.state_dtype(dtype))] if per_channel else []
+        alpha = None if dtype.is_complex else torch.randn(channels)
         call = (streams, channel, alpha, None, None, epsilon, 1.0, reverse, 0, CHUNK, steps)
         n = batch * time * channels
         jobs = batch * time // (steps or time)
-        chunked, packs = steps > 0, steps > 0 and not amplitude
-        (h, final_state, checkpoints, events), moved = measure(CELL.forward["simt"], *call, True)
+        chunked, events_fit = steps > 0, n_inputs == cell.event_inputs
+        packs = chunked and events_fit
+        (h, final_state, checkpoints, events), moved = measure(cell.forward["simt"], *call, True)
         states = checkpoints.nbytes + final_state.nbytes
-        where = f"{channels=} {amplitude=} {per_channel=} {reverse=} {steps=} {moved}"
-        rereads = 2 if chunked and amplitude else 1
+        form = f"{cell.name} of {n_inputs}, {channels=} {per_channel=} {reverse=} {steps=}"
+        where = f"{form} {moved}"
+        rereads = 2 if chunked and not events_fit else 1
         require(moved["stream"] == [rereads * len(streams) * n * e, n * e], f"forward, streams: {where}")
         require(moved["events"] == [n // 4 * packs] * 2, f"forward, events: {where}")
         # factor, offset and entry written; alpha and threshold for each kernel; factor and offset twice, entry.
@@ -138,12 +147,13 @@ def check_traffic(dtype: torch.dtype) -> None:
         require(moved["state"][1] == states + 3 * carries * chunked, f"forward, states written: {where}")
         require(moved["state"][0] <= (9 if chunked else 2) * carries, f"forward, states read: {where}")
 
-        _, moved = measure(CELL.backward["simt"], h, final_state, *call, checkpoints, events)
-        where = f"{channels=} {amplitude=} {per_channel=} {reverse=} {steps=} {moved}"
-        reads = len(streams) + 1 + ((1 + len(streams) * amplitude) if chunked else 0)
+        _, moved = measure(cell.backward["simt"], h, final_state, *call, checkpoints, events)
+        where = f"{form} {moved}"
+        reads = len(streams) + 1 + ((1 + len(streams) * (not events_fit)) if chunked else 0)
         require(moved["stream"] == [reads * n * e, len(streams) * n * e], f"backward, streams: {where}")
         require(moved["events"] == [n // 2 * packs, 0], f"backward, events: {where}")
-        sums = (1 + per_channel) * (carries + channels * s)
+        totals = (alpha is not None) + per_channel
+        sums = (1 + per_channel) * carries * (totals > 0) + totals * channels * s
         states = final_state.nbytes + sums
         require(moved["state"][1] == states + 3 * carries * chunked, f"backward, states written: {where}")
         bound = checkpoints.nbytes + (11 if chunked else 3) * carries + sums
@@ -173,18 +183,27 @@ def check_far_strides(dtype: torch.dtype) -> None:
 
 def check_misaligned(dtype: torch.dtype) -> None:
     """Channels that 16 bytes divide, in rows or tensors that do not begin on 16 bytes."""
-    tensors = inputs.case("bmru", dtype, time=70, channels=16, alpha=True, threshold="channel").build().tensors
+    for cell, options, settings in (
+        ("bmru", {"alpha": True, "threshold": "channel"}, {"epsilon": 0.5}),
+        ("linear_recurrence", {"decay": "channel"}, {}),
+    ):
+        if cell in cells_of(dtype):
+            call = inputs.case(cell, dtype, time=70, channels=16, **options).build()
+            _check_misaligned(inputs.call(cell, call.tensors, settings))
 
+
+def _check_misaligned(aligned: inputs.Call) -> None:
     def moved(t: Tensor, offset: int, padding: int) -> Tensor:
         wide = t.new_empty((*t.shape[:-1], offset + t.shape[-1] + padding))
         return wide[..., offset : offset + t.shape[-1]].copy_(t)
 
-    aligned = inputs.call("bmru", tensors, {"epsilon": 0.5})
+    tensors = aligned.tensors
     for steps in (0, CHUNK):
         expected = results(aligned, steps)
         for name in tensors:
             for offset, padding in ((1, 15), (0, 1)):
-                call = inputs.call("bmru", {**tensors, name: moved(tensors[name], offset, padding)}, {"epsilon": 0.5})
+                elsewhere = {**tensors, name: moved(tensors[name], offset, padding)}
+                call = inputs.call(aligned.cell, elsewhere, aligned.settings)
                 for result, value in results(call, steps).items():
                     require(torch.equal(value, expected[result]), f"{result}, {name} at {offset} + {padding}")
 
@@ -197,8 +216,8 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
         cu_seqlens = torch.tensor(offsets)
         for reverse, steps in product((False, True), (0, CHUNK)):
             call = ([c, c], [], None, None, cu_seqlens, epsilon, 1.0, reverse, 0, CHUNK, steps)
-            h, final_state, checkpoints, events = CELL.forward["simt"](*call, True)
-            CELL.backward["simt"](h, final_state, *call, checkpoints, events)
+            h, final_state, checkpoints, events = BMRU.forward["simt"](*call, True)
+            BMRU.backward["simt"](h, final_state, *call, checkpoints, events)
 
 
 CHECKS = (
