@@ -2,21 +2,29 @@
 
 from importlib.metadata import version as _version
 
+from . import distributed
 from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
-from .nn import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU
+from .network import MRUBlock, MRUNetwork
+from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM
 
 __version__ = _version("mru_kernels")
 __all__ = [
     "BMRU",
     "CMRU",
+    "LRU",
     "AlphaCMRU",
     "FirstQuadrantBMRU",
+    "MRUBlock",
+    "MRUNetwork",
+    "MinGRU",
+    "MinLSTM",
     "available_backends",
     "bmru",
     "bmru_step",
+    "distributed",
     "linear_recurrence",
     "linear_recurrence_step",
     "schmitt",

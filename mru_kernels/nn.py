@@ -1,4 +1,4 @@
-"""Memory recurrent units as modules, with the interface of `torch.nn.GRU`.
+"""Memory recurrent units and linear recurrent units as modules, with the interface of `torch.nn.GRU`.
 
 Every layer and direction is one projection, which makes the gates `[B, T, k D]` side by side, and one scan
 over them. `MRUBase` does all that units have in common; a unit states its gates, its vectors and its scan.
@@ -18,16 +18,17 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, ops
 from .cells.bmru import bmru_packed
+from .cells.linear_recurrence import linear_recurrence
 from .cells.schmitt import schmitt
 
-__all__ = ["BMRU", "CMRU", "AlphaCMRU", "FirstQuadrantBMRU", "MRUBase", "WriteOrHold"]
+__all__ = ["BMRU", "CMRU", "LRU", "AlphaCMRU", "FirstQuadrantBMRU", "MRUBase", "MinGRU", "MinLSTM", "WriteOrHold"]
 
 
 class MRUBase(torch.nn.Module):
     """Layers and directions of projection and scan, shared by all units; `BMRU` has arguments and results.
 
-    A subclass states `gates`, `vectors` and `_scan`. Parameters of layer k, with the suffix `_reverse` for
-    its second direction, where D is `hidden_size`:
+    A subclass states `gates` and `_scan`, and `vectors`, `initial_states` and `dtypes` where it differs in
+    them. Parameters of layer k, with the suffix `_reverse` for its second direction, where D is `hidden_size`:
 
         weight_ih_l{k}      [gates * D, input_size or directions * D]
         bias_ih_l{k}        [gates * D], without the gates that `bias=False` leaves bare
@@ -40,8 +41,14 @@ class MRUBase(torch.nn.Module):
     is drawn as in `nn.Linear` and absent with `bias=False`.
     """
 
-    vectors: ClassVar[Mapping[str, float]]
+    vectors: ClassVar[Mapping[str, float]] = {}
     """Parameters `[D]` that `_scan` is given by name, with their initial value."""
+
+    initial_states: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    """The two values from which a learned initial state is drawn."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
+    """What the parameters may be in."""
 
     weight_ih_l0: Tensor
 
@@ -60,12 +67,7 @@ class MRUBase(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name}: expected a positive int, got {size}")
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
             raise TypeError(f"dropout: expected a float, got {type(dropout).__name__}")
         if not 0.0 <= dropout <= 1.0:
@@ -75,8 +77,7 @@ class MRUBase(torch.nn.Module):
                 f"dropout acts between layers, so dropout={dropout} does nothing with num_layers=1",
                 stacklevel=2,
             )
-        if dtype is not None and dtype not in checks.STREAM_DTYPES:
-            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+        self._check_dtype(dtype or torch.get_default_dtype())
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -89,13 +90,7 @@ class MRUBase(torch.nn.Module):
 
         for layer, suffix in self._scans():
             width = input_size if layer == 0 else hidden_size * self.num_directions
-            shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(self.gates) * hidden_size, width)}
-            if self._bare_gates < len(self.gates):
-                shapes["bias_ih"] = ((len(self.gates) - self._bare_gates) * hidden_size,)
-            shapes |= dict.fromkeys(self.vectors, (hidden_size,))
-            if learn_initial_state:
-                shapes["initial_state"] = (hidden_size,)
-            for name, shape in shapes.items():
+            for name, shape in self._shapes(width).items():
                 parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name + suffix, parameter)
         self.reset_parameters()
@@ -110,15 +105,30 @@ class MRUBase(torch.nn.Module):
             for direction in range(self.num_directions):
                 yield layer, f"_l{layer}" + "_reverse" * direction
 
+    def _shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Parameters, by name, of a scan whose input has `width` features."""
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(self.gates) * self.hidden_size, width)}
+        if self._bare_gates < len(self.gates):
+            shapes["bias_ih"] = ((len(self.gates) - self._bare_gates) * self.hidden_size,)
+        shapes |= dict.fromkeys(self.vectors, (self.hidden_size,))
+        if self.learn_initial_state:
+            shapes["initial_state"] = (self.hidden_size,)
+        return shapes
+
+    def _biases(self, suffix: str) -> dict[str, Tensor]:
+        """The bias `[D]` of each gate that has one, as views."""
+        names = list(self.gates)[self._bare_gates :]
+        return dict(zip(names, getattr(self, "bias_ih" + suffix).split(self.hidden_size), strict=True)) if names else {}
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw projections as in `nn.Linear` and initial states from {-1, +1}; set the rest to constants."""
+        """Draw projections as in `nn.Linear` and initial states from `initial_states`; set the rest to constants."""
         for _, suffix in self._scans():
             weight: Tensor = getattr(self, "weight_ih" + suffix)
             bound = 1.0 / math.sqrt(weight.shape[1])
             weight.uniform_(-bound, bound)
-            for gate, value in enumerate(list(self.gates.values())[self._bare_gates :]):
-                bias = getattr(self, "bias_ih" + suffix).narrow(0, gate * self.hidden_size, self.hidden_size)
+            for gate, bias in self._biases(suffix).items():
+                value = self.gates[gate]
                 if value is None:
                     bias.uniform_(-bound, bound)
                 else:
@@ -126,7 +136,8 @@ class MRUBase(torch.nn.Module):
             for name, value in self.vectors.items():
                 getattr(self, name + suffix).fill_(value)
             if self.learn_initial_state:
-                getattr(self, "initial_state" + suffix).bernoulli_(0.5).mul_(2.0).sub_(1.0)
+                low, high = self.initial_states
+                getattr(self, "initial_state" + suffix).bernoulli_(0.5).mul_(high - low).add_(low)
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
@@ -164,7 +175,8 @@ class MRUBase(torch.nn.Module):
         """See `BMRU`."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        self._check_input(input, ranks=(2, 3))
+        order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
+        self._check_input(input, (2, 3), f"{order} or [time, features]")
         if input.dim() == 2:
             self._check_hx(hx, input, batch=())
             output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1)
@@ -173,9 +185,31 @@ class MRUBase(torch.nn.Module):
         self._check_hx(hx, input, batch=(batch,))
         return self._layers(input, hx, batch, time_first=not self.batch_first)
 
+    @torch.no_grad()
+    def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of `forward`, for streaming inference; there is no gradient.
+
+        Args:
+            input: `[B, input_size]`.
+            hx: as for `forward`: `[num_layers, B, D]`.
+
+        Returns:
+            The output `[B, D]` and the states after the step `[num_layers, B, D]`, equal to `forward` with T = 1.
+
+        Raises:
+            RuntimeError: the module is bidirectional.
+            TypeError, ValueError: as `forward`.
+        """
+        if self.bidirectional:
+            raise RuntimeError("step: the second direction of a bidirectional module starts at the last step")
+        self._check_input(input, (2,), "[batch, features]")
+        time = 1 if self.batch_first else 0
+        output, h_n = self(input.unsqueeze(time), hx)
+        return output.squeeze(time), h_n
+
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        self._check_input(data, ranks=(2,))
+        self._check_input(data, (2,), "packed data [total, features]")
         order, cu_seqlens = _by_sequence(batch_sizes)
         order, cu_seqlens = order.to(data.device), cu_seqlens.to(data.device)
         sequences = cu_seqlens.shape[0] - 1
@@ -216,7 +250,7 @@ class MRUBase(torch.nn.Module):
                 cu_seqlens=cu_seqlens,
                 **{name: getattr(self, name + suffix) for name in self.vectors},
             )
-            outputs.append(h.transpose(0, 1) if time_first else h)
+            outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, suffix))
             finals.append(final)
         return _side_by_side(outputs), finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
 
@@ -229,10 +263,17 @@ class MRUBase(torch.nn.Module):
                 bias = F.pad(bias, (self._bare_gates * self.hidden_size, 0))
         return F.linear(x, getattr(self, "weight_ih" + suffix), bias)
 
+    def _output(self, h: Tensor, x: Tensor, suffix: str) -> Tensor:
+        """What one scan hands on, `[*, D]`, made from its result `h` and its input `x`."""
+        return h
+
+    def _learned_state(self, suffix: str) -> Tensor:
+        return getattr(self, "initial_state" + suffix)
+
     def _initial_state(self, given: Tensor | None, sequences: int, suffix: str) -> Tensor | None:
         if not self.learn_initial_state:
             return given
-        learned: Tensor = getattr(self, "initial_state" + suffix)
+        learned = self._learned_state(suffix)
         if given is None:
             return learned.expand(sequences, -1)
         if not torch.is_grad_enabled():
@@ -242,12 +283,17 @@ class MRUBase(torch.nn.Module):
 
     # ------------------------------------------------------------------------------------------------ checks
 
-    def _check_input(self, input: Tensor, ranks: tuple[int, ...]) -> None:
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in self.dtypes:
+            *names, last = (str(d).removeprefix("torch.") for d in self.dtypes)
+            raise TypeError(f"dtype: expected {', '.join(names)} or {last}, got {dtype}")
+
+    def _check_input(self, input: Tensor, ranks: tuple[int, ...], expected: str) -> None:
+        self._check_dtype(self.weight_ih_l0.dtype)  # a move may have changed it
         if not isinstance(input, Tensor):
-            raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
+            kinds = "a tensor or a PackedSequence" if 3 in ranks else f"a tensor {expected}"
+            raise TypeError(f"input: expected {kinds}, got {type(input).__name__}")
         if input.dim() not in ranks:
-            order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
-            expected = "packed data [total, features]" if ranks == (2,) else f"{order} or [time, features]"
             raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
         if input.shape[-1] != self.input_size:
             raise ValueError(f"input: expected {self.input_size} features, got shape {list(input.shape)}")
@@ -273,8 +319,21 @@ class MRUBase(torch.nn.Module):
         stream = input.dtype
         if torch.is_autocast_enabled(input.device.type) and stream != torch.float64:
             stream = torch.get_autocast_dtype(input.device.type)
-        if hx.dtype not in (stream, ops.state_dtype(stream)):
-            raise TypeError(f"hx: expected dtype {stream} or {ops.state_dtype(stream)}, got {hx.dtype}")
+        allowed = dict.fromkeys(self._state_dtypes(stream))
+        if hx.dtype not in allowed:
+            raise TypeError(f"hx: expected dtype {' or '.join(map(str, allowed))}, got {hx.dtype}")
+
+    def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
+        return stream, ops.state_dtype(stream)
+
+
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    """Raise for the first that is not an int of at least `least`, which is 1 or 0."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"{name}: expected a {'positive' if least else 'non-negative'} int, got {size}")
 
 
 def _side_by_side(outputs: list[Tensor]) -> Tensor:
@@ -369,12 +428,15 @@ class BMRU(WriteOrHold):
         h_n: final states, shaped as `hx`: the raw states s, without alpha, so that given as `hx` they
             continue the scan. float64 for float64 streams, else float32.
 
+        `step(input, hx=None)` is one step of it, for streaming.
+
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
 
     gates = {"candidate": None, "threshold": 1.0}
     vectors = {"alpha": 1.0}
+    initial_states = (-1.0, 1.0)
 
     def _scan(self, gates, initial_state, **options):
         return bmru_packed(
@@ -424,6 +486,7 @@ class FirstQuadrantBMRU(WriteOrHold):
 
     gates = {"candidate": None}
     vectors = {"low": 0.15, "width": 0.35, "alpha": 1.0}
+    initial_states = (0.0, 1.0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -434,8 +497,6 @@ class FirstQuadrantBMRU(WriteOrHold):
             around = {name: self.vectors[name] for name in ("low", "width")} | ({"bias_ih": 0.5} if self.bias else {})
             for name, value in around.items():
                 getattr(self, name + suffix).uniform_(0.8 * value, 1.2 * value)
-            if self.learn_initial_state:
-                getattr(self, "initial_state" + suffix).clamp_(min=0.0)
 
     def _scan(self, gates, initial_state, **options):
         low, width = options.pop("low"), options.pop("width")
@@ -448,3 +509,195 @@ class FirstQuadrantBMRU(WriteOrHold):
             surrogate_scale=self.surrogate_scale,
             **options,
         )
+
+
+class MinGRU(MRUBase):
+    """Layers of minimal gated recurrent units (arXiv 2410.01201), used like `torch.nn.GRU`.
+
+    For each step, with g(x) = x + 1/2 for x >= 0, else sigmoid(x), which is positive::
+
+        candidate_t = W_c x_t + b_c        update_t = W_z x_t + b_z
+        z_t = sigmoid(update_t)
+        h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t)
+
+    Arguments, call and errors are those of `BMRU`, without `epsilon` and `surrogate_scale`. `bias=False` drops b_c
+    only. A learned initial state starts at zero, as unlearned ones do. In half precision a decay 1 - z_t nearer to 1
+    than 2^-9 (bfloat16) or 2^-12 (float16) rounds to 1.
+
+    Args:
+        max_time_scale: in steps, at least 2. Without an input, a state fades with the time scale 1 / z_t, which the
+            initial b_z draws uniformly from [2, max_time_scale] (chrono initialisation, arXiv 1804.11188). At 2 all b_z
+            are 0 and half the state is gone after one step; for a long memory give the length of what is to be
+            remembered.
+    """
+
+    gates = {"candidate": None, "update": 0.0}
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, max_time_scale: float = 2.0, **options: Any
+    ) -> None:
+        self.max_time_scale = _number("max_time_scale", max_time_scale, 2.0, math.inf)
+        super().__init__(input_size, hidden_size, num_layers, **options)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw projections as in `nn.Linear`, gate biases from the time scales; set initial states to zero."""
+        super().reset_parameters()
+        for _, suffix in self._scans():
+            biases = self._biases(suffix)
+            odds = torch.empty_like(biases["update"]).uniform_(1.0, self.max_time_scale - 1.0)  # of keeping
+            biases["update"].copy_(-odds.log())
+            if "forget" in biases:
+                biases["forget"].copy_(odds.log())
+
+    def _log_odds(self, *gates: Tensor) -> Tensor:
+        """Of keeping the state: the decay is their sigmoid."""
+        (update,) = gates
+        return -update
+
+    def _scan(self, gates, initial_state, **options):
+        candidate, *others = gates.chunk(len(self.gates), -1)
+        keep = self._log_odds(*others)
+        value = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
+        return linear_recurrence(keep.sigmoid(), keep.neg().sigmoid() * value, initial_state, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, max_time_scale={self.max_time_scale:g}"
+
+
+class MinLSTM(MinGRU):
+    """Layers of minimal LSTM units with normalised gates (arXiv 2410.01201), used like `torch.nn.GRU`.
+
+    For each step, with g as in `MinGRU`::
+
+        candidate_t = W_c x_t + b_c        update_t = W_i x_t + b_i        forget_t = W_f x_t + b_f
+        i_t = sigmoid(update_t)            f_t = sigmoid(forget_t)
+        h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) g(candidate_t)
+
+    The share of the old state is evaluated as `sigmoid(log f_t - log i_t)`, which no gate near 0 upsets. All else is as
+    in `MinGRU`; initially b_f = -b_i, which gives the time scales said there.
+    """
+
+    gates = {"candidate": None, "update": 0.0, "forget": 0.0}
+
+    def _log_odds(self, *gates: Tensor) -> Tensor:
+        update, forget = gates
+        return F.logsigmoid(forget) - F.logsigmoid(update)
+
+
+class LRU(MRUBase):
+    """Layers of linear recurrent units (arXiv 2303.06349) with D complex states, used like `torch.nn.GRU`.
+
+    For each step, with complex matrices B and C and per-channel nu, theta and gamma::
+
+        a = exp(-exp(nu) + i exp(theta))
+        s_t = a s_{t-1} + exp(gamma) B x_t
+        y_t = Re(C s_t) + D x_t
+
+    D is a vector where the layer's input has `hidden_size` features, else a matrix. There are no biases and no
+    activations, so that a stack of layers is linear; `MRUNetwork` puts gates between them.
+
+    Parameters are real, so that optimisers and moves see nothing unusual. Those of layer k, with the suffix `_reverse`
+    for its second direction:
+
+        weight_ih_l{k}      [2 D, input_size or directions * D], B: the real and imaginary part of a row in turn
+        weight_ho_l{k}      [D, 2 D], C: the real and negative imaginary part of a column in turn
+        skip_l{k}           D: [D], or [D, input_size or directions * D]
+        nu_log_l{k}, theta_log_l{k}, gamma_log_l{k}     [D]: nu, theta, gamma
+        initial_state_l{k}  [D, 2], real and imaginary part, unless `learn_initial_state` is false
+
+    Initially a is uniform in the ring r_min <= |a| <= r_max with a phase in [0, max_phase], gamma is
+    log sqrt(1 - |a|^2), B, C and D are normal with variances (of each part, for the complex ones) 1 / (2 inputs),
+    1 / D and 1 (matrix: 1 / inputs), and learned initial states are zero.
+
+    Args:
+        r_min, r_max: 0 <= r_min <= r_max <= 1. A state fades with the time scale 1 / (1 - |a|) steps: for a long memory
+            bring r_min near to 1.
+        max_phase: in radians. A small one keeps from states that turn too fast on long sequences.
+
+    The other arguments, call and errors are those of `BMRU`, without `bias`, `epsilon` and `surrogate_scale`. The
+    output is real, `hx` and `h_n` are complex64, or complex128 for float64. Half precision is a TypeError: the states
+    have no such dtype. Under autocast only the matrix products are in half precision.
+    """
+
+    gates = {"real": None, "imaginary": None}
+    vectors = {"nu_log": 0.0, "theta_log": 0.0}
+    dtypes = (torch.float32, torch.float64)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        r_min: float = 0.0,
+        r_max: float = 1.0,
+        max_phase: float = 2 * math.pi,
+        **options: Any,
+    ) -> None:
+        if "bias" in options:
+            raise TypeError("bias: the unit has none")
+        self.r_max = _number("r_max", r_max, 0.0, 1.0)
+        self.r_min = _number("r_min", r_min, 0.0, self.r_max)
+        self.max_phase = _number("max_phase", max_phase, 0.0, math.inf)
+        super().__init__(input_size, hidden_size, num_layers, bias=False, **options)
+
+    def _shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        channels = self.hidden_size
+        shapes = super()._shapes(width) | {
+            "gamma_log": (channels,),
+            "weight_ho": (channels, 2 * channels),
+            "skip": (channels,) if width == channels else (channels, width),
+        }
+        if self.learn_initial_state:
+            shapes["initial_state"] = (channels, 2)
+        return shapes
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters as said above."""
+        super().reset_parameters()
+        for _, suffix in self._scans():
+            p = {name: getattr(self, name + suffix) for name in self._shapes(0)}
+            inputs = p["weight_ih"].shape[1]
+            tiny, almost_one = torch.finfo(p["nu_log"].dtype).tiny, 1.0 - torch.finfo(p["nu_log"].dtype).eps
+            square = p["nu_log"].uniform_(self.r_min**2, self.r_max**2).clamp_(tiny, almost_one)  # of the modulus
+            square.log_().mul_(-0.5).log_()
+            p["theta_log"].uniform_(0.0, self.max_phase).clamp_(min=tiny).log_()
+            p["gamma_log"].copy_(torch.expm1(-2.0 * p["nu_log"].exp()).neg_().log_().mul_(0.5))
+            p["weight_ih"].normal_(std=(2 * inputs) ** -0.5)
+            p["weight_ho"].normal_(std=self.hidden_size**-0.5)
+            p["skip"].normal_(std=1.0 if p["skip"].dim() == 1 else inputs**-0.5)
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        gamma = getattr(self, "gamma_log" + suffix).exp()
+        weight = getattr(self, "weight_ih" + suffix)
+        return F.linear(x, gamma.repeat_interleave(2).unsqueeze(1) * weight).to(weight.dtype)  # autocast halves it
+
+    def _scan(self, gates, initial_state, **options):
+        decay = torch.polar(options.pop("nu_log").exp().neg().exp(), options.pop("theta_log").exp())
+        update = torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
+        return linear_recurrence(decay, update, initial_state, **options)
+
+    def _output(self, h: Tensor, x: Tensor, suffix: str) -> Tensor:
+        y = F.linear(torch.view_as_real(h).flatten(-2), getattr(self, "weight_ho" + suffix))
+        skip = getattr(self, "skip" + suffix)
+        return y + (skip * x if skip.dim() == 1 else F.linear(x, skip)).to(y.dtype)  # autocast leaves products alone
+
+    def _learned_state(self, suffix: str) -> Tensor:
+        return torch.view_as_complex(getattr(self, "initial_state" + suffix))
+
+    def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
+        return (torch.complex128 if stream == torch.float64 else torch.complex64,)
+
+    def extra_repr(self) -> str:
+        options = super().extra_repr().replace(", bias=False", "")
+        return f"{options}, r_min={self.r_min:g}, r_max={self.r_max:g}, max_phase={self.max_phase:g}"
+
+
+def _number(name: str, value: float, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not least <= value <= most or math.isinf(value):
+        raise ValueError(f"{name}: expected a finite number in [{least:g}, {most:g}], got {value}")
+    return float(value)

@@ -261,6 +261,33 @@ def test_two_halves_with_the_state_handed_over(cls):
     assert torch.equal(last, h_n)
 
 
+@all_classes
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_steps_are_the_whole_pass(cls, batch_first):
+    module = make(cls, 4, 6, 3, integer=True, batch_first=batch_first)
+    x = integers(2, 30, 4)
+    output, h_n = module(x if batch_first else x.transpose(0, 1))
+    state = None
+    for t in range(30):
+        y, state = module.step(x[:, t], state)
+        assert torch.equal(y, output[:, t] if batch_first else output[t])
+    assert torch.equal(state, h_n)
+    assert not y.requires_grad
+    assert not state.requires_grad
+
+
+def test_bad_steps():
+    with pytest.raises(RuntimeError, match="step: the second direction of a bidirectional module starts at the last"):
+        make(mk.BMRU, 4, 6, bidirectional=True).step(torch.ones(2, 4))
+    module = make(mk.BMRU, 4, 6)
+    with pytest.raises(ValueError, match=r"input: expected \[batch, features\], got shape \[2, 1, 4\]"):
+        module.step(torch.ones(2, 1, 4))
+    with pytest.raises(TypeError, match=r"input: expected a tensor \[batch, features\], got PackedSequence"):
+        module.step(pack_sequence([torch.ones(3, 4)]))
+    with pytest.raises(ValueError, match=r"hx: expected shape \[1, 2, 6\]"):
+        module.step(torch.ones(2, 4), torch.ones(2, 6))
+
+
 def test_learned_initial_state():
     module = make(mk.BMRU, 4, 6, 2)
     x = torch.randn(3, 10, 4)
