@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 
 import pytest
 import torch
+
+TIMEOUT = 20  # seconds that a member of the group waits for another
 
 
 def run(
@@ -27,7 +30,9 @@ def run(
 
 def _member(rank: int, function: Callable[..., None], rendezvous: str, count: int, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT)
+    )
     function(rank, *arguments)
     # A DistributedDataParallel that outlives the group drops its last reference with the GIL held, which the group's
     # threads need to end: some runs hang. What the function made goes first.
