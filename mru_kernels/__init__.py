@@ -9,6 +9,7 @@ from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
 from .network import MRUBlock, MRUNetwork
 from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM
+from .streaming import stream
 
 __version__ = _version("mru_kernels")
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "linear_recurrence_step",
     "schmitt",
     "schmitt_step",
+    "stream",
 ]
 
 available_backends()  # registers the CPU kernels, so that exported programs find them without a call through here

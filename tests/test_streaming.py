@@ -1,0 +1,127 @@
+"""Streams: chunks of any length, with the state carried over, equal the whole, in constant memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mru_kernels as mk
+
+CUTS = [1, 40, 0, 25, 34]  # steps of the chunks; an empty one is a chunk too
+
+
+def _module(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    where = {"dtype": torch.float64}
+    match kind:
+        case "network":
+            units = {"bmru": {}, "min_gru": {}, "lru": {}}
+            return mk.MRUNetwork(5, 3, width=8, num_blocks=2, units=units, conv_size=3, **where)
+        case "block":
+            return mk.MRUBlock(5, "cmru", **where)
+    return getattr(mk, kind)(5, 8, 2, **where)
+
+
+@pytest.mark.parametrize("kind", ["BMRU", "AlphaCMRU", "FirstQuadrantBMRU", "MinLSTM", "LRU", "block", "network"])
+def test_chunks_equal_the_whole(kind):
+    module = _module(kind)
+    x = torch.randn(3, sum(CUTS), 5, dtype=torch.float64)
+    whole, state = module(x)
+    feed = mk.stream(module)
+    cuts = [n for n in CUTS if n > 0] if kind in ("block", "network") else CUTS
+    for _ in range(2):
+        pieces = [feed(chunk) for chunk in x.split(cuts, 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole)
+        torch.testing.assert_close(feed.state, state)
+        feed.reset()
+        assert feed.state is None
+
+
+def test_integers_are_exact():
+    """Integer weights and inputs: the same gates for any cut, so the same bits."""
+    torch.manual_seed(0)
+    module = mk.CMRU(5, 8)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randint(-3, 4, parameter.shape))
+    x = torch.randint(-3, 4, (3, sum(CUTS), 5)).float()
+    whole, h_n = module(x)
+    feed = mk.stream(module)
+    assert torch.equal(torch.cat([feed(chunk) for chunk in x.split(CUTS, 1)], 1), whole)
+    assert torch.equal(feed.state, h_n)
+
+
+def test_no_gradient_passes_between_chunks():
+    module = _module("AlphaCMRU")
+    x = torch.randn(3, 60, 5, dtype=torch.float64)
+    feed = mk.stream(module)
+    feed(x[:, :30]).sum().backward()
+    assert not feed.state.requires_grad
+    module.zero_grad()
+    feed(x[:, 30:]).square().sum().backward()
+    got = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    _, h_n = module(x[:, :30])
+    module(x[:, 30:], h_n.detach())[0].square().sum().backward()
+    for one, parameter in zip(got, module.parameters(), strict=True):
+        assert torch.equal(one, parameter.grad)
+
+
+def test_a_state_is_data(tmp_path):
+    """Saved in the middle of a stream, loaded by a stream of another module with the same weights."""
+    module, other = _module("network"), _module("network")
+    x = torch.randn(3, 60, 5, dtype=torch.float64)
+    feed, again = mk.stream(module), mk.stream(other)
+    feed(x[:, :30])
+    torch.save(feed.state, tmp_path / "state")
+    again.state = torch.load(tmp_path / "state", weights_only=True)
+    assert torch.equal(feed(x[:, 30:]), again(x[:, 30:]))
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    feed, x = mk.stream(_module("BMRU")), torch.randn(3, 4, 5, dtype=torch.float64)
+    feed(x)
+    state = feed.state
+    for bad, error in (
+        (state[:1], ValueError), (state[:, :2], ValueError), (state.to(torch.bfloat16), TypeError),
+        (state.tolist(), TypeError), (state.to("meta"), ValueError),
+    ):  # fmt: skip
+        feed.state = bad
+        with pytest.raises(error, match=r"^hx: expected"):
+            feed(x)
+
+
+def test_what_cannot_be_streamed_is_refused():
+    with pytest.raises(TypeError, match=r"^module: expected a recurrent module.*GRU"):
+        mk.stream(torch.nn.GRU(3, 4))
+    with pytest.raises(ValueError, match=r"^module: expected one direction"):
+        mk.stream(mk.BMRU(3, 4, bidirectional=True))
+    with pytest.raises(ValueError, match=r"^module: .*mean"):
+        mk.stream(mk.MRUNetwork(3, 4, width=4, num_blocks=1, pool="mean"))
+
+
+PROGRAM = """
+import resource, sys, torch
+import mru_kernels as mk
+torch.set_num_threads(1)
+torch.manual_seed(0)
+feed, chunk = mk.stream(mk.MRUNetwork(4, 16, width=8, num_blocks=1, units=("bmru", "lru"))), torch.randn(1, 1000, 4)
+with torch.no_grad():
+    for _ in range(int(sys.argv[1])):
+        feed(chunk)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.check
+def test_a_million_steps_take_the_memory_of_a_few():
+    def peak(chunks: int) -> int:
+        """KiB."""
+        done = subprocess.run([sys.executable, "-c", PROGRAM, str(chunks)], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    few, many = peak(20), peak(1000)
+    assert many < few + 8 * 1024  # the outputs alone are 61 MiB
