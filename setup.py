@@ -41,25 +41,31 @@ CXX_FLAGS = [
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
 LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
-# csrc/cpu/kernels.cpp is compiled once per instruction set; csrc/cpu/driver.cpp chooses at run time.
-ISA_FLAGS = {"baseline": []}
+# csrc/cpu/kernels.cpp is compiled once per instruction set and cell; csrc/cpu/driver.cpp chooses at run time. The names
+# are those of the enumerations in csrc.
+CELLS = ("kBmru", "kLinear", "kSchmitt")
+ISA_FLAGS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] += ["-Wno-uninitialized"]  # raised within GCC 12's own headers
+    ISA_FLAGS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["kAvx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    ISA_FLAGS["kAvx512"] += ["-Wno-uninitialized"]  # raised within GCC 12's own headers
 
 if os.environ.get("MRU_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     CXX_FLAGS += ["-O1", *SANITIZE]
     LINK_FLAGS += SANITIZE
-    if ISA_FLAGS.pop("avx512", None):  # takes minutes, to run nowhere but where there is AVX-512
-        CXX_FLAGS += ["-DMRU_NO_AVX512"]
+    ISA_FLAGS = {"kBaseline": ["-march=native"]}  # it runs on this machine: one instruction set, the widest
+    CXX_FLAGS += ["-DMRU_ONE_ISA"]
 
 # Object name: (source, flags of its own).
 CPU_OBJECTS = {
     "cpu_driver": ("csrc/cpu/driver.cpp", []),
     "cpu_register": ("csrc/cpu/register.cpp", []),
-    **{f"cpu_kernels_{isa}": ("csrc/cpu/kernels.cpp", [f"-DMRU_ISA={isa}", *ISA_FLAGS[isa]]) for isa in ISA_FLAGS},
+    **{
+        f"cpu_{cell}_{isa}": ("csrc/cpu/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
+        for cell in CELLS
+        for isa, flags in ISA_FLAGS.items()
+    },
 }
 
 # -fmad=false: as -ffp-contract=off. -prec-div=false: only surrogate slopes divide; a rounded division is a call.

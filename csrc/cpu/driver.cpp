@@ -14,6 +14,10 @@
 #include <string_view>
 #include <vector>
 
+#if defined(__x86_64__) && !defined(MRU_ONE_ISA)
+#define MRU_CHOOSES_ISA
+#endif
+
 namespace mru::cpu {
 namespace {
 
@@ -24,15 +28,23 @@ constexpr int64_t kGroups = 256;              // at most so many rows of partial
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <Isa kIsa>
+const Kernels& of_cell(const Scan& scan) {
+  switch (scan.cell) {
+    case CellKind::kBmru: return mru::kernels<kIsa, CellKind::kBmru>(scan);
+    case CellKind::kSchmitt: return mru::kernels<kIsa, CellKind::kSchmitt>(scan);
+    case CellKind::kLinear: return mru::kernels<kIsa, CellKind::kLinear>(scan);
+  }
+  __builtin_unreachable();
+}
+
 const Kernels& kernels(const Scan& scan) {
   switch (isa()) {
-#if defined(__x86_64__)
-#ifndef MRU_NO_AVX512
-    case Isa::kAvx512: return kernels_avx512(scan);
+#ifdef MRU_CHOOSES_ISA
+    case Isa::kAvx512: return of_cell<Isa::kAvx512>(scan);
+    case Isa::kAvx2: return of_cell<Isa::kAvx2>(scan);
 #endif
-    case Isa::kAvx2: return kernels_avx2(scan);
-#endif
-    default: return kernels_baseline(scan);
+    default: return of_cell<Isa::kBaseline>(scan);
   }
 }
 
@@ -132,7 +144,7 @@ char* row(void* base, const Scan& scan, int64_t n, int64_t d = 0) {
 
 // The widest set that the processor has, but none wider than ATEN_CPU_CAPABILITY allows, as for torch's own kernels.
 Isa isa() {
-#if defined(__x86_64__)
+#ifdef MRU_CHOOSES_ISA
   static const Isa widest = [] {
     const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string_view most = variable ? variable : "";
@@ -140,11 +152,7 @@ Isa isa() {
     if (most == "avx2" || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
       return Isa::kAvx2;
-#ifdef MRU_NO_AVX512
-    return Isa::kAvx2;
-#else
     return Isa::kAvx512;
-#endif
   }();
   return widest;
 #else

@@ -1,6 +1,6 @@
 // Kernels over rows of channels: time is the outer loop and the state is a row in the first-level cache, so that
 // every stream is read and written as it lies in memory and the channels of a row are independent lanes.
-// Compiled once per instruction set (MRU_ISA); everything but the table is local to this file or always inlined, so
+// Compiled once per instruction set (MRU_ISA) and cell (MRU_CELL); everything but the table is local to this file or always inlined, so
 // that no code of one instruction set can be linked into another's.
 #include "kernels.h"
 
@@ -420,16 +420,14 @@ using BmruOfThree = Bmru<S, true>;
 
 }  // namespace
 
-#define MRU_CONCAT(a, b) a##b
-#define MRU_TABLE(isa) MRU_CONCAT(kernels_, isa)
-
-const Kernels& MRU_TABLE(MRU_ISA)(const Scan& scan) {
-  switch (scan.cell) {
-    case CellKind::kBmru: return scan.inputs == 3 ? with_threshold<BmruOfThree>(scan) : with_threshold<BmruOfTwo>(scan);
-    case CellKind::kSchmitt: return with_dtype<Schmitt, 6u>(scan);
-    case CellKind::kLinear: return scan.in[1].channel ? linear<2u>(scan) : linear<0u>(scan);
-  }
-  __builtin_unreachable();
+template <Isa, CellKind kCell>
+const Kernels& kernels(const Scan& scan) {
+  if constexpr (kCell == CellKind::kBmru)
+    return scan.inputs == 3 ? with_threshold<BmruOfThree>(scan) : with_threshold<BmruOfTwo>(scan);
+  else if constexpr (kCell == CellKind::kSchmitt) return with_dtype<Schmitt, 6u>(scan);
+  else return scan.in[1].channel ? linear<2u>(scan) : linear<0u>(scan);
 }
+
+template const Kernels& kernels<Isa::MRU_ISA, CellKind::MRU_CELL>(const Scan&);
 
 }  // namespace mru

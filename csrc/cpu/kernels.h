@@ -1,4 +1,4 @@
-// The CPU kernels of one cell variant and element type, compiled once per instruction set.
+// The CPU kernels of one cell variant and element type, compiled once per instruction set and cell.
 #pragma once
 #include "../scan.h"
 
@@ -36,8 +36,8 @@ struct Kernels {
 constexpr int64_t scratch_rows(int64_t chunk) { return chunk + 1 + 1 + kMaxInputs; }
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
-const Kernels& kernels_baseline(const Scan&);
-const Kernels& kernels_avx2(const Scan&);
-const Kernels& kernels_avx512(const Scan&);
+// Those of a cell for one instruction set, for the dtype and inputs of a scan.
+template <Isa, CellKind>
+const Kernels& kernels(const Scan&);
 
 }  // namespace mru

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 ELEMENTS = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 SUPPORTED = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 SANITIZE = os.environ.get("MRU_SANITIZE") == "1"
+#: Those of the module that tests load. Under the sanitizers, whose code takes minutes to compile, one of each width.
+LOADED = ("float32", "bfloat16", "complex64") if SANITIZE else ELEMENTS
 
 FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
 
@@ -38,7 +40,7 @@ COMPILER = [
 def build(
     folder: Path,
     csrc: Path = ROOT / "csrc",
-    elements: tuple[str, ...] = ELEMENTS,
+    elements: tuple[str, ...] = LOADED,
     module: Path | None = None,
     optimization: str = "-O1",
 ) -> Path:
@@ -56,7 +58,8 @@ def build(
     headers = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
     includes = " ".join(f"-isystem {path}" for path in headers)
     libraries = " ".join(f"-L{path}" for path in cpp_extension.library_paths())
-    one = "-DMRU_ONE_ELEMENT" if len(elements) == 1 else ""
+    missing = ",".join(f"kernels_{element}{{}}" for element in ELEMENTS if element not in elements)
+    without = f"'-DMRU_MISSING={missing}'" if missing else ""
     with open(folder / "build.ninja", "w") as file:
         n = ninja_syntax.Writer(file, width=110)
         n.variable("cxx", COMPILER)
@@ -67,7 +70,7 @@ def build(
             own = f"-x c++ -I {csrc / 'simt'} -DMRU_ELEMENT={element} {optimization}"
             objects += n.build(f"{element}.o", "cxx", str(csrc / "cuda" / "scan.cu"), variables={"own": own})
         if module is None:
-            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {one} {includes}"
+            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {without} {includes}"
             objects += n.build("module.o", "cxx", str(csrc / "simt" / "module.cpp"), variables={"own": own})
         else:
             objects.append(str(module))
