@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+REAL = {"c64": "fp32", "c128": "fp64"}  # two of these to a channel
+STREAMS = ("inputs", "grads", "h", "grad_h")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -35,17 +37,38 @@ class Variant:
     aligned: bool = True
 
     @property
-    def row_bits(self) -> int:
-        """What a lane loads of a stream's row at once."""
+    def element(self) -> str:
+        """Dtype of the streams as kernels take them."""
+        return REAL.get(self.dtype, self.dtype)
+
+    @property
+    def state(self) -> str:
+        return "fp64" if self.element == "fp64" else "fp32"
+
+    @property
+    def tile(self) -> int:
         from mru_kernels.backends import triton as backend
 
-        return 64 if self.kernel in backend.BY_STATE and BYTES[self.dtype] == 2 else 128
+        return backend.tile(self.kernel, self.inputs, {"fp32": torch.float32, "fp64": torch.float64}[self.state])
+
+    @property
+    def row_bits(self) -> int | None:
+        """What a lane loads of a stream's row at once; None: not asked for."""
+        from mru_kernels.backends import triton as backend
+
+        if not self.aligned:
+            return 64 if self.dtype == "c64" else None
+        return 64 if self.kernel in backend.BY_STATE and BYTES[self.element] == 2 else 128
+
+    @property
+    def is_main(self) -> bool:
+        return not self.per_channel and self.kernel not in ("fold", "carry")
 
     @property
     def name(self) -> str:
-        words = [self.kernel, self.dtype]
+        words = [self.kernel, self.dtype, self.cell]
         if self.kernel not in ("fold", "carry"):
-            words += [self.cell, "events" if self.events else "streams", f"{self.inputs} inputs"]
+            words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
             words += [f"{self.per_channel} per channel"] * (self.per_channel > 0)
         return " ".join(words + ["unaligned"] * (not self.aligned))
 
@@ -62,6 +85,7 @@ class Report:
     wide_loads: int
     stores: int
     wide_stores: int
+    shuffles: int
     barriers: int
 
 
@@ -69,12 +93,15 @@ def variants() -> list[Variant]:
     """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, and of unaligned rows; and for
     each other architecture the main ones of bf16 and fp32.
     """
-    main = [v for v in _of_dtype("bf16") if v.inputs == 2 and not v.per_channel and v.kernel not in ("fold", "carry")]
+    main = [v for v in _of_dtype("bf16") if v.inputs == 2 and v.is_main]
     every = [v for dtype in ("bf16", "fp32", "fp64") for v in _of_dtype(dtype)]
     every += [v for dtype in ("bf16", "fp32", "fp64") for v in _of_schmitt(dtype)]
     every += [replace(v, dtype="fp16") for v in main] + [replace(v, aligned=False) for v in main]
-    others = [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in main]
-    return every + others + [replace(v, dtype="fp32") for v in others]
+    every += [v for dtype in ("bf16", "fp32", "fp64", "c64", "c128") for v in _of_linear(dtype)]
+    complex_main = [v for v in _of_linear("c64") if v.is_main]
+    every += [replace(v, aligned=False) for v in complex_main]
+    others = [replace(v, dtype=dtype) for dtype in ("bf16", "fp32") for v in main] + complex_main
+    return every + [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
 
 
 def _of_dtype(dtype: str) -> Iterator[Variant]:
@@ -106,6 +133,17 @@ def _of_schmitt(dtype: str) -> Iterator[Variant]:
     yield replace(form, kernel="backward", events=True)
 
 
+def _of_linear(dtype: str) -> Iterator[Variant]:
+    form = Variant("", cell="linear_recurrence", dtype=dtype)
+    for kernel in ("forward", "backward", "summarize", "summarize_adjoint"):
+        yield replace(form, kernel=kernel)
+    yield replace(form, kernel="forward", per_channel=1)
+    yield replace(form, kernel="backward", per_channel=1)
+    if dtype in REAL:  # real maps take less than those of the bistable cells
+        yield replace(form, kernel="fold")
+        yield replace(form, kernel="carry")
+
+
 def compile_variant(variant: Variant):
     """Triton's result: `.asm` holds the stages."""
     import triton
@@ -114,25 +152,24 @@ def compile_variant(variant: Variant):
 
     from mru_kernels.backends import CHUNK, triton_kernels
     from mru_kernels.backends import triton as backend
-    from mru_kernels.backends.triton_cells import CELLS
+    from mru_kernels.backends.triton_cells import CELLS, COMPLEX_CELLS
 
     kernel = getattr(triton_kernels, variant.kernel)
     amd = variant.arch.startswith("gfx")
     target = GPUTarget("hip", variant.arch, 64) if amd else GPUTarget("cuda", int(variant.arch[3:]), 32)
-    state = "fp64" if variant.dtype == "fp64" else "fp32"
-    element = BYTES[state if variant.kernel in backend.BY_STATE else variant.dtype]
-    vector = 16 // BYTES[variant.dtype]
-    tile = backend.tile(variant.kernel, variant.inputs, getattr(torch, "float64" if state == "fp64" else "float32"))
+    element, state, paired = variant.element, variant.state, variant.dtype in REAL
+    of_lane = BYTES[state if variant.kernel in backend.BY_STATE else element]
     known = {
         "EVENTS": variant.events,
         "CHANNELS": ((1 << variant.per_channel) - 1) << 1,
         "CHUNK": CHUNK,
-        "ALIGN": vector if variant.aligned else 1,
-        "TILE": tile,
-        "BD": target.warp_size * (16 // element if variant.aligned else 2),
+        "ALIGN": 16 // BYTES[element] if variant.aligned else 1 + paired,
+        "TILE": variant.tile,
+        "BD": target.warp_size * (16 // of_lane if variant.aligned else 2),
     }
-    known |= {name.upper(): function for name, function in CELLS[variant.cell]._asdict().items()}
-    streams = [triton_kernels.Stream(f"*{variant.dtype}", "i64", "i64")] * variant.inputs
+    functions = (COMPLEX_CELLS if paired else CELLS)[variant.cell]
+    known |= {name.upper(): function for name, function in functions._asdict().items()}
+    streams = [triton_kernels.Stream(f"*{element}", "i64", "i64")] * variant.inputs
     for i in range(variant.per_channel):
         streams[1 + i] = triton_kernels.Stream(f"*{state}", "i64", "i64")
     types = {
@@ -149,12 +186,13 @@ def compile_variant(variant: Variant):
         **dict.fromkeys(known, "constexpr"),
     }
     signature = {name: types.get(name, f"*{state}") for name in kernel.arg_names}
+    aligned = [kind if variant.aligned or name not in STREAMS else () for name, kind in signature.items()]
     places = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(places[name],): value for name, value in known.items() if name in places},
-        attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(signature.values()))},
+        attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
     )
     return triton.compile(source, target=target, options=backend.options(variant.kernel, variant.events, amd))
 
@@ -193,6 +231,7 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         wide_loads=count(rf"\bLDG\.\S*(?:128|{variant.row_bits})"),
         stores=count(r"\bSTG\b"),
         wide_stores=count(rf"\bSTG\.\S*(?:128|{variant.row_bits})"),
+        shuffles=count(r"\bSHFL\b"),
         barriers=count(r"\b(?:BAR|BARRIER|DEPBAR\.ALL)\b"),
     )
 
@@ -213,25 +252,26 @@ def _amd(variant: Variant, assembly: str) -> Report:
         wide_loads=count(rf"\b(?:global|flat|buffer)_load_dwordx(?:4|{variant.row_bits // 32})"),
         stores=count(r"\b(?:global|flat|buffer)_store_"),
         wide_stores=count(rf"\b(?:global|flat|buffer)_store_dwordx(?:4|{variant.row_bits // 32})"),
+        shuffles=count(r"\bds_b?permute|\bds_swizzle|_dpp\b|\bv_permlane"),
         barriers=count(r"\bs_barrier"),
     )
 
 
-def rows_read(variant: Variant, tile: int) -> int:
+def rows_read(variant: Variant) -> int:
     """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much."""
     streams = variant.inputs - variant.per_channel
     if variant.kernel in ("forward", "summarize_adjoint") and variant.events:
         streams = 0
     elif variant.kernel == "summarize_adjoint":
-        streams -= variant.inputs == 3  # an amplitude has no part in it
+        streams -= variant.inputs == 3 or variant.cell == "linear_recurrence"  # a written value has no part in it
     match variant.kernel:
         case "forward" | "summarize":
             return 16 * streams
         case "summarize_adjoint":
             return 16 * (streams + 1)
         case "backward":
-            return tile * (streams * (1 if variant.events else 3) + 1)
-    return 2 * tile
+            return variant.tile * (streams * (1 if variant.events else 3) + 1)
+    return 2 * variant.tile
 
 
 def reports(processes: int = 2) -> list[Report]:
@@ -240,10 +280,12 @@ def reports(processes: int = 2) -> list[Report]:
 
 
 def table(rows: list[Report]) -> str:
-    head = ("variant", "arch", "registers", "spilled", "shared", "loads", "wide", "stores", "wide", "barriers")
+    head = ("variant", "arch", "registers", "spilled", "shared", "loads", "wide", "stores", "wide")
+    head += ("shuffles", "barriers")
     lines = [head]
     for r in rows:
-        counts = (r.registers, r.spilled, r.shared, r.loads, r.wide_loads, r.stores, r.wide_stores, r.barriers)
+        counts = (r.registers, r.spilled, r.shared, r.loads, r.wide_loads, r.stores, r.wide_stores)
+        counts += (r.shuffles, r.barriers)
         lines.append((r.variant.name, r.variant.arch, *map(str, counts)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)

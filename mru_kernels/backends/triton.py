@@ -83,6 +83,11 @@ def _ceil_div(a: int, b: int) -> int:
 # ------------------------------------------------------------------------- a call, as kernels take it
 
 
+def _real(t: Tensor) -> Tensor:
+    """A complex tensor as the kernels take it, a channel as two real ones; a view if channels lie side by side."""
+    return torch.view_as_real(t).flatten(-2) if t.is_complex() else t
+
+
 class _Call:
     """The arguments of an op, bound to the names that the kernels give them.
 
@@ -93,15 +98,17 @@ class _Call:
         self, cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
         chunk, segment, *, saved: bool = True, grad_h: Tensor | None = None,
     ):  # fmt: skip
-        from .triton_cells import CELLS
+        from .triton_cells import CELLS, COMPLEX_CELLS
         from .triton_kernels import Scan, encode
 
-        self.views = ops.streams_of(streams, packed)
+        functions = (COMPLEX_CELLS if streams[0].is_complex() else CELLS)[cell.name]
+        self.parts = 2 if streams[0].is_complex() else 1
+        self.views = [_real(t) for t in ops.streams_of(streams, packed)]
         first = self.views[0]
         self.first, self.state = first, ops.state_dtype(first.dtype)
         batch, time, channels = first.shape
         self.channels = channels
-        self.inputs = [first, *map(self._vector, channel), *self.views[1:]]
+        self.inputs = [first, *map(self.vector, channel), *self.views[1:]]
         self.packed = cu_seqlens is not None
         self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.split = segment > 0
@@ -116,7 +123,8 @@ class _Call:
         vector = _VECTOR_BYTES // element
         every = [*self.views, *(() if grad_h is None else (grad_h,))]
         sizes = [channels, *(t.data_ptr() // element for t in every), *(n for t in every for n in t.stride()[:2])]
-        self.align = vector if all(n % vector == 0 for n in sizes) else 1
+        self.aligned = all(n % vector == 0 for n in sizes)
+        self.align = vector if self.aligned else self.parts
         rows = max(time - 1, 0) // chunk if saved else 0
         flags = (reverse, cu_seqlens is not None, alpha is not None, initial_state is not None)
         scan = (self.sequences, time, channels // self.align, segment, self.slots, *flags, rows)
@@ -125,20 +133,21 @@ class _Call:
             "inputs": tuple(map(self.stream, self.inputs)),
             "scan": Scan(*(encode(int(n)) for n in scan)),
             "offsets": first.new_empty(0, dtype=torch.int64) if cu_seqlens is None else self._offsets(cu_seqlens),
-            "alpha": nothing if alpha is None else self._vector(alpha),
-            "initial": nothing if initial_state is None else self._vector(initial_state),
+            "alpha": nothing if alpha is None else self.vector(alpha),
+            "initial": nothing if initial_state is None else self.vector(initial_state),
             "entries": nothing,
             "epsilon": epsilon.item(),
             "surrogate_scale": surrogate_scale,
-            **{name.upper(): function for name, function in CELLS[cell.name]._asdict().items()},
+            **{name.upper(): function for name, function in functions._asdict().items()},
             "EVENTS": self.packs,
             "CHANNELS": ((1 << len(channel)) - 1) << 1,
             "CHUNK": chunk,
             "ALIGN": self.align,
         }
 
-    def _vector(self, t: Tensor) -> Tensor:
-        return t.to(self.state).contiguous()
+    def vector(self, t: Tensor) -> Tensor:
+        """A tensor [D] or [N, D] in the state dtype."""
+        return _real(t).to(self.state).contiguous()
 
     @staticmethod
     def _offsets(cu_seqlens: Tensor) -> Tensor:
@@ -160,8 +169,8 @@ class _Call:
         from . import triton_kernels
 
         element = (self.state if name in BY_STATE else self.first.dtype).itemsize
-        most = _LANES * (_VECTOR_BYTES // element if self.align > 1 else 2)
-        block = min(most, max(1 << max(self.channels - 1, 0).bit_length(), _LANES))
+        most = _LANES * (_VECTOR_BYTES // element if self.aligned else 2)
+        block = min(most, max(1 << max(self.channels - 1, 0).bit_length(), _LANES * self.parts))
         units = programs * _ceil_div(self.channels, block)
         if units > 0:
             kernel, row = getattr(triton_kernels, name), triton_kernels.GRID.value
@@ -211,7 +220,7 @@ def _forward(
         segment, saved=save,
     )  # fmt: skip
     results = ops.allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
-    h, final_state, checkpoints, events = results
+    h, final_state, checkpoints, events = map(_real, results)
     own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "events": events}
     if call.split:
         factors, sums = call.rows(call.slots), call.rows(call.slots)
@@ -225,20 +234,21 @@ def _backward(
     cell, grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
     packed, chunk, segment, checkpoints, events,
 ):  # fmt: skip
-    grad_h = ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0]
+    grad_h = _real(ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0])
     call = _Call(
         cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
         segment, grad_h=grad_h,
     )  # fmt: skip
     grads = ops.allocate_backward(streams, channel, alpha, initial_state, packed)
+    written = [_real(t) for t in grads]
     n_streams = len(streams)
-    views = ops.split_gates(grads[0], packed) if packed else grads[:n_streams]
-    in_place = initial_state is not None and initial_state.dtype == call.state
-    grad_initial = grads[-1] if in_place else call.rows(call.sequences)
+    views = ops.split_gates(written[0], packed) if packed else written[:n_streams]
+    in_place = initial_state is not None and written[-1].dtype == call.state
+    grad_initial = written[-1] if in_place else call.rows(call.sequences)
     wants_sums = alpha is not None or len(channel) > 0  # one [D] per slot: of alpha, then of each input
     partial = call.first.new_empty(((1 + len(call.inputs)) * wants_sums, call.slots, call.channels), dtype=call.state)
-    own = {"grad_h": call.stream(grad_h), "grad_final": grad_final.to(call.state).contiguous(), "partial": partial}
-    own |= {"checkpoints": checkpoints, "events": events, "grad_initial": grad_initial}
+    own = {"grad_h": call.stream(grad_h), "grad_final": call.vector(grad_final), "partial": partial}
+    own |= {"checkpoints": _real(checkpoints), "events": events, "grad_initial": grad_initial}
     own["grads"] = tuple(map(call.stream, [views[0], *(partial.view(-1) for _ in channel), *views[1:]]))
     if call.split:
         factors, sums = call.rows(call.slots), call.rows(call.slots)
@@ -248,8 +258,8 @@ def _backward(
 
     of_channels = [partial[2 + i] for i in range(len(channel))]
     of_alpha = [partial[0]] if alpha is not None else []
-    for grad, rows in zip(grads[n_streams:], of_channels + of_alpha, strict=False):
+    for grad, rows in zip(written[n_streams:], of_channels + of_alpha, strict=False):
         grad.copy_(rows.sum(0))  # in a fixed order
     if initial_state is not None and not in_place:
-        grads[-1].copy_(grad_initial)
+        written[-1].copy_(grad_initial)
     return grads

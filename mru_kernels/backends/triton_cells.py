@@ -4,10 +4,14 @@ A cell is a handful of functions that the kernels are given as constexpr argumen
 one step and `s` the state before it, blocks in the state dtype:
 
     step(x, s, epsilon)                the state after
-    pull(x, m, epsilon)                a m, where a is the factor of the affine form s' = a s + w
+    push(x, m, epsilon)                a m, where a is the factor of the affine form s' = a s + w
+    pull(x, m, epsilon)                conj(a) m
     vjp(x, s, lam, epsilon, scale)     the gradients of x, with lam = dL/ds'
+    one(d), times(a, b)                the factor 1 for channels d, and a product of factors, or of one and a state
     encode(x), step_event(code, s, epsilon), pull_event(code, m, epsilon)
                                        the same from a 2-bit event: hold, one of two writes, NaN (where they suffice)
+
+A complex channel is two neighbours of a block, the real and the imaginary part, which one lane holds.
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ class Cell(NamedTuple):
     """The functions of a cell; the last three are None where a step does not fit an event."""
 
     step: Any
+    push: Any
     pull: Any
     vjp: Any
-    encode: Any
-    step_event: Any
-    pull_event: Any
+    one: Any
+    times: Any
+    encode: Any = None
+    step_event: Any = None
+    pull_event: Any = None
 
 
 # Event codes (csrc/cells/write_or_hold.h).
@@ -37,6 +44,17 @@ NAN = tl.constexpr(3)
 PI = tl.constexpr(3.14159265358979323846)
 
 # ------------------------------------------------------------------------- the step that the bistable cells share
+
+
+@triton.jit
+def one(d):
+    return tl.where(d >= 0, 1.0, 0.0)
+
+
+@triton.jit
+def times_or_zero(a, b):
+    """a b, a factor times another or a state; NaN is absorbing, and nothing else is multiplied by 0."""
+    return tl.where((a == 0) & (b == b), 0.0, a * b)
 
 
 @triton.jit
@@ -184,7 +202,92 @@ def schmitt_step_event(code, s, epsilon):
     return write_or_hold(code != HOLD, code == NAN, value, s, epsilon)
 
 
+# ------------------------------------------------------------------------- linear recurrence (csrc/cells/linear.h)
+
+
+@triton.jit
+def times(a, b):
+    return a * b
+
+
+@triton.jit
+def linear_step(x, s, epsilon):
+    return x[1] * s + x[0]
+
+
+@triton.jit
+def linear_push(x, m, epsilon):
+    return x[1] * m
+
+
+@triton.jit
+def linear_vjp(x, s, lam, epsilon, scale):
+    return (lam, lam * s)
+
+
+# ------------------------------------------------------------------------- the same, complex
+
+
+@triton.jit
+def parts(z):
+    return tl.split(tl.reshape(z, (z.shape[0] // 2, 2)))
+
+
+@triton.jit
+def pairs(re, im):
+    return tl.reshape(tl.join(re, im), (2 * re.shape[0],))
+
+
+@triton.jit
+def complex_one(d):
+    return tl.where(d % 2 == 0, 1.0, 0.0)
+
+
+@triton.jit
+def complex_times(a, b):
+    a_re, a_im = parts(a)
+    b_re, b_im = parts(b)
+    return pairs(a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re)
+
+
+@triton.jit
+def conj(z):
+    re, im = parts(z)
+    return pairs(re, -im)
+
+
+@triton.jit
+def complex_step(x, s, epsilon):
+    return complex_times(x[1], s) + x[0]
+
+
+@triton.jit
+def complex_push(x, m, epsilon):
+    return complex_times(x[1], m)
+
+
+@triton.jit
+def complex_pull(x, m, epsilon):
+    return complex_times(conj(x[1]), m)
+
+
+@triton.jit
+def complex_vjp(x, s, lam, epsilon, scale):
+    return (lam, complex_times(lam, conj(s)))
+
+
+#: For real streams.
 CELLS = {
-    "bmru": Cell(bmru_step, bmru_pull, bmru_vjp, bmru_encode, bmru_step_event, pull_event),
-    "schmitt": Cell(schmitt_step, schmitt_pull, schmitt_vjp, schmitt_encode, schmitt_step_event, pull_event),
+    "bmru": Cell(
+        bmru_step, bmru_pull, bmru_pull, bmru_vjp, one, times_or_zero, bmru_encode, bmru_step_event, pull_event
+    ),
+    "schmitt": Cell(
+        schmitt_step, schmitt_pull, schmitt_pull, schmitt_vjp, one, times_or_zero, schmitt_encode, schmitt_step_event,
+        pull_event,
+    ),
+    "linear_recurrence": Cell(linear_step, linear_push, linear_push, linear_vjp, one, times),
+}  # fmt: skip
+#: For complex streams.
+COMPLEX_CELLS = {
+    "linear_recurrence": Cell(complex_step, complex_push, complex_pull, complex_vjp, complex_one, complex_times),
 }

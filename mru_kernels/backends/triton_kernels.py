@@ -10,9 +10,10 @@
     tile                            steps whose rows are loaded ahead of their use
 
 A program is one warp that holds BD channels, 16 bytes of a stream a lane, and walks time with the state in registers;
-its lanes never speak to each other. Without a split that is all. With one, a sequence takes summaries of its segments,
-a walk over these summaries (`fold`, `carry`), and the segments again from their entry states; where steps fit events
-these are packed on the way, and the streams are not read again.
+no lane needs the values of another. A complex channel counts as two, its real and its imaginary part, in one lane.
+Without a split that is all. With one, a sequence takes summaries of its segments, a walk over these summaries (`fold`,
+`carry`), and the segments again from their entry states; where steps fit events these are packed on the way, and the
+streams are not read again.
 
 Offsets are 64-bit. Every sum and product is taken in a fixed order.
 """
@@ -181,8 +182,9 @@ def rows_of(stream, scan, at, ALIGN: tl.constexpr):
     """Pointers to a stream's row at step 0 of a sequence, and the stride from step to step."""
     time = size(stream.time) * ALIGN
     t = tl.where(scan.reverse != 0, scan.time - 1 - at.start, at.start)
-    pointers = stream.data + (at.batch * (size(stream.batch) * ALIGN) + t * time + at.first) + at.d
-    return pointers, tl.where(scan.reverse != 0, -time, time)
+    row = stream.data + (at.batch * (size(stream.batch) * ALIGN) + t * time + at.first)
+    row = tl.multiple_of(row, ALIGN * (stream.data.dtype.element_ty.primitive_bitwidth // 8))  # bytes
+    return row + at.d, tl.where(scan.reverse != 0, -time, time)
 
 
 @triton.jit
@@ -282,12 +284,6 @@ def poison(s, scale, at):
     return tl.where(when(at.length > 0, scale != scale), scale, s)
 
 
-@triton.jit
-def apply(factor, offset, s):
-    """The state after a segment. NaN is absorbing, and nothing is multiplied by 0."""
-    return tl.where(s == s, tl.where(factor == 0, offset, factor * s + offset), s)
-
-
 # ------------------------------------------------------------------------- forward
 
 
@@ -338,8 +334,8 @@ def forward(
 @triton.jit
 def summarize(
     inputs, scan, offsets, alpha, events, factors, sums, epsilon: tl.float64,
-    STEP: tl.constexpr, PULL: tl.constexpr, ENCODE: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr,
-    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    STEP: tl.constexpr, PUSH: tl.constexpr, ONE: tl.constexpr, ENCODE: tl.constexpr, EVENTS: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
     STATE: tl.constexpr = alpha.dtype.element_ty
@@ -349,7 +345,7 @@ def summarize(
         at = place(scan, offsets, slot, block, BD)
         eps = tl.full((), epsilon, STATE)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
-        factor = tl.full((BD,), 1.0, STATE)
+        factor = ONE(at.d).to(STATE)
         offset = tl.zeros((BD,), STATE)
         for first in range(at.begin, at.end, WORD):
             word = tl.zeros((BD,), tl.int32)
@@ -359,7 +355,7 @@ def summarize(
                     valid = first + j + i < at.end
                     x = inputs_at(tile, i)
                     offset = tl.where(valid, STEP(x, offset, eps), offset)
-                    factor = tl.where(valid, PULL(x, factor, eps), factor)
+                    factor = tl.where(valid, PUSH(x, factor, eps), factor)
                     if EVENTS:
                         word = word | (ENCODE(x) << (2 * (j + i)))
             if EVENTS:
@@ -377,20 +373,21 @@ def map_row(base, k, count, flip):
 
 
 @triton.jit
-def load_maps(factors, sums, at, base, k, end, count, flip, TILE: tl.constexpr):
+def load_maps(factors, sums, at, base, k, end, count, flip, ONE: tl.constexpr, TILE: tl.constexpr):
     """TILE affine maps from the k-th of `count` on, in the order of the walk; the identity from `end` on."""
     maps = ()
+    one = ONE(at.d).to(factors.dtype.element_ty)
     for i in tl.static_range(TILE):
         row = map_row(base, k + i, count, flip)
         mask = when(k + i < end, at.mask)
-        maps = maps + ((get(factors, row, at, mask, 1.0), get(sums, row, at, mask, 0.0)),)
+        maps = maps + ((get(factors, row, at, mask, one), get(sums, row, at, mask, 0.0)),)
     return maps
 
 
 @triton.jit
 def fold(
     scan, walk, offsets, factors, sums, group_factors, group_sums,
-    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    ONE: tl.constexpr, TIMES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Groups of segments as one affine map each, [B * groups, D]. Not for packed sequences."""
     scan = sizes(scan, ALIGN)
@@ -402,13 +399,13 @@ def fold(
         at = place(scan, offsets, base, block, BD)
         begin = (item % groups) * size(walk.per_group)
         end = tl.minimum(begin + size(walk.per_group), count)
-        factor = tl.full((BD,), 1.0, factors.dtype.element_ty)
+        factor = ONE(at.d).to(factors.dtype.element_ty)
         offset = tl.zeros((BD,), factors.dtype.element_ty)
         for k in range(begin, end, TILE):
-            maps = load_maps(factors, sums, at, base, k, end, count, size(walk.flip), TILE)
+            maps = load_maps(factors, sums, at, base, k, end, count, size(walk.flip), ONE, TILE)
             for i in tl.static_range(TILE):
-                offset = apply(maps[i][0], maps[i][1], offset)
-                factor = maps[i][0] * factor
+                offset = TIMES(maps[i][0], offset) + maps[i][1]
+                factor = TIMES(maps[i][0], factor)
         put(group_factors, item, at, factor, at.mask)
         put(group_sums, item, at, offset, at.mask)
 
@@ -416,7 +413,7 @@ def fold(
 @triton.jit
 def carry(
     scan, walk, offsets, alpha, initial, factors, sums, group_factors, group_sums, entries, final_state,
-    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    ONE: tl.constexpr, TIMES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state that enters each segment, and the one that leaves the last.
 
@@ -441,14 +438,14 @@ def carry(
             scale = load_alpha(alpha, scan, at)
             s = tl.where(when(length > 0, scale != scale), scale, s)
         for k in range(0, group, TILE):
-            maps = load_maps(group_factors, group_sums, at, n * groups, k, group, groups, 0, TILE)
+            maps = load_maps(group_factors, group_sums, at, n * groups, k, group, groups, 0, ONE, TILE)
             for i in tl.static_range(TILE):
-                s = apply(maps[i][0], maps[i][1], s)
+                s = TIMES(maps[i][0], s) + maps[i][1]
         for k in range(begin, end, TILE):
-            maps = load_maps(factors, sums, at, base, k, end, count, flip, TILE)
+            maps = load_maps(factors, sums, at, base, k, end, count, flip, ONE, TILE)
             for i in tl.static_range(TILE):
                 put(entries, map_row(base, k + i, count, flip), at, s, when(k + i < end, at.mask))
-                s = apply(maps[i][0], maps[i][1], s)
+                s = TIMES(maps[i][0], s) + maps[i][1]
         if end == count:
             put(final_state, index, at, s, at.mask)
 
@@ -459,8 +456,8 @@ def carry(
 @triton.jit
 def summarize_adjoint(
     inputs, scan, offsets, alpha, events, grad_h, factors, sums, epsilon: tl.float64,
-    PULL: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
-    TILE: tl.constexpr, BD: tl.constexpr,
+    PULL: tl.constexpr, ONE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as the affine map from what its right end receives to what its left end passes on."""
     STATE: tl.constexpr = alpha.dtype.element_ty
@@ -472,7 +469,7 @@ def summarize_adjoint(
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
-        factor = tl.full((BD,), 1.0, STATE)
+        factor = ONE(at.d).to(STATE)
         m = tl.zeros((BD,), STATE)
         words = (at.end - at.begin + WORD - 1) // WORD
         for w in range(0, words):
