@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +212,15 @@ def _all(rank: int) -> None:
 def test_processes(tmp_path, count):
     """Results equal one process's, where equality is promised and else nearly, and are the same from run to run."""
     processes.run(_all, tmp_path / "rendezvous", count=count)
+
+
+def test_the_example():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "examples.sequence_parallel", "--steps", "2000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2,000 steps" in done.stdout
+    assert "| alone" in done.stdout
 
 
 def test_without_a_group_it_says_so():
