@@ -501,6 +501,26 @@ def test_saved_memory(backend, device, dtype, segment, monkeypatch):
     h.float().sum().backward()
 
 
+def test_recomputed_or_kept_elsewhere(backend, device):
+    """Under activation checkpointing, and with what is saved moved to host memory, gradients are the same bits."""
+    c, b = (draw(2, 200, 5, seed=i, device=device) for i in range(2))
+    state = draw(2, 5, device=device)
+
+    def op(*inputs):
+        return mk.bmru(*inputs, epsilon=0.5, backend=backend)
+
+    def recomputed(*inputs):
+        return torch.utils.checkpoint.checkpoint(op, *inputs, use_reentrant=False)
+
+    def kept_elsewhere(*inputs):
+        with torch.autograd.graph.save_on_cpu():
+            return op(*inputs)
+
+    plain = results_and_grads(op, c, b, state)
+    assert_equal(results_and_grads(recomputed, c, b, state), plain)
+    assert_equal(results_and_grads(kept_elsewhere, c, b, state), plain)
+
+
 def test_nothing_is_saved_without_gradients(backend, device):
     """A call whose inputs need no gradient computes no boundary states."""
     x = draw(1, 1000, 4, device=device)
