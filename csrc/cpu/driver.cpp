@@ -177,6 +177,7 @@ void forward(Scan scan) {
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
   const Pieces pieces = cut(scan);
+  if (scan.channels == 0) return;
   const int64_t count = pieces.list.size();
   for (int64_t n = 0; n < scan.sequences; ++n) {
     void* const state = row(scan.final_state, scan, n);
@@ -209,6 +210,7 @@ void backward(Scan scan) {
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
   const Pieces pieces = cut(scan);
+  if (scan.channels == 0) return;
   const int64_t count = pieces.list.size();
   const int64_t row_bytes = scan.channels * state_bytes(scan);
   if (scan.sequences * row_bytes > 0) std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * row_bytes);
