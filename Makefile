@@ -1,6 +1,7 @@
 # make demo    sets up, then trains on real data, compares with the reference and times
 # make test    sets up, then the suite
 # make check   sets up, then what is slower: linters, sanitizers, several processes, the GPU kernels without a GPU
+# make examples   sets up, then trains what the examples show: what units remember, digits, speakers, text
 # make gpu-check   on a machine with a GPU: build, tests, comparison, times, in nine minutes at most; installs nothing
 #
 # A machine needs Python 3.11 or newer with its headers, g++ and make. Everything is installed into .venv.
@@ -14,7 +15,7 @@ BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check gpu-check lint sanitize setup clean
+.PHONY: demo test check examples gpu-check lint sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -25,6 +26,10 @@ test: setup
 
 check: lint sanitize
 	pytest -n 2 --dist loadfile -m check
+
+examples: setup
+	python -m pip install --no-deps aeon==1.6.0  # holds the data of `vowels`
+	for name in copy_first digits vowels charlm; do python -m examples.$$name || exit 1; done
 
 gpu-check:  # by the Python in .venv where there is one, else by the machine's own
 	$(PYTHON) -m bench gpu-check

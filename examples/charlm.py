@@ -1,0 +1,178 @@
+"""A language model of characters: trained on a text file, then writing on, a character at a time, in constant memory.
+
+The network (`mk.MRUNetwork` on tokens) is a hybrid: bistable units (arXiv 2601.09495) hold what lasts, minGRU (arXiv
+2410.01201) follows what changes. The last tenth of the text is held out and tested in one pass, so its states come from
+all that was before. Beside the model's bits per character is the entropy of single characters, for comparison.
+
+The text is the reference manual that comes with Python as `pydoc_data.topics` (about 460,000 characters, PSF licence),
+or any file:
+
+    python -m examples.charlm --text FILE --prompt "The "
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import mru_kernels as mk
+from examples import common
+
+UNITS = {"bmru": {}, "min_gru": {"max_time_scale": 100.0}}
+WIDTH = 64
+BLOCKS = 2
+LENGTH = 128
+BATCH = 32
+LEARNING_RATE = 5e-3
+TEST_CHUNK = 1024
+CONTEXT = 512  # characters before what is generated
+
+
+def manual() -> str:
+    from pydoc_data import topics
+
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+class Text:
+    """Characters as numbers: rare ones, fewer than 10 in all the text, are one token."""
+
+    def __init__(self, text: str) -> None:
+        counts: dict[str, int] = {}
+        for character in text:
+            counts[character] = counts.get(character, 0) + 1
+        self.characters = ["\N{REPLACEMENT CHARACTER}", *sorted(c for c, n in counts.items() if n >= 10)]
+        self.numbers = {character: i for i, character in enumerate(self.characters)}
+        tokens = self.encode(text)
+        self.train, self.test = tokens.split([len(tokens) - len(tokens) // 10, len(tokens) // 10])
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor([self.numbers.get(character, 0) for character in text])
+
+    def entropy(self) -> float:
+        """Bits per character of the held-out text by the frequencies of single characters in the training text."""
+        counts = torch.bincount(self.train, minlength=len(self.characters)).double() + 1
+        return -(counts / counts.sum()).log2()[self.test].mean().item()
+
+
+def network(characters: int) -> mk.MRUNetwork:
+    return mk.MRUNetwork(
+        characters, characters, width=WIDTH, num_blocks=BLOCKS, units=UNITS, conv_size=4, dropout=0.1, tokens=True
+    )
+
+
+@torch.no_grad()
+def bits_per_character(model: mk.MRUNetwork, tokens: Tensor) -> float:
+    """Over the whole sequence, in chunks: only the states are kept."""
+    feed = mk.stream(model)
+    bits = 0.0
+    for start in range(0, len(tokens) - 1, TEST_CHUNK):
+        inputs = tokens[start : min(start + TEST_CHUNK, len(tokens) - 1)]
+        targets = tokens[start + 1 : start + 1 + len(inputs)]
+        bits += F.cross_entropy(feed(inputs.unsqueeze(0))[0], targets, reduction="sum").item() / math.log(2)
+    return bits / (len(tokens) - 1)
+
+
+@torch.no_grad()
+def generate(model: mk.MRUNetwork, prompt: Tensor, count: int, temperature: float) -> tuple[Tensor, float]:
+    """`count` tokens after the prompt, by `model.step`, and tokens per second."""
+    scores, state = model(prompt.unsqueeze(0))
+    scores = scores[:, -1]
+    tokens = []
+    start = time.perf_counter()
+    for _ in range(count):
+        token = torch.multinomial((scores / temperature).softmax(-1), 1)[:, 0]
+        tokens.append(token)
+        scores, state = model.step(token, state)
+    seconds = time.perf_counter() - start
+    return torch.cat(tokens), count / seconds
+
+
+def fit(text: Text, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, list[float]]:
+    """The trained network, and bits per character of each step of training."""
+    torch.manual_seed(seed)
+    model = network(len(text.characters))
+    window = torch.arange(LENGTH + 1)
+    losses: list[float] = []
+
+    def loss() -> Tensor:
+        starts = torch.randint(len(text.train) - LENGTH, (BATCH, 1))
+        batch = text.train[starts + window]
+        return F.cross_entropy(model(batch[:, :-1])[0].flatten(0, 1), batch[:, 1:].flatten())
+
+    with tqdm(total=arguments.steps, desc=f"training, seed {seed}", unit="step", mininterval=1.0) as bar:
+
+        def after(step: int, value: float) -> None:
+            losses.append(value / math.log(2))
+            bar.update()
+            bar.set_postfix(bits=f"{losses[-1]:.2f}", refresh=False)
+
+        callback = common.epsilon_schedule(model, arguments.steps)
+        common.train(model, loss, steps=arguments.steps, learning_rate=LEARNING_RATE, callback=callback, after=after)
+    return model, losses
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, steps=400)
+    parser.add_argument("--text", type=Path, help="file in UTF-8 (default: Python's reference manual)")
+    parser.add_argument("--prompt", help=f"what to go on from (default: the first {CONTEXT} characters held out)")
+    parser.add_argument("--generate", type=int, default=1000, help="characters to generate")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    arguments = parser.parse_args(argv)
+    source = arguments.text.read_text(encoding="utf-8") if arguments.text else manual()
+    text = Text(source)
+    if len(text.test) < CONTEXT or arguments.prompt == "":
+        parser.error(f"expected a text of at least {10 * CONTEXT} characters and a prompt of at least one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, arguments.workers))
+
+    bits, rates, curves, written = [], [], [], ""
+    for seed in range(arguments.seeds):
+        model, losses = fit(text, seed, arguments)
+        bits.append(bits_per_character(model, text.test))
+        prompt = text.test[:CONTEXT] if arguments.prompt is None else text.encode(arguments.prompt)
+        tokens, rate = generate(model, prompt, arguments.generate, arguments.temperature)
+        rates.append(rate)
+        curves.append(losses)
+        written = written or "".join(text.characters[i] for i in tokens)
+    torch.set_num_threads(threads)
+    print(f"\nwritten with seed 0, temperature {arguments.temperature}:\n\n{written}")
+
+    name = arguments.text.name if arguments.text else "pydoc_data.topics"
+    rows = [
+        ["BMRU + minGRU", f"{common.parameters(model):,}", spread(bits, 2), spread(rates, 0)],
+        ["single characters", len(text.characters), f"{text.entropy():.2f}", ""],
+    ]
+    table = common.table(["model", "parameters", "bits per character, held out", "characters written per second"], rows)
+    table += f"\n\n{name}, {len(source):,} characters; {arguments.steps} steps of {BATCH} x {LENGTH} characters,"
+    table += f" {arguments.seeds} seeds."
+
+    def draw(axes: Any) -> None:
+        for seed, losses in enumerate(curves):
+            axes.plot(losses, linewidth=0.7, label=f"training, seed {seed}")
+        axes.axhline(statistics.mean(bits), color="k", linestyle="--", label="held out, after training")
+        axes.axhline(text.entropy(), color="k", linestyle=":", label="single characters")
+        axes.set(xlabel="step", ylabel="bits per character", ylim=(0, None), title=name)
+        axes.legend()
+
+    common.finish("charlm", table, draw, arguments.out)
+    (arguments.out / "charlm.txt").write_text(written, encoding="utf-8")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{more}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What the examples share: command line, runs of units and seeds, training, epsilon schedule, tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mru_kernels.nn import WriteOrHold
+
+Step = Callable[[int], None]
+
+
+def parser(doc: str, *, steps: int) -> argparse.ArgumentParser:
+    """The command line that all examples have; `doc` is the docstring of the module."""
+    result = argparse.ArgumentParser(description=doc.split("\n")[0])
+    result.add_argument("--steps", type=int, default=steps, help="steps of training")
+    result.add_argument("--seeds", type=int, default=3, help="how many seeds: 0, 1, ...")
+    result.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    result.add_argument("--out", type=Path, default=Path("build/examples"), help="folder of table and plot")
+    return result
+
+
+def run_all(run: Callable[..., Any], names: Iterable[str], arguments: argparse.Namespace) -> dict[str, list[Any]]:
+    """`run(name, seed, arguments)` of every name and seed, one result a seed, shared among the workers."""
+    calls = [(name, seed) for seed in range(arguments.seeds) for name in names]
+    results: dict[tuple[str, int], Any] = {}
+    with tqdm(total=len(calls), desc="runs", unit="run", smoothing=0) as bar:
+
+        def done(name: str, seed: int, result: Any) -> None:
+            results[name, seed] = result
+            bar.set_postfix_str(f"{name}, seed {seed}", refresh=False)
+            bar.update()
+
+        if arguments.workers == 1:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            for name, seed in calls:
+                done(name, seed, run(name, seed, arguments))
+            torch.set_num_threads(threads)
+        else:
+            context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
+            with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
+                futures = {pool.submit(run, name, seed, arguments): (name, seed) for name, seed in calls}
+                for future in as_completed(futures):
+                    done(*futures[future], future.result())
+    return {name: [results[name, seed] for seed in range(arguments.seeds)] for name in names}
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    callback: Step | None = None,
+    after: Callable[[int, float], None] | None = None,
+) -> None:
+    """AdamW with a warm-up and a cosine, gradients clipped; `callback(step)` comes before every step."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
+    for step in range(steps):
+        if callback:
+            callback(step)
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if after:
+            after(step, value.item())
+    model.eval()
+
+
+def epsilon_schedule(model: nn.Module, steps: int, share: float = 0.5) -> Step:
+    """A callback for `train` that takes epsilon of all units in `model` from 1 to 0, linearly.
+
+    It is 0 after `share` of the steps, so that the unit that is used has been trained, too.
+    """
+    units = [module for module in model.modules() if isinstance(module, WriteOrHold)]
+
+    def set_epsilon(step: int) -> None:
+        for unit in units:
+            unit.epsilon = max(0.0, 1.0 - step / max(1, round(share * steps)))
+
+    return set_epsilon
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def spread(values: Sequence[float], scale: float = 100.0) -> str:
+    """Mean and, of several values, standard deviation; in percent unless `scale` says otherwise."""
+    values = [scale * value for value in values]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown; all columns but the first are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def finish(name: str, text: str, draw: Callable[[Any], None], folder: Path) -> None:
+    """Print the table and write it and the plot, which `draw(axes)` draws, into `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text + "\n")
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    draw(axes)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    pyplot.close(figure)
+    print(f"\n{text}\n\nwritten: {folder / name}.md, {folder / name}.png")
+
+
+def bars(axes: Any, groups: dict[str, dict[str, list[float]]], label: str) -> None:
+    """Bars of the mean for each group (colour) and name, in percent, with a point for each seed."""
+    width = 0.8 / len(groups)
+    for i, (group, results) in enumerate(groups.items()):
+        places = [j + (i - (len(groups) - 1) / 2) * width for j in range(len(results))]
+        axes.bar(places, [100 * statistics.mean(v) for v in results.values()], width, label=group, alpha=0.6)
+        for place, values in zip(places, results.values(), strict=True):
+            axes.plot([place] * len(values), [100 * v for v in values], "k.", markersize=4)
+    names = list(next(iter(groups.values())))
+    axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
+    axes.set(ylabel=label, ylim=(0, 100))
+    if len(groups) > 1:
+        axes.legend(loc="lower right")

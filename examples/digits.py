@@ -1,0 +1,118 @@
+"""Handwritten digits, one pixel a step, in two orders: every unit at about as many parameters.
+
+scikit-learn's digits have 8 x 8 pixels, so a sequence has 64 steps of one number. They come row by row, or in one fixed
+random order, in which neighbours are far apart. Each unit sits in the same residual network (`mk.MRUNetwork`), whose
+number of channels a unit is chosen so that the parameters are nearest to PARAMETERS. Only the last step's output is
+used. The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU, alpha-CMRU), 2605.15216 (first quadrant), 2410.01201
+(minGRU, minLSTM), 2303.06349 (LRU).
+
+Run from the repository's root: `python -m examples.digits`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+import mru_kernels as mk
+from examples import common
+
+PIXELS = 64
+PARAMETERS = 20_000
+WIDTH = 32
+BLOCKS = 2
+BATCH = 64
+LEARNING_RATE = 1e-2
+
+_TIME_SCALE = {"max_time_scale": float(PIXELS)}
+UNITS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "BMRU": {"bmru": {}},
+    "BMRU, epsilon 1 to 0": {"bmru": {}},
+    "CMRU": {"cmru": {}},
+    "alpha-CMRU": {"alpha_cmru": {}},
+    "first-quadrant BMRU": {"first_quadrant_bmru": {}},
+    "minGRU": {"min_gru": _TIME_SCALE},
+    "minLSTM": {"min_lstm": _TIME_SCALE},
+    "LRU": {"lru": {"r_min": 0.9, "r_max": 0.999}},
+    "BMRU + minGRU": {"bmru": {}, "min_gru": _TIME_SCALE},
+    "nn.GRU": {"gru": {}},
+}
+ORDERS = ("row by row", "permuted")
+
+
+def network(name: str, hidden_size: int) -> mk.MRUNetwork:
+    return mk.MRUNetwork(1, 10, width=WIDTH, num_blocks=BLOCKS, units=UNITS[name], hidden_size=hidden_size, pool="last")
+
+
+@functools.cache
+def channels(name: str) -> int:
+    """Of each unit, for the number of parameters nearest to PARAMETERS."""
+    return min(range(4, 129, 2), key=lambda size: abs(common.parameters(network(name, size)) - PARAMETERS))
+
+
+def data(order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels `[N, 64, 1]` of about unit size and classes `[N]`: four fifths to train, one fifth to test."""
+    digits = load_digits()
+    pixels = torch.tensor(digits.data / 8.0 - 1.0, dtype=torch.float32).unsqueeze(-1)
+    if order == "permuted":
+        pixels = pixels[:, torch.randperm(PIXELS, generator=torch.Generator().manual_seed(0))]
+    classes = torch.tensor(digits.target)
+    train, test = train_test_split(torch.arange(len(classes)), test_size=0.2, random_state=0, stratify=classes)
+    return pixels[train], classes[train], pixels[test], classes[test]
+
+
+def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    return {order: accuracy(name, order, seed, arguments) for order in ORDERS}
+
+
+def accuracy(name: str, order: str, seed: int, arguments: argparse.Namespace) -> float:
+    pixels, classes, test_pixels, test_classes = data(order)
+    hidden_size = channels(name)
+    torch.manual_seed(seed)
+    model = network(name, hidden_size)
+    callback = common.epsilon_schedule(model, arguments.steps) if "epsilon" in name else None
+
+    def loss() -> Tensor:
+        batch = torch.randint(len(classes), (BATCH,))
+        return F.cross_entropy(model(pixels[batch])[0], classes[batch], label_smoothing=0.1)
+
+    rate = arguments.learning_rate or LEARNING_RATE
+    common.train(model, loss, steps=arguments.steps, learning_rate=rate, callback=callback)
+    with torch.no_grad():
+        return (model(test_pixels)[0].argmax(-1) == test_classes).float().mean().item()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, steps=600)
+    parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS), metavar="UNIT")
+    parser.add_argument("--learning-rate", type=float, help=f"for all units, in place of {LEARNING_RATE}")
+    arguments = parser.parse_args(argv)
+    results = common.run_all(run, arguments.units, arguments)
+
+    rows = []
+    for name, runs in results.items():
+        size = channels(name)
+        scores = [common.spread([r[order] for r in runs]) for order in ORDERS]
+        rows.append([name, f"{common.parameters(network(name, size)):,}", size, *scores])
+    text = common.table(["percent right", "parameters", "channels of a unit", *ORDERS], rows)
+    text += f"\n\n{arguments.steps} steps of {BATCH} images, {arguments.seeds} seeds, 360 test images."
+
+    def draw(axes: Any) -> None:
+        common.bars(
+            axes, {o: {n: [r[o] for r in runs] for n, runs in results.items()} for o in ORDERS}, "percent right"
+        )
+        axes.set_title("8 x 8 digits, one pixel a step; points: seeds")
+
+    common.finish("digits", text, draw, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
