@@ -1,6 +1,6 @@
 """Who is speaking: sequences of unequal length, through `PackedSequence`, as they are used with `torch.nn.GRU`.
 
-Japanese Vowels (Kudo, Toyama, Shimbo 1999; UCI Machine Learning Repository, CC BY 4.0): nine men say two vowels, each
+Japanese Vowels (Kudo, Toyama, Shimbo 1999; UCI Machine Learning Repository): nine men say two vowels, each
 utterance 7 to 29 frames of 12 coefficients; 270 utterances to train, 370 to test. The data lie in the wheels of aeon
 and sktime, of which nothing is imported or needed but the two files:
 

@@ -66,7 +66,7 @@ def _double(name: str, seed: int, arguments: object) -> str:
     return f"{name}{seed}"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.check)])
 def test_runs_come_back_in_order(workers):
     arguments = common.parser("Doc.", steps=1).parse_args(["--seeds", "2", "--workers", str(workers)])
     results = common.run_all(_double, ["b", "a"], arguments)
