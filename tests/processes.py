@@ -11,27 +11,32 @@ from time import monotonic
 import pytest
 import torch
 
-TIMEOUT = 20  # seconds that a member of the group waits for another
+SECONDS = 240  # after which processes are ended
 
 
 def run(
-    function: Callable[..., None], rendezvous: Path, *arguments: object, count: int = 2, seconds: int = 120
+    function: Callable[..., None], rendezvous: Path, *arguments: object, count: int = 2, timeout: int = 120
 ) -> None:
-    """Run `function(rank, *arguments)` in each process; what one raises is raised, and a hang fails the test."""
-    given = (function, str(rendezvous), count, arguments)
+    """Run `function(rank, *arguments)` in each process; what one raises is raised, and a hang fails the test.
+
+    A member of the group waits `timeout` seconds for another.
+    """
+    given = (function, str(rendezvous), count, timeout, arguments)
     context = torch.multiprocessing.spawn(_member, given, nprocs=count, join=False)
-    deadline = monotonic() + seconds
+    deadline = monotonic() + SECONDS
     while not context.join(timeout=1):
         if monotonic() > deadline:
             for process in context.processes:
                 process.kill()
-            pytest.fail(f"the processes did not end within {seconds} s")
+            pytest.fail(f"the processes did not end within {SECONDS} s")
 
 
-def _member(rank: int, function: Callable[..., None], rendezvous: str, count: int, arguments: tuple) -> None:
+def _member(
+    rank: int, function: Callable[..., None], rendezvous: str, count: int, timeout: int, arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
     )
     function(rank, *arguments)
     # A DistributedDataParallel that outlives the group drops its last reference with the GIL held, which the group's

@@ -171,18 +171,21 @@ def _one_rank_has_another(kind: str, rank: int) -> None:
     assert h.shape == (2, 10, 3)
 
 
+TIMEOUT = 20
+
+
 def _one_rank_is_gone(rank: int) -> None:
     if rank == 1:
         os._exit(0)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
         sequence_parallel(mk.bmru)(torch.randn(2, 10, 3), torch.randn(2, 10, 3))
-    assert time.monotonic() - start < 2 * processes.TIMEOUT
+    assert time.monotonic() - start < 2 * TIMEOUT
     os._exit(0)  # the group cannot be taken down any more
 
 
 def test_a_rank_that_is_gone_is_an_error_and_no_hang(tmp_path):
-    processes.run(_one_rank_is_gone, tmp_path / "rendezvous", count=3)
+    processes.run(_one_rank_is_gone, tmp_path / "rendezvous", count=3, timeout=TIMEOUT)
 
 
 def _bad_arguments(rank: int) -> None:
@@ -217,7 +220,7 @@ def test_processes(tmp_path, count):
 def test_the_example():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "examples.sequence_parallel", "--steps", "2000"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2,000 steps" in done.stdout
     assert "| alone" in done.stdout
