@@ -292,8 +292,9 @@ class _Piece(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_h: Tensor, grad_final: Tensor):
-        leaves, entry, h, final = ctx.graph
-        del ctx.graph  # one pass only, as its saved tensors
+        if ctx.graph is None:
+            raise RuntimeError("sequence_parallel: a second backward pass through the same call; it keeps no graph")
+        (leaves, entry, h, final), ctx.graph = ctx.graph, None
         (adjoint,) = torch.autograd.grad(h, entry, grad_h, retain_graph=True)
         every = _gather(torch.stack([adjoint, grad_final]), ctx.group)
         pulled = every[0, 1]

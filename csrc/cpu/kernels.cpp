@@ -1,7 +1,7 @@
 // Kernels over rows of channels: time is the outer loop and the state is a row in the first-level cache, so that
 // every stream is read and written as it lies in memory and the channels of a row are independent lanes.
-// Compiled once per instruction set (MRU_ISA) and cell (MRU_CELL); everything but the table is local to this file or always inlined, so
-// that no code of one instruction set can be linked into another's.
+// Compiled once per instruction set (MRU_ISA) and cell (MRU_CELL); everything but the table is local to this file or
+// always inlined, so that no code of one instruction set can be linked into another's.
 #include "kernels.h"
 
 #include "../cells/bmru.h"
