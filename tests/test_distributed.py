@@ -200,6 +200,10 @@ def _bad_arguments(rank: int) -> None:
         sequence_parallel(mk.bmru)(c, c, cu_seqlens=torch.tensor([0, 10]))
     with pytest.raises(ValueError, match="initial_state: expected"):
         sequence_parallel(mk.bmru)(c, c, torch.zeros(2, 3))
+    loss = sequence_parallel(mk.bmru)(c.requires_grad_(), c)[0].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        loss.backward()
 
 
 #: What processes do, by their number: starting them takes longer than any of it.
