@@ -52,7 +52,7 @@ _KERNELS = (
     ("missing head mask", "low(begin > position ? int(begin - position) : 0)", "low(0)"),
     ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
     ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
-    ("carry across sequences", "  if (a == S(kForget)) return u;\n", ""),
+    ("carry across sequences", "  if (a != a) return u;  // forgets\n", ""),
     ("event shifted", "words.at[w] |= codes << 2 * before;", "words.at[w] |= codes << before;"),
     ("adjoint carried from the left", "(direction > 0 ? i : segments - 1 - i)", "i"),
     ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
