@@ -123,6 +123,10 @@ def gencode_flags():
 class NinjaBuild(build_ext):
     """One build.ninja: an object per row of the tables above, and the link."""
 
+    def finalize_options(self):
+        self.build_temp = self.build_temp or "build/objects"  # they stay, so that a build makes only what has changed
+        super().finalize_options()
+
     def build_extension(self, extension):
         home, why = choose_cuda()
         print(f"mru_kernels: building the CPU kernels ({', '.join(ISA_FLAGS)}); CUDA: {'yes' if home else 'no'}, {why}")
@@ -139,7 +143,7 @@ class NinjaBuild(build_ext):
         link = [f"-L{path} -Wl,-rpath-link,{path}" for path in cpp_extension.library_paths()] + LINK_FLAGS
         n.variable("cxx", os.environ.get("CXX", "g++"))
         n.variable("cxxflags", [*CXX_FLAGS, *includes])
-        n.rule("cxx", "$cxx $cxxflags $own -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        n.rule("cxx", "$cxx $cxxflags $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})

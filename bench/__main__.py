@@ -12,12 +12,13 @@ SUBCOMMANDS = {
     "speed": "times against a pass over the same bytes",
     "gpu-check": "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`",
     "profile": "where the time goes",
+    "memory": "what a training step keeps, by the length of its chunks",
     "report": "tables and figures from recorded results",
 }
 
 #: Of glibc's allocator, for what measures time: memory that is freed stays with the process.
 PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": "0"}
-_TIMED = ("speed", "profile")
+_TIMED = ("speed", "profile", "memory")
 
 
 def _module(name: str) -> str:

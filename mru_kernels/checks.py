@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .backends import Backend
+
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
@@ -160,3 +162,23 @@ def offsets(value: Tensor, total: int) -> None:
             raise ValueError(
                 f"cu_seqlens: expected offsets that rise from 0 to the total length {total}, got {numbers}"
             )
+
+
+def chunk_size(value: int | None) -> int | None:
+    """Steps between two boundary states, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"chunk_size: expected an int or None, got {type(value).__name__}")
+    if value <= 0 or value % 16:
+        raise ValueError(f"chunk_size: expected a positive multiple of 16 or None, got {value}")
+    return value
+
+
+def taken(chunk: int, backend: Backend) -> None:
+    """The kernels of the backend take chunks of so many steps."""
+    least, most = backend.module.CHUNK_SIZES
+    if not least <= chunk <= most:
+        raise RuntimeError(
+            f"backend: {backend.name!r} cannot run this call: it takes a chunk_size from {least} to {most}, got {chunk}"
+        )

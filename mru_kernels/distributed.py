@@ -161,10 +161,13 @@ class SequenceParallel(torch.nn.Module):
         summed = _SummedGradients.apply(self._group, *parameters)
         return torch.func.functional_call(inner, dict(zip(names, summed, strict=True)), (input, hx))
 
-    def _scan(self, gates: Tensor, initial_state: Tensor | None, *, reverse: bool, cu_seqlens: None, **vectors: Tensor):
+    def _scan(
+        self, gates: Tensor, initial_state: Tensor | None, *, reverse: bool, cu_seqlens: None, chunk_size: int | None,
+        **vectors: Tensor,
+    ):  # fmt: skip
         def scan(inputs: Sequence[Tensor], state: Tensor | None, _offsets: None) -> tuple[Tensor, Tensor]:
             named = dict(zip(vectors, inputs[1:], strict=True))
-            return self.module._scan(inputs[0], state, reverse=reverse, cu_seqlens=None, **named)
+            return self.module._scan(inputs[0], state, reverse=reverse, cu_seqlens=None, chunk_size=chunk_size, **named)
 
         def factor(inputs: Sequence[Tensor], written: Tensor, _offsets: None) -> Tensor:
             return _probed(scan, inputs, written, None, getattr(self.module, "epsilon", 0.0))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops
+from . import backends, checks, ops
 from .cells.bmru import bmru_packed
 from .cells.linear_recurrence import linear_recurrence
 from .cells.schmitt import schmitt
@@ -63,6 +63,7 @@ class MRUBase(torch.nn.Module):
         dropout: float = 0.0,
         bidirectional: bool = False,
         learn_initial_state: bool = True,
+        chunk_size: int | None = backends.CHUNK,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,6 +87,7 @@ class MRUBase(torch.nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.learn_initial_state = learn_initial_state
+        self.chunk_size = checks.chunk_size(chunk_size)
         self._bare_gates = 0 if bias else sum(value is None for value in self.gates.values())
 
         for layer, suffix in self._scans():
@@ -143,7 +145,7 @@ class MRUBase(torch.nn.Module):
         parts = [f"{self.input_size}, {self.hidden_size}"]
         defaults = {
             "num_layers": 1, "bias": True, "batch_first": True, "dropout": 0.0, "bidirectional": False,
-            "learn_initial_state": True,
+            "learn_initial_state": True, "chunk_size": backends.CHUNK,
         }  # fmt: skip
         for name, default in defaults.items():
             if getattr(self, name) != default:
@@ -157,6 +159,7 @@ class MRUBase(torch.nn.Module):
         *,
         reverse: bool,
         cu_seqlens: Tensor | None,
+        chunk_size: int | None,
         **vectors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The unit itself, from gates `[B, T, k D]` and initial state `[B, D]` to output and final state.
@@ -248,6 +251,7 @@ class MRUBase(torch.nn.Module):
                 self._initial_state(None if hx is None else hx[len(finals)], sequences, suffix),
                 reverse=reverse,
                 cu_seqlens=cu_seqlens,
+                chunk_size=self.chunk_size,
                 **{name: getattr(self, name + suffix) for name in self.vectors},
             )
             outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, suffix))
@@ -414,6 +418,7 @@ class BMRU(WriteOrHold):
         dropout: probability of dropout on the output of each layer but the last.
         bidirectional: scan each layer in both directions, the outputs side by side.
         learn_initial_state: train the state before the first step, one for each scan; zeros if false.
+        chunk_size: steps between the states that are saved for the backward pass, or None: see `mru_kernels.bmru`.
         surrogate_scale: k > 0 of the surrogate derivatives of H, `k / (1 + (pi k x)^2)`, and sgn, twice that.
         device, dtype: of the parameters; float32, float64, bfloat16 or float16.
 

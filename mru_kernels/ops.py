@@ -78,27 +78,33 @@ def scan(
     surrogate_scale: float,
     reverse: bool,
     packed: int,
+    chunk_size: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Run `cell` on the backend that `backend` resolves to: (h, final state)."""
     first = streams[0]
     row = backends.resolve(backend, first.device)
+    chunk = checks.chunk_size(chunk_size) or backends.CHUNK
+    if chunk != backends.CHUNK:
+        checks.taken(chunk, row)
     batch, time, channels = first.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segment = row.module.segment(sequences, batch * time, channels // (packed or 1), first.device)
-    save = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
+    segment = -(-segment // chunk) * chunk
+    differentiated = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
+    save = differentiated and chunk_size is not None
     compiling = torch.compiler.is_compiling()
     if compiling and torch.compiler.is_exporting():
         save = False  # the number of boundary states would pin T where it is 1; a backward pass makes up for it
     arguments = (
         *(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse),
-        *(packed, backends.CHUNK, segment, save),
+        *(packed, chunk, segment, save),
     )
     if compiling:
         results = cell.forward[row.name](*arguments)
     elif torch._C._are_functorch_transforms_active():
         results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
-    elif save or forward_ad._current_level >= 0:  # as the op's autograd kernel, without the dispatcher's detours
+    elif differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without the dispatcher's detours
         results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
     else:
         with torch._C._AutoDispatchBelowAutograd():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import mru_kernels as mk
 import python_ref
 from bench import errors
+from mru_kernels import backends
 from mru_kernels.cells.bmru import CELL
 
 B, T, D = 2, 5, 3
@@ -129,6 +130,11 @@ BAD = [
     ("surrogate_scale", "1", TypeError, "float.*str"),
     ("surrogate_scale", True, TypeError, "float.*bool"),
     ("surrogate_scale", None, TypeError, "float.*NoneType"),
+    ("chunk_size", 0, ValueError, "multiple of 16.*got 0"),
+    ("chunk_size", -16, ValueError, "multiple of 16.*-16"),
+    ("chunk_size", 24, ValueError, "multiple of 16.*24"),
+    ("chunk_size", 64.0, TypeError, "int.*float"),
+    ("chunk_size", True, TypeError, "int.*bool"),
     ("cu_seqlens", offsets(0, T), ValueError, "batch 1.*batch 2"),
     ("backend", "fortran", ValueError, "cpu.*fortran"),
     ("backend", 3, TypeError, "got int"),
@@ -200,6 +206,15 @@ def test_backend_that_cannot_run_the_call_gives_its_reason():
     for name, reason in reasons.items():
         with pytest.raises(RuntimeError, match=f"^backend: {name!r} cannot run this call: {re.escape(reason)}"):
             call(good(), backend=name)
+
+
+def test_backend_that_takes_no_such_chunks_gives_its_reason(backend, device):
+    least, most = backends.TABLE[backend].module.CHUNK_SIZES
+    for size in {16, 2 * most} - {least}:
+        with pytest.raises(
+            RuntimeError, match=rf"^backend: {backend!r} cannot run this call: .*from {least} to {most}, "
+        ):
+            call(good(device=device) | {"chunk_size": size}, backend=backend)
 
 
 def test_second_derivative_raises(backend, device):

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.check
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "cuda"
+OBJECTS = ROOT / "build" / "objects"  # of any build: those of the CPU kernels are there already
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ELEMENTS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16}
 
@@ -75,7 +76,7 @@ def built() -> Path:
     """The extension, built with CUDA."""
     if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    build = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", FOLDER, "--build-temp", FOLDER / "objects")
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", FOLDER, "--build-temp", OBJECTS)
     environment = {**os.environ, "MRU_FORCE_CUDA": "1", "MRU_SANITIZE": "0"}
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
     _run(*build, cwd=ROOT, env=environment)
@@ -91,7 +92,7 @@ def kernels(built) -> list[Kernel]:
         cubins = FOLDER / "cubins" / element
         shutil.rmtree(cubins, ignore_errors=True)
         cubins.mkdir(parents=True)
-        _run(cuobjdump, "-xelf", "all", FOLDER / "objects" / f"cuda_scan_{element}.o", cwd=cubins)
+        _run(cuobjdump, "-xelf", "all", OBJECTS / f"cuda_scan_{element}.o", cwd=cubins)
         for cubin in sorted(cubins.iterdir()):
             architecture = re.search(r"sm_\d+", cubin.name)[0]
             usage = _run(cuobjdump, "-res-usage", cubin)

@@ -174,6 +174,22 @@ def test_repr():
         "AlphaCMRU(3, 4, num_layers=2, bias=False, batch_first=False, dropout=0.5, bidirectional=True, "
         "learn_initial_state=False, epsilon=0.25, surrogate_scale=2.0)"
     )
+    assert repr(mk.MinGRU(3, 4, chunk_size=None)) == "MinGRU(3, 4, chunk_size=None, max_time_scale=2)"
+
+
+@pytest.mark.parametrize("cls", [mk.BMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinLSTM, mk.LRU])
+def test_chunk_size_changes_what_is_saved_alone(cls):
+    def saved_and_grads(chunk_size: int | None) -> tuple[int, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        module, x = cls(3, 5, dtype=torch.float64, chunk_size=chunk_size), torch.randn(2, 200, 3, dtype=torch.float64)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            loss = module(x)[0].square().sum()
+        return sum(sizes), list(torch.autograd.grad(loss, list(module.parameters())))
+
+    (none, grads), (many, grads_of_many) = saved_and_grads(None), saved_and_grads(16)
+    assert many == none + 2 * (199 // 16) * 5
+    torch.testing.assert_close(grads, grads_of_many, rtol=1e-12, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------- layouts

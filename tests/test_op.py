@@ -120,6 +120,19 @@ def test_equals_the_reference_when_time_is_cut(backend, device, largest, data):
         assert_right(call, op_of(call.cell, backend), device)
 
 
+@given(st.data())
+def test_equals_the_reference_for_any_chunk_size(backend, device, largest, data):
+    """Whatever states are saved, and if none are, then with the same bits."""
+    least, most = backends.TABLE[backend].module.CHUNK_SIZES
+    steps = data.draw(SEGMENTS)
+    chunk_size = data.draw(st.sampled_from([size for size in (16, 32, 48, 64, 128, 256) if least <= size <= most]))
+    call = data.draw(cases(largest)).build()
+    op = op_of(call.cell, backend)
+    with segments(backend, steps):
+        assert_right(call, partial(op, chunk_size=chunk_size), device)
+        assert_same_bits(run(call, partial(op, chunk_size=None), device), run(call, op, device))
+
+
 @pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
 def test_equals_the_reference_where_the_backend_cuts_time(backend, device, largest, cell, dtype):
     """Few channels and a long time, with the segments of the backend's own choice."""

@@ -476,8 +476,12 @@ def test_second_derivative_raises_under_torch_func(backend, device):
 
 @pytest.mark.parametrize("dtype", checks.STREAM_DTYPES, ids=str)
 @pytest.mark.parametrize("segment", [0, 128])
-def test_saved_memory(backend, device, dtype, segment, monkeypatch):
-    """Beyond the inputs, boundary states of at most 1/32 of a stream; with segments, 2 bits of events an element."""
+@pytest.mark.parametrize("chunk_size", [64, 16, 256, None])
+def test_saved_memory(backend, device, dtype, chunk_size, segment, monkeypatch):
+    """Beyond the inputs, a boundary state a chunk, by default 1/32 of a stream at most; in segments, 2 bits a step."""
+    least, most = backends.TABLE[backend].module.CHUNK_SIZES
+    if chunk_size is not None and not least <= chunk_size <= most:
+        pytest.skip(f"{backend} takes chunk sizes from {least} to {most}")
     monkeypatch.setattr(backends.TABLE[backend].module, "segment", lambda *sizes: segment)
     shape = (2, 1000, 16)
     c, b = (draw(*shape, dtype=dtype, seed=i, device=device).requires_grad_() for i in range(2))
@@ -492,12 +496,15 @@ def test_saved_memory(backend, device, dtype, segment, monkeypatch):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        h, _ = mk.bmru(c, b, state, epsilon=epsilon, alpha=alpha, backend=backend)
+        h, _ = mk.bmru(c, b, state, epsilon=epsilon, alpha=alpha, chunk_size=chunk_size, backend=backend)
     events = sum(t.nbytes for t in saved.values() if t.dtype == torch.int32)
     states = sum(t.nbytes for t in saved.values() if t.dtype != torch.int32)
-    assert 0 < states <= c.nbytes / 32
+    rows = (shape[1] - 1) // chunk_size if chunk_size else 0
+    assert states == rows * state.nbytes
+    if chunk_size == 64:
+        assert states <= c.nbytes / 32
     words = shape[1] // 16 + 1
-    assert events == (4 * shape[0] * words * shape[2] if segment else 0)
+    assert events == (4 * shape[0] * words * shape[2] if segment and chunk_size else 0)
     h.float().sum().backward()
 
 

@@ -14,15 +14,20 @@ from types import ModuleType
 
 import torch
 
-CHUNK = 64  #: steps between two boundary states that the forward pass saves for the backward pass
+CHUNK = 64  #: steps between two boundary states that the forward pass saves for the backward pass, unless told
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table. Its module offers `load()`, called once, which registers the ops or raises ImportError with
-    the reason why it cannot; and `segment(sequences, steps, channels, device)`: how many steps one unit scans while
-    others scan the same sequence (a multiple of `CHUNK`), or 0 where a sequence is scanned whole, for so many sequences
-    that have so many steps all together.
+    """A row of the table.
+
+    Its module offers:
+
+    load(): called once; registers the ops or raises ImportError with the reason why it cannot.
+    segment(sequences, steps, channels, device): how many steps one unit scans while others scan the same sequence (a
+        multiple of `CHUNK`), or 0 where a sequence is scanned whole, for so many sequences that have so many steps all
+        together.
+    CHUNK_SIZES: the least and the most steps between two boundary states, multiples of 16, that its kernels take.
     """
 
     name: str

@@ -8,6 +8,7 @@ import torch
 
 from . import CHUNK
 
+CHUNK_SIZES = (16, 4096)
 _BLOCK = 64  # channels that keep one thread busy
 _ENOUGH = 16  # units of work from which on time is not split
 _SEGMENTS = 64

@@ -23,6 +23,7 @@ _VECTOR_BYTES = 16  # that a lane loads or stores at once
 #: states, and have the registers for no more.
 BY_STATE = ("fold", "carry", "backward")
 
+CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
 _FULL = 2048  # channels scanned at once that fill a multiprocessor's memory pipeline: 16 warps of fp32
 _LEAST = 2 * CHUNK  # steps of a segment, at least
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first

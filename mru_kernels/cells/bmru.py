@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
+from .. import backends, ops
 from .call import call, step
 
 CELL = ops.add_cell(ops.Cell(name="bmru", inputs=(2, 3), either=("threshold",), event_inputs=2))
@@ -21,6 +21,7 @@ def bmru(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a bistable memory recurrent unit over time.
@@ -45,6 +46,9 @@ def bmru(
         surrogate_scale: k > 0 of the surrogate derivatives.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
+            again: a multiple of 16 that the backend takes. None saves no state, and the backward pass first scans the
+            whole again.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
@@ -61,7 +65,7 @@ def bmru(
         inputs["amplitude"] = amplitude
     return call(
         CELL, inputs, initial_state, epsilon=epsilon, alpha=alpha, surrogate_scale=surrogate_scale, reverse=reverse,
-        cu_seqlens=cu_seqlens, backend=backend,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
     )  # fmt: skip
 
 
@@ -75,6 +79,7 @@ def bmru_packed(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`bmru` on streams that lie side by side, as one projection leaves them; its gradient is one tensor too.
@@ -86,7 +91,7 @@ def bmru_packed(
     """
     return call(
         CELL, {"gates": gates}, initial_state, epsilon=epsilon, alpha=alpha, surrogate_scale=surrogate_scale,
-        reverse=reverse, cu_seqlens=cu_seqlens, backend=backend, packed=3 if amplitude else 2,
+        reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend, packed=3 if amplitude else 2,
     )  # fmt: skip
 
 

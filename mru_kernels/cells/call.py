@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import backends, checks, ops
 
 
 def call(
@@ -20,6 +20,7 @@ def call(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
     packed: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def call(
             (channel if _is_per_channel(cell, name, value) else streams).append(value)
         return ops.scan(
             cell, streams, channel, alpha, initial_state, cu_seqlens, checks.epsilon(epsilon),
-            checks.surrogate_scale(surrogate_scale), bool(reverse), packed, backend,
+            checks.surrogate_scale(surrogate_scale), bool(reverse), packed, chunk_size, backend,
         )  # fmt: skip
     except Exception:
         if first_to_kernels:

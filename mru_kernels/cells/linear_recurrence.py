@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import checks, ops
+from .. import backends, checks, ops
 from .call import call, step
 
 CELL = ops.add_cell(
@@ -25,6 +25,7 @@ def linear_recurrence(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a linear recurrence over time.
@@ -44,6 +45,9 @@ def linear_recurrence(
             update's or the state dtype; zeros if None.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
+            again: a multiple of 16 that the backend takes. None saves no state, and the backward pass first scans the
+            whole again.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
@@ -56,7 +60,9 @@ def linear_recurrence(
         RuntimeError: the backend cannot run this call; a second derivative is taken.
     """
     inputs = {"update": update, "decay": decay}
-    return call(CELL, inputs, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, backend=backend)
+    return call(
+        CELL, inputs, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend
+    )
 
 
 def linear_recurrence_step(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

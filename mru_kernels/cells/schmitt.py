@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
+from .. import backends, ops
 from .call import call, step
 
 CELL = ops.add_cell(ops.Cell(name="schmitt", inputs=(3, 3), vectors=("low", "high"), event_inputs=3))
@@ -21,6 +21,7 @@ def schmitt(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a first-quadrant bistable memory recurrent unit over time (arXiv 2605.15216).
@@ -44,6 +45,9 @@ def schmitt(
         surrogate_scale: k > 0 of the surrogate derivative.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
+            again: a multiple of 16 that the backend takes. None saves no state, and the backward pass first scans the
+            whole again.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
@@ -57,7 +61,7 @@ def schmitt(
     """
     return call(
         CELL, {"candidate": candidate, "low": low, "high": high}, initial_state, epsilon=epsilon, alpha=alpha,
-        surrogate_scale=surrogate_scale, reverse=reverse, cu_seqlens=cu_seqlens, backend=backend,
+        surrogate_scale=surrogate_scale, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
     )  # fmt: skip
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from mru_kernels.backends.cuda import CHUNK_SIZES
+
 from . import SUPPORTED, control
+
+__all__ = ["CHUNK_SIZES", "load", "segment"]
 
 
 def load() -> None:

@@ -1,0 +1,172 @@
+"""Memory of a training step for each length of the saved chunks, beside what it must be: `python -m bench memory`.
+
+Between the passes an op keeps its inputs and one state a chunk of time (and 2 bits a step of events, where time is
+scanned in segments). `chunk_size` trades that memory for the length of what the backward pass scans again at a time;
+None keeps the inputs alone, for one forward pass more. Memory is measured in a process of its own: on the CPU its
+resident memory, on a GPU what torch's allocator gave. Times are taken side by side in another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import mru_kernels as mk
+from mru_kernels import ops
+from mru_kernels.backends import CHUNK, TABLE, resolve
+
+from . import inputs, speed
+
+#: Of glibc's allocator, for a process whose resident memory is to be what is in use: it returns what is freed.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: beside the inputs, between the passes and at most; as they must be, and as measured."""
+
+    kept: int
+    peak: int
+    kept_measured: int
+    peak_measured: int
+
+
+def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[int, int]:
+    """What is kept between the passes beside inputs and h, and the most beside inputs and the gradient of h."""
+    (cell,) = (cell for cell in ops.CELLS if cell.name == call.cell)
+    streams = [t for t in call.tensors.values() if t.dim() == 3]
+    batch, time, channels = call.stream.shape
+    segment = TABLE[backend].module.segment(batch, batch * time, channels, call.stream.device)
+    chunk = chunk_size or CHUNK
+    meta = [t.to("meta") for t in streams]
+    saved = ops.allocate(cell, meta, [], None, 0, chunk, -(-segment // chunk) * chunk, save=True)[2:]
+    states = sum(t.nbytes for t in saved)
+    h, grads = call.stream.nbytes, sum(t.nbytes for t in streams)
+    if chunk_size is None:  # the second forward pass has an h too, and frees it before there are gradients
+        return 0, h + max(h + states, states + grads)
+    return states, h + states + grads
+
+
+class _Observed:
+    """Bytes in use, and the most since `reset`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on_gpu = device, device.type == "cuda"
+
+    def _resident(self, field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else self._resident("VmRSS")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.on_gpu else self._resident("VmHWM")
+
+    def reset(self) -> None:
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def training_step(call: inputs.Call, chunk_size: int | None, backend: str):
+    """A function that runs a forward and a backward pass and returns what `between` gave, called between them."""
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+
+    def step(between=lambda: None):
+        results = getattr(mk, call.cell)(**leaves, **call.settings, chunk_size=chunk_size, backend=backend)
+        seen = between()
+        grads = torch.autograd.grad(results, list(leaves.values()), (call.grad_h, call.grad_final))
+        del grads
+        return seen
+
+    return step
+
+
+def observe(call: inputs.Call, chunk_size: int | None, backend: str) -> Memory:
+    """Measure one training step in this process."""
+    observed = _Observed(call.stream.device)
+    few = inputs.case(call.cell, call.stream.dtype, batch=1, time=300, channels=512).build().to(call.stream.device)
+    training_step(few, chunk_size, backend)()  # what stays for good: code, threads, their scratch
+    step = training_step(call, chunk_size, backend)
+    observed.reset()
+    before = observed.now()
+    kept = step(observed.now) - before - call.stream.nbytes
+    return Memory(*expected(call, chunk_size, backend), kept, observed.peak() - before)
+
+
+def in_own_process(argv: Sequence[str]) -> list[Memory]:
+    """What `main(argv)` measures for its chunk sizes, in a process that gives back what it frees."""
+    environment = os.environ | RETURNED
+    command = [sys.executable, "-m", "bench.memory", *argv, "--here"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return [Memory(**fields) for fields in json.loads(done.stdout)]
+
+
+def table(rows: Sequence[tuple[int | None, Memory, float]]) -> str:
+    """Markdown: a row a chunk size."""
+    head = ["chunk_size", "kept, MiB", "measured", "peak, MiB", "measured", "forward + backward, ms"]
+    lines = [head, ["---:"] * len(head)]
+    for chunk_size, memory, seconds in rows:
+        bytes_ = (memory.kept, memory.kept_measured, memory.peak, memory.peak_measured)
+        lines.append([str(chunk_size), *(f"{n / _MIB:.1f}" for n in bytes_), f"{1e3 * seconds:.3g}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def chunk_size_of(text: str) -> int | None:
+    return None if text == "None" else int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
+    parser.add_argument("--shape", type=speed.shape_of, default=(4, 4096, 2048), metavar="B,T,D")
+    parser.add_argument("--dtype", choices=inputs.DTYPES, default="fp32")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--backend", help="default: what backend=None chooses")
+    parser.add_argument("--chunk-size", nargs="+", type=chunk_size_of, metavar="N", help='multiples of 16, or "None"')
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--here", action="store_true", help="print what is measured in this process as JSON")
+    arguments = parser.parse_args(argv)
+    backend = resolve(arguments.backend, arguments.device).name
+    least, most = TABLE[backend].module.CHUNK_SIZES
+    sizes = arguments.chunk_size or [n for n in (16, 64, 256, 1024) if least <= n <= most] + [None]
+    named = dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
+    call = inputs.case(arguments.cell, inputs.DTYPES[arguments.dtype], **named).build().to(arguments.device)
+    if arguments.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+        parser.error("--device: memory of the CPU is read from /proc, which only Linux has")
+    if arguments.here:
+        print(json.dumps([asdict(observe(call, size, backend)) for size in sizes]))
+        return 0
+
+    memories = in_own_process(argv)
+    steps = {str(size): training_step(call, size, backend) for size in sizes}
+    seconds = speed.measure(steps, arguments.device)
+    rows = [(size, memory, seconds[str(size)][0]) for size, memory in zip(sizes, memories, strict=True)]
+    facts = speed.machine(arguments.device) | {"backend": backend}
+    print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    shape, stream = ", ".join(map(str, arguments.shape)), call.stream.nbytes / _MIB
+    print(f"{arguments.cell}, {arguments.dtype}, B, T, D = {shape}: {stream:.0f} MiB a stream\n\n{table(rows)}")
+    if arguments.json:
+        record = [{"chunk_size": size, "seconds": s} | asdict(memory) for size, memory, s in rows]
+        record = {"machine": facts, "shape": arguments.shape, "memory": record}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
