@@ -39,6 +39,9 @@ sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$
 
 # The CUDA kernels under host execution; their deliberate faults are left out, as the sanitizers end a run.
 if [[ $(uname -sm) == "Linux x86_64" ]]; then
-  MRU_SANITIZE=1 sanitized python -m pytest -q -p no:cacheprovider --capture=sys tests/test_simt.py \
+  export MRU_SANITIZE=1
+  MRU_SIMT_MODULE=$(python -c 'import sys; sys.path.insert(0, "tests"); import simt; print(simt.build(simt.FOLDER))')
+  export MRU_SIMT_MODULE
+  sanitized python -m pytest -q -p no:cacheprovider --capture=sys -n 2 tests/test_simt.py \
     -k "not mutant and not as_they_are"
 fi

@@ -33,9 +33,8 @@ SELFTESTS = {
 
 
 @pytest.fixture(scope="module")
-def selftest():
-    simt.FOLDER.mkdir(parents=True, exist_ok=True)
-    program = simt.FOLDER / "selftest"
+def selftest(tmp_path_factory):
+    program = tmp_path_factory.mktemp("selftest") / "selftest"
     source = simt.ROOT / "tests" / "simt" / "selftest.cu"
     command = [*simt.COMPILER, "-x", "c++", "-I", str(simt.ROOT / "csrc" / "simt"), str(source), "-o", str(program)]
     subprocess.run(command, check=True)
