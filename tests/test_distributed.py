@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 import mru_kernels as mk
 from bench import compare, errors, inputs
@@ -149,6 +150,38 @@ def _mesh(rank: int) -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def _fsdp(rank: int) -> None:
+    """Parameters in shards (FSDP2) over the rows of the mesh, time over its columns; networks without a cut of time."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "time"))
+    row, column = mesh.get_coordinate()
+    torch.manual_seed(1)
+    x = torch.randn(4, 60, 5, dtype=torch.float64)
+
+    def trained(model: torch.nn.Module, x: Tensor, share: int) -> torch.nn.Module:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x)[0].square().mean() / share).backward()
+            optimizer.step()
+        return model
+
+    def network() -> mk.MRUNetwork:
+        torch.manual_seed(0)
+        return mk.MRUNetwork(5, 4, width=8, num_blocks=2, units=("bmru", "lru"), dtype=torch.float64)
+
+    alone, model = _module("BMRU"), _module("BMRU")
+    parallel = fully_shard(sequence_parallel(model, mesh["time"]), mesh=mesh["batch"])
+    trained(parallel, x[2 * row : 2 * row + 2, 30 * column : 30 * column + 30], 2)
+    pairs = [*zip(parallel.parameters(), trained(alone, x, 1).parameters(), strict=True)]
+    sharded = network()
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh["batch"])
+    trained(fully_shard(sharded, mesh=mesh["batch"]), x[2 * row : 2 * row + 2], 1)
+    pairs += zip(sharded.parameters(), trained(network(), x, 1).parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one.full_tensor(), other.detach())
+
+
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -207,7 +240,7 @@ def _bad_arguments(rank: int) -> None:
 
 
 #: What processes do, by their number: starting them takes longer than any of it.
-JOBS = {1: [_ops], 2: [_ops, _bad_arguments], 3: [_ops, _modules, _one_rank_raises], 4: [_ops, _mesh]}
+JOBS = {1: [_ops], 2: [_ops, _bad_arguments], 3: [_ops, _modules, _one_rank_raises], 4: [_ops, _mesh, _fsdp]}
 
 
 def _all(rank: int) -> None:
