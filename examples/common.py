@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -80,6 +81,12 @@ def train(
         if after:
             after(step, value.item())
     model.eval()
+
+
+def positions(steps: int, features: int) -> Tensor:
+    """Sines and cosines of a step's place `[steps, features]`: half a turn over all steps, one turn, two, and so on."""
+    angles = torch.arange(steps).unsqueeze(1) * math.pi / steps * 2.0 ** torch.arange(features // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def epsilon_schedule(model: nn.Module, steps: int, share: float = 0.5) -> Step:

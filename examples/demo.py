@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import mru_kernels as mk
 from bench import compare, inputs
+from examples import common
 
 STEPS = 64  # an image has 8 x 8 pixels, and a step reads one
 POSITION_FEATURES = 16
@@ -46,9 +47,7 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        position = torch.arange(STEPS).unsqueeze(1) * math.pi / STEPS
-        angles = position * 2.0 ** torch.arange(POSITION_FEATURES // 2)
-        self.register_buffer("position", torch.cat([angles.sin(), angles.cos()], dim=1))
+        self.register_buffer("position", common.positions(STEPS, POSITION_FEATURES))
         self.embed = nn.Linear(1 + POSITION_FEATURES, CHANNELS)
         self.blocks = nn.Sequential(Block(CHANNELS), Block(CHANNELS))
         self.head = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, 10))

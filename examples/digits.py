@@ -1,7 +1,8 @@
 """Handwritten digits, one pixel a step, in two orders: every unit at about as many parameters.
 
 scikit-learn's digits have 8 x 8 pixels, so a sequence has 64 steps of one number. They come row by row, or in one fixed
-random order, in which neighbours are far apart. Each unit sits in the same residual network (`mk.MRUNetwork`), whose
+random order, in which neighbours are far apart. Beside it stand sines and cosines of the step's number, as in arXiv
+2601.09495: a bistable unit's gate sees its own step alone, and without them cannot know which pixel it is. Each unit sits in the same residual network (`mk.MRUNetwork`), whose
 number of channels a unit is chosen so that the parameters are nearest to PARAMETERS. Only the last step's output is
 used. The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU, alpha-CMRU), 2605.15216 (first quadrant), 2410.01201
 (minGRU, minLSTM), 2303.06349 (LRU).
@@ -26,6 +27,7 @@ import mru_kernels as mk
 from examples import common
 
 PIXELS = 64
+POSITION_FEATURES = 16
 PARAMETERS = 20_000
 WIDTH = 32
 BLOCKS = 2
@@ -49,7 +51,15 @@ ORDERS = ("row by row", "permuted")
 
 
 def network(name: str, hidden_size: int) -> mk.MRUNetwork:
-    return mk.MRUNetwork(1, 10, width=WIDTH, num_blocks=BLOCKS, units=UNITS[name], hidden_size=hidden_size, pool="last")
+    return mk.MRUNetwork(
+        1 + POSITION_FEATURES,
+        10,
+        width=WIDTH,
+        num_blocks=BLOCKS,
+        units=UNITS[name],
+        hidden_size=hidden_size,
+        pool="last",
+    )
 
 
 @functools.cache
@@ -59,11 +69,13 @@ def channels(name: str) -> int:
 
 
 def data(order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels `[N, 64, 1]` of about unit size and classes `[N]`: four fifths to train, one fifth to test."""
+    """Inputs `[N, 64, 17]`, pixels first, and classes `[N]`: four fifths to train, one fifth to test."""
     digits = load_digits()
     pixels = torch.tensor(digits.data / 8.0 - 1.0, dtype=torch.float32).unsqueeze(-1)
     if order == "permuted":
         pixels = pixels[:, torch.randperm(PIXELS, generator=torch.Generator().manual_seed(0))]
+    places = common.positions(PIXELS, POSITION_FEATURES).expand(len(pixels), -1, -1)
+    pixels = torch.cat([pixels, places], -1)
     classes = torch.tensor(digits.target)
     train, test = train_test_split(torch.arange(len(classes)), test_size=0.2, random_state=0, stratify=classes)
     return pixels[train], classes[train], pixels[test], classes[test]
