@@ -2,10 +2,10 @@
 
 scikit-learn's digits have 8 x 8 pixels, so a sequence has 64 steps of one number. They come row by row, or in one fixed
 random order, in which neighbours are far apart. Beside it stand sines and cosines of the step's number, as in arXiv
-2601.09495: a bistable unit's gate sees its own step alone, and without them cannot know which pixel it is. Each unit sits in the same residual network (`mk.MRUNetwork`), whose
-number of channels a unit is chosen so that the parameters are nearest to PARAMETERS. Only the last step's output is
-used. The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU, alpha-CMRU), 2605.15216 (first quadrant), 2410.01201
-(minGRU, minLSTM), 2303.06349 (LRU).
+2601.09495: a bistable unit's gate sees its own step alone, and without them cannot know which pixel it is. Each unit
+sits in the same residual network (`mk.MRUNetwork`), whose number of channels a unit is chosen so that the parameters
+are nearest to PARAMETERS. Only the last step's output is used. The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU,
+alpha-CMRU), 2605.15216 (first quadrant), 2410.01201 (minGRU, minLSTM), 2303.06349 (LRU).
 
 Run from the repository's root: `python -m examples.digits`.
 """
