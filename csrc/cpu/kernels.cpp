@@ -311,10 +311,6 @@ struct Kernel {
             inputs.load_at(i, x);
             s = f.step(x, s);
             store<N>(before + (i + 1) * n + j, s);
-            // The way back runs against the order that the hardware prefetches in.
-            __builtin_prefetch(g.ahead(i) + j);
-            for (int k = 0; k < Cell::kInputs; ++k)
-              if (!In::per_channel(k)) __builtin_prefetch(dx_row[k].ahead(i) + j, 1);
           }
         });
         advance(steps);
@@ -341,6 +337,16 @@ struct Kernel {
             for (int k = 0; k < Cell::kInputs; ++k) {
               if (In::per_channel(k)) sum[1 + k] += dx[k];
               else store<N>(dx_row[k].ahead(i) + j, dx[k]);
+            }
+            // While this chunk computes, the next one, to the left, comes from memory.
+            if (begin > piece.begin) {
+              const int64_t there = i - scan.chunk;
+              __builtin_prefetch(g.ahead(there) + j, 0, 2);
+              for (int k = 0; k < Cell::kInputs; ++k) {
+                if (In::per_channel(k)) continue;
+                __builtin_prefetch(in.row[k].ahead(there) + j, 0, 2);
+                __builtin_prefetch(dx_row[k].ahead(there) + j, 1, 2);
+              }
             }
           }
           store<N>(m + j, pulled);
