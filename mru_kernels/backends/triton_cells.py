@@ -251,9 +251,11 @@ def complex_times(a, b):
 
 
 @triton.jit
-def conj(z):
-    re, im = parts(z)
-    return pairs(re, -im)
+def complex_times_conj(a, b):
+    """a conj(b). With conj(b) as a block of its own, Triton 3.6's ptxas spills in summarize_adjoint."""
+    a_re, a_im = parts(a)
+    b_re, b_im = parts(b)
+    return pairs(a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im)
 
 
 @triton.jit
@@ -268,12 +270,12 @@ def complex_push(x, m, epsilon):
 
 @triton.jit
 def complex_pull(x, m, epsilon):
-    return complex_times(conj(x[1]), m)
+    return complex_times_conj(m, x[1])
 
 
 @triton.jit
 def complex_vjp(x, s, lam, epsilon, scale):
-    return (lam, complex_times(lam, conj(s)))
+    return (lam, complex_times_conj(lam, s))
 
 
 #: For real streams.

@@ -334,8 +334,9 @@ def forward(
 @triton.jit
 def summarize(
     inputs, scan, offsets, alpha, events, factors, sums, epsilon: tl.float64,
-    STEP: tl.constexpr, PUSH: tl.constexpr, ONE: tl.constexpr, ENCODE: tl.constexpr, EVENTS: tl.constexpr,
-    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    STEP: tl.constexpr, PUSH: tl.constexpr, ONE: tl.constexpr, ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr,
+    PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
     STATE: tl.constexpr = alpha.dtype.element_ty
@@ -354,10 +355,14 @@ def summarize(
                 for i in tl.static_range(TILE):
                     valid = first + j + i < at.end
                     x = inputs_at(tile, i)
-                    offset = tl.where(valid, STEP(x, offset, eps), offset)
-                    factor = tl.where(valid, PUSH(x, factor, eps), factor)
-                    if EVENTS:
-                        word = word | (ENCODE(x) << (2 * (j + i)))
+                    if EVENTS:  # all from the code: inputs that are used once hold registers for a shorter time
+                        code = ENCODE(x)
+                        word = word | (code << (2 * (j + i)))
+                        offset = tl.where(valid, STEP_EVENT(code, offset, eps), offset)
+                        factor = tl.where(valid, PULL_EVENT(code, factor, eps), factor)
+                    else:
+                        offset = tl.where(valid, STEP(x, offset, eps), offset)
+                        factor = tl.where(valid, PUSH(x, factor, eps), factor)
             if EVENTS:
                 put(events, word_row(scan, at, first), at, word, at.mask)
         put(factors, slot, at, factor, at.mask)
