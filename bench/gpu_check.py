@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -20,14 +19,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+
+from . import inputs, timing, work
+from .inputs import Call, Case
+from .peers import PEERS, job
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -43,11 +45,10 @@ SHAPES: tuple[Shape, ...] = (
     (1, 1048576, 64, "fp32"),
     (256, 512, 64, "fp32"),
 )
-#: Streams that a pass reads or writes at least once each.
-FLOOR = {"forward": 3, "backward": 5, "forward + backward": 8}
 #: Stage: seconds from the start by which it ends. One that ends early leaves the rest to the next.
 DEADLINES = {"build": 110, "comparison": 190, "tests": 300, "times": 440, "sanitizers": 515}
 
+WORKS = (work.FORWARD, work.BACKWARD, work.BOTH)
 _COPIED = 2**30  # bytes, both read and written, by the copy that bandwidth is measured by
 _PER_SUBJECT = 0.4  # seconds
 _GRACE = 40  # seconds between the last peer's begin and the end of the times: it may have to be compiled
@@ -291,29 +292,28 @@ class Timing:
         self._checked: set[str] = set()  # peers
 
     def _copy(self, copied: int) -> float:
-        from .speed import measure
 
         source = torch.ones(copied // 4, device=self.device)
         target = torch.empty_like(source)
-        seconds, spread = measure({"copy": lambda: target.copy_(source)}, self.device, _PER_SUBJECT)["copy"]
+        seconds, spread = timing.measure({"copy": lambda: target.copy_(source)}, self.device, _PER_SUBJECT)["copy"]
         rate = 2 * copied / seconds / 1e9
         self.write("copy", {"bytes": 2 * copied, "gb_per_s": rate, "spread": spread})
         return rate
 
     def backends(self, names: Sequence[str], shape: Shape) -> None:
-        """Time, beside torch.add, the backends that meet their limits on the first steps of such inputs."""
-        from . import inputs, speed
+        """Time, beside torch.add, the backends that meet their limits on few such inputs."""
+        from . import speed
 
-        streams = _streams(shape, self.device)
-        candidate, threshold = streams[:2]
+        call = _call(shape, self.device)
+        candidate, threshold = call.tensors.values()
         out = torch.empty_like(candidate)
-        works: Works = {("torch.add(out=)", "forward"): lambda: torch.add(candidate, threshold, out=out)}
+        works: Works = {(work.ADD, work.FORWARD): lambda: torch.add(candidate, threshold, out=out)}
         for name in names:
-            if speed.passes(shape[:3], inputs.DTYPES[shape[3]], name, self.device, 0.0):
-                works |= _works(name, _op(name), *streams)
+            if speed.meets_limits(_case(shape), name, self.device):
+                works |= _works(name, call, speed.op(call, name))
             else:
                 self.write("failed", f"{name} on {shape}: beyond its limits against the reference, so not timed")
-        self._measure(shape, works)
+        self._measure(shape, call, works)
 
     def calls(self, name: str) -> None:
         """Time calls of a backend on tiny inputs."""
@@ -324,33 +324,32 @@ class Timing:
 
     def peer(self, name: str, shape: Shape) -> None:
         """Time a peer, forward, and forward and backward; checked on the first shape that it is timed on."""
-        from .peers import PEERS
         from .speed import check_peer
 
-        streams = _streams(shape, self.device)
+        call = _call(shape, self.device)
         if name not in self._checked:
-            check_peer(name, streams[0][:2], streams[1][:2], 0.0)
+            check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
             self._checked.add(name)
-        works = _works(name, lambda c, b: PEERS[name].run(c, b, 0.0), *streams, whole=PEERS[name].whole)
-        works.pop((name, "backward"), None)
-        for key, run in works.items():  # apart: some have no gradient
-            self._measure(shape, {key: run})
+        works = _works(name, call, job(PEERS[name], call))
+        timed = (work.FORWARD, work.BOTH) if PEERS[name].whole else (work.FORWARD,)
+        for key in ((name, what) for what in timed):  # apart: some have no gradient
+            self._measure(shape, call, {key: works[key]})
 
-    def _measure(self, shape: Shape, works: Works) -> None:
-        from . import inputs, speed
+    def _measure(self, shape: Shape, call: Call, works: Works) -> None:
 
         *sizes, dtype = shape
-        for (subject, work), (seconds, spread) in speed.measure(works, self.device, _PER_SUBJECT).items():
-            rate = FLOOR[work] * math.prod(sizes) * inputs.DTYPES[dtype].itemsize / seconds / 1e9
+        moved = work.floor_bytes(call)
+        for (subject, name), (seconds, spread) in timing.measure(works, self.device, _PER_SUBJECT).items():
+            count = 3 * call.stream.nbytes if subject == work.ADD else moved[name]
+            rate = count / seconds / 1e9
             times = (seconds * 1e3, spread, rate, 100 * rate / self.bandwidth)
-            self.write("figure", asdict(Figure(tuple(sizes), dtype, subject, work, *times)))
+            self.write("figure", asdict(Figure(tuple(sizes), dtype, subject, name, *times)))
 
 
 def time_all(
     timing: Timing, shapes: Sequence[Shape], backends: Sequence[str], deadline: float, peers: Sequence[str]
 ) -> None:
     """Time backends on all shapes, then peers; no peer is begun when `time.monotonic()` is past the deadline."""
-    from .peers import PEERS
 
     def attempt(kind: str, what: str, run: Callable[..., None], *arguments: object) -> None:
         try:
@@ -364,7 +363,7 @@ def time_all(
         attempt("failed", f"calls of {name}", timing.calls, name)
     for name in peers:
         for shape in shapes:
-            reason = PEERS[name].why_not(shape[:3], 0.0, timing.device)
+            reason = PEERS[name].why_not(_case(shape), timing.device)
             if reason is None and time.monotonic() > deadline:
                 reason = "no time was left"
             if reason is None:
@@ -374,47 +373,41 @@ def time_all(
                 timing.write("left out", f"{name} on {shape}: {reason}")
 
 
-def _op(backend: str) -> Callable:
-    import mru_kernels as mk
+def _case(shape: Shape) -> Case:
+    """Such inputs, epsilon 0 and a threshold stream."""
+    batch, steps, channels, dtype = shape
+    return inputs.case("bmru", inputs.DTYPES[dtype], batch=batch, time=steps, channels=channels)
 
-    return lambda c, b: mk.bmru(c, b, backend=backend)[0]
 
-
-def _streams(shape: Shape, device: torch.device) -> tuple:
-    """Candidate, threshold and gradient, standard normal, and leaves of the first two's values."""
-    from .inputs import DTYPES
-
+def _call(shape: Shape, device: torch.device) -> Call:
+    """Candidate, threshold and gradient, drawn where they are to be: standard normal."""
     generator = torch.Generator(device).manual_seed(0)
     draw = (torch.randn(shape[:3], generator=generator, device=device) for _ in range(3))
-    candidate, threshold, grad = (t.to(DTYPES[shape[3]]) for t in draw)
-    return candidate, threshold, grad, [t.clone().requires_grad_() for t in (candidate, threshold)]
+    candidate, threshold, grad = (t.to(inputs.DTYPES[shape[3]]) for t in draw)
+    tensors, settings = {"candidate": candidate, "threshold": threshold}, {"epsilon": 0.0, "surrogate_scale": 1.0}
+    return Call("bmru", tensors, settings, grad, torch.zeros_like(grad[:, 0]))
 
 
-def _works(subject: str, f: Callable, candidate, threshold, grad, leaves, whole: bool = True) -> Works:
-    """What is timed of a function of candidate and threshold."""
-    works: Works = {(subject, "forward"): lambda: f(candidate, threshold)}
-    if whole:
-        forward = cache(lambda: f(*leaves))
-        works[subject, "backward"] = lambda: torch.autograd.grad(forward(), leaves, grad, retain_graph=True)
-        works[subject, "forward + backward"] = lambda: torch.autograd.grad(f(*leaves), leaves, grad)
-    return works
+def _works(subject: str, call: Call, f: Callable) -> Works:
+    """What is timed of a function of the call's tensors."""
+    found = work.passes(call, f)
+    return {(subject, what): found[what] for what in WORKS}
 
 
 def _in_graph(backend: str, device: torch.device, calls: int = 100) -> dict[str, float]:
     """Microseconds of a small call within a CUDA graph; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    from .speed import measure
+    import mru_kernels as mk
 
     c, b = torch.randn(1, 1, 512, device=device), torch.randn(1, 1, 512, device=device)
-    op = _op(backend)
-    op(c, b)
+    mk.bmru(c, b, backend=backend)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
-            op(c, b)
-    seconds, _ = measure({"graph": graph.replay}, device, _PER_SUBJECT)["graph"]
+            mk.bmru(c, b, backend=backend)
+    seconds, _ = timing.measure({"graph": graph.replay}, device, _PER_SUBJECT)["graph"]
     return {"bmru (1, 1, 512) in a CUDA graph": seconds / calls * 1e6}
 
 
@@ -422,7 +415,7 @@ def run_small_set(backends: Sequence[str], device: torch.device) -> bool:
     """Compare each backend with the reference on a few small calls, with time whole and split."""
     from mru_kernels.backends import TABLE
 
-    from . import compare, inputs
+    from . import compare
 
     options = (
         {"channels": 64},
@@ -470,9 +463,7 @@ def with_ratios(figures: Sequence[dict], backends: Sequence[str]) -> list[dict]:
 
 def machine(device: torch.device) -> dict[str, object]:
     """What the figures were measured on, with driver and clocks as nvidia-smi tells them."""
-    from . import speed
-
-    facts = speed.machine(device)
+    facts = timing.machine(device)
     for package in ("triton", "accelerated-scan", "flash-linear-attention"):
         try:
             facts[package] = metadata.version(package)
@@ -481,7 +472,9 @@ def machine(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
         index = torch.cuda.current_device() if device.index is None else device.index
-        told = speed.output_of("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={index}")
+        told = timing.output_of(
+            "nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={index}"
+        )
         facts |= dict(zip(names, map(str.strip, told.split(",")), strict=False)) if told else {}
         properties = torch.cuda.get_device_properties(device)
         facts["multiprocessors"], facts["cuda"] = properties.multi_processor_count, torch.version.cuda
@@ -501,7 +494,7 @@ def markdown(record: dict) -> str:
             "| B, T, D | dtype | work | subject | ms | spread | GB/s | of copy | slower than |",
             "|---|---|---|---|---:|---:|---:|---:|---|",
         ]
-    for f in sorted(record["figures"], key=lambda f: (f["shape"], f["dtype"], list(FLOOR).index(f["work"]))):
+    for f in sorted(record["figures"], key=lambda f: (f["shape"], f["dtype"], WORKS.index(f["work"]))):
         ratios = ", ".join(f"{name} {ratio:.3g}x" for name, ratio in f.get("slower_than", {}).items())
         numbers = f"{f['ms']:.4g} | {f['spread']:.0%} | {f['gb_per_s']:.4g} | {f['percent_of_copy']:.1f} %"
         shape = ", ".join(map(str, f["shape"]))
@@ -525,15 +518,15 @@ def plot(record: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.axhline(record["copy"][0]["gb_per_s"], color="black", label="copy")
-    markers = dict(zip(FLOOR, "ovs", strict=True))
+    markers = dict(zip(WORKS, "ovs", strict=True))
     subjects = list(dict.fromkeys(f["subject"] for f in record["figures"]))
     for index, subject in enumerate(subjects):
-        for work, marker in markers.items():
-            chosen = [f for f in record["figures"] if (f["subject"], f["work"]) == (subject, work)]
+        for what, marker in markers.items():
+            chosen = [f for f in record["figures"] if (f["subject"], f["work"]) == (subject, what)]
             x, y = ([f[name] for f in chosen] for name in ("gb_per_s", "ms"))
             moved = [rate * ms / 1e3 for rate, ms in zip(x, y, strict=True)]
             if chosen:
-                axes.plot(moved, x, marker, color=f"C{index % 10}", alpha=0.8, label=f"{subject}, {work}")
+                axes.plot(moved, x, marker, color=f"C{index % 10}", alpha=0.8, label=f"{subject}, {what}")
     axes.set(xscale="log", yscale="log", xlabel="GB at the floor", ylabel="GB/s", title=record["machine"]["device"])
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
@@ -602,8 +595,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.job == "small-set":
         return 0 if run_small_set(check.backends, device) else 1
     if arguments.job == "times":
-        from .peers import PEERS
-
         deadline = time.monotonic() + arguments.seconds
         check.logs.mkdir(parents=True, exist_ok=True)
         with open(check.figures, "w", buffering=1) as file:

@@ -1,4 +1,4 @@
-"""Seeded inputs of every cell, declared once; tests, comparison and demo draw from here.
+"""Seeded inputs of every cell, declared once; tests, comparison, times and demo draw from here.
 
 A cell is one declaration: the `factors` by which its calls differ, beside those that all cells share, and a
 function that draws its tensors. Its name is that of its op, of its reference and of its adjoint.
@@ -324,6 +324,12 @@ def case(cell: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> Case:
         if isinstance(value, str) and value not in factors[name]:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, factors[name]))}, got {value!r}")
     return Case(cell, dtype, {name: values[0] for name, values in factors.items()} | options, seed)
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """The sizes in "B,T,D"."""
+    batch, steps, channels = map(int, text.split(","))
+    return batch, steps, channels
 
 
 def covering_cases(cell: str, dtype: torch.dtype) -> list[Case]:

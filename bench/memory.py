@@ -23,7 +23,7 @@ import mru_kernels as mk
 from mru_kernels import ops
 from mru_kernels.backends import CHUNK, TABLE, resolve
 
-from . import inputs, speed
+from . import inputs, timing
 
 #: Of glibc's allocator, for a process whose resident memory is to be what is in use: it returns what is freed.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
@@ -133,19 +133,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
-    parser.add_argument("--shape", type=speed.shape_of, default=(4, 4096, 2048), metavar="B,T,D")
-    parser.add_argument("--dtype", choices=inputs.DTYPES, default="fp32")
+    parser.add_argument("--shape", type=inputs.shape_of, default=(4, 4096, 2048), metavar="B,T,D")
+    parser.add_argument("--dtype", choices=inputs.DTYPES | inputs.COMPLEX_DTYPES, default="fp32")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--chunk-size", nargs="+", type=chunk_size_of, metavar="N", help='multiples of 16, or "None"')
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--here", action="store_true", help="print what is measured in this process as JSON")
     arguments = parser.parse_args(argv)
+    if arguments.dtype not in inputs.CELLS[arguments.cell].dtypes:
+        parser.error(f"--dtype: {arguments.cell} does not take {arguments.dtype}")
     backend = resolve(arguments.backend, arguments.device).name
     least, most = TABLE[backend].module.CHUNK_SIZES
     sizes = arguments.chunk_size or [n for n in (16, 64, 256, 1024) if least <= n <= most] + [None]
     named = dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
-    call = inputs.case(arguments.cell, inputs.DTYPES[arguments.dtype], **named).build().to(arguments.device)
+    call = (
+        inputs.case(arguments.cell, (inputs.DTYPES | inputs.COMPLEX_DTYPES)[arguments.dtype], **named)
+        .build()
+        .to(arguments.device)
+    )
     if arguments.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         parser.error("--device: memory of the CPU is read from /proc, which only Linux has")
     if arguments.here:
@@ -154,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     memories = in_own_process(argv)
     steps = {str(size): training_step(call, size, backend) for size in sizes}
-    seconds = speed.measure(steps, arguments.device)
+    seconds = timing.measure(steps, arguments.device)
     rows = [(size, memory, seconds[str(size)][0]) for size, memory in zip(sizes, memories, strict=True)]
-    facts = speed.machine(arguments.device) | {"backend": backend}
+    facts = timing.machine(arguments.device) | {"backend": backend}
     print(", ".join(f"{k} {v}" for k, v in facts.items()))
     shape, stream = ", ".join(map(str, arguments.shape)), call.stream.nbytes / _MIB
     print(f"{arguments.cell}, {arguments.dtype}, B, T, D = {shape}: {stream:.0f} MiB a stream\n\n{table(rows)}")

@@ -1,66 +1,59 @@
 """The same job by other means: gates, scan and gradients. Each is checked before it is timed.
 
-A peer takes candidate and threshold `[B, T, D]`, epsilon, and gives h `[B, T, D]`; autograd gives its gradients, with
-the surrogate derivatives of `gates`. Packages that scan a given (a, w) are given the same gates in plain torch, and
-the layout that they ask for.
+A peer scans (a, w), `[B, T, D]` each: s_t = a_t s_{t-1} + w_t. Before it come the cell's gates in plain torch, with
+their surrogate derivatives, and autograd gives its gradients. A package is given the layout that it asks for, and the
+conversion belongs to the job.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from python_ref.surrogate import sgn, unit_step
 
+from .inputs import Call, Case
 
-@dataclass(frozen=True)
-class Peer:
-    """One way to do it, and what limits it.
+Scan = Callable[[Tensor, Tensor], Tensor]
 
-    Attributes:
-        run: candidate, threshold `[B, T, D]`, epsilon -> h `[B, T, D]`.
-        epsilon: the only one that it computes; None: any.
-        whole: whether its gradient is the whole one.
-        needs: packages to import, as far as they are not this one's.
-        on_gpu_only: whether its kernels are for GPUs.
-        most_steps: a longer T takes too long to time.
-    """
-
-    run: Callable[[Tensor, Tensor, float], Tensor]
-    epsilon: float | None = None
-    whole: bool = True
-    needs: tuple[str, ...] = ()
-    on_gpu_only: bool = False
-    most_steps: int | None = None
-
-    def why_not(self, shape: tuple[int, int, int], epsilon: float, device: torch.device) -> str | None:
-        """Why it is left out; None where it can run."""
-        missing = [name for name in self.needs if find_spec(name) is None]
-        if missing:
-            return f"{', '.join(missing)} not installed"
-        if self.epsilon not in (None, epsilon):
-            return f"epsilon {self.epsilon:g} only"
-        if self.on_gpu_only and device.type == "cpu":
-            return "runs on GPUs only"
-        if self.most_steps is not None and shape[1] > self.most_steps:
-            return f"too slow beyond {self.most_steps} steps"
-        return None
+# ---------------------------------------------------------------------------------------------- gates
 
 
-def gates(candidate: Tensor, threshold: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(a, w) of the affine form s_t = a_t s_{t-1} + w_t, both `[B, T, D]`."""
-    z = unit_step(candidate.abs(), threshold.abs(), 1.0)
-    return 1 - (1 - epsilon) * z, z * sgn(candidate, 1.0)
+def _bmru(candidate: Tensor, threshold: Tensor, epsilon: float, surrogate_scale: float) -> tuple[Tensor, Tensor]:
+    z = unit_step(candidate.abs(), threshold.abs(), surrogate_scale)
+    return 1 - (1 - epsilon) * z, z * sgn(candidate, surrogate_scale)
 
 
-def python_loop(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
+def _schmitt(
+    candidate: Tensor, low: Tensor, high: Tensor, epsilon: float, surrogate_scale: float
+) -> tuple[Tensor, Tensor]:
+    above = unit_step(candidate, high, surrogate_scale)
+    z = 1 - unit_step(candidate, low, surrogate_scale) * (1 - above)
+    return 1 - (1 - epsilon) * z, z * above
+
+
+def _linear_recurrence(decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    return decay.expand_as(update), update
+
+
+#: (a, w) of the affine form, from a cell's tensors and settings.
+GATES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "bmru": _bmru, "schmitt": _schmitt, "linear_recurrence": _linear_recurrence,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- scans
+
+
+def python_loop(a: Tensor, w: Tensor) -> Tensor:
     """One step after the other."""
-    a, w = gates(candidate, threshold, epsilon)
     s = torch.zeros_like(w[:, 0])
     states = []
     for a_t, w_t in zip(a.unbind(1), w.unbind(1), strict=True):
@@ -69,10 +62,9 @@ def python_loop(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
     return torch.stack(states, 1)
 
 
-def log_step(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
+def log_step(a: Tensor, w: Tensor) -> Tensor:
     """Hillis and Steele's scan: log2(T) passes, each composes with the element 2^k steps before."""
-    a, s = gates(candidate, threshold, epsilon)
-    shift = 1
+    s, shift = w, 1
     while shift < s.shape[1]:
         s = torch.cat([s[:, :shift], s[:, shift:] + a[:, shift:] * s[:, :-shift]], 1)
         a = torch.cat([a[:, :shift], a[:, shift:] * a[:, :-shift]], 1)
@@ -80,28 +72,16 @@ def log_step(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
     return s
 
 
-def cumsum(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
-    """A sum over time of what is written: epsilon 1 only."""
-    _, w = gates(candidate, threshold, epsilon)
+def cumsum(a: Tensor, w: Tensor) -> Tensor:
+    """A sum over time of what is written, where a is 1."""
     return w.cumsum(1)
 
 
-def cummax(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
-    """The value at the latest write: epsilon 0 only. Its gradient knows the values written, not the gate."""
-    z, w = (candidate.abs() >= threshold.abs()), sgn(candidate, 1.0)
+def cummax(a: Tensor, w: Tensor) -> Tensor:
+    """The value at the latest write, where a is 0 or 1. Its gradient knows the values written, not a."""
     steps = torch.arange(1, w.shape[1] + 1, device=w.device).view(1, -1, 1)
-    latest = torch.where(z, steps, 0).cummax(1).values
+    latest = torch.where(a == 0, steps, 0).cummax(1).values
     return torch.where(latest > 0, w.gather(1, (latest - 1).clamp_min(0)), 0)
-
-
-@cache
-def _compiled(f: Callable) -> Callable:
-    return torch.compile(f, dynamic=False)
-
-
-def compiled_log_step(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
-    """`log_step` through torch.compile."""
-    return _compiled(log_step)(candidate, threshold, epsilon)
 
 
 def _compose(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -109,62 +89,193 @@ def _compose(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple
     return a * a_next, a_next * w + w_next
 
 
-def associative_scan(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
-    """The operator of torch, eager: in plain torch operations."""
+def associative_scan(a: Tensor, w: Tensor) -> Tensor:
+    """The operator of torch, in plain torch operations."""
     from torch._higher_order_ops.associative_scan import associative_scan as scan
 
-    return scan(_compose, gates(candidate, threshold, epsilon), dim=1, combine_mode="generic")[1]
+    return scan(_compose, (a, w), dim=1, combine_mode="generic")[1]
 
 
-def _pointwise_scan(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
+def pointwise_scan(a: Tensor, w: Tensor) -> Tensor:
+    """The operator of torch, as one kernel: only where it is compiled, and only on a GPU."""
     from torch._higher_order_ops.associative_scan import associative_scan as scan
 
-    return scan(_compose, gates(candidate, threshold, epsilon), dim=1, combine_mode="pointwise")[1]
+    return scan(_compose, (a, w), dim=1, combine_mode="pointwise")[1]
 
 
-def compiled_associative_scan(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
-    """The operator of torch, compiled to one kernel."""
-    return _compiled(_pointwise_scan)(candidate, threshold, epsilon)
-
-
-def _channels_first(scan: Callable, candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
+def _channels_first(scan: Scan, a: Tensor, w: Tensor) -> Tensor:
     """By a scan that takes a and w as contiguous `[B, D, T]`; the transpositions belong to the job."""
-    a, w = (x.transpose(1, 2).contiguous() for x in gates(candidate, threshold, epsilon))
-    return scan(a, w).transpose(1, 2)
+    return scan(*(x.transpose(1, 2).contiguous() for x in (a, w))).transpose(1, 2)
 
 
-def accelerated_scan_triton(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
+def accelerated_scan_triton(a: Tensor, w: Tensor) -> Tensor:
     """accelerated_scan's Triton kernels."""
     from accelerated_scan.scalar import scan
 
-    return _channels_first(scan, candidate, threshold, epsilon)
+    return _channels_first(scan, a, w)
 
 
-def accelerated_scan_warp(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
+def accelerated_scan_warp(a: Tensor, w: Tensor) -> Tensor:
     """accelerated_scan's CUDA kernels, compiled when first imported; T is to be a power of 2."""
     from accelerated_scan.warp import scan
 
-    return _channels_first(scan, candidate, threshold, epsilon)
+    return _channels_first(scan, a, w)
 
 
-def fla_hgrn(candidate: Tensor, threshold: Tensor, epsilon: float) -> Tensor:
-    """The recurrence of HGRN in fla, which takes log a. With epsilon 0 the logarithm keeps no gradient of the gate."""
+def fla_hgrn(a: Tensor, w: Tensor) -> Tensor:
+    """The recurrence of HGRN in fla, which takes log a. Where a is 0 the logarithm keeps no gradient."""
     from fla.ops.hgrn import fused_recurrent_hgrn
 
-    a, w = gates(candidate, threshold, epsilon)
     return fused_recurrent_hgrn(w.contiguous(), a.log().contiguous())[0]
+
+
+def _jax_associative_scan(a: Any, w: Any) -> Any:
+    import jax
+
+    return jax.lax.associative_scan(_compose, (a, w), axis=1)[1]
+
+
+def _jax_scan(a: Any, w: Any) -> Any:
+    import jax
+
+    def step(s: Any, aw: Any) -> tuple[Any, Any]:
+        s = aw[0] * s + aw[1]
+        return s, s
+
+    time_major = (a.swapaxes(0, 1), w.swapaxes(0, 1))
+    return jax.lax.scan(step, jax.numpy.zeros_like(w[:, 0]), time_major)[1].swapaxes(0, 1)
+
+
+@cache
+def _jitted(scan: Callable) -> tuple[Callable, Callable, Callable]:
+    """The scan, the scan with what `jax.vjp` keeps for its gradient, and the gradient from that."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)  # else float64 is not float64; float32 stays float32
+    return jax.jit(scan), jax.jit(lambda a, w: jax.vjp(scan, a, w)), jax.jit(lambda pull, grad: pull(grad))
+
+
+class _Jax(torch.autograd.Function):
+    """A scan in JAX under jit, and its gradient by `jax.vjp`, on the memory of torch's tensors."""
+
+    @staticmethod
+    def forward(ctx, scan: Callable, a: Tensor, w: Tensor) -> Tensor:
+        plain, keeping, ctx.gradient = _jitted(scan)
+        arrays = _to_jax(a, w)
+        if not any(ctx.needs_input_grad):
+            return _from_jax(plain(*arrays))
+        s, ctx.pull = keeping(*arrays)
+        return _from_jax(s)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (array,) = _to_jax(grad.conj())  # JAX's gradients of complex numbers are the conjugates of torch's
+        return None, *(_from_jax(x).conj() for x in ctx.gradient(ctx.pull, array))
+
+
+def _to_jax(*tensors: Tensor) -> list:
+    import jax
+
+    return [jax.dlpack.from_dlpack(t.detach().resolve_conj().contiguous()) for t in tensors]
+
+
+def _from_jax(array: Any) -> Tensor:
+    return torch.from_dlpack(array.block_until_ready())
+
+
+def jax_associative_scan(a: Tensor, w: Tensor) -> Tensor:
+    """`jax.lax.associative_scan` under jit; gates are torch's."""
+    return _Jax.apply(_jax_associative_scan, a, w)
+
+
+def jax_scan(a: Tensor, w: Tensor) -> Tensor:
+    """`jax.lax.scan` under jit; gates are torch's."""
+    return _Jax.apply(_jax_scan, a, w)
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to do it, and what limits it.
+
+    Attributes:
+        scan: a, w `[B, T, D]` -> s `[B, T, D]`.
+        compiled: whether it goes through torch.compile, with the gates.
+        epsilon: of the cells that it computes; None: any cell.
+        decays: "all", "real" or "positive": the a that it takes.
+        whole: whether its gradient is the whole one.
+        needs: packages to import, as far as they are not this one's.
+        only_on: the type of the devices that it is for.
+        most_steps: a longer T takes too long to time.
+    """
+
+    scan: Scan
+    compiled: bool = False
+    epsilon: float | None = None
+    decays: str = "all"
+    whole: bool = True
+    needs: tuple[str, ...] = ()
+    only_on: str | None = None
+    most_steps: int | None = None
+
+    def why_not(self, case: Case, device: torch.device) -> str | None:
+        """Why it is left out; None where it can run."""
+        compilers = ("triton",) if self.compiled and device.type == "cuda" else ()
+        missing = [name for name in (*self.needs, *compilers) if find_spec(name) is None]
+        if self.compiled and device.type == "cpu" and shutil.which("g++") is None:
+            missing.append("g++")
+        if missing:
+            return f"{', '.join(missing)} not installed"
+        if self.epsilon not in (None, case.options.get("epsilon")):
+            return f"epsilon {self.epsilon:g} only"
+        if (self.decays != "all" and case.dtype.is_complex) or (
+            self.decays == "positive" and case.cell == "linear_recurrence"
+        ):
+            return f"{self.decays} decays only"
+        if self.only_on not in (None, device.type):
+            return f"runs on {self.only_on} only"
+        if self.most_steps is not None and case.shape[1] > self.most_steps:
+            return f"too slow beyond {self.most_steps} steps"
+        return None
+
+    @property
+    def slow_at_first(self) -> bool:
+        """Whether the first call on a shape compiles, which is no time of its calls."""
+        return self.compiled or "jax" in self.needs
+
+
+@cache
+def _job(peer: Peer, cell: str, **settings: float) -> Callable[..., Tensor]:
+    def job(**tensors: Tensor) -> Tensor:
+        return peer.scan(*GATES[cell](**tensors, **settings))
+
+    return torch.compile(job, dynamic=False) if peer.compiled else job
+
+
+def job(peer: Peer, call: Call) -> Callable[..., Tensor]:
+    """A function of such a call's tensors, by name, that gives h by way of the peer."""
+    return _job(peer, call.cell, **{name: x for name, x in call.settings.items() if name != "reverse"})
 
 
 #: The quick first: where time is short the last are left out.
 PEERS: dict[str, Peer] = {
-    "accelerated_scan, Triton": Peer(accelerated_scan_triton, needs=("accelerated_scan", "triton"), on_gpu_only=True),
-    "fla HGRN": Peer(fla_hgrn, whole=False, needs=("fla", "triton"), on_gpu_only=True),
+    "accelerated_scan, Triton": Peer(
+        accelerated_scan_triton, decays="real", needs=("accelerated_scan", "triton"), only_on="cuda"
+    ),
+    "fla HGRN": Peer(fla_hgrn, decays="positive", whole=False, needs=("fla", "triton"), only_on="cuda"),
     "cumsum": Peer(cumsum, epsilon=1.0),
     "cummax + gather": Peer(cummax, epsilon=0.0, whole=False),
     "associative_scan": Peer(associative_scan),
     "log-step scan": Peer(log_step),
+    "JAX associative_scan": Peer(jax_associative_scan, needs=("jax",), only_on="cpu"),
+    "JAX scan": Peer(jax_scan, needs=("jax",), only_on="cpu"),
     "python loop": Peer(python_loop, most_steps=4096),
-    "accelerated_scan, CUDA": Peer(accelerated_scan_warp, needs=("accelerated_scan", "ninja"), on_gpu_only=True),
-    "associative_scan, compiled": Peer(compiled_associative_scan, needs=("triton",), on_gpu_only=True),
-    "log-step scan, compiled": Peer(compiled_log_step, needs=("triton",), on_gpu_only=True),
+    "accelerated_scan, CUDA": Peer(
+        accelerated_scan_warp, decays="real", needs=("accelerated_scan", "ninja"), only_on="cuda"
+    ),
+    "associative_scan, compiled": Peer(pointwise_scan, compiled=True, decays="real", only_on="cuda"),
+    "log-step scan, compiled": Peer(log_step, compiled=True, decays="real"),
+    "python loop, compiled": Peer(python_loop, compiled=True, decays="real", most_steps=128),
 }

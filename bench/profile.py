@@ -8,7 +8,7 @@ On a GPU it prints the command by which `ncu` looks into each kernel, launched o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,29 +16,17 @@ import torch
 import mru_kernels as mk
 from mru_kernels.backends import resolve
 
-from . import inputs, speed
+from . import inputs, timing
+from .work import BOTH, floor_bytes, passes
 
 _PASSES = 10
-
-
-def work(call: inputs.Call, backend: str) -> tuple[Callable[[], object], int]:
-    """A forward and backward pass, and the bytes that it must move: each stream once in each pass, in or out."""
-    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
-    op = getattr(mk, call.cell)
-    gradients = (call.grad_h, call.grad_final)
-
-    def run() -> object:
-        return torch.autograd.grad(op(**leaves, **call.settings, backend=backend), list(leaves.values()), gradients)
-
-    streams = sum(t.dim() == 3 for t in leaves.values())
-    return run, (3 * streams + 2) * call.stream.numel() * call.stream.element_size()
 
 
 def floor(call: inputs.Call, device: torch.device) -> float:
     """Seconds a byte of a streaming pass."""
     one, other, out = (torch.empty_like(call.stream) for _ in range(3))
     subjects = {"add": lambda: torch.add(one, other, out=out)}
-    seconds, _ = speed.measure(subjects, device, seconds=0.5)["add"]
+    seconds, _ = timing.measure(subjects, device, seconds=0.5)["add"]
     return seconds / (3 * out.numel() * out.element_size())
 
 
@@ -57,7 +45,7 @@ def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
-    parser.add_argument("--shape", type=speed.shape_of, default=(4, 4096, 512), metavar="B,T,D")
+    parser.add_argument("--shape", type=inputs.shape_of, default=(4, 4096, 512), metavar="B,T,D")
     parser.add_argument("--dtype", choices=inputs.DTYPES, default="fp32")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
@@ -67,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, shape = arguments.device, dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
     backend = resolve(arguments.backend, device).name
     call = inputs.case(arguments.cell, inputs.DTYPES[arguments.dtype], **shape).build().to(device)
-    run, moved = work(call, backend)
+    run = passes(call, lambda **tensors: getattr(mk, call.cell)(**tensors, **call.settings, backend=backend)[0])[BOTH]
+    moved = floor_bytes(call)[BOTH]
     for _ in range(3):
         run()
     on_gpu = device.type == "cuda"
@@ -88,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run()
         if on_gpu:
             torch.cuda.synchronize(device)
-    seconds, _ = speed.measure({"pass": run}, device, seconds=1.0)["pass"]
+    seconds, _ = timing.measure({"pass": run}, device, seconds=1.0)["pass"]
     share = floor(call, device) * moved / seconds
     print(f"{arguments.cell}, {backend}, {arguments.dtype}, B, T, D = {', '.join(map(str, arguments.shape))}\n")
     print(table(profile, on_gpu))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from .work import ADD, BACKWARD, BOTH, FORWARD, GRU, MODULES, PROJECTIONS
 
-_BOTH = "forward + backward"
+Record = dict[str, Any]
 
 
 def load(file: Path) -> Record:
@@ -25,19 +25,20 @@ def load(file: Path) -> Record:
     """
     try:
         record = json.loads(file.read_text())
-        if {"machine", "figures", "microseconds"} <= record.keys():
+        figures = record["figures"]
+        if {"machine", "microseconds"} <= record.keys() and all({"subject", "work"} <= f.keys() for f in figures):
             return record
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
         pass
-    raise ValueError(f"{file}: expected a record of `python -m bench speed --json`")
+    raise ValueError(f"{file}: expected a record of this version's `python -m bench speed --json`")
 
 
-def _rows(record: Record) -> dict[tuple[str, str], dict[str, Record]]:
-    """Figures by subject, for each shape and dtype."""
-    rows: dict[tuple[str, str], dict[str, Record]] = {}
+def _rows(record: Record) -> dict[tuple[str, str], dict[tuple[str, str], Record]]:
+    """Figures by subject and work, for each shape and dtype."""
+    rows: dict[tuple[str, str], dict[tuple[str, str], Record]] = {}
     for figure in record["figures"]:
         shape = ", ".join(map(str, figure["shape"]))
-        rows.setdefault((shape, figure["dtype"]), {})[figure["subject"]] = figure
+        rows.setdefault((shape, figure["dtype"]), {})[figure["subject"], figure["work"]] = figure
     return rows
 
 
@@ -52,23 +53,34 @@ def machine(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """One row a shape and dtype: times, in floors of their bytes, and how much faster the op is than its peers."""
-    rows = _rows(record)
-    peers = list(dict.fromkeys(f["subject"].split(": ")[0] for f in record["figures"] if f["subject"].endswith(_BOTH)))
-    peers = [name for name in peers if name not in (f"bmru {_BOTH}", f"BMRU {_BOTH}")]
-    head = ["B, T, D", "dtype", "forward, ms", "of floor", f"{_BOTH}, ms", "of floor"]
-    head += [f"faster than {name}" for name in peers]
+    """One row a shape and dtype: the op in floors of its bytes and beside its peers, and the module.
+
+    All of peers, and of the module, is for forward + backward.
+    """
+    cell = record["machine"]["cell"]
+    module = MODULES[cell]
+    peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f["slower"] is not None]
+    columns: dict[str, tuple[tuple[str, str], str, str]] = {}  # by its heading: subject and work, value, form
+    for work in (FORWARD, BACKWARD, BOTH):
+        columns[f"{work}, ms"] = ((cell, work), "ms", "{:.3g}")
+        columns[f"{work} of floor"] = ((cell, work), "floor_ratio", "{:.2f}")
+    columns["peak, MiB"] = ((cell, BOTH), "peak_mib", "{:.1f}")
+    columns |= {f"faster than {name}": ((name, BOTH), "slower", "{:.3g}x") for name in peers if name != GRU}
+    columns[f"{module}, ms"] = ((module, BOTH), "ms", "{:.3g}")
+    columns[f"{module}, its projections"] = ((f"{module}{PROJECTIONS}", BOTH), "share", "{:.0%}")
+    columns[f"{module} faster than {GRU}"] = ((GRU, BOTH), "slower", "{:.3g}x")
     lines = []
-    for (shape, dtype), figures in rows.items():
-        line = [shape, dtype]
-        for subject in ("bmru forward", f"bmru {_BOTH}"):
-            line += [f"{figures[subject]['ms']:.3g}", f"{figures[subject]['floor_ratio']:.2f}"]
-        for name in peers:
-            peer = figures.get(f"{name}: {_BOTH}")
-            line.append("" if peer is None else f"{peer['speedup']:.3g}x")
+    for key, figures in _rows(record).items():
+        line = [*key]
+        for subject, name, form in columns.values():
+            value = figures.get(subject, {}).get(name)
+            line.append("" if value is None else form.format(value))
         lines.append(line)
+    head = ["B, T, D", "dtype", *columns]
+    kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    text = _table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], 2)
     calls = "; ".join(f"{name} {value:.0f}" for name, value in record["microseconds"].items())
-    return f"{_table(head, lines, 2)}\n\nMicroseconds of a call: {calls}."
+    return f"{text}\n\nMicroseconds of a call: {calls}."
 
 
 def comparison(before: Record, after: Record) -> tuple[str, bool]:
@@ -83,12 +95,24 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
             ratio, band = new["ms"] / was["ms"], new["spread"] + was["spread"]
             change = "slower" if ratio > 1 + band else "faster" if ratio < 1 / (1 + band) else ""
             slower |= change == "slower"
-            lines.append([*key, subject, f"{was['ms']:.3g}", f"{new['ms']:.3g}", f"{ratio:.2f}", f"{band:.0%}", change])
-    return _table(["B, T, D", "dtype", "subject", "ms before", "ms", "ratio", "noise", "change"], lines, 3), slower
+            times = (f"{was['ms']:.3g}", f"{new['ms']:.3g}", f"{ratio:.2f}", f"{band:.0%}")
+            lines.append([*key, *subject, *times, change])
+    head = ["B, T, D", "dtype", "subject", "work", "ms before", "ms", "ratio", "noise", "change"]
+    return _table(head, lines, 4), slower
+
+
+#: Of a plot's panels: the title, and what is drawn of a figure.
+_PANELS: dict[str, Callable[[Record], float | None]] = {
+    "time, ms": lambda f: f["ms"],
+    "GB/s at the bytes of the floor, under torch.add's": lambda f: f["gb_per_s"],
+    "percent of the floor": lambda f: 100 / f["floor_ratio"] if f["floor_ratio"] else None,
+    "times faster than": lambda f: f["slower"],
+}
+_STYLES = {FORWARD: "--", BACKWARD: ":", BOTH: "-"}
 
 
 def plot(record: Record, file: Path) -> None:
-    """Draw a sweep: time, percent of the floor, and speed-up over each peer, a row of panels a dtype.
+    """Draw a sweep, a row of panels a dtype: time, the roofline, percent of the floor, speed-up over each peer.
 
     Raises:
         ValueError: not just one of B, T and D varies.
@@ -103,28 +127,30 @@ def plot(record: Record, file: Path) -> None:
     if len(varying) != 1:
         raise ValueError(f"--plot: expected a sweep of one of B, T and D, got {len(varying)} that vary")
     (axis,) = varying
-    dtypes = list(dict.fromkeys(f["dtype"] for f in record["figures"]))
-    panels = {"time, ms": "ms", "percent of the floor": "floor_ratio", "times faster than": "speedup"}
-    figure, axes = pyplot.subplots(len(dtypes), 3, figsize=(15, 4.2 * len(dtypes)), squeeze=False, sharex=True)
+    cell = record["machine"]["cell"]
+    peers = {f["subject"] for f in record["figures"] if f["slower"] is not None} - {GRU}
+    shown = [f for f in record["figures"] if f["work"] in _STYLES and f["subject"] in {ADD, cell} | peers]
+    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(f["subject"] for f in shown))} | {ADD: "black"}
+    dtypes = list(dict.fromkeys(f["dtype"] for f in shown))
+    figure, axes = pyplot.subplots(
+        len(dtypes), len(_PANELS), figsize=(20, 4.2 * len(dtypes) + 1), squeeze=False, sharex=True, layout="constrained"
+    )
+    lines = {}
     for row, dtype in zip(axes, dtypes, strict=True):
-        for panel, (title, value) in zip(row, panels.items(), strict=True):
-            curves: dict[str, list[tuple[int, float]]] = {}
-            for f in record["figures"]:
-                y = f[value]
-                shown = f["dtype"] == dtype and y is not None and not f["subject"].startswith("BMRU")
-                if not shown or (value == "floor_ratio" and f["subject"].startswith("torch.")):
-                    continue
-                curves.setdefault(f["subject"], []).append((f["shape"][axis], 100 / y if value == "floor_ratio" else y))
-            for subject, points in curves.items():
-                style = {"linestyle": "-" if subject.endswith(_BOTH) else "--", "marker": "o", "markersize": 3}
-                panel.plot(*zip(*sorted(points), strict=True), label=subject, **style)
-            panel.set(xscale="log", yscale="linear" if value == "floor_ratio" else "log", title=f"{title} ({dtype})")
-            panel.set_xlabel("BTD"[axis])
+        for panel, (title, value) in zip(row, _PANELS.items(), strict=True):
+            curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+            for f in shown:
+                y = value(f)
+                if f["dtype"] == dtype and y is not None:
+                    curves.setdefault((f["subject"], f["work"]), []).append((f["shape"][axis], y))
+            for (subject, work), points in curves.items():
+                style = {"color": colours[subject], "linestyle": _STYLES[work], "marker": "o", "markersize": 3}
+                (lines[f"{subject}: {work}"],) = panel.plot(*zip(*sorted(points), strict=True), **style)
+            panel.set(xscale="log", yscale="log", title=f"{title} ({dtype})", xlabel="BTD"[axis])
             panel.grid(alpha=0.3, which="both")
-            panel.legend(fontsize=7)
     fixed = ", ".join(f"{name} = {values[0]}" for name, values in zip("BTD", sizes, strict=True) if name != "BTD"[axis])
     figure.suptitle(f"{fixed}; {machine(record)}", fontsize=9)
-    figure.tight_layout()
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

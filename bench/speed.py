@@ -1,280 +1,290 @@
-"""Times of the ops beside a pass over the same bytes and beside peers: `python -m bench speed`.
+"""Times of a cell's op and module beside a pass over the same bytes and beside peers: `python -m bench speed`.
 
-All that is compared is interleaved in one process. A figure is a median; its spread is the range between the quartiles
-over the median. The floor of a pass is the time that a streaming pass over as many bytes takes, scaled from
-`torch.add(c, b, out=h)` measured in the same run; a pass is to move each of its streams once, in or out.
+What is timed has first passed the comparison with the reference, and a peer that with the op. The floor of a pass is
+the time that a streaming pass over as many bytes takes, scaled from `torch.add(out=)` measured in the same run; a pass
+is to move each of its streams once, in or out. Beside it stands `torch.add` that allocates its output, as the op does.
 On the CPU memory that is freed stays with the process (`python -m bench` pins the allocator's thresholds), so that an
-op's output costs no page faults and a given output and an allocated one are alike. On a GPU a time is the device's own,
-between two events, with the caches emptied before it and the call issued ahead of it; what a call costs is measured
-apart.
+op's output costs no page faults and a given output and an allocated one are alike. The projections of a module are the
+same matrix products alone, forward and backward. What a call costs is measured apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mru_kernels as mk
-from mru_kernels.backends import resolve
+from mru_kernels.backends import CHUNK, resolve
 
-from . import compare, inputs
-from .peers import PEERS
+from . import compare, errors, inputs
+from .inputs import Call, Case
+from .peers import PEERS, job
 from .progress import tqdm
+from .timing import machine, measure, per_call
+from .work import ADD, BOTH, FORWARD, GRU, MODULES, PROJECTIONS, Passes, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # where the cost of a call shows
-_SECONDS = 1.5
-_CHECKED_STEPS = 256  # of the inputs are compared with the reference before anything is timed
+_CHECKED_STEPS = 256  # of the inputs are compared before anything is timed
+_WIDEST_MODULE = 2048  # beyond it a module's time is that of its matrix products
+_MOST_OF_GRU = (4096, 1024)  # steps, channels
+_MIB = 2**20
+
+Key = tuple[str, str]  # subject and work
+Subjects = dict[Key, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A time of one subject on one shape."""
+    """A time of one subject at one work (a pass, see `bench.work`) on one shape."""
 
     shape: tuple[int, int, int]
     dtype: str
     subject: str
+    work: str
     ms: float
     spread: float
-    gb_per_s: float | None  # at the bytes of the floor
-    floor_ratio: float | None  # time over that of a streaming pass over the same bytes
-    speedup: float | None = None  # of the op over this subject, for peers
+    gb_per_s: float | None = None  # at the bytes of the floor
+    floor_ratio: float | None = None  # time over that of a streaming pass over the same bytes
+    slower: float | None = None  # of peers: time over that of the op, or of the module
+    share: float | None = None  # of a module's projections: time over that of the module
+    peak_mib: float | None = None  # beside the inputs and the gradient of h
 
 
-class Stopwatch:
-    """Seconds that a call takes on a device."""
-
-    _AHEAD = 2_000_000  # cycles, about a millisecond, in which a call is issued before the device is free to begin
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        if self.on_gpu:
-            # Read rather than written: lines that are to be written back would take part of the next call's bandwidth.
-            size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
-            self.other = torch.ones(size // 4, device=device)
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, subject: Callable[[], object]) -> float:
-        if not self.on_gpu:
-            start = time.perf_counter()
-            subject()
-            return time.perf_counter() - start
-        self.other.sum()
-        torch.cuda._sleep(self._AHEAD)
-        self.start.record()
-        subject()
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) / 1e3
+def op(call: Call, backend: str | None) -> Callable[..., Tensor]:
+    """A function of such a call's tensors, by name, that gives h."""
+    return lambda **tensors: getattr(mk, call.cell)(**tensors, **call.settings, backend=backend)[0]
 
 
-def measure(
-    subjects: dict[str, Callable[[], object]], device: torch.device, seconds: float = _SECONDS
-) -> dict[str, tuple[float, float]]:
-    """Median seconds and relative spread of each subject; all take turns, slow ones fewer.
+def per_channel(case: Case) -> dict[str, Case]:
+    """By the name of each input that may be `[D]` in place of a stream, the case in which it is."""
+    factors = inputs.CELLS[case.cell].factors
+    names = [name for name, values in factors.items() if "channel" in values and case.options[name] == "stream"]
+    return {name: replace(case, options={**case.options, name: "channel"}) for name in names}
 
-    `seconds` is spent on one subject, at most, beyond its third run.
+
+def meets_limits(case: Case, backend: str, device: torch.device) -> bool:
+    """Whether the op meets its limits against the reference on few such inputs."""
+    most = {"batch": 4, "time": _CHECKED_STEPS, "channels": 128}
+    few = {name: min(case.options[name], size) for name, size in most.items()}
+    return all(row.passed for row in compare.run([replace(case, options={**case.options, **few})], backend, device))
+
+
+def check_peer(name: str, call: Call, backend: str | None = None) -> None:
+    """Raise unless a peer gives, in float32 or wider, the h of the op on the first steps of a call, and its gradients.
+
+    Where the peer's gradient is not the whole one, none is asked for.
     """
-    stopwatch = Stopwatch(device)
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    if stopwatch.on_gpu:  # kernels are compiled by their first call, which is no time of theirs
-        for subject in subjects.values():
-            subject()
-    for turn in range(60):
-        for name, subject in subjects.items():
-            if turn > 3 and sum(times[name]) > seconds:
-                continue
-            if turn > 0 and times[name] and times[name][0] > 3 * seconds:
-                continue
-            elapsed = stopwatch(subject)
-            if turn > 0 or elapsed > seconds:  # the first run of a quick subject is warm-up
-                times[name].append(elapsed)
-    return {name: _median_and_spread(values) for name, values in times.items()}
+    dtype = errors.state_dtype(call.stream.dtype)
+    first = {name: (t[:, :_CHECKED_STEPS] if t.dim() == 3 else t).to(dtype) for name, t in call.tensors.items()}
+    few = inputs.call(call.cell, first, call.settings)
+    peer = PEERS[name]
+
+    def results(f: Callable[..., Tensor]) -> dict[str, Tensor]:
+        if not peer.whole:
+            return {"h": f(**few.tensors)}
+        leaves = {name: t.requires_grad_() for name, t in few.tensors.items()}
+        h = f(**leaves)
+        return {"h": h, **dict(zip(leaves, torch.autograd.grad(h, list(leaves.values()), few.grad_h), strict=True))}
+
+    expected, got = results(op(few, backend)), results(job(peer, few))
+    for what, x in expected.items():
+        error = (got[what] - x).abs().max().item()
+        if not error <= 1e-4 * (1 + x.abs().max().item()):  # a NaN is an error too
+            place = "" if what == "h" else f": another gradient of {what}"
+            raise RuntimeError(f"does not compute what {call.cell} computes{place}")
 
 
-def _median_and_spread(values: list[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    n = len(ordered)
-    median = ordered[n // 2]
-    return median, (ordered[(3 * n) // 4] - ordered[n // 4]) / median
+def time_case(
+    case: Case, backend: str, device: torch.device, peers: Sequence[str] = ()
+) -> tuple[list[Figure], list[str], list[str]]:
+    """Time op, module and peers on one case.
+
+    Returns:
+        The figures; what failed its comparison, so that it is not timed; what was left out, and why.
+    """
+    failed: list[str] = []
+    left_out: list[str] = []
+    where = f"{case.shape} {_name(case.dtype)}"
+
+    def meets(what: str, case: Case) -> bool:
+        ok = meets_limits(case, backend, device)
+        if not ok:
+            failed.append(f"FAIL {where}: {what} does not meet its limits against the reference, so it is not timed")
+        return ok
+
+    if not meets(case.cell, case):
+        return [], failed, left_out
+    call = case.build().to(device)
+    subjects, moved = _streaming(call)
+    calls = {case.cell: call}
+    for name, other in per_channel(case).items():
+        what = f"{case.cell}, {name} [D]"
+        if meets(what, other):
+            calls[what] = other.build().to(device)
+    for what, built in calls.items():
+        subjects |= {(what, work): run for work, run in passes(built, op(built, backend)).items()}
+        moved |= {(what, work): count for work, count in floor_bytes(built).items()}
+    of_module, beside = _module_subjects(case, device, GRU in peers)
+    subjects |= of_module
+    if GRU in peers and GRU not in beside:
+        steps, channels = _MOST_OF_GRU
+        left_out.append(f"{GRU} on {where}: timed beside real modules up to {steps} steps and {channels} channels")
+    for name in (name for name in peers if name != GRU):
+        reason = PEERS[name].why_not(case, device)
+        if reason is not None:
+            left_out.append(f"{name} on {where}: {reason}")
+            continue
+        try:
+            check_peer(name, call, backend)
+        except Exception as error:  # the others go on
+            failed.append(" ".join(f"FAIL {where}: peer {name!r} {error}; it is not timed".split()))
+            continue
+        subjects |= _peer_subjects(name, call)
+        beside[name] = case.cell
+    return _figures(case, measure(subjects, device), moved, beside), failed, left_out
 
 
-def per_call(subject: Callable[[], object], calls: int = 2000) -> float:
-    """Seconds of one call among many, the best of five rounds."""
-    rounds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls // 5):
-            subject()
-        rounds.append((time.perf_counter() - start) / (calls // 5))
-    return min(rounds)
-
-
-def time_shape(
-    shape: tuple[int, int, int], dtype: torch.dtype, backend: str | None, device: torch.device, epsilon: float,
-    peers: Sequence[str],
-) -> list[Figure]:  # fmt: skip
-    """Time bmru and its peers on one shape."""
-    generator = torch.Generator().manual_seed(0)
-    draw = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
-    candidate, threshold, grad = draw
-    per_channel = torch.ones(shape[2], device=device, dtype=dtype)
-    out = torch.empty_like(candidate)
-    leaves = [t.clone().requires_grad_() for t in (candidate, threshold)]
-
-    def op(c: Tensor, b: Tensor) -> Tensor:
-        return mk.bmru(c, b, epsilon=epsilon, backend=backend)[0]
-
-    def both(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(f(*leaves), leaves, grad)
-
-    def module_pass() -> None:
-        module_input.grad = None
-        module(module_input)[0].backward(grad)
-
-    stream = candidate.numel() * candidate.element_size()
-    subjects: dict[str, tuple[Callable[[], object], int | None]] = {
-        "torch.add(out=)": (lambda: torch.add(candidate, threshold, out=out), 3),
-        "bmru forward": (lambda: op(candidate, threshold), 3),
-        "bmru forward, threshold [D]": (lambda: op(candidate, per_channel), 2),
-        "bmru forward + backward": (both(op), 8),
-    }
-    if shape[2] >= 64:
-        module = mk.BMRU(shape[2], shape[2], epsilon=epsilon, device=device, dtype=dtype)
-        module_input = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-        subjects["BMRU forward"] = (lambda: module(module_input.detach()), None)
-        subjects["BMRU forward + backward"] = (module_pass, None)
-    for name in peers:
-        peer = PEERS[name]
-        if peer.why_not(shape, epsilon, device) is None:
-            check_peer(name, candidate, threshold, epsilon, backend)
-            subjects[f"{name}: forward"] = (lambda run=peer.run: run(candidate, threshold, epsilon), None)
-            if peer.whole:
-                subjects[f"{name}: forward + backward"] = (both(lambda c, b, run=peer.run: run(c, b, epsilon)), None)
-    seconds = measure({name: subject for name, (subject, _) in subjects.items()}, device)
-    add, _ = seconds["torch.add(out=)"]
+def _figures(
+    case: Case, seconds: dict[Key, tuple[float, float]], moved: dict[Key, int], beside: dict[str, str]
+) -> list[Figure]:
+    """Figures from times, from the bytes to move, and from what stands beside which subject of ours."""
+    add = seconds[ADD, FORWARD][0] / moved[ADD, FORWARD]
     figures = []
-    for name, (median, spread) in seconds.items():
-        streams = subjects[name][1]
-        peer, _, work = name.partition(": ")
-        mine = f"bmru {work}" if peer in PEERS else None
+    for (subject, work), (median, spread) in seconds.items():
+        count = moved.get((subject, work))
+        ratio = median / seconds[beside[subject], work][0] if subject in beside else None
+        part = subject.endswith(PROJECTIONS)
         figures.append(
             Figure(
-                shape=shape,
-                dtype=str(dtype).removeprefix("torch."),
-                subject=name,
+                shape=case.shape,
+                dtype=_name(case.dtype),
+                subject=subject,
+                work=work,
                 ms=median * 1e3,
                 spread=spread,
-                gb_per_s=streams * stream / median / 1e9 if streams else None,
-                floor_ratio=median / (add * streams / 3) if streams else None,
-                speedup=median / seconds[mine][0] if mine in seconds else None,
+                gb_per_s=count / median / 1e9 if count else None,
+                floor_ratio=median / (add * count) if count else None,
+                slower=None if part else ratio,
+                share=ratio if part else None,
             )
         )
     return figures
 
 
-def check_peer(name: str, candidate: Tensor, threshold: Tensor, epsilon: float, backend: str | None = None) -> None:
-    """Raise unless a peer computes, in float32, what bmru does on the first steps of these streams."""
-    c, b = (t[:, :_CHECKED_STEPS].float().contiguous() for t in (candidate, threshold))
-    expected, _ = mk.bmru(c, b, epsilon=epsilon, backend=backend)
-    if not torch.allclose(PEERS[name].run(c, b, epsilon), expected, rtol=1e-5, atol=1e-5):
-        raise RuntimeError(f"peer {name!r} does not compute what bmru computes")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def passes(shape, dtype, backend: str, device: torch.device, epsilon: float) -> bool:
-    """Whether the op meets its limits on the first steps of such inputs."""
-    generator = torch.Generator().manual_seed(1)
-    batch, steps, channels = shape
-    few = (min(batch, 4), min(steps, _CHECKED_STEPS), min(channels, 128))
-    tensors = {name: torch.randn(few, generator=generator).to(dtype) for name in ("candidate", "threshold")}
-    return all(row.passed for row in compare.run([inputs.call("bmru", tensors, {"epsilon": epsilon})], backend, device))
+def _streaming(call: Call) -> tuple[Subjects, dict[Key, int]]:
+    """torch.add into a given output and into one that it allocates, and the bytes that it moves."""
+    one, other, out = (torch.ones_like(call.grad_h) for _ in range(3))
+    subjects: Subjects = {
+        (ADD, FORWARD): lambda: torch.add(one, other, out=out),
+        ("torch.add", FORWARD): lambda: torch.add(one, other),
+    }
+    return subjects, dict.fromkeys(subjects, 3 * out.nbytes)
 
 
-def overhead(device: torch.device, backend: str | None) -> dict[str, float]:
+def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[Subjects, dict[str, str]]:
+    """The unit whose scan is the cell's, as wide as the streams, its projections alone, and torch.nn.GRU.
+
+    Of the last two also what they stand beside. There is nothing for complex streams and for very many channels.
+    """
+    _, steps, channels = case.shape
+    if case.dtype.is_complex or channels > _WIDEST_MODULE:
+        return {}, {}
+    kind = getattr(mk, MODULES[case.cell])
+    epsilon = {"epsilon": case.options["epsilon"]} if "epsilon" in case.options else {}
+    module = kind(channels, channels, **epsilon, device=device, dtype=case.dtype)
+    x, grad = (torch.randn(case.shape, device=device, dtype=case.dtype) for _ in range(2))
+    weight, bias = module.weight_ih_l0, module.bias_ih_l0
+
+    def both(f: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
+        given = x.detach().requires_grad_()
+        return lambda: torch.autograd.grad(f(given), [given, *parameters], grad)
+
+    name, part = kind.__name__, f"{kind.__name__}{PROJECTIONS}"
+    subjects: Subjects = {
+        (name, FORWARD): torch.no_grad()(lambda: module(x)),
+        (name, BOTH): both(lambda x: module(x)[0], list(module.parameters()), grad),
+        (part, BOTH): both(lambda x: F.linear(x, weight, bias), [weight, bias], grad.repeat(1, 1, len(module.gates))),
+    }
+    beside = {part: name}
+    if with_gru and steps <= _MOST_OF_GRU[0] and channels <= _MOST_OF_GRU[1]:
+        gru = torch.nn.GRU(channels, channels, batch_first=True, device=device, dtype=case.dtype)
+        subjects[GRU, FORWARD] = torch.no_grad()(lambda: gru(x))
+        subjects[GRU, BOTH] = both(lambda x: gru(x)[0], list(gru.parameters()), grad)
+        beside[GRU] = name
+    return subjects, beside
+
+
+def _peer_subjects(name: str, call: Call) -> Subjects:
+    works: Passes = passes(call, job(PEERS[name], call))
+    subjects: Subjects = {(name, work): works[work] for work in ((FORWARD, BOTH) if PEERS[name].whole else (FORWARD,))}
+    if PEERS[name].slow_at_first:
+        for run in subjects.values():
+            run()
+    return subjects
+
+
+def with_peak(figures: list[Figure], case: Case, backend: str, device: torch.device) -> list[Figure]:
+    """The figures, with the peak memory of the op's forward + backward, measured in a process of its own."""
+    from . import memory
+
+    dtype = next(name for name, value in inputs.CELLS[case.cell].dtypes.items() if value == case.dtype)
+    shape = ",".join(map(str, case.shape))
+    arguments = ["--cell", case.cell, "--shape", shape, "--dtype", dtype, "--device", str(device)]
+    (seen,) = memory.in_own_process([*arguments, "--backend", backend, "--chunk-size", str(CHUNK)])
+    peak = seen.peak_measured / _MIB
+    return [replace(f, peak_mib=peak) if (f.subject, f.work) == (case.cell, BOTH) else f for f in figures]
+
+
+def overhead(device: torch.device, backend: str | None, cell: str = "bmru") -> dict[str, float]:
     """Microseconds of one call on a tiny input."""
-    c, b = torch.randn(SMALL, device=device), torch.randn(SMALL, device=device)
-    leaf = c.clone().requires_grad_()
-    state, gate = torch.zeros(1, 512, device=device), torch.ones(1, 512, device=device)
 
-    def step() -> object:
-        return mk.bmru_step(state, gate, state)
+    def tensors(channels: int) -> dict[str, Tensor]:
+        return inputs.case(cell, torch.float32, batch=1, time=1, channels=channels).build().to(device).tensors
 
+    small, wide = tensors(SMALL[2]), tensors(512)
+    leaves = {name: t.clone().requires_grad_() for name, t in small.items()}
+    one = {name: t[:, 0] if t.dim() == 3 else t for name, t in wide.items()}
+    state, stream = torch.zeros(1, 512, device=device), next(iter(small.values()))
+    scan, step = getattr(mk, cell), getattr(mk, f"{cell}_step")
     return {
-        "torch.add": per_call(lambda: torch.add(c, b)) * 1e6,
-        f"bmru {SMALL}, no gradient": per_call(lambda: mk.bmru(c, b, backend=backend)) * 1e6,
-        f"bmru {SMALL}, forward with gradient": per_call(lambda: mk.bmru(leaf, b, backend=backend)) * 1e6,
-        "bmru_step (1, 512)": per_call(step) * 1e6,
+        "torch.add": per_call(lambda: torch.add(stream, stream)) * 1e6,
+        f"{cell} {SMALL}, no gradient": per_call(lambda: scan(**small, backend=backend)) * 1e6,
+        f"{cell} {SMALL}, forward with gradient": per_call(lambda: scan(**leaves, backend=backend)) * 1e6,
+        f"{cell}_step (1, 512)": per_call(lambda: step(**one, state=state)) * 1e6,
     }
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    """What the figures were measured on."""
-    commit = output_of("git", "rev-parse", "--short", "HEAD")
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    facts: dict[str, object] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or None,
-    }
-    if device.type == "cpu":
-        from mru_kernels.backends import cpu as backend
-
-        facts["isa"] = backend.isa()
-    return facts
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; empty where it is not there or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Markdown."""
+    """Markdown, without the columns in which there is nothing."""
+    head = ["B, T, D", "dtype", "subject", "work", "ms", "spread", "GB/s", "time / floor", "times slower than ours"]
+    head += ["share of the module", "peak, MiB"]
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
     lines = [
-        "| B, T, D | dtype | subject | ms | spread | GB/s | time / floor | bmru is faster by |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        [
+            *(", ".join(map(str, f.shape)), f.dtype, f.subject, f.work, f"{f.ms:.3g}", f"{f.spread:.0%}"),
+            *(cell(f.gb_per_s, ".1f"), cell(f.floor_ratio, ".2f"), cell(f.slower, ".3g")),
+            *(cell(f.share, ".0%"), cell(f.peak_mib, ".1f")),
+        ]
+        for f in figures
     ]
-    for f in figures:
-        shape = ", ".join(map(str, f.shape))
-        numbers = (
-            f"{f.ms:.3g}",
-            f"{f.spread:.0%}",
-            "" if f.gb_per_s is None else f"{f.gb_per_s:.1f}",
-            "" if f.floor_ratio is None else f"{f.floor_ratio:.2f}",
-            "" if f.speedup is None else f"{f.speedup:.3g}x",
-        )
-        lines.append(f"| {shape} | {f.dtype} | {f.subject} | " + " | ".join(numbers) + " |")
-    return "\n".join(lines)
-
-
-def shape_of(text: str) -> tuple[int, int, int]:
-    """The sizes in "B,T,D"."""
-    batch, steps, channels = map(int, text.split(","))
-    return batch, steps, channels
+    rows = [head, ["---"] * 4 + ["---:"] * (len(head) - 4), *lines]
+    kept = [i for i in range(len(head)) if i < 6 or any(line[i] for line in lines)]
+    return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
 
 
 def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]]:
@@ -286,36 +296,54 @@ def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench speed", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", type=shape_of, nargs="+", default=list(SHAPES), metavar="B,T,D")
+    dtypes = inputs.DTYPES | inputs.COMPLEX_DTYPES
+    parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
+    parser.add_argument("--shape", type=inputs.shape_of, nargs="+", default=list(SHAPES), metavar="B,T,D")
     parser.add_argument("--sweep", choices="BTD", help="let this size of the one --shape grow to it in powers of 4")
-    parser.add_argument("--dtype", nargs="+", choices=inputs.DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
-    parser.add_argument("--epsilon", type=float, default=0.0)
-    parser.add_argument("--peer", nargs="*", choices=PEERS, default=[], help="default: none; they are slow")
+    parser.add_argument("--epsilon", type=float, help="default: 0, for the cells that have one")
+    parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
+    parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
+    cell, device = arguments.cell, arguments.device
     if arguments.sweep:
         if len(arguments.shape) != 1:
             parser.error(f"--sweep: expected one --shape, got {len(arguments.shape)}")
         arguments.shape = sweep(arguments.shape[0], arguments.sweep)
-    name = resolve(arguments.backend, arguments.device).name
-    figures, failed = [], []
-    jobs = [(shape, dtype) for shape in arguments.shape for dtype in arguments.dtype]
+    for dtype in arguments.dtype:
+        if dtype not in inputs.CELLS[cell].dtypes:
+            parser.error(f"--dtype: expected one of {', '.join(inputs.CELLS[cell].dtypes)} for {cell}, got {dtype}")
+    options = {}
+    if "epsilon" in inputs.CELLS[cell].factors:
+        options["epsilon"] = arguments.epsilon or 0.0
+    elif arguments.epsilon is not None:
+        parser.error(f"--epsilon: {cell} has none")
+    backend = resolve(arguments.backend, device).name
+    figures: list[Figure] = []
+    failed: list[str] = []
+    left_out: list[str] = []
+    jobs = [(shape, dtypes[dtype]) for shape in arguments.shape for dtype in arguments.dtype]
     for shape, dtype in tqdm(jobs, "shapes", leave=False):
-        job = (shape, inputs.DTYPES[dtype], name, arguments.device, arguments.epsilon)
-        if passes(*job):
-            figures += time_shape(*job, arguments.peer)
-        else:
-            failed.append(f"FAIL {shape} {dtype}: does not meet its limits against the reference, so it is not timed")
-    calls = overhead(arguments.device, name)
-    facts = machine(arguments.device) | {"backend": name, "epsilon": arguments.epsilon}
+        named = dict(zip(("batch", "time", "channels"), shape, strict=True))
+        case = inputs.case(cell, dtype, **named, **options)
+        timed, *told = time_case(case, backend, device, arguments.peer)
+        figures += with_peak(timed, case, backend, device) if arguments.memory and timed else timed
+        failed += told[0]
+        left_out += told[1]
+        torch.compiler.reset()
+    calls = overhead(device, backend, cell)
+    facts = machine(device) | {"backend": backend, "cell": cell} | options
     print(", ".join(f"{k} {v}" for k, v in facts.items()), end="\n\n")
     print(table(figures), end="\n\n")
     print("\n".join(f"{k}: {v:.1f} us a call" for k, v in calls.items()))
-    print("\n".join(failed), end="\n" * bool(failed))
+    for lines in ([f"left out: {reason}" for reason in left_out], failed):
+        print("\n".join(lines), end="\n" * bool(lines))
     if arguments.json:
-        record = {"machine": facts, "figures": [asdict(f) for f in figures], "microseconds": calls, "failed": failed}
+        record = {"machine": facts, "figures": [asdict(f) for f in figures], "microseconds": calls}
+        record |= {"failed": failed, "left out": left_out}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if failed else 0

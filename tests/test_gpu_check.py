@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import gpu_check, peers, speed
+from bench import gpu_check, peers, speed, timing
 from bench.gpu_check import Outcome
 
 CPU = torch.device("cpu")
@@ -154,28 +154,6 @@ def test_a_machine_without_a_gpu_gets_one_line(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", IN_TORCH)
-def test_a_peer_does_the_same_job(name):
-    candidate, threshold = torch.randn(2, 2, 40, 5, generator=torch.Generator().manual_seed(0)).unbind()
-    speed.check_peer(name, candidate, threshold, 0.0)
-    right = peers.PEERS[name].run
-    wrong = peers.Peer(lambda c, b, epsilon: right(c, b, epsilon) + 1e-3)
-    with patch.dict(peers.PEERS, {name: wrong}), pytest.raises(RuntimeError, match="does not compute"):
-        speed.check_peer(name, candidate, threshold, 0.0)
-
-
-def test_why_a_peer_is_left_out():
-    shape, reason = (1, 5000, 8), peers.Peer.why_not
-    run = peers.python_loop
-    assert reason(peers.Peer(run), shape, 0.0, CPU) is None
-    assert (
-        reason(peers.Peer(run, needs=("torch", "no_such_package")), shape, 0.0, CPU) == "no_such_package not installed"
-    )
-    assert reason(peers.Peer(run, epsilon=1.0), shape, 0.0, CPU) == "epsilon 1 only"
-    assert reason(peers.Peer(run, on_gpu_only=True), shape, 0.0, CPU) == "runs on GPUs only"
-    assert reason(peers.Peer(run, most_steps=4096), shape, 0.0, CPU) == "too slow beyond 4096 steps"
-
-
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory):
     """What is written of times on the CPU: by the file's path."""
@@ -210,7 +188,7 @@ def test_times_are_at_the_bytes_of_the_floor(timed):
 
 def test_a_backend_that_is_wrong_is_not_timed():
     written = []
-    with patch.object(speed, "passes", lambda *_: False):
+    with patch.object(speed, "meets_limits", lambda *_: False):
         timing = gpu_check.Timing(CPU, lambda *what: written.append(what), 2**16)
         timing.backends(["cpu"], SHAPES[0])
     assert [kind for kind, _ in written] == ["copy", "failed", "figure"]
@@ -220,7 +198,7 @@ def test_a_backend_that_is_wrong_is_not_timed():
 def test_what_raises_is_told_and_the_rest_goes_on():
     written = []
     timing = gpu_check.Timing(CPU, lambda *what: written.append(what), 2**16)
-    broken = {"log-step scan": peers.Peer(lambda c, b, epsilon: 1 / 0)}
+    broken = {"log-step scan": peers.Peer(lambda a, w: 1 / 0)}
     with patch.dict(peers.PEERS, broken), patch.object(timing, "backends", side_effect=RuntimeError("no\nmemory")):
         gpu_check.time_all(timing, SHAPES[:1], [], time.monotonic() + 60, ["log-step scan", "cummax + gather"])
     kinds = [kind for kind, _ in written]
@@ -253,7 +231,7 @@ def test_on_a_gpu_a_call_is_timed_between_events_with_the_caches_emptied():
         patch.object(torch.cuda, "Event", Event),
         patch.object(torch.cuda, "_sleep", lambda cycles: done.append("sleep")),
     ):
-        stopwatch = speed.Stopwatch(torch.device("cuda"))
+        stopwatch = timing.Stopwatch(torch.device("cuda"))
         assert stopwatch(lambda: done.append("call")) == 0.0025
     assert done == ["flush", "sleep", "event", "call", "event", "wait"]
 

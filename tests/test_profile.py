@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import inputs, profile
+from bench import inputs, profile, work
 
 
 @pytest.mark.parametrize("cell", inputs.CELLS)
@@ -24,9 +24,10 @@ def test_page_and_trace(cell, tmp_path, capsys):
 def test_bytes_of_a_pass():
     for options, streams in (({}, 2), ({"amplitude": True}, 3), ({"threshold": "channel"}, 1)):
         call = inputs.case("bmru", torch.bfloat16, batch=2, time=5, channels=3, **options).build()
-        _, moved = profile.work(call, "cpu")
+        moved = work.floor_bytes(call)
         forward, backward = streams + 1, 2 * streams + 1
-        assert moved == 2 * 30 * (forward + backward)
+        counts = {work.FORWARD: forward, work.SAVING: forward, work.BACKWARD: backward, work.BOTH: forward + backward}
+        assert moved == {name: 2 * 30 * count for name, count in counts.items()}
 
 
 def test_ncus_form_needs_a_gpu(capsys):

@@ -1,0 +1,126 @@
+"""A stopwatch for calls on a device, and what a machine is: for all that measures time.
+
+All that is compared is interleaved in one process. A figure is a median; its spread is the range between the quartiles
+over the median. On a GPU a time is the device's own, between two events, with the caches emptied before it and the call
+issued ahead of it.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Key = TypeVar("Key")
+
+_SECONDS = 1.5
+
+
+class Stopwatch:
+    """Seconds that a call takes on a device."""
+
+    _AHEAD = 2_000_000  # cycles, about a millisecond, in which a call is issued before the device is free to begin
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            # Read rather than written: lines that are to be written back would take part of the next call's bandwidth.
+            size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
+            self.other = torch.ones(size // 4, device=device)
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, subject: Callable[[], object]) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            subject()
+            return time.perf_counter() - start
+        self.other.sum()
+        torch.cuda._sleep(self._AHEAD)
+        self.start.record()
+        subject()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+def measure(
+    subjects: Mapping[Key, Callable[[], object]], device: torch.device, seconds: float = _SECONDS
+) -> dict[Key, tuple[float, float]]:
+    """Median seconds and relative spread of each subject; all take turns, slow ones fewer.
+
+    `seconds` is spent on one subject, at most, beyond its third run.
+    """
+    stopwatch = Stopwatch(device)
+    times: dict[Key, list[float]] = {name: [] for name in subjects}
+    if stopwatch.on_gpu:  # kernels are compiled by their first call, which is no time of theirs
+        for subject in subjects.values():
+            subject()
+    for turn in range(60):
+        for name, subject in subjects.items():
+            if turn > 3 and sum(times[name]) > seconds:
+                continue
+            if turn > 0 and times[name] and times[name][0] > 3 * seconds:
+                continue
+            elapsed = stopwatch(subject)
+            if turn > 0 or elapsed > seconds:  # the first run of a quick subject is warm-up
+                times[name].append(elapsed)
+    return {name: _median_and_spread(values) for name, values in times.items()}
+
+
+def _median_and_spread(values: list[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    n = len(ordered)
+    median = ordered[n // 2]
+    return median, (ordered[(3 * n) // 4] - ordered[n // 4]) / median
+
+
+def per_call(subject: Callable[[], object], calls: int = 2000) -> float:
+    """Seconds of one call among many, the best of five rounds."""
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls // 5):
+            subject()
+        rounds.append((time.perf_counter() - start) / (calls // 5))
+    return min(rounds)
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What the figures were measured on."""
+    commit = output_of("git", "rev-parse", "--short", "HEAD")
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    facts: dict[str, object] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or None,
+    }
+    if device.type == "cpu":
+        from mru_kernels.backends import cpu as backend
+
+        facts["isa"] = backend.isa()
+    return facts
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,152 @@
+"""`python -m bench speed`: peers do the same job, and the table holds what was asked for."""
+
+from __future__ import annotations
+
+import json
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from bench import inputs, peers, report, speed, work
+
+CPU = torch.device("cpu")
+CELLS = [("bmru", 0.0), ("bmru", 1.0), ("schmitt", 0.0), ("schmitt", 1.0), ("linear_recurrence", None)]
+
+
+def case(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.float32, **sizes: int) -> inputs.Case:
+    given = {} if epsilon is None else {"epsilon": epsilon}
+    return inputs.case(cell, dtype, **{"batch": 2, "time": 20, "channels": 5} | sizes, **given)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Few turns, and no cost of calls."""
+    measure = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda subjects, device: measure(subjects, device, seconds=0.0))
+    monkeypatch.setattr(speed, "overhead", lambda *_: {"a call": 1.0})
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    status = speed.main(arguments)
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cell", "epsilon"), CELLS)
+@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.compiled])
+def test_a_peer_does_the_same_job(name, cell, epsilon):
+    """Results, and gradients where they are whole; what is not the same is found."""
+    for dtype in (torch.float32, torch.complex64) if cell == "linear_recurrence" else (torch.float32,):
+        given = case(cell, epsilon, dtype)
+        if peers.PEERS[name].why_not(given, CPU) is None:
+            call = given.build()
+            speed.check_peer(name, call)
+            right = peers.PEERS[name]
+            wrong = peers.Peer(lambda a, w, right=right: right.scan(a, w) * 1.01, whole=False)
+            with patch.dict(peers.PEERS, {name: wrong}), pytest.raises(RuntimeError, match="does not compute"):
+                speed.check_peer(name, call)
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("name", ["log-step scan, compiled", "python loop, compiled"])
+def test_a_compiled_peer_does_the_same_job(name):
+    torch.compiler.reset()
+    speed.check_peer(name, case("bmru", 0.5).build())
+
+
+def test_a_gradient_that_is_not_the_same_is_found():
+    wrong = peers.Peer(lambda a, w: peers.python_loop(a.detach() + 0 * a, w))
+    with patch.dict(peers.PEERS, {"python loop": wrong}), pytest.raises(RuntimeError, match="another gradient"):
+        speed.check_peer("python loop", case("linear_recurrence").build())
+
+
+def test_why_a_peer_is_left_out():
+    def reason(given: inputs.Case, **limits) -> str | None:
+        return peers.Peer(peers.python_loop, **limits).why_not(given, CPU)
+
+    given = case("bmru", 0.0, time=5000)
+    assert reason(given) is None
+    assert reason(given, needs=("torch", "no_such_package")) == "no_such_package not installed"
+    assert reason(given, epsilon=1.0) == "epsilon 1 only"
+    assert reason(given, only_on="cuda") == "runs on cuda only"
+    assert reason(given, most_steps=4096) == "too slow beyond 4096 steps"
+    assert reason(given, decays="positive") is None
+    assert reason(case("linear_recurrence"), decays="positive") == "positive decays only"
+    assert reason(case("linear_recurrence"), decays="real") is None
+    assert reason(case("linear_recurrence", dtype=torch.complex64), decays="real") == "real decays only"
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "vector", "module"),
+    [
+        ("bmru", "bf16", "threshold", "BMRU"),
+        ("schmitt", "fp32", None, "FirstQuadrantBMRU"),
+        ("linear_recurrence", "fp32", "decay", "MinGRU"),
+        ("linear_recurrence", "c64", "decay", None),
+    ],
+)
+def test_a_record_holds_what_was_asked_for(cell, dtype, vector, module, tmp_path, capsys):
+    file = tmp_path / "record.json"
+    options = ["--cell", cell, "--shape", "2,20,5", "--dtype", dtype, "--json", str(file)]
+    status, page = run(capsys, *options, "--peer", "log-step scan", work.GRU)
+    assert status == 0
+    record = report.load(file)
+    ours = [cell, f"{cell}, {vector} [D]"] if vector else [cell]
+    expected = {(subject, what) for subject in ours for what in (work.FORWARD, work.SAVING, work.BACKWARD, work.BOTH)}
+    expected |= {(work.ADD, work.FORWARD), ("torch.add", work.FORWARD)}
+    whole = ["log-step scan", module, work.GRU] if module else ["log-step scan"]
+    expected |= {(subject, what) for subject in whole for what in (work.FORWARD, work.BOTH)}
+    expected |= {(f"{module}{work.PROJECTIONS}", work.BOTH)} if module else set()
+    figures = {(f["subject"], f["work"]): f for f in record["figures"]}
+    assert figures.keys() == expected
+    assert page.count("\n| 2, 20, 5 |") == len(expected)
+    assert all(
+        (f["floor_ratio"] is None) == (f["subject"] in (*whole, f"{module}{work.PROJECTIONS}"))
+        for f in figures.values()
+    )
+    assert record["machine"]["cell"] == cell
+    assert ("left out: torch.nn.GRU" in page) == (module is None)
+    assert report.main([str(file)]) == 0
+    assert report.main([str(file), str(file)]) == 0
+
+
+def test_what_is_wrong_is_refused(tmp_path, capsys):
+    file = tmp_path / "record.json"
+    options = ["--shape", "2,20,5", "--dtype", "fp32", "--json", str(file), "--peer", "log-step scan"]
+    with patch.object(speed, "meets_limits", lambda *_: False):
+        status, page = run(capsys, *options)
+    assert status == 1
+    assert "FAIL (2, 20, 5) float32: bmru does not meet its limits" in page
+    assert json.loads(file.read_text())["figures"] == []
+    with patch.dict(peers.PEERS, {"log-step scan": peers.Peer(lambda a, w: 1.01 * peers.log_step(a, w))}):
+        status, page = run(capsys, *options)
+    assert status == 1
+    assert "FAIL (2, 20, 5) float32: peer 'log-step scan' does not compute what bmru computes" in page
+    assert "log-step scan" not in {f["subject"] for f in json.loads(file.read_text())["figures"]}
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_sweep_is_drawn(kind, tmp_path, capsys):
+    file, image = tmp_path / "record.json", tmp_path / f"sweep.{kind}"
+    run(capsys, "--shape", "2,16,5", "--sweep", "T", "--dtype", "fp32", "--peer", "log-step scan", "--json", str(file))
+    assert report.main([str(file), "--plot", str(image)]) == 0
+    assert image.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[kind])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "c64"], "--dtype: expected one of fp32, fp64, bf16, fp16 for bmru, got c64"),
+        (["--cell", "linear_recurrence", "--epsilon", "0.5"], "--epsilon: linear_recurrence has none"),
+    ],
+)
+def test_what_a_cell_does_not_take(options, message, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.check
+def test_peak_memory(tmp_path, capsys):
+    _, page = run(capsys, "--shape", "1,100,8", "--dtype", "fp32", "--memory")
+    assert "| peak, MiB |" in page.splitlines()[2]
