@@ -96,7 +96,6 @@ def test_what_is_no_record(text, tmp_path, capsys):
     assert "record.json: expected a record" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(reason="the record has the fields of an earlier version; it is to be measured again")
 def test_the_readme_shows_what_its_record_says():
     """Each page between the comments of README.md is what the command in the first of them prints."""
     pages = re.findall(
