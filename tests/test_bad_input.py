@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -414,6 +416,15 @@ def test_raw_op_of_a_cpp_backend_checks_its_numbers(name, value):
     arguments = raw(torch.device("cpu")) | {name: value}
     with pytest.raises(RuntimeError, match=name):
         CELL.forward["cpu"](*(arguments[n] for n in NAMES))
+
+
+def test_the_extension_takes_the_standard_library_from_libstdcxx_alone():
+    """A symbol without a version is one that the linker found elsewhere, as in torch's libraries."""
+    (library,) = Path(mk.__file__).parent.glob("_C.*")
+    told = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [name for name in told.stdout.split() if re.match("_Z(N|NK|NKR|TV|TI|TS)?S[ta-z]", name)]
+    assert any(name.startswith("_ZNSt13runtime_error") for name in names)
+    assert [name for name in names if "@" not in name] == []
 
 
 SAVED = [
