@@ -97,17 +97,21 @@ class Call:
         return next(iter(self.tensors.values()))
 
     def to(self, device: torch.device | str) -> Call:
-        """The same call on another device; 0-dim settings stay on the CPU, where they belong."""
+        """The same call on another device, in the same strides; 0-dim settings stay on the CPU, where they belong."""
 
         def moved(x: Any) -> Any:
-            return x.to(device) if isinstance(x, Tensor) and x.dim() else x
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                return x
+            if x.device.type == torch.device(device).type or 0 in x.stride():
+                return x.to(device)
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
         return replace(
             self,
             tensors={name: moved(x) for name, x in self.tensors.items()},
             settings={name: moved(x) for name, x in self.settings.items()},
-            grad_h=self.grad_h.to(device),
-            grad_final=self.grad_final.to(device),
+            grad_h=moved(self.grad_h),
+            grad_final=moved(self.grad_final),
         )
 
 

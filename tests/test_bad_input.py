@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 import mru_kernels as mk
 import python_ref
 from bench import errors
-from mru_kernels import backends
+from mru_kernels import backends, checks
 from mru_kernels.cells.bmru import CELL
 
 B, T, D = 2, 5, 3
@@ -478,10 +479,13 @@ def anything(draw) -> Any:
     missing=st.sets(st.sampled_from(["initial_state", "alpha", "amplitude"])),
     changes=st.dictionaries(st.sampled_from([name for name in good() if name != "reverse"]), anything(), max_size=3),
 )
-def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, dtype, batch, missing, changes):
+def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, device, dtype, batch, missing, changes):
     arguments = good(dtype, batch=batch) | dict.fromkeys(missing) | changes
+    there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    there["epsilon"] = arguments["epsilon"]  # on the CPU, where it belongs
     try:
-        h, final = call(arguments, backend)
+        with patch.object(checks, "_CHECK", True):  # offsets on a device too
+            h, final = (t.cpu() for t in call(there, backend))
     except (TypeError, ValueError) as error:
         if str(error).split(":")[0] not in arguments:
             raise
