@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -56,34 +57,34 @@ class Row:
         return self.failure is None and all(r.passed for r in self.results)
 
 
-def run(
-    cases: Iterable[Case | Call], backend: str, device: torch.device | str = "cpu", progress: bool = False
-) -> list[Row]:
+def run(cases: Iterable[Case | Call], backend: str, device: torch.device | str = "cpu") -> list[Row]:
     """Compare each case, or call on given tensors, with the reference: one row each.
 
     Args:
         cases: what to run; see `bench.inputs.case`, `covering_cases` and `call`.
         backend: a name that the op takes, or "reference".
         device: where the backend runs; the reference runs on the CPU.
-        progress: show a bar.
 
     Returns:
         A row a case, failed where the op raised.
     """
-    return [_row(item, backend, device) for item in tqdm(cases, backend, disable=not progress, leave=False)]
+    return [row for item in cases for row in _rows(item, [backend], device)]
 
 
-def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
+def _rows(item: Case | Call, backends: Sequence[str], device: torch.device | str) -> Iterator[Row]:
+    """A row a backend, all by one reference."""
     call = item.build() if isinstance(item, Case) else item.to("cpu")
-    results, failure = (), None
-    try:
-        got = _results(call.to(device), _op(call.cell, backend))
-    except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-    else:
-        results = tuple(judge(call, got))
+    judge_call = cache(lambda: _judge(call))
     dtype = str(call.stream.dtype).removeprefix("torch.")
-    return Row(call.cell, backend, dtype, tuple(call.stream.shape), call.label, results, failure)
+    for backend in backends:
+        results, failure = (), None
+        try:
+            got = _results(call.to(device), _op(call.cell, backend))
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            results = tuple(judge_call()(got))
+        yield Row(call.cell, backend, dtype, tuple(call.stream.shape), call.label, results, failure)
 
 
 def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
@@ -93,6 +94,11 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
         call: its arguments.
         got: "h", "final_state", and under the name of each of the call's tensors its gradient.
     """
+    return _judge(call)(got)
+
+
+def _judge(call: Call) -> Callable[[dict[str, Tensor]], list[Result]]:
+    """`judge` for one call, with the reference computed."""
     reference_op = getattr(python_ref, call.cell)
     adjoint = getattr(python_ref.adjoint, call.cell)
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # gradients too
@@ -110,7 +116,7 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
         state=state,
     )
 
-    def result(name: str, dtype: torch.dtype) -> Result:
+    def result(name: str, dtype: torch.dtype, got: dict[str, Tensor]) -> Result:
         forward = name in FORWARD
         label = name if forward else f"d {name}"
         if got[name].dtype != dtype or got[name].shape != reference[name].shape:
@@ -123,7 +129,7 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
 
     dtypes = dict(zip(FORWARD, (call.stream.dtype, state), strict=True))
     dtypes |= {name: t.dtype for name, t in call.tensors.items()}
-    return [result(name, dtype) for name, dtype in dtypes.items()]
+    return lambda got: [result(name, dtype, got) for name, dtype in dtypes.items()]
 
 
 def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
@@ -209,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
+    parser.add_argument("--brief", action="store_true", help="fewer cases: pairs of all factors but time")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many; 1 if any is left")
     arguments = parser.parse_args(argv)
 
     names = arguments.backend or []
@@ -221,17 +230,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = available.get(name, "there is none of this name") if name != REFERENCE else None
             if reason is not None:
                 parser.error(f"backend {name}: {reason}")
-    cases = [
-        case
-        for cell in inputs.CELLS
-        for dtype in arguments.dtype
-        if dtype in inputs.CELLS[cell].dtypes
-        for case in inputs.covering_cases(cell, DTYPES[dtype])
-    ]
-    rows = [row for name in names for row in run(cases, name, arguments.device, progress=True)]
+    select = inputs.brief_cases if arguments.brief else inputs.covering_cases
+    cases = part_of(
+        [
+            case
+            for cell in inputs.CELLS
+            for dtype in arguments.dtype
+            if dtype in inputs.CELLS[cell].dtypes
+            for case in select(cell, DTYPES[dtype])
+        ],
+        *arguments.part,
+    )
+    rows, end = [], time.monotonic() + arguments.seconds
+    for case in tqdm(cases, "cases", leave=False):
+        if time.monotonic() > end:
+            break
+        rows += _rows(case, names, arguments.device)
+    rows.sort(key=lambda row: names.index(row.backend))
     print(table(rows))
     failed = sum(not row.passed for row in rows)
-    print(f"\n{len(rows)} calls, {failed} failed")
+    left = len(cases) * len(names) - len(rows)
+    print(f"\n{len(rows)} calls, {failed} failed" + (f", no time for {left} more" if left else ""))
     if arguments.json:
         arguments.json.write_text(to_json(rows) + "\n")
-    return 1 if failed or not rows else 0
+    return 1 if failed or left or not rows else 0
+
+
+def part_of(cases: list[Case], index: int, count: int) -> list[Case]:
+    """Every `count`-th case. Parts begin in different places, so that at any time they are at different cells and
+    dtypes, and seldom compile the same kernel at once.
+    """
+    part = cases[index - 1 :: count]
+    start = len(part) * (index - 1) // count
+    return part[start:] + part[:start]
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, count = map(int, text.split("/"))
+    if not 1 <= index <= count:
+        raise ValueError
+    return index, count
