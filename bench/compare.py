@@ -6,9 +6,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -57,34 +58,40 @@ class Row:
         return self.failure is None and all(r.passed for r in self.results)
 
 
-def run(cases: Iterable[Case | Call], backend: str, device: torch.device | str = "cpu") -> list[Row]:
+def run(
+    cases: Iterable[Case | Call],
+    backend: str,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    end: float = math.inf,
+) -> list[Row]:
     """Compare each case, or call on given tensors, with the reference: one row each.
 
     Args:
         cases: what to run; see `bench.inputs.case`, `covering_cases` and `call`.
         backend: a name that the op takes, or "reference".
         device: where the backend runs; the reference runs on the CPU.
+        progress: show a bar.
+        end: of `time.monotonic()`; no case is begun after it.
 
     Returns:
         A row a case, failed where the op raised.
     """
-    return [row for item in cases for row in _rows(item, [backend], device)]
+    in_time = takewhile(lambda _: time.monotonic() < end, tqdm(cases, backend, disable=not progress, leave=False))
+    return [_row(item, backend, device) for item in in_time]
 
 
-def _rows(item: Case | Call, backends: Sequence[str], device: torch.device | str) -> Iterator[Row]:
-    """A row a backend, all by one reference."""
+def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
     call = item.build() if isinstance(item, Case) else item.to("cpu")
-    judge_call = cache(lambda: _judge(call))
+    results, failure = (), None
+    try:
+        got = _results(call.to(device), _op(call.cell, backend))
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    else:
+        results = tuple(judge(call, got))
     dtype = str(call.stream.dtype).removeprefix("torch.")
-    for backend in backends:
-        results, failure = (), None
-        try:
-            got = _results(call.to(device), _op(call.cell, backend))
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        else:
-            results = tuple(judge_call()(got))
-        yield Row(call.cell, backend, dtype, tuple(call.stream.shape), call.label, results, failure)
+    return Row(call.cell, backend, dtype, tuple(call.stream.shape), call.label, results, failure)
 
 
 def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
@@ -94,11 +101,6 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
         call: its arguments.
         got: "h", "final_state", and under the name of each of the call's tensors its gradient.
     """
-    return _judge(call)(got)
-
-
-def _judge(call: Call) -> Callable[[dict[str, Tensor]], list[Result]]:
-    """`judge` for one call, with the reference computed."""
     reference_op = getattr(python_ref, call.cell)
     adjoint = getattr(python_ref.adjoint, call.cell)
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # gradients too
@@ -116,7 +118,7 @@ def _judge(call: Call) -> Callable[[dict[str, Tensor]], list[Result]]:
         state=state,
     )
 
-    def result(name: str, dtype: torch.dtype, got: dict[str, Tensor]) -> Result:
+    def result(name: str, dtype: torch.dtype) -> Result:
         forward = name in FORWARD
         label = name if forward else f"d {name}"
         if got[name].dtype != dtype or got[name].shape != reference[name].shape:
@@ -129,7 +131,7 @@ def _judge(call: Call) -> Callable[[dict[str, Tensor]], list[Result]]:
 
     dtypes = dict(zip(FORWARD, (call.stream.dtype, state), strict=True))
     dtypes |= {name: t.dtype for name, t in call.tensors.items()}
-    return lambda got: [result(name, dtype, got) for name, dtype in dtypes.items()]
+    return [result(name, dtype) for name, dtype in dtypes.items()]
 
 
 def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
@@ -215,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
-    parser.add_argument("--brief", action="store_true", help="fewer cases: pairs of all factors but time")
+    parser.add_argument("--brief", action="store_true", help="half of the cases: pairs of all factors but time")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many; 1 if any is left")
     arguments = parser.parse_args(argv)
@@ -231,22 +233,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if reason is not None:
                 parser.error(f"backend {name}: {reason}")
     select = inputs.brief_cases if arguments.brief else inputs.covering_cases
-    cases = part_of(
-        [
-            case
-            for cell in inputs.CELLS
-            for dtype in arguments.dtype
-            if dtype in inputs.CELLS[cell].dtypes
-            for case in select(cell, DTYPES[dtype])
-        ],
-        *arguments.part,
-    )
-    rows, end = [], time.monotonic() + arguments.seconds
-    for case in tqdm(cases, "cases", leave=False):
-        if time.monotonic() > end:
-            break
-        rows += _rows(case, names, arguments.device)
-    rows.sort(key=lambda row: names.index(row.backend))
+    cases = [
+        case
+        for cell in inputs.CELLS
+        for dtype in arguments.dtype
+        if dtype in inputs.CELLS[cell].dtypes
+        for case in select(cell, DTYPES[dtype])
+    ]
+    cases = part_of(cases, *arguments.part)
+    end = time.monotonic() + arguments.seconds
+    rows = [row for name in names for row in run(cases, name, arguments.device, progress=True, end=end)]
     print(table(rows))
     failed = sum(not row.passed for row in rows)
     left = len(cases) * len(names) - len(rows)

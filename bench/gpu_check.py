@@ -1,7 +1,8 @@
 """All that wants a GPU, in one command of six minutes at most: `python -m bench gpu-check`, or `make gpu-check`.
 
 Stages, each in processes of their own that end at the stage's deadline: build, checks, times, sanitizers. The checks
-are tests and comparison, side by side, with fewer examples and fewer cases (`bench compare --brief`) than elsewhere.
+are tests and comparison, side by side. A Triton kernel takes seconds to compile and nearly every call needs some, so
+Triton gets fewer examples, and half of the cases (`bench compare --brief`).
 What fails is reported, and the rest goes on. Nothing is installed: the package is built and used in its tree. Results
 go to `bench/results/<gpu>-torch<version>` (.json, .md, .png), and to $OUT too where that is set, with the log.
 
@@ -173,33 +174,31 @@ class Check:
             yield Outcome("backends", "failed", f"none is for {self.device}")
 
     def checks(self, seconds: float) -> Iterable[Outcome]:
-        """`python -m bench compare` in parts on half of the cores, and the tests of the op on the other."""
+        """`python -m bench compare` and the tests of the op, of each backend, side by side."""
         cores = os.cpu_count() or 1
-        parts = max(cores // 2, 1)
-        jobs = {
-            f"compare {part} of {parts}": [
-                *(sys.executable, "-m", "bench", "compare", "--brief", "--part", f"{part}/{parts}"),
-                *("--device", self.device, "--backend", *self.backends, "--seconds", str(seconds - _LAST_CASE)),
-                *("--json", str(self.logs / f"compare-{part}.json")),
-            ]
-            for part in range(1, parts + 1)
-        }
+        jobs: dict[str, Sequence[str]] = {}
+        for name in self.backends:
+            parts, brief = (max(cores // 2, 1), ["--brief"]) if name == "triton" else (1, [])
+            for part in range(1, parts + 1):
+                jobs[" ".join(["compare", name, *brief, f"{part}/{parts}"])] = [
+                    *(sys.executable, "-m", "bench", "compare", "--device", self.device, "--backend", name, *brief),
+                    *("--part", f"{part}/{parts}", "--seconds", str(seconds - _LAST_CASE)),
+                    *("--json", str(self.logs / f"compare-{name}-{part}.json")),
+                ]
         lacks = missing("pytest", "hypothesis")
         if lacks:
             yield Outcome("tests", "skipped", lacks)
         else:
-            jobs |= {f"tests {name}": self._tests(name, cores) for name in self.backends}
+            for name in self.backends:
+                profile, workers = ("few", 3 * cores // 8) if name == "triton" else ("brief", cores // 8)
+                side_by_side = ["-n", str(max(workers, 1))] if not missing("xdist") else []
+                jobs[f"tests {name} {profile}"] = [
+                    *(sys.executable, "-m", "pytest", "-q", "-m", "not slow and not check", "-p", "no:cacheprovider"),
+                    *("--hypothesis-profile", profile, "--maxfail", "20", *side_by_side),
+                    *("--backend", name, "--device", self.device, *TESTS),
+                ]
+        # A thread a process: the reference's small steps gain nothing from more.
         yield from run_jobs(jobs, seconds, self.logs, OMP_NUM_THREADS="1")
-
-    def _tests(self, name: str, cores: int) -> list[str]:
-        """With few examples: a Triton kernel takes seconds to compile, and nearly every example needs some."""
-        eighths, profile = (3, "few") if name == "triton" else (1, "brief")
-        workers = ["-n", str(max(cores * eighths // 8, 1))] if not missing("xdist") else []
-        return [
-            *(sys.executable, "-m", "pytest", "-q", "-m", "not slow and not check", "-p", "no:cacheprovider"),
-            *("--hypothesis-profile", profile, "--maxfail", "20", *workers),
-            *("--backend", name, "--device", self.device, *TESTS),
-        ]
 
     def times(self, seconds: float) -> Iterable[Outcome]:
         """`time_all`, with each peer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_everything_fits_six_minutes():
     assert ends[-1] + 15 <= 360
 
 
-def test_tests_and_parts_of_the_comparison_share_the_cores(check):
+def test_tests_and_comparison_share_the_cores(check):
     check.backends = ["cuda", "triton"]
     given = []
     with (
@@ -118,12 +119,15 @@ def test_tests_and_parts_of_the_comparison_share_the_cores(check):
         assert list(check.checks(130)) == []
     ((jobs, seconds, _, environment),) = given
     assert (seconds, environment) == (130, {"OMP_NUM_THREADS": "1"})
-    comparisons = [" ".join(command) for name, command in jobs.items() if name.startswith("compare")]
-    assert ["--part " + f"{part}/8" in command for part, command in enumerate(comparisons, 1)] == [True] * 8
-    assert all("--backend cuda triton --seconds 110" in command for command in comparisons)
-    workers = {name: int(jobs[f"tests {name}"][jobs[f"tests {name}"].index("-n") + 1]) for name in check.backends}
-    assert len(comparisons) + sum(workers.values()) == 16
-    assert workers["triton"] > workers["cuda"]
+    commands = {name: " ".join(command) for name, command in jobs.items()}
+    of_triton = [f"compare triton --brief {part}/8" for part in range(1, 9)]
+    assert list(jobs) == ["compare cuda 1/1", *of_triton, "tests cuda brief", "tests triton few"]
+    assert "--backend cuda --part 1/1 --seconds 110" in commands["compare cuda 1/1"]
+    assert "--backend triton --brief --part 8/8 --seconds 110" in commands[of_triton[-1]]
+    workers = {
+        name: int(re.search(r" -n (\d+) ", command)[1]) for name, command in commands.items() if " -n " in command
+    }
+    assert len(of_triton) + sum(workers.values()) == 16
 
 
 def test_what_is_missing_is_skipped_by_name(check):
@@ -277,7 +281,7 @@ def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_pa
     (check.logs / "a.log").write_text("of a")
     for part in (1, 2):
         text = json.dumps({"torch": "2", "rows": [{"part": part}]})
-        (check.logs / f"compare-{part}.json").write_text(text)
+        (check.logs / f"compare-cuda-{part}.json").write_text(text)
     outcomes = [Outcome("checks", "timed out", "at work", 9.0)]
     paths = gpu_check.report(check, outcomes, tmp_path / "results")
     capsys.readouterr()
