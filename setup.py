@@ -38,8 +38,9 @@ CXX_FLAGS = [
     "-Wall",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11
 ]
+# Torch's and CUDA's libraries export parts of libstdc++: -lstdc++ before them and -Bsymbolic take none of theirs.
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
-LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 # csrc/cpu/kernels.cpp is compiled once per instruction set and cell; csrc/cpu/driver.cpp chooses at run time. The names
 # are those of the enumerations in csrc.

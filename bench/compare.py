@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -57,7 +59,11 @@ class Row:
 
 
 def run(
-    cases: Iterable[Case | Call], backend: str, device: torch.device | str = "cpu", progress: bool = False
+    cases: Iterable[Case | Call],
+    backend: str,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    end: float = math.inf,
 ) -> list[Row]:
     """Compare each case, or call on given tensors, with the reference: one row each.
 
@@ -66,11 +72,13 @@ def run(
         backend: a name that the op takes, or "reference".
         device: where the backend runs; the reference runs on the CPU.
         progress: show a bar.
+        end: of `time.monotonic()`; no case is begun after it.
 
     Returns:
         A row a case, failed where the op raised.
     """
-    return [_row(item, backend, device) for item in tqdm(cases, backend, disable=not progress, leave=False)]
+    in_time = takewhile(lambda _: time.monotonic() < end, tqdm(cases, backend, disable=not progress, leave=False))
+    return [_row(item, backend, device) for item in in_time]
 
 
 def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
@@ -209,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
+    parser.add_argument("--brief", action="store_true", help="half of the cases: pairs of all factors but time")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many; 1 if any is left")
     arguments = parser.parse_args(argv)
 
     names = arguments.backend or []
@@ -221,17 +232,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = available.get(name, "there is none of this name") if name != REFERENCE else None
             if reason is not None:
                 parser.error(f"backend {name}: {reason}")
+    select = inputs.brief_cases if arguments.brief else inputs.covering_cases
     cases = [
         case
         for cell in inputs.CELLS
         for dtype in arguments.dtype
         if dtype in inputs.CELLS[cell].dtypes
-        for case in inputs.covering_cases(cell, DTYPES[dtype])
+        for case in select(cell, DTYPES[dtype])
     ]
-    rows = [row for name in names for row in run(cases, name, arguments.device, progress=True)]
+    cases = part_of(cases, *arguments.part)
+    end = time.monotonic() + arguments.seconds
+    rows = [row for name in names for row in run(cases, name, arguments.device, progress=True, end=end)]
     print(table(rows))
     failed = sum(not row.passed for row in rows)
-    print(f"\n{len(rows)} calls, {failed} failed")
+    left = len(cases) * len(names) - len(rows)
+    print(f"\n{len(rows)} calls, {failed} failed" + (f", no time for {left} more" if left else ""))
     if arguments.json:
         arguments.json.write_text(to_json(rows) + "\n")
-    return 1 if failed or not rows else 0
+    return 1 if failed or left or not rows else 0
+
+
+def part_of(cases: list[Case], index: int, count: int) -> list[Case]:
+    """Every `count`-th case. Parts begin in different places, so that at any time they are at different cells and
+    dtypes, and seldom compile the same kernel at once.
+    """
+    part = cases[index - 1 :: count]
+    start = len(part) * (index - 1) // count
+    return part[start:] + part[:start]
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, count = map(int, text.split("/"))
+    if not 1 <= index <= count:
+        raise ValueError
+    return index, count

@@ -1,6 +1,8 @@
-"""All that wants a GPU, in one command of nine minutes at most: `python -m bench gpu-check`, or `make gpu-check`.
+"""All that wants a GPU, in one command of six minutes at most: `python -m bench gpu-check`, or `make gpu-check`.
 
-Stages, each in processes of their own that end at the stage's deadline: build, comparison, tests, times, sanitizers.
+Stages, each in processes of their own that end at the stage's deadline: build, checks, times, sanitizers. The checks
+are tests and comparison, side by side. A Triton kernel takes seconds to compile and nearly every call needs some, so
+Triton gets fewer examples, and half of the cases (`bench compare --brief`).
 What fails is reported, and the rest goes on. Nothing is installed: the package is built and used in its tree. Results
 go to `bench/results/<gpu>-torch<version>` (.json, .md, .png), and to $OUT too where that is set, with the log.
 
@@ -46,12 +48,13 @@ SHAPES: tuple[Shape, ...] = (
     (256, 512, 64, "fp32"),
 )
 #: Stage: seconds from the start by which it ends. One that ends early leaves the rest to the next.
-DEADLINES = {"build": 110, "comparison": 190, "tests": 300, "times": 440, "sanitizers": 515}
+DEADLINES = {"build": 60, "checks": 190, "times": 290, "sanitizers": 345}
 
 WORKS = (work.FORWARD, work.BACKWARD, work.BOTH)
 _COPIED = 2**30  # bytes, both read and written, by the copy that bandwidth is measured by
 _PER_SUBJECT = 0.4  # seconds
-_GRACE = 40  # seconds between the last peer's begin and the end of the times: it may have to be compiled
+_GRACE = 30  # seconds between the last peer's begin and the end of the times: it may have to be compiled
+_LAST_CASE = 20  # seconds between the begin of a comparison's last case and the end of the checks, likewise
 
 
 # ------------------------------------------------------------------------------------------- processes
@@ -170,33 +173,32 @@ class Check:
         if not reasons:
             yield Outcome("backends", "failed", f"none is for {self.device}")
 
-    def comparison(self, seconds: float) -> Iterable[Outcome]:
-        """`python -m bench compare`, each backend beside the others."""
-        jobs = {
-            f"compare {name}": [
-                *(sys.executable, "-m", "bench", "compare", "--device", self.device, "--backend", name),
-                *("--json", str(self.logs / f"compare-{name}.json")),
-            ]
-            for name in self.backends
-        }
-        yield from run_jobs(jobs, seconds, self.logs)
-
-    def tests(self, seconds: float) -> Iterable[Outcome]:
-        """The tests of the op, with few examples each."""
+    def checks(self, seconds: float) -> Iterable[Outcome]:
+        """`python -m bench compare` and the tests of the op, of each backend, side by side."""
+        cores = os.cpu_count() or 1
+        jobs: dict[str, Sequence[str]] = {}
+        for name in self.backends:
+            parts, brief = (max(cores // 2, 1), ["--brief"]) if name == "triton" else (1, [])
+            for part in range(1, parts + 1):
+                jobs[" ".join(["compare", name, *brief, f"{part}/{parts}"])] = [
+                    *(sys.executable, "-m", "bench", "compare", "--device", self.device, "--backend", name, *brief),
+                    *("--part", f"{part}/{parts}", "--seconds", str(seconds - _LAST_CASE)),
+                    *("--json", str(self.logs / f"compare-{name}-{part}.json")),
+                ]
         lacks = missing("pytest", "hypothesis")
         if lacks:
             yield Outcome("tests", "skipped", lacks)
-            return
-        workers = ["-n", str(min(os.cpu_count() or 1, 6))] if not missing("xdist") else []
-        jobs = {
-            f"tests {name}": [
-                *(sys.executable, "-m", "pytest", "-q", "-m", "not slow and not check", "-p", "no:cacheprovider"),
-                *("--hypothesis-profile", "brief", "--maxfail", "20", *workers),
-                *("--backend", name, "--device", self.device, *TESTS),
-            ]
-            for name in self.backends
-        }
-        yield from run_jobs(jobs, seconds, self.logs)
+        else:
+            for name in self.backends:
+                profile, workers = ("few", 3 * cores // 8) if name == "triton" else ("brief", cores // 8)
+                side_by_side = ["-n", str(max(workers, 1))] if not missing("xdist") else []
+                jobs[f"tests {name} {profile}"] = [
+                    *(sys.executable, "-m", "pytest", "-q", "-m", "not slow and not check", "-p", "no:cacheprovider"),
+                    *("--hypothesis-profile", profile, "--maxfail", "20", *side_by_side),
+                    *("--backend", name, "--device", self.device, *TESTS),
+                ]
+        # A thread a process: the reference's small steps gain nothing from more.
+        yield from run_jobs(jobs, seconds, self.logs, OMP_NUM_THREADS="1")
 
     def times(self, seconds: float) -> Iterable[Outcome]:
         """`time_all`, with each peer."""
@@ -230,8 +232,7 @@ def run_stages(check: Check, deadlines: dict[str, float]) -> list[Outcome]:
             print(outcome, flush=True)
 
     stages: dict[str, Callable[[float], Iterable[Outcome]]] = {
-        "build": check.build, "comparison": check.comparison, "tests": check.tests, "times": check.times,
-        "sanitizers": check.sanitizers,
+        "build": check.build, "checks": check.checks, "times": check.times, "sanitizers": check.sanitizers,
     }  # fmt: skip
     for name, deadline in deadlines.items():
         if name != "build" and not check.backends:
@@ -559,10 +560,14 @@ def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
 
 
 def copy_out(paths: Sequence[Path], logs: Path, folder: Path) -> None:
-    """Copy results and comparisons to a folder, and all logs as one."""
+    """Copy results to a folder; the comparison's parts as one file, and all logs as one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*paths, *logs.glob("compare-*.json")]:
+    for path in paths:
         shutil.copy(path, folder)
+    found = [json.loads(path.read_text()) for path in sorted(logs.glob("compare-*.json"))]
+    if found:
+        rows = [row for part in found for row in part["rows"]]
+        (folder / "compare.json").write_text(json.dumps({**found[0], "rows": rows}, indent=1) + "\n")
     parts = (f"=== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(logs.glob("*.log")))
     (folder / "gpu-check.log").write_text("\n".join(parts))
 

@@ -97,17 +97,21 @@ class Call:
         return next(iter(self.tensors.values()))
 
     def to(self, device: torch.device | str) -> Call:
-        """The same call on another device; 0-dim settings stay on the CPU, where they belong."""
+        """The same call on another device, in the same strides; 0-dim settings stay on the CPU, where they belong."""
 
         def moved(x: Any) -> Any:
-            return x.to(device) if isinstance(x, Tensor) and x.dim() else x
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                return x
+            if x.device.type == torch.device(device).type or 0 in x.stride():
+                return x.to(device)
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
         return replace(
             self,
             tensors={name: moved(x) for name, x in self.tensors.items()},
             settings={name: moved(x) for name, x in self.settings.items()},
-            grad_h=self.grad_h.to(device),
-            grad_final=self.grad_final.to(device),
+            grad_h=moved(self.grad_h),
+            grad_final=moved(self.grad_final),
         )
 
 
@@ -338,6 +342,21 @@ def covering_cases(cell: str, dtype: torch.dtype) -> list[Case]:
     index = list(CELLS[cell].dtypes.values()).index(dtype)
     rows = _covering_rows(factors, apart=("time", "channels"), seed=index)
     return [Case(cell, dtype, row, seed) for seed, row in enumerate(rows)]
+
+
+def brief_cases(cell: str, dtype: torch.dtype) -> list[Case]:
+    """Half as many, of four numbers of channels: any two values of two factors meet, time aside. It has each of its
+    values, and the longest once.
+    """
+    times, factors = COMMON_FACTORS["time"], COMMON_FACTORS | CELLS[cell].factors | {"channels": (17, 1, 64, 100)}
+    del factors["time"]
+    index = list(CELLS[cell].dtypes.values()).index(dtype)
+    others = [time for time in times if time != max(times)]
+    rows = _covering_rows(factors, apart=("time", "channels"), seed=index)
+    return [
+        Case(cell, dtype, row | {"time": others[(seed + index) % len(others)] if seed else max(times)}, seed)
+        for seed, row in enumerate(rows)
+    ]
 
 
 def _covering_rows(factors: dict[str, tuple], apart: tuple[str, str], seed: int) -> Iterator[dict]:

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "scan.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
@@ -49,7 +50,7 @@ inline Dtype dtype_of(ScalarType type) {
     case ScalarType::Half: return Dtype::kFloat16;
     case ScalarType::ComplexFloat: return Dtype::kComplex64;
     case ScalarType::ComplexDouble: return Dtype::kComplex128;
-    default: STD_TORCH_CHECK(false, "streams: expected float32, float64, bfloat16, float16, complex64 or complex128");
+    default: refuse("streams: expected float32, float64, bfloat16, float16, complex64 or complex128");
   }
 }
 
@@ -113,16 +114,15 @@ class Bound {
   ScalarType type, state;
 
   Bound(CellKind cell, const Call& call) {
-    STD_TORCH_CHECK(!call.streams.empty(), "streams: expected at least one tensor");
+    MRU_EXPECT(!call.streams.empty(), "streams: expected at least one tensor");
     device_type_ = device_type(call.streams[0]), device_index_ = call.streams[0].get_device_index();
     for (const Tensor& t : call.streams) {
-      STD_TORCH_CHECK(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(), " dimensions");
+      MRU_EXPECT(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(), " dimensions");
       expect_device(t, "streams");
       streams.push_back(unit_channels(t));
     }
-    STD_TORCH_CHECK(
-        call.packed == 0 || (call.packed > 0 && streams.size() == 1 && streams[0].size(2) % call.packed == 0),
-        "packed: expected the number of gates in one tensor, got ", call.packed);
+    MRU_EXPECT(call.packed == 0 || (call.packed > 0 && streams.size() == 1 && streams[0].size(2) % call.packed == 0),
+               "packed: expected the number of gates in one tensor, got ", call.packed);
     if (call.packed > 0) streams = split_gates(streams[0], call.packed);
     const Tensor& first = streams[0];
     type = first.scalar_type();
@@ -130,28 +130,26 @@ class Bound {
     scan.cell = cell;
     scan.dtype = dtype_of(type);
     scan.batch = first.size(0), scan.time = first.size(1), scan.channels = first.size(2);
-    STD_TORCH_CHECK(double(scan.batch) * double(scan.time) * double(scan.channels) <= double(int64_t(1) << 60),
-                    "streams: expected a size that 64 bits can address");
-    STD_TORCH_CHECK(call.surrogate_scale > 0 && call.surrogate_scale < std::numeric_limits<double>::infinity(),
-                    "surrogate_scale: expected a positive finite number, got ", call.surrogate_scale);
+    MRU_EXPECT(double(scan.batch) * double(scan.time) * double(scan.channels) <= double(int64_t(1) << 60),
+               "streams: expected a size that 64 bits can address");
+    MRU_EXPECT(call.surrogate_scale > 0 && call.surrogate_scale < std::numeric_limits<double>::infinity(),
+               "surrogate_scale: expected a positive finite number, got ", call.surrogate_scale);
     scan.reverse = call.reverse, scan.chunk = call.chunk, scan.segment = call.segment;
     scan.surrogate_scale = call.surrogate_scale;
-    STD_TORCH_CHECK(
-        call.epsilon.is_cpu() && call.epsilon.numel() == 1 && call.epsilon.scalar_type() == ScalarType::Double,
-        "epsilon: expected one float64 value on the CPU");
+    MRU_EXPECT(call.epsilon.is_cpu() && call.epsilon.numel() == 1 && call.epsilon.scalar_type() == ScalarType::Double,
+               "epsilon: expected one float64 value on the CPU");
     scan.epsilon = *static_cast<const double*>(call.epsilon.data_ptr());
-    STD_TORCH_CHECK(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ", scan.epsilon);
-    STD_TORCH_CHECK(
+    MRU_EXPECT(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ", scan.epsilon);
+    MRU_EXPECT(
         scan.chunk > 0 && scan.chunk % kEventsPerWord == 0 && scan.segment >= 0 && scan.segment % scan.chunk == 0,
         "chunk, segment: expected multiples of 16 and of the chunk, got ", scan.chunk, ", ", scan.segment);
 
     // Gate inputs in the cell's order: the first stream, the inputs that come per channel, the other streams.
     const size_t inputs = streams.size() + call.channel.size();
     const unsigned per_channel = ((1u << std::min<size_t>(call.channel.size(), kMaxInputs)) - 1) << 1;
-    STD_TORCH_CHECK(inputs <= kMaxInputs && takes(cell, scan.dtype, int(inputs), per_channel),
-                    "streams, channel: expected the inputs of the cell, got ", streams.size(), " and ",
-                    call.channel.size());
-    STD_TORCH_CHECK(!call.alpha || !is_complex(scan.dtype), "alpha: expected none with complex streams");
+    MRU_EXPECT(inputs <= kMaxInputs && takes(cell, scan.dtype, int(inputs), per_channel),
+               "streams, channel: expected the inputs of the cell, got ", streams.size(), " and ", call.channel.size());
+    MRU_EXPECT(!call.alpha || !is_complex(scan.dtype), "alpha: expected none with complex streams");
     scan.inputs = int(inputs);
     for (size_t i = 0; i < inputs; ++i) {
       const size_t channel = i - 1, after = i - call.channel.size();
@@ -159,7 +157,7 @@ class Bound {
         scan.in[i].channel = keep(vector(call.channel[channel], "channel"));
       } else {
         const Tensor& t = streams[i == 0 ? 0 : after];
-        STD_TORCH_CHECK(
+        MRU_EXPECT(
             t.scalar_type() == type && t.size(0) == scan.batch && t.size(1) == scan.time && t.size(2) == scan.channels,
             "streams: expected one dtype and shape");
         scan.in[i].stream = stream_of(t);
@@ -170,10 +168,10 @@ class Bound {
     if (call.cu_seqlens) {
       expect_device(*call.cu_seqlens, "cu_seqlens");
       const ScalarType offset = call.cu_seqlens->scalar_type();
-      STD_TORCH_CHECK(call.cu_seqlens->dim() == 1 && call.cu_seqlens->numel() > 0 &&
-                          (offset == ScalarType::Int || offset == ScalarType::Long),
-                      "cu_seqlens: expected int32 or int64 [sequences + 1]");
-      STD_TORCH_CHECK(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
+      MRU_EXPECT(call.cu_seqlens->dim() == 1 && call.cu_seqlens->numel() > 0 &&
+                     (offset == ScalarType::Int || offset == ScalarType::Long),
+                 "cu_seqlens: expected int32 or int64 [sequences + 1]");
+      MRU_EXPECT(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
       scan.sequences = call.cu_seqlens->numel() - 1;
       scan.offsets = static_cast<const int64_t*>(keep(as_state(*call.cu_seqlens, ScalarType::Long)));
     }
@@ -187,21 +185,21 @@ class Bound {
 
   // A tensor [sequences, D], in the state dtype.
   Tensor sequence_states(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
-                    scan.sequences, ", ", scan.channels, "]");
+    MRU_EXPECT(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
+               scan.sequences, ", ", scan.channels, "]");
     return parameter(t, name);
   }
   // What the forward pass saved, [B, rows, D].
   void* saved(const Tensor& t, int64_t rows, ScalarType as, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == scan.batch && t.size(1) == rows && t.size(2) == scan.channels &&
-                        t.scalar_type() == as,
-                    name, ": expected [", scan.batch, ", ", rows, ", ", scan.channels, "] as the forward pass made it");
+    MRU_EXPECT(t.dim() == 3 && t.size(0) == scan.batch && t.size(1) == rows && t.size(2) == scan.channels &&
+                   t.scalar_type() == as,
+               name, ": expected [", scan.batch, ", ", rows, ", ", scan.channels, "] as the forward pass made it");
     expect_device(t, name);
     return const_cast<void*>(keep(torch::stable::contiguous(t)));
   }
   void expect_device(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
-                    ": expected the streams' device");
+    MRU_EXPECT(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
+               ": expected the streams' device");
   }
 
   Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
@@ -214,14 +212,14 @@ class Bound {
  private:
   // A tensor [D], in the state dtype.
   Tensor vector(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == scan.channels, name, ": expected [", scan.channels, "]");
+    MRU_EXPECT(t.dim() == 1 && t.size(0) == scan.channels, name, ": expected [", scan.channels, "]");
     return parameter(t, name);
   }
   Tensor parameter(const Tensor& t, const char* name) const {
     expect_device(t, name);
     const ScalarType own = t.scalar_type();
-    STD_TORCH_CHECK(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
-                    ": expected the streams' dtype, the state dtype or, beside real streams, float32");
+    MRU_EXPECT(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
+               ": expected the streams' dtype, the state dtype or, beside real streams, float32");
     return as_state(t, state);
   }
 
@@ -262,9 +260,9 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors chan
   Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
                       chunk, segment});
   Scan& scan = bound.scan;
-  STD_TORCH_CHECK(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
-                      grad_h.size(2) == scan.channels,
-                  "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
+  MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
+                 grad_h.size(2) == scan.channels,
+             "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
   bound.expect_device(grad_h, "grad_h");
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);

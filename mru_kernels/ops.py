@@ -287,6 +287,7 @@ class _Scan(torch.autograd.Function):
         streams, channel, alpha, initial_state, cu_seqlens, epsilon, *numbers, _save = arguments
         saved = results[2:]
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # zeros for what is saved would be filled and never read
         ctx.save_for_backward(*inputs, cu_seqlens, epsilon, *saved)
         ctx.call = (cell, backend, len(streams), len(channel), alpha is not None, initial_state is not None)
         ctx.numbers = numbers
@@ -305,6 +306,14 @@ class _Scan(torch.autograd.Function):
         if not saved:
             with torch.no_grad():
                 saved = cell.forward[backend](*call, True)[2:]
+        _scale, _reverse, packed, *_ = ctx.numbers
+        batch, time, channels = streams[0].shape
+        channels //= packed or 1
+        if grad_h is None:
+            grad_h = streams[0].new_zeros((batch, time, channels))
+        if grad_final is None:
+            sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+            grad_final = streams[0].new_zeros((sequences, channels), dtype=state_dtype(streams[0].dtype))
         grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
         if torch._C._are_functorch_transforms_active():  # where the op's own autograd kernel cannot refuse
             grads = _NoSecondDerivative.apply(cell.name, len(grads), *grads, grad_h, grad_final, *inputs)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("suite", max_examples=50, derandomize=True, **_COMMON)
 settings.register_profile("brief", max_examples=15, derandomize=True, **_COMMON)
+settings.register_profile("few", max_examples=6, derandomize=True, **_COMMON)
 settings.register_profile("explore", max_examples=300, **_COMMON)
 settings.load_profile("suite")
 

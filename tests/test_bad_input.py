@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 import mru_kernels as mk
 import python_ref
 from bench import errors
-from mru_kernels import backends
+from mru_kernels import backends, checks
 from mru_kernels.cells.bmru import CELL
 
 B, T, D = 2, 5, 3
@@ -416,6 +419,15 @@ def test_raw_op_of_a_cpp_backend_checks_its_numbers(name, value):
         CELL.forward["cpu"](*(arguments[n] for n in NAMES))
 
 
+def test_the_extension_takes_the_standard_library_from_libstdcxx_alone():
+    """A symbol without a version is one that the linker found elsewhere, as in torch's libraries."""
+    (library,) = Path(mk.__file__).parent.glob("_C.*")
+    told = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [name for name in told.stdout.split() if re.match("_Z(N|NK|NKR|TV|TI|TS)?S[ta-z]", name)]
+    assert any(name.startswith("_ZNSt13runtime_error") for name in names)
+    assert [name for name in names if "@" not in name] == []
+
+
 SAVED = [
     ("grad_h", (B, 150, D + 1)),
     ("grad_h", (150, D)),
@@ -467,10 +479,13 @@ def anything(draw) -> Any:
     missing=st.sets(st.sampled_from(["initial_state", "alpha", "amplitude"])),
     changes=st.dictionaries(st.sampled_from([name for name in good() if name != "reverse"]), anything(), max_size=3),
 )
-def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, dtype, batch, missing, changes):
+def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, device, dtype, batch, missing, changes):
     arguments = good(dtype, batch=batch) | dict.fromkeys(missing) | changes
+    there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    there["epsilon"] = arguments["epsilon"]  # on the CPU, where it belongs
     try:
-        h, final = call(arguments, backend)
+        with patch.object(checks, "_CHECK", True):  # offsets on a device too
+            h, final = (t.cpu() for t in call(there, backend))
     except (TypeError, ValueError) as error:
         if str(error).split(":")[0] not in arguments:
             raise

@@ -186,6 +186,19 @@ def test_cases_cover_every_two_values_of_two_factors(cell, dtype):
             assert {((a, x), (b, y)) for x in factors[a] for y in factors[b]} <= met
 
 
+@pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell, x in inputs.CELLS.items() for name in x.dtypes])
+def test_brief_cases_cover_every_two_values_but_of_time(cell, dtype):
+    factors = inputs.COMMON_FACTORS | inputs.CELLS[cell].factors | {"channels": (17, 1, 64, 100)}
+    cases = inputs.brief_cases(cell, inputs.CELLS[cell].dtypes[dtype])
+    assert len(cases) < 20
+    met = {pair for case in cases for pair in combinations(case.options.items(), 2)}
+    for a, b in combinations(factors.keys() - {"time"}, 2):
+        assert all({((a, x), (b, y)), ((b, y), (a, x))} & met for x in factors[a] for y in factors[b])
+    times = [case.options["time"] for case in cases]
+    assert set(times) == set(factors["time"])
+    assert times.count(4097) == 1
+
+
 @pytest.mark.parametrize("cell", inputs.CELLS)
 def test_inputs_are_the_same_every_time(cell):
     first, second = (inputs.case(cell, torch.float32, seed=3, nonfinite=True).build() for _ in range(2))
@@ -378,6 +391,20 @@ def test_command_writes_json_and_exits_with_1_where_something_fails(monkeypatch,
     assert compare.main(command) == 1
     assert capsys.readouterr().out.count("FAIL") == 2
     assert json.loads(file.read_text())["rows"][0]["results"][0]["error"] is None
+
+
+def test_command_in_parts_and_with_no_time(monkeypatch, tmp_path, capsys):
+    cases = [small_case(channels=n) for n in range(1, 10)]
+    parts = [compare.part_of(cases, part, 3) for part in (1, 2, 3)]
+    assert [[cases.index(case) for case in part] for part in parts] == [[0, 3, 6], [4, 7, 1], [8, 2, 5]]
+    monkeypatch.setattr(inputs, "brief_cases", lambda cell, dtype: cases if cell == "bmru" else [])
+    file = tmp_path / "rows.json"
+    command = ["--backend", "reference", "--dtype", "fp32", "--brief", "--part", "2/3", "--json", str(file)]
+    assert compare.main(command) == 0
+    shapes = [row["shape"] for row in json.loads(file.read_text())["rows"]]
+    assert shapes == [list(case.shape) for case in parts[1]]
+    assert compare.main([*command, "--seconds", "-1"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"0 calls, 0 failed, no time for {len(parts[1])} more"
 
 
 def test_command_names_a_backend_that_cannot_run(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -86,12 +87,12 @@ def test_stages_that_raise_do_not_stop_the_others_and_time_left_over_is_passed_o
         check.backends = ["cpu"]
         return []
 
-    check.build, check.find_backends, check.comparison = stage("build"), found, stage("comparison", KeyError("lost"))
-    check.tests, check.times, check.sanitizers = stage("tests"), stage("times"), stage("sanitizers")
+    check.build, check.find_backends, check.checks = stage("build"), found, stage("checks", KeyError("lost"))
+    check.times, check.sanitizers = stage("times"), stage("sanitizers")
     outcomes = gpu_check.run_stages(check, gpu_check.DEADLINES)
-    assert [o.name for o in outcomes if o.status == "passed"] == ["build", "tests", "times", "sanitizers"]
+    assert [o.name for o in outcomes if o.status == "passed"] == ["build", "times", "sanitizers"]
     (failed,) = (o for o in outcomes if o.bad)
-    assert (failed.name, failed.reason) == ("comparison", "KeyError: 'lost'")
+    assert (failed.name, failed.reason) == ("checks", "KeyError: 'lost'")
     assert given == pytest.approx(gpu_check.DEADLINES, abs=5)
 
 
@@ -99,19 +100,43 @@ def test_without_a_backend_the_rest_is_skipped(check):
     check.build = lambda seconds: [Outcome("build", "failed", "no compiler")]
     check.find_backends = list
     outcomes = gpu_check.run_stages(check, gpu_check.DEADLINES)
-    assert [o.status for o in outcomes] == ["failed"] + ["skipped"] * 4
+    assert [o.status for o in outcomes] == ["failed"] + ["skipped"] * 3
 
 
-def test_everything_fits_nine_minutes():
+def test_everything_fits_six_minutes():
     ends = list(gpu_check.DEADLINES.values())
     assert ends == sorted(ends)
-    assert ends[-1] + 20 <= 540
+    assert ends[-1] + 15 <= 360
+
+
+def test_tests_and_comparison_share_the_cores(check):
+    check.backends = ["cuda", "triton"]
+    given = []
+    with (
+        patch.object(os, "cpu_count", lambda: 16),
+        patch.object(gpu_check, "run_jobs", lambda *jobs, **environment: given.append((*jobs, environment)) or []),
+    ):
+        assert list(check.checks(130)) == []
+    ((jobs, seconds, _, environment),) = given
+    assert (seconds, environment) == (130, {"OMP_NUM_THREADS": "1"})
+    commands = {name: " ".join(command) for name, command in jobs.items()}
+    of_triton = [f"compare triton --brief {part}/8" for part in range(1, 9)]
+    assert list(jobs) == ["compare cuda 1/1", *of_triton, "tests cuda brief", "tests triton few"]
+    assert "--backend cuda --part 1/1 --seconds 110" in commands["compare cuda 1/1"]
+    assert "--backend triton --brief --part 8/8 --seconds 110" in commands[of_triton[-1]]
+    workers = {
+        name: int(re.search(r" -n (\d+) ", command)[1]) for name, command in commands.items() if " -n " in command
+    }
+    assert len(of_triton) + sum(workers.values()) == 16
 
 
 def test_what_is_missing_is_skipped_by_name(check):
     check.backends = ["cpu"]
     with patch.object(gpu_check, "find_spec", lambda name: None if name in ("hypothesis", "ninja") else object()):
-        (tests,), (build,) = check.tests(5), check.build(5)
+        with patch.object(gpu_check, "run_jobs", lambda jobs, *_, **__: [Outcome(name, "passed") for name in jobs]):
+            tests, *comparison = check.checks(30)
+        (build,) = check.build(5)
+    assert {outcome.name.split()[0] for outcome in comparison} == {"compare"}
     assert (tests.status, tests.reason) == ("skipped", "hypothesis not installed")
     assert (build.status, build.reason) == ("skipped", "ninja not installed: there is no C++ extension")
     with patch.dict(os.environ, {"PATH": ""}):
@@ -254,7 +279,10 @@ def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_pa
     with open(timed) as file:
         check.figures.write_text(file.read() + '["figure", {"cut o')
     (check.logs / "a.log").write_text("of a")
-    outcomes = [Outcome("comparison", "timed out", "at work", 9.0)]
+    for part in (1, 2):
+        text = json.dumps({"torch": "2", "rows": [{"part": part}]})
+        (check.logs / f"compare-cuda-{part}.json").write_text(text)
+    outcomes = [Outcome("checks", "timed out", "at work", 9.0)]
     paths = gpu_check.report(check, outcomes, tmp_path / "results")
     capsys.readouterr()
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
@@ -270,7 +298,10 @@ def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_pa
     assert "no time was left" in text
     assert text.count("| fp32 |") + text.count("| bf16 |") == len(record["figures"])
     gpu_check.copy_out(paths, check.logs, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in paths} | {"gpu-check.log"}
+    names = {p.name for p in paths} | {"compare.json", "gpu-check.log"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    comparison = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert comparison == {"torch": "2", "rows": [{"part": 1}, {"part": 2}]}
 
 
 def test_the_small_set_runs_whole_and_split(capsys):
@@ -282,16 +313,14 @@ def test_the_small_set_runs_whole_and_split(capsys):
 @pytest.mark.check
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    arguments = ["--device", "cpu", "--stage", "comparison", "times", "--shape", "1,64,4,fp32"]
+    arguments = ["--device", "cpu", "--stage", "checks", "times", "--shape", "1,64,4,fp32"]
     arguments += ["--logs", str(tmp_path / "logs"), "--results", str(tmp_path / "results")]
     with (
-        patch.object(
-            gpu_check.Check, "comparison", lambda self, seconds: [Outcome("comparison", "failed", "by design")]
-        ),
+        patch.object(gpu_check.Check, "checks", lambda self, seconds: [Outcome("checks", "failed", "by design")]),
         patch.object(gpu_check, "run_stages", _with_backend(gpu_check.run_stages)),
     ):
         assert gpu_check.main(arguments) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "failed: comparison"
+    assert capsys.readouterr().out.splitlines()[-1] == "failed: checks"
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png", ".log"}
 
 

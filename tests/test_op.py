@@ -402,14 +402,14 @@ LAYOUTS = st.sampled_from(["time-major", "channels not last", "spread", "every o
 @given(st.data())
 def test_strides_do_not_change_a_bit(backend, device, largest, data):
     steps = data.draw(SEGMENTS)
-    call = data.draw(cases(largest, layout="contiguous", nonfinite=False)).build()
+    call = data.draw(cases(largest, layout="contiguous", nonfinite=False)).build().to(device)
     moved = {name: _relaid(data.draw(LAYOUTS), t) if t.dim() == 3 else t for name, t in call.tensors.items()}
     relaid = replace(call, tensors=moved, grad_h=_relaid(data.draw(LAYOUTS), call.grad_h))
     with segments(backend, steps):
         assert_same_bits(run(relaid, op_of(relaid.cell, backend), device), run(call, op_of(call.cell, backend), device))
         # h lies as empty_like of the first stream does
-        first = relaid.to(device).stream
-        h, _ = op_of(call.cell, backend)(**relaid.to(device).tensors, **call.to(device).settings)
+        first = relaid.stream
+        h, _ = op_of(call.cell, backend)(**relaid.tensors, **relaid.settings)
     if first.stride(2) == 1:
         assert h.stride() == torch.empty_like(first).stride()
 
@@ -418,7 +418,7 @@ def test_strides_do_not_change_a_bit(backend, device, largest, data):
 def test_expanded_streams_are_read_in_place(backend, device, largest, data):
     """Stride 0 over batch or time, as in the gradient that `sum()` sends back."""
     steps = data.draw(SEGMENTS)
-    call = data.draw(cases(largest, layout="contiguous", batch=3, nonfinite=False)).build()
+    call = data.draw(cases(largest, layout="contiguous", batch=3, nonfinite=False)).build().to(device)
     dim = data.draw(st.integers(0, 1))
     expand = {name: data.draw(st.booleans()) for name in (*call.tensors, "grad_h")}
 

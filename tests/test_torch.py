@@ -548,6 +548,35 @@ def test_nothing_is_saved_without_gradients(backend, device):
     assert with_[2].numel() > 0
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_stand_for_the_gradient_of_a_result_that_is_not_used_and_for_no_other(backend, device, dtype, packed):
+    c, b = (draw(1, 200, 4, seed=seed, device=device).to(dtype).requires_grad_() for seed in (0, 1))
+    settings = {"backend": backend, "epsilon": 0.5}
+    if packed:
+        settings["cu_seqlens"] = torch.tensor([0, 50, 200], device=device)
+    filled = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if "zeros" in str(func):
+                filled.append(result.numel())
+            return result
+
+    sequences = 2 if packed else 1
+    for used, numel in enumerate((sequences * 4, c.numel())):
+        results = mk.bmru(c, b, **settings)
+        grad = torch.ones_like(results[used])
+        zeros = torch.zeros_like(results[1 - used])
+        whole = torch.autograd.grad(results, (c, b), (zeros, grad) if used else (grad, zeros), retain_graph=True)
+        filled.clear()
+        with Watch():
+            one = torch.autograd.grad(results[used], (c, b), grad)
+        assert filled == [numel]
+        assert all(map(torch.equal, one, whole))
+
+
 def test_saved_inputs_may_not_be_changed_before_the_backward(backend, device):
     x = draw(1, 10, 2, device=device)
     weight = torch.ones(2, device=device, requires_grad=True)

@@ -14,6 +14,8 @@
 #include <string_view>
 #include <vector>
 
+#include "../expect.h"
+
 #if defined(__x86_64__) && !defined(MRU_ONE_ISA)
 #define MRU_CHOOSES_ISA
 #endif
@@ -58,9 +60,8 @@ struct Pieces {
 Pieces cut(const Scan& scan) {
   if (scan.offsets) {
     const int64_t first = scan.offsets[0], last = scan.offsets[scan.sequences];
-    STD_TORCH_CHECK(first == 0 && last == scan.time,
-                    "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time, ", got ", first,
-                    " to ", last);
+    MRU_EXPECT(first == 0 && last == scan.time, "cu_seqlens: expected offsets that rise from 0 to the total length ",
+               scan.time, ", got ", first, " to ", last);
   }
   Pieces pieces;
   pieces.first.reserve(scan.sequences + 1);
@@ -69,9 +70,9 @@ Pieces cut(const Scan& scan) {
     Piece piece{n, n, 0, scan.time, 0, 0, 0};
     if (scan.offsets) {
       const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
-      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= scan.time,
-                      "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time, ", got ", begin,
-                      " and ", end, " for sequence ", n);
+      MRU_EXPECT(0 <= begin && begin <= end && end <= scan.time,
+                 "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time, ", got ", begin,
+                 " and ", end, " for sequence ", n);
       piece.batch = 0;
       piece.start = scan.reverse ? scan.time - end : begin;
       piece.length = end - begin;

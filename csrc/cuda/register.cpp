@@ -16,7 +16,7 @@ using mru::Tensor;
 // On the device of `like` and its current stream. The workspace comes from torch's allocator, which knows streams and
 // graph captures.
 void launch(const Scan& scan, bool backward, const Tensor& like) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "backend: 'cuda' needs a torch that is built with CUDA");
+  MRU_EXPECT(aoti_torch_get_current_cuda_stream, "backend: 'cuda' needs a torch that is built with CUDA");
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
@@ -25,7 +25,7 @@ void launch(const Scan& scan, bool backward, const Tensor& like) {
   Tensor workspace = mru::allocate(like, {plan.workspace_bytes()}, mru::ScalarType::Byte);
   const mru::cuda::Kernels& kernels = mru::cuda::kernels(scan.dtype);
   const char* error = (backward ? kernels.backward : kernels.forward)(scan, workspace.data_ptr(), stream);
-  STD_TORCH_CHECK(!error, "CUDA: ", error ? error : "");
+  MRU_EXPECT(!error, "CUDA: ", error ? error : "");
 }
 
 struct Cuda {

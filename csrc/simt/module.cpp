@@ -45,7 +45,7 @@ void launch(const Scan& scan, bool backward) {
   poison(workspace.get(), bytes);
   const mru::cuda::Kernels& kernels = mru::cuda::kernels(scan.dtype);
   const char* error = (backward ? kernels.backward : kernels.forward)(scan, workspace.get(), nullptr);
-  STD_TORCH_CHECK(!error, "simt: ", error ? error : "");
+  MRU_EXPECT(!error, "simt: ", error ? error : "");
 }
 
 struct Simt {
