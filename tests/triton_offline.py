@@ -21,6 +21,7 @@ import torch
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 REAL = {"c64": "fp32", "c128": "fp64"}  # two of these to a channel
+STATES = {"fp32": torch.float32, "fp64": torch.float64}
 STREAMS = ("inputs", "grads", "h", "grad_h")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -49,7 +50,7 @@ class Variant:
     def tile(self) -> int:
         from mru_kernels.backends import triton as backend
 
-        return backend.tile(self.kernel, self.inputs, {"fp32": torch.float32, "fp64": torch.float64}[self.state])
+        return backend.tile(self.kernel, self.inputs, STATES[self.state])
 
     @property
     def row_bits(self) -> int | None:
@@ -194,7 +195,7 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
     )
-    return triton.compile(source, target=target, options=backend.options(variant.kernel, variant.events, amd))
+    return triton.compile(source, target=target, options=backend.options(variant.kernel, STATES[state], amd))
 
 
 def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
