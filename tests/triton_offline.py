@@ -259,20 +259,23 @@ def _amd(variant: Variant, assembly: str) -> Report:
 
 
 def rows_read(variant: Variant) -> int:
-    """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much."""
+    """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much, and there
+    twice, for whole tiles or words and for the last.
+    """
     streams = variant.inputs - variant.per_channel
-    if variant.kernel in ("forward", "summarize_adjoint") and variant.events:
-        streams = 0
-    elif variant.kernel == "summarize_adjoint":
-        streams -= variant.inputs == 3 or variant.cell == "linear_recurrence"  # a written value has no part in it
+    tile = variant.tile
     match variant.kernel:
-        case "forward" | "summarize":
-            return 16 * streams
-        case "summarize_adjoint":
-            return 16 * (streams + 1)
-        case "backward":
-            return variant.tile * (streams * (1 if variant.events else 3) + 1)
-    return 2 * variant.tile
+        case "forward":
+            return 2 * tile * streams * (not variant.events)
+        case "summarize":
+            return 2 * tile * streams
+        case "summarize_adjoint" if variant.events:
+            return 2 * 16
+        case "summarize_adjoint":  # a written value has no part in it
+            return 2 * 16 * (streams + 1 - (variant.inputs == 3 or variant.cell == "linear_recurrence"))
+        case "backward":  # and three tiles to replay the states
+            return tile * (streams * (2 if variant.events else 5) + 2)
+    return 2 * tile
 
 
 def reports(processes: int = 2) -> list[Report]:

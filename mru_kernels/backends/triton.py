@@ -24,7 +24,7 @@ _VECTOR_BYTES = 16  # that a lane loads or stores at once
 BY_STATE = ("fold", "carry", "backward")
 
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
-_FULL = 2048  # channels scanned at once that fill a multiprocessor's memory pipeline: 16 warps of fp32
+_FULL = 4096  # channels scanned at once that fill a multiprocessor: 32 warps of fp32, or 16 of half precision
 _LEAST = 2 * CHUNK  # steps of a segment, at least
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
 _INTERPRETED_MULTIPROCESSORS = 132
@@ -65,8 +65,9 @@ def _multiprocessors(device: torch.device) -> int:
 def options(kernel: str, state: torch.dtype, amd: bool = bool(torch.version.hip)) -> dict:
     """How a kernel is compiled. In the forward pass a fused multiply-add would round differently from the CPU."""
     common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
-    # Left alone, ptxas takes registers until few warps are left of a multiprocessor, or at times spills to take few.
-    return common if amd else common | {"maxnreg": 168 if state == torch.float32 else 255}
+    # Left alone, ptxas takes so many registers that a multiprocessor has 8 warps, not 12, or at times spills.
+    limited = kernel == "backward" and not amd
+    return common | ({"maxnreg": 168 if state == torch.float32 else 255} if limited else {})
 
 
 def tile(kernel: str, inputs: int, state: torch.dtype) -> int:

@@ -98,12 +98,13 @@ def high_bit(word, i: tl.constexpr):
 
 @triton.jit
 def encoded(writes, nan, second):
-    """An event: in its low bit whether it writes, in its high one whether the second value; NaN is the high one alone."""
+    """An event's bits: the low one if it writes, and the high one if the second value; NaN is the high one alone."""
     return tl.where(nan, 2, tl.where(writes, tl.where(second, 3, 1), 0))
 
 
 @triton.jit
 def written_by_event(word, i: tl.constexpr, first, second, s, epsilon):
+    """write_or_hold from an event."""
     high = high_bit(word, i)
     written = tl.where(high, second, first).to(s.dtype) + scaled_or_nan(s, epsilon)
     return tl.where(low_bit(word, i), written, tl.where(high, float("nan"), s))

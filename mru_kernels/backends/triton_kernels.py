@@ -304,13 +304,13 @@ def forward_word(
     if EVENTS:
         word = get_whole(events, word_row(scan, at, first), at)
     left = left_of(at, first, WORD)
-    for j in tl.static_range(0, WORD, TILE):
+    for j in range(0, WORD, TILE):
         if not EVENTS:
             tile = load_tile(opened, at, first + j, left - j, s.dtype, CHANNELS, TILE, MASKED)
         row = row_at(opened_h, at, first + j)
         for i in tl.static_range(TILE):
             if EVENTS:
-                after = STEP_EVENT(word, j + i, s, eps)
+                after = STEP_EVENT(word, i, s, eps)
             else:
                 after = STEP(inputs_at(tile, i), s, eps)
             if MASKED:
@@ -319,6 +319,8 @@ def forward_word(
                 s = after
             tl.store(row, scale * s, mask=when(j + i < left, at.mask) if MASKED else at.mask)
             row += opened_h[1]
+        if EVENTS:
+            word = word >> (2 * TILE)
     return s
 
 
@@ -348,8 +350,9 @@ def forward(
         whole = at.end - (at.end - at.begin) % WORD
         for first in range(at.begin, whole, WORD):
             s = forward_word(
-                s, opened, events, opened_h, scan, at, first, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE, False
-            )
+                s, opened, events, opened_h, scan, at, first, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE,
+                False,
+            )  # fmt: skip
             after = first + WORD
             if (scan.saved != 0) & (after % CHUNK == 0) & (after < at.length):
                 put(checkpoints, checkpoint_row(scan, at, after, CHUNK), at, s, at.mask)
@@ -380,26 +383,28 @@ def summarize_word(
     ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr, STEP_WORD: tl.constexpr, EVENTS: tl.constexpr,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The map of a segment's steps with those of another word. If EVENTS, their writes are counted, which make the
-    factor, and the offset takes them from the word: at once where each write forgets all or nothing.
+    """The map of a segment's steps so far and of another word's. If EVENTS, the writes are counted, of which the factor
+    is a power; and the offset takes a word at once if a write forgets all or nothing.
     """
     left = left_of(at, first, WORD)
     word = tl.zeros_like(writes)
-    for j in tl.static_range(0, WORD, TILE):
+    for j in range(0, WORD, TILE):
         tile = load_tile(opened, at, first + j, left - j, offset.dtype, CHANNELS, TILE, MASKED)
+        of_tile = tl.zeros_like(writes)
         for i in tl.static_range(TILE):
             x = inputs_at(tile, i)
             if EVENTS:
                 event = ENCODE(x)
                 if MASKED:
                     event = tl.where(j + i < left, event, 0)
-                word = word | (event << (2 * (j + i)))
+                of_tile = of_tile | (event << (2 * i))
             elif MASKED:
                 offset = tl.where(j + i < left, STEP(x, offset, eps), offset)
                 factor = tl.where(j + i < left, PUSH(x, factor, eps), factor)
             else:
                 offset = STEP(x, offset, eps)
                 factor = PUSH(x, factor, eps)
+        word = word | (of_tile << (2 * j))
     if EVENTS:
         put(events, word_row(scan, at, first), at, word, at.mask)
         writes += count_pairs(word & PAIRS)
@@ -441,7 +446,7 @@ def summarize(
                 STEP_WORD, EVENTS, CHANNELS, TILE, True,
             )  # fmt: skip
         if EVENTS:
-            factor = power(epsilon, writes, at).to(STATE)
+            factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, offset, at.mask)
 
@@ -540,7 +545,7 @@ def adjoint_word(
     factor, writes, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr,
     PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The map of a segment's steps, from the right, with those of another word; see summarize_word."""
+    """The map of a segment's steps so far, from the right, and of another word's; see summarize_word."""
     left = left_of(at, first, WORD)
     if EVENTS:
         word = get_whole(events, word_row(scan, at, first), at)
@@ -599,7 +604,7 @@ def summarize_adjoint(
                 PULL_EVENT, EVENTS, CHANNELS, TILE, False,
             )  # fmt: skip
         if EVENTS:
-            factor = power(epsilon, writes, at).to(STATE)
+            factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, m, at.mask)
 
@@ -665,8 +670,8 @@ def backward_tile(
 
 @triton.jit
 def backward(
-    inputs, scan, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial, states,
-    epsilon: tl.float64, surrogate_scale: tl.float64,
+    inputs, scan, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
+    states, epsilon: tl.float64, surrogate_scale: tl.float64,
     REPLAY: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, REPLAY_EVENT: tl.constexpr, EVENTS: tl.constexpr,
     CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -713,24 +718,25 @@ def backward(
             pairs = tiles // 2
             for pair in range(0, pairs):
                 s = replay(
-                    s, opened, events, states, scan, at, chunk + pair * (2 * TILE), row + 2 * pair, eps, REPLAY, REPLAY_EVENT,
-                    EVENTS, CHANNELS, 2, TILE,
+                    s, opened, events, states, scan, at, chunk + pair * (2 * TILE), row + 2 * pair, eps, REPLAY,
+                    REPLAY_EVENT, EVENTS, CHANNELS, 2, TILE,
                 )  # fmt: skip
             if 2 * pairs < tiles:
                 s = replay(
                     s, opened, events, states, scan, at, chunk + pairs * (2 * TILE), row + 2 * pairs, eps, REPLAY,
                     REPLAY_EVENT, EVENTS, CHANNELS, 1, TILE,
                 )  # fmt: skip
-            if chunk + tiles * TILE < end:
+            last = chunk + tiles * TILE
+            if last < end:
                 m, sum_alpha, sums = backward_tile(
-                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, chunk + tiles * TILE, scale, eps, k_scale,
-                    REPLAY, PULL, VJP, CHANNELS, TILE, True,
+                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, last, scale, eps, k_scale, REPLAY, PULL,
+                    VJP, CHANNELS, TILE, True,
                 )  # fmt: skip
-            for tile in range(0, tiles):
-                r = tiles - 1 - tile
-                s = get_whole(states, row + r, at)
+            for from_right in range(0, tiles):
+                tile = tiles - 1 - from_right
+                s = get_whole(states, row + tile, at)
                 m, sum_alpha, sums = backward_tile(
-                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, chunk + r * TILE, scale, eps, k_scale,
+                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, chunk + tile * TILE, scale, eps, k_scale,
                     REPLAY, PULL, VJP, CHANNELS, TILE, False,
                 )  # fmt: skip
         if scan.segment == 0:
