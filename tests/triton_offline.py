@@ -81,6 +81,7 @@ class Report:
     variant: Variant
     registers: int
     spilled: int  # bytes of local memory, and loads and stores of it
+    spilled_within: int  # loads and stores of it in loops that hold no other
     shared: int
     loads: int
     wide_loads: int
@@ -227,6 +228,7 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         variant,
         registers=used["REG"],
         spilled=used["STACK"] + used["LOCAL"] + count(r"\b(?:LDL|STL)\b"),
+        spilled_within=len(re.findall(r"\b(?:LDL|STL)\b", _innermost_loops(listing))),
         shared=used["SHARED"],
         loads=count(r"\bLDG\b"),
         wide_loads=count(rf"\bLDG\.\S*(?:128|{variant.row_bits})"),
@@ -235,6 +237,14 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         shuffles=count(r"\bSHFL\b"),
         barriers=count(r"\b(?:BAR|BARRIER|DEPBAR\.ALL)\b"),
     )
+
+
+def _innermost_loops(listing: str) -> str:
+    at = {label[1]: label.start() for label in re.finditer(r"^\s*(\.L_x_\d+):", listing, re.M)}
+    branches = re.finditer(r"\bBRA\b.*(\.L_x_\d+)", listing)
+    loops = [(at[b[1]], b.end()) for b in branches if at[b[1]] < b.start()]
+    holds_other = lambda a, b: any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)  # noqa: E731
+    return "".join(listing[a:b] for a, b in loops if not holds_other(a, b))
 
 
 def _output(command: list) -> str:
@@ -248,6 +258,7 @@ def _amd(variant: Variant, assembly: str) -> Report:
         variant,
         registers=value("vgpr_count"),
         spilled=value("vgpr_spill_count") + value("private_segment_fixed_size") + count(r"\bscratch_(?:load|store)"),
+        spilled_within=0,
         shared=value("group_segment_fixed_size"),
         loads=count(r"\b(?:global|flat|buffer)_load_"),
         wide_loads=count(rf"\b(?:global|flat|buffer)_load_dwordx(?:4|{variant.row_bits // 32})"),
