@@ -29,8 +29,11 @@ OF_EVERY_BACKEND = [
     "test_strides",
 ]
 
-# Of a lane. An NVIDIA multiprocessor's 65536 are for 12, 10, 9 or 8 warps then.
-REGISTERS = {"forward": 200, "summarize": 224, "summarize_adjoint": 168, "fold": 168, "carry": 168, "backward": 255}
+# Of a lane. An NVIDIA multiprocessor's 65536 are for 12 warps then, 10 of summarize, or 8 where states are fp64.
+REGISTERS = {"forward": 168, "summarize": 192, "summarize_adjoint": 168, "fold": 128, "carry": 128, "backward": 168}
+REGISTERS_FP64 = 232
+# Of a lane: what is used at the start and the end of a program or of a chunk, but not in the loops over steps.
+SPILLED = {"forward": 64, "summarize": 64, "backward": 160}
 REGISTERS_AMD = 256  # two waves on a SIMD unit
 
 
@@ -47,21 +50,26 @@ def test_under_the_interpreter():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
 def test_compiled_for_devices():
-    """Nothing spilled, no more registers than intended, rows in whole vectors, no barrier, channels in one lane."""
+    """Nothing spilled in loops over steps, no more registers than intended, rows in whole vectors, no barrier, and
+    channels in one lane.
+    """
     rows = triton_offline.reports()
     print(triton_offline.table(rows))
     failed = {}
     for r in rows:
         v = r.variant
+        most = REGISTERS_FP64 if v.state == "fp64" else REGISTERS[v.kernel]
+        if v.arch.startswith("gfx"):
+            most = REGISTERS_AMD
         bad = {
-            "spilled": r.spilled > 0,
-            "registers": r.registers > (REGISTERS_AMD if v.arch.startswith("gfx") else REGISTERS[v.kernel]),
+            "spilled": r.spilled > SPILLED.get(v.kernel, 0) or r.spilled_within > 0,
+            "registers": r.registers > most,
             "barriers": r.barriers > 0 or r.shared > 0,
             # rows of states have another layout than those of half-precision streams
             "shuffles": r.shuffles > 0 and triton_offline.BYTES[v.element] > 2,
             "rows not loaded whole": v.row_bits and r.wide_loads < triton_offline.rows_read(v),
             # a lane's events are 8 bytes where its streams are fp64
-            "narrow stores": v.row_bits and r.stores - r.wide_stores > (v.dtype == "fp64" and v.events),
+            "narrow stores": v.row_bits and r.stores - r.wide_stores > 2 * (v.dtype == "fp64" and v.events),
         }
         if any(bad.values()):
             failed[f"{v.name} {v.arch}"] = [name for name, is_bad in bad.items() if is_bad]

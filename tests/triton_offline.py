@@ -21,6 +21,7 @@ import torch
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 REAL = {"c64": "fp32", "c128": "fp64"}  # two of these to a channel
+STATES = {"fp32": torch.float32, "fp64": torch.float64}
 STREAMS = ("inputs", "grads", "h", "grad_h")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -49,7 +50,7 @@ class Variant:
     def tile(self) -> int:
         from mru_kernels.backends import triton as backend
 
-        return backend.tile(self.kernel, self.inputs, {"fp32": torch.float32, "fp64": torch.float64}[self.state])
+        return backend.tile(self.kernel, self.inputs, STATES[self.state])
 
     @property
     def row_bits(self) -> int | None:
@@ -80,6 +81,7 @@ class Report:
     variant: Variant
     registers: int
     spilled: int  # bytes of local memory, and loads and stores of it
+    spilled_within: int  # loads and stores of it in loops that hold no other
     shared: int
     loads: int
     wide_loads: int
@@ -194,7 +196,7 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
     )
-    return triton.compile(source, target=target, options=backend.options(variant.kernel, variant.events, amd))
+    return triton.compile(source, target=target, options=backend.options(variant.kernel, STATES[state], amd))
 
 
 def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -226,6 +228,7 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         variant,
         registers=used["REG"],
         spilled=used["STACK"] + used["LOCAL"] + count(r"\b(?:LDL|STL)\b"),
+        spilled_within=len(re.findall(r"\b(?:LDL|STL)\b", _innermost_loops(listing))),
         shared=used["SHARED"],
         loads=count(r"\bLDG\b"),
         wide_loads=count(rf"\bLDG\.\S*(?:128|{variant.row_bits})"),
@@ -234,6 +237,14 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         shuffles=count(r"\bSHFL\b"),
         barriers=count(r"\b(?:BAR|BARRIER|DEPBAR\.ALL)\b"),
     )
+
+
+def _innermost_loops(listing: str) -> str:
+    at = {label[1]: label.start() for label in re.finditer(r"^\s*(\.L_x_\d+):", listing, re.M)}
+    branches = re.finditer(r"\bBRA\b.*(\.L_x_\d+)", listing)
+    loops = [(at[b[1]], b.end()) for b in branches if at[b[1]] < b.start()]
+    holds_other = lambda a, b: any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)  # noqa: E731
+    return "".join(listing[a:b] for a, b in loops if not holds_other(a, b))
 
 
 def _output(command: list) -> str:
@@ -247,6 +258,7 @@ def _amd(variant: Variant, assembly: str) -> Report:
         variant,
         registers=value("vgpr_count"),
         spilled=value("vgpr_spill_count") + value("private_segment_fixed_size") + count(r"\bscratch_(?:load|store)"),
+        spilled_within=0,
         shared=value("group_segment_fixed_size"),
         loads=count(r"\b(?:global|flat|buffer)_load_"),
         wide_loads=count(rf"\b(?:global|flat|buffer)_load_dwordx(?:4|{variant.row_bits // 32})"),
@@ -258,20 +270,23 @@ def _amd(variant: Variant, assembly: str) -> Report:
 
 
 def rows_read(variant: Variant) -> int:
-    """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much."""
+    """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much, and there
+    twice, for whole tiles or words and for the last.
+    """
     streams = variant.inputs - variant.per_channel
-    if variant.kernel in ("forward", "summarize_adjoint") and variant.events:
-        streams = 0
-    elif variant.kernel == "summarize_adjoint":
-        streams -= variant.inputs == 3 or variant.cell == "linear_recurrence"  # a written value has no part in it
+    tile = variant.tile
     match variant.kernel:
-        case "forward" | "summarize":
-            return 16 * streams
-        case "summarize_adjoint":
-            return 16 * (streams + 1)
-        case "backward":
-            return variant.tile * (streams * (1 if variant.events else 3) + 1)
-    return 2 * variant.tile
+        case "forward":
+            return 2 * tile * streams * (not variant.events)
+        case "summarize":
+            return 2 * tile * streams
+        case "summarize_adjoint" if variant.events:
+            return 2 * 16
+        case "summarize_adjoint":  # a written value has no part in it
+            return 2 * 16 * (streams + 1 - (variant.inputs == 3 or variant.cell == "linear_recurrence"))
+        case "backward":  # and three tiles to replay the states
+            return tile * (streams * (2 if variant.events else 5) + 2)
+    return 2 * tile
 
 
 def reports(processes: int = 2) -> list[Report]:

@@ -24,7 +24,7 @@ _VECTOR_BYTES = 16  # that a lane loads or stores at once
 BY_STATE = ("fold", "carry", "backward")
 
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
-_FULL = 2048  # channels scanned at once that fill a multiprocessor's memory pipeline: 16 warps of fp32
+_FULL = 4096  # channels scanned at once that fill a multiprocessor: 32 warps of fp32, or 16 of half precision
 _LEAST = 2 * CHUNK  # steps of a segment, at least
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
 _INTERPRETED_MULTIPROCESSORS = 132
@@ -62,12 +62,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def options(kernel: str, events: bool, amd: bool = bool(torch.version.hip)) -> dict:
-    """How a kernel is compiled. A fused multiply-add would round differently from the CPU."""
-    common = {"num_warps": 1, "enable_fp_fusion": False}
-    # Left alone, ptxas at times spills to have these take far fewer registers than there are.
-    scans_streams = kernel == "backward" or (kernel == "forward" and not events)
-    return common | ({"maxnreg": 255} if scans_streams and not amd else {})
+def options(kernel: str, state: torch.dtype, amd: bool = bool(torch.version.hip)) -> dict:
+    """How a kernel is compiled. In the forward pass a fused multiply-add would round differently from the CPU."""
+    common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
+    # Left alone, ptxas takes so many registers that a multiprocessor has 8 warps, not 12, or at times spills.
+    limited = kernel == "backward" and not amd
+    return common | ({"maxnreg": 168 if state == torch.float32 else 255} if limited else {})
 
 
 def tile(kernel: str, inputs: int, state: torch.dtype) -> int:
@@ -178,7 +178,7 @@ class _Call:
             arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
             grid = (min(units, row), _ceil_div(units, row))
             with torch.cuda.device_of(self.first):
-                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options(name, self.packs))
+                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options(name, self.state))
 
     def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
         """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
@@ -250,6 +250,7 @@ def _backward(
     partial = call.first.new_empty(((1 + len(call.inputs)) * wants_sums, call.slots, call.channels), dtype=call.state)
     own = {"grad_h": call.stream(grad_h), "grad_final": call.vector(grad_final), "partial": partial}
     own |= {"checkpoints": _real(checkpoints), "events": events, "grad_initial": grad_initial}
+    own["states"] = call.rows(call.slots * chunk // tile("backward", len(call.inputs), call.state))
     own["grads"] = tuple(map(call.stream, [views[0], *(partial.view(-1) for _ in channel), *views[1:]]))
     if call.split:
         factors, sums = call.rows(call.slots), call.rows(call.slots)

@@ -6,10 +6,16 @@ one step and `s` the state before it, blocks in the state dtype:
     step(x, s, epsilon)                the state after
     push(x, m, epsilon)                a m, where a is the factor of the affine form s' = a s + w
     pull(x, m, epsilon)                conj(a) m
-    vjp(x, s, lam, epsilon, scale)     the gradients of x, with lam = dL/ds'
+    vjp(x, s, lam, epsilon, scale)     the gradients of x, with lam = dL/ds', and scale of surrogate()
     one(d), times(a, b)                the factor 1 for channels d, and a product of factors, or of one and a state
-    encode(x), step_event(code, s, epsilon), pull_event(code, m, epsilon)
-                                       the same from a 2-bit event: hold, one of two writes, NaN (where they suffice)
+    replay(x, s, epsilon)              the state after, where no input was NaN
+
+Where events of 2 bits suffice for a step (hold, one of two writes, NaN), and a word holds those of 16:
+
+    encode(x)                          the event
+    step_event(word, i, s, epsilon), replay_event(word, i, s, epsilon), pull_event(word, i, m, epsilon)
+                                       the same from the i-th event of a word
+    step_word(word, s, epsilon)        the state after all of a word's steps, where epsilon is 0 or 1
 
 A complex channel is two neighbours of a block, the real and the imaginary part, which one lane holds.
 """
@@ -23,7 +29,7 @@ import triton.language as tl
 
 
 class Cell(NamedTuple):
-    """The functions of a cell; the last three are None where a step does not fit an event."""
+    """The functions of a cell; those of events are None where a step does not fit one."""
 
     step: Any
     push: Any
@@ -31,16 +37,15 @@ class Cell(NamedTuple):
     vjp: Any
     one: Any
     times: Any
+    replay: Any
     encode: Any = None
     step_event: Any = None
+    replay_event: Any = None
     pull_event: Any = None
+    step_word: Any = None
 
 
-# Event codes (csrc/cells/write_or_hold.h).
-HOLD = tl.constexpr(0)
-FIRST = tl.constexpr(1)
-SECOND = tl.constexpr(2)
-NAN = tl.constexpr(3)
+PAIRS = tl.constexpr(0x55555555)  # the low bits of a word's events
 PI = tl.constexpr(3.14159265358979323846)
 
 # ------------------------------------------------------------------------- the step that the bistable cells share
@@ -59,33 +64,95 @@ def times_or_zero(a, b):
 
 @triton.jit
 def scaled(s, epsilon):
-    """epsilon s; nothing is multiplied by 0."""
-    return tl.where(epsilon == 0, 0.0, epsilon * s)
+    """epsilon s; where epsilon is 0 so is the product, of anything."""
+    return epsilon * tl.where(epsilon == 0, 0.0, s)
+
+
+@triton.jit
+def scaled_or_nan(s, epsilon):
+    """The same, but of NaN NaN."""
+    return epsilon * tl.where(tl.where(epsilon == 0, s == s, False), 0.0, s)
 
 
 @triton.jit
 def write_or_hold(writes, nan, v, s, epsilon):
     """Where the gate writes, v + epsilon s; elsewhere s. NaN is absorbing."""
-    written = tl.where(writes & (s == s), v + scaled(s, epsilon), s)
-    return tl.where(nan, float("nan"), written)
+    return tl.where(nan, float("nan"), tl.where(writes, v + scaled_or_nan(s, epsilon), s))
 
 
 @triton.jit
-def pull_event(code, m, epsilon):
-    return tl.where(code != HOLD, scaled(m, epsilon), m)
+def replayed(holds, v, s, epsilon):
+    """The same for gradients, which are left open where there is a NaN."""
+    return tl.where(holds, s, v + scaled(s, epsilon))
 
 
 @triton.jit
-def sign0(x):
-    """The ordinary sign, with sign0(0) = 0: the derivative of |x|."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+def low_bit(word, i: tl.constexpr):
+    return (word & (1 << (2 * i))) != 0
 
 
 @triton.jit
-def step_slope(x, scale):
-    """Surrogate derivative of the unit step: k / (1 + (pi k x)^2)."""
-    y = x * (PI * scale)
-    return scale / (1.0 + y * y)
+def high_bit(word, i: tl.constexpr):
+    return ((word >> (2 * i)) & 2) != 0
+
+
+@triton.jit
+def encoded(writes, nan, second):
+    """An event's bits: the low one if it writes, and the high one if the second value; NaN is the high one alone."""
+    return tl.where(nan, 2, tl.where(writes, tl.where(second, 3, 1), 0))
+
+
+@triton.jit
+def written_by_event(word, i: tl.constexpr, first, second, s, epsilon):
+    """write_or_hold from an event."""
+    high = high_bit(word, i)
+    written = tl.where(high, second, first).to(s.dtype) + scaled_or_nan(s, epsilon)
+    return tl.where(low_bit(word, i), written, tl.where(high, float("nan"), s))
+
+
+@triton.jit
+def count_pairs(pairs):
+    """How many of 16 pairs of bits are 1, the others being 0."""
+    n = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    n = (n + (n >> 4)) & 0x0F0F0F0F
+    return (n * 0x01010101) >> 24
+
+
+@triton.jit
+def written_by_word(word, first, second, s, epsilon):
+    """The state after 16 steps that hold, write one of two values, or are NaN, where epsilon is 0 or 1."""
+    writes = word & PAIRS
+    nan = ((word >> 1) & PAIRS & ~word) != 0
+    of_second = (word >> 1) & writes
+    of_first = writes ^ of_second
+    last = tl.where(of_second > of_first, second, first)  # of two disjoint sets of bits, the one with the last
+    total = count_pairs(of_first) * first + count_pairs(of_second) * second
+    value = tl.where(epsilon == 0, last, total).to(s.dtype)
+    return write_or_hold(writes != 0, nan, value, s, epsilon)
+
+
+@triton.jit
+def pull_event(word, i: tl.constexpr, m, epsilon):
+    return tl.where(low_bit(word, i), scaled(m, epsilon), m)
+
+
+@triton.jit
+def surrogate(k):
+    """Of the surrogate scale k, what the slope of the unit step takes, and what that of the sign takes."""
+    return (PI * tl.sqrt(k), 1.0 / k), (PI * tl.sqrt(0.5 * k), 0.5 / k)
+
+
+@triton.jit
+def slope(x, scale):
+    """Surrogate derivative of the unit step, k / (1 + (pi k x)^2), or of the sign, twice that."""
+    y = x * scale[0]
+    y = y * y + scale[1]
+    if x.dtype == tl.float64:
+        result = 1.0 / y
+    else:
+        root = tl.rsqrt(y)  # one instruction, where a division takes several
+        result = root * root
+    return result
 
 
 # ------------------------------------------------------------------------- BMRU (csrc/cells/bmru.h)
@@ -120,22 +187,29 @@ def bmru_step(x, s, epsilon):
 
 
 @triton.jit
+def bmru_replay(x, s, epsilon):
+    return replayed(tl.abs(x[0]) < tl.abs(x[1]), bmru_value(x), s, epsilon)
+
+
+@triton.jit
 def bmru_pull(x, m, epsilon):
     return tl.where(bmru_writes(x), scaled(m, epsilon), m)
 
 
 @triton.jit
 def bmru_vjp(x, s, lam, epsilon, scale):
-    dz = lam * (bmru_value(x) + (epsilon - 1.0) * s)
-    dgate = dz * step_slope(tl.abs(x[0]) - tl.abs(x[1]), scale)
-    dvalue = tl.where(bmru_writes(x), lam, 0.0)
-    dc = 2.0 * step_slope(x[0], scale) * dvalue
+    sgn = tl.where(x[0] >= 0, 1.0, -1.0).to(s.dtype)  # not as in replay: the compiler would keep predicates until here
+    written = tl.where(bmru_writes(x), lam, 0.0)
+    value = sgn
+    dc = slope(x[0], scale[1]) * written
     if len(x) == 3:
+        value = sgn * x[2]
         dc = dc * x[2]
-    dc += dgate * sign0(x[0])
-    db = -dgate * sign0(x[1])
+    dgate = lam * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale[0])
+    dc += tl.where(x[0] == 0, 0.0, dgate) * sgn
+    db = tl.where(x[1] == 0, 0.0, tl.where(x[1] < 0, dgate, -dgate))
     if len(x) == 3:
-        grads = (dc, db, tl.where(x[0] < 0, -dvalue, dvalue))
+        grads = (dc, db, written * sgn)
     else:
         grads = (dc, db)
     return grads
@@ -143,14 +217,22 @@ def bmru_vjp(x, s, lam, epsilon, scale):
 
 @triton.jit
 def bmru_encode(x):
-    code = tl.where(bmru_writes(x), tl.where(x[0] < 0, SECOND, FIRST), HOLD)
-    return tl.where(bmru_nan(x), NAN, code)
+    return encoded(bmru_writes(x), bmru_nan(x), x[0] < 0)
 
 
 @triton.jit
-def bmru_step_event(code, s, epsilon):
-    value = tl.where(code == SECOND, -1.0, 1.0).to(s.dtype)
-    return write_or_hold(code != HOLD, code == NAN, value, s, epsilon)
+def bmru_step_event(word, i: tl.constexpr, s, epsilon):
+    return written_by_event(word, i, 1.0, -1.0, s, epsilon)
+
+
+@triton.jit
+def bmru_replay_event(word, i: tl.constexpr, s, epsilon):
+    return replayed(low_bit(word, i) == 0, tl.where(high_bit(word, i), -1.0, 1.0).to(s.dtype), s, epsilon)
+
+
+@triton.jit
+def bmru_step_word(word, s, epsilon):
+    return written_by_word(word, 1.0, -1.0, s, epsilon)
 
 
 # ------------------------------------------------------------------------- Schmitt trigger (csrc/cells/schmitt.h)
@@ -177,6 +259,11 @@ def schmitt_step(x, s, epsilon):
 
 
 @triton.jit
+def schmitt_replay(x, s, epsilon):
+    return replayed((x[0] >= x[1]) & (x[0] < x[2]), schmitt_upper(x), s, epsilon)
+
+
+@triton.jit
 def schmitt_pull(x, m, epsilon):
     return tl.where(schmitt_writes(x), scaled(m, epsilon), m)
 
@@ -185,21 +272,29 @@ def schmitt_pull(x, m, epsilon):
 def schmitt_vjp(x, s, lam, epsilon, scale):
     dhold = lam * ((1.0 - epsilon) * s - schmitt_upper(x))
     written = tl.where(schmitt_writes(x), lam, 0.0)
-    dupper = tl.where(x[0] >= x[1], written - dhold, written) * step_slope(x[0] - x[2], scale)
-    dlower = tl.where(x[0] >= x[2], 0.0, dhold) * step_slope(x[0] - x[1], scale)
+    dupper = tl.where(x[0] >= x[1], written - dhold, written) * slope(x[0] - x[2], scale[0])
+    dlower = tl.where(x[0] >= x[2], 0.0, dhold) * slope(x[0] - x[1], scale[0])
     return (dupper + dlower, -dlower, -dupper)
 
 
 @triton.jit
 def schmitt_encode(x):
-    code = tl.where(schmitt_writes(x), tl.where(x[0] >= x[2], FIRST, SECOND), HOLD)
-    return tl.where(schmitt_nan(x), NAN, code)
+    return encoded(schmitt_writes(x), schmitt_nan(x), x[0] < x[2])
 
 
 @triton.jit
-def schmitt_step_event(code, s, epsilon):
-    value = tl.where(code == FIRST, 1.0, 0.0).to(s.dtype)
-    return write_or_hold(code != HOLD, code == NAN, value, s, epsilon)
+def schmitt_step_event(word, i: tl.constexpr, s, epsilon):
+    return written_by_event(word, i, 1.0, 0.0, s, epsilon)
+
+
+@triton.jit
+def schmitt_replay_event(word, i: tl.constexpr, s, epsilon):
+    return replayed(low_bit(word, i) == 0, tl.where(high_bit(word, i), 0.0, 1.0).to(s.dtype), s, epsilon)
+
+
+@triton.jit
+def schmitt_step_word(word, s, epsilon):
+    return written_by_word(word, 1.0, 0.0, s, epsilon)
 
 
 # ------------------------------------------------------------------------- linear recurrence (csrc/cells/linear.h)
@@ -281,15 +376,18 @@ def complex_vjp(x, s, lam, epsilon, scale):
 #: For real streams.
 CELLS = {
     "bmru": Cell(
-        bmru_step, bmru_pull, bmru_pull, bmru_vjp, one, times_or_zero, bmru_encode, bmru_step_event, pull_event
+        bmru_step, bmru_pull, bmru_pull, bmru_vjp, one, times_or_zero, bmru_replay, bmru_encode, bmru_step_event,
+        bmru_replay_event, pull_event, bmru_step_word,
     ),
     "schmitt": Cell(
-        schmitt_step, schmitt_pull, schmitt_pull, schmitt_vjp, one, times_or_zero, schmitt_encode, schmitt_step_event,
-        pull_event,
+        schmitt_step, schmitt_pull, schmitt_pull, schmitt_vjp, one, times_or_zero, schmitt_replay, schmitt_encode,
+        schmitt_step_event, schmitt_replay_event, pull_event, schmitt_step_word,
     ),
-    "linear_recurrence": Cell(linear_step, linear_push, linear_push, linear_vjp, one, times),
+    "linear_recurrence": Cell(linear_step, linear_push, linear_push, linear_vjp, one, times, linear_step),
 }  # fmt: skip
 #: For complex streams.
 COMPLEX_CELLS = {
-    "linear_recurrence": Cell(complex_step, complex_push, complex_pull, complex_vjp, complex_one, complex_times),
+    "linear_recurrence": Cell(
+        complex_step, complex_push, complex_pull, complex_vjp, complex_one, complex_times, complex_step
+    ),
 }

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .triton_cells import PAIRS, count_pairs, surrogate
+
 WORD = tl.constexpr(16)
 GRID = tl.constexpr(1 << 30)  # programs on the grid's x axis; more go to y
 _SHIFT = tl.constexpr(1 << 61)
@@ -64,7 +66,7 @@ class Walk(NamedTuple):
 class Place(NamedTuple):
     """Where a program works: the n-th sequence scanned, its row among states and its batch row; the position of its
     first step among those of the batch row, and its length; the steps [begin, end) of the segment, none if end <=
-    begin; the channels, from `first` on.
+    begin; the channels `first` + d, where masked out that of d = 0, so that a row can be loaded without a mask.
     """
 
     slot: Any
@@ -138,18 +140,21 @@ def first_slot(scan, offsets, n):
 
 
 @triton.jit
-def place(scan, offsets, slot, block, BD: tl.constexpr):
+def place(scan, offsets, slot, block, ALIGN: tl.constexpr, BD: tl.constexpr):
     n = slot
     begin = slot * 0
     if scan.segment != 0:
-        low = slot * 0
-        high = scan.sequences
-        while high - low > 1:
-            middle = (low + high) // 2
-            before = first_slot(scan, offsets, middle) <= slot
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        n = low
+        if scan.packed != 0:
+            low = slot * 0
+            high = scan.sequences
+            while high - low > 1:
+                middle = (low + high) // 2
+                before = first_slot(scan, offsets, middle) <= slot
+                low = tl.where(before, middle, low)
+                high = tl.where(before, high, middle)
+            n = low
+        else:
+            n = slot // tl.maximum(scan.slots // tl.maximum(scan.sequences, 1), 1)
         begin = tl.maximum(slot - first_slot(scan, offsets, n), 0) * scan.segment
     index, start, length = bounds(scan, offsets, n)
     end = tl.where(scan.segment != 0, tl.minimum(begin + scan.segment, length), length)
@@ -157,6 +162,7 @@ def place(scan, offsets, slot, block, BD: tl.constexpr):
     first = block * BD
     d = tl.arange(0, BD)
     mask = d < tl.minimum(scan.channels - first, BD).to(tl.int32)
+    d = tl.max_contiguous(tl.multiple_of(tl.where(mask, d, 0), ALIGN), ALIGN)
     return Place(slot, n, index, batch, start, length, begin, end, first, d, mask, scan.channels)
 
 
@@ -170,6 +176,12 @@ def when(condition, mask):
 def get(data, row, at, mask, other):
     """A row of [rows, D]."""
     return tl.load(data + (row * at.width + at.first) + at.d, mask=mask, other=other)
+
+
+@triton.jit
+def get_whole(data, row, at):
+    """The same without a mask."""
+    return tl.load(data + (row * at.width + at.first) + at.d)
 
 
 @triton.jit
@@ -216,18 +228,32 @@ def open_inputs(inputs, scan, at, STATE: tl.constexpr, CHANNELS: tl.constexpr, A
 
 
 @triton.jit
-def load_tile(opened, at, step, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
-    """Per input, its values at TILE steps, in the state dtype. Zeros from `end` on."""
+def left_of(at, step, N: tl.constexpr):
+    """How many of N steps from `step` on the segment has."""
+    return tl.minimum(at.end - step, N).to(tl.int32)
+
+
+@triton.jit
+def row_at(opened, at, step):
+    """Pointers to the row of a step. What it hides from LLVM is that rows are a progression: it would hold them all."""
+    return opened[0] + tl.minimum(step, at.end) * opened[1]
+
+
+@triton.jit
+def load_tile(
+    opened, at, step, left, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Per input, its values at TILE steps, in the state dtype; if MASKED, those of any steps for what is not left."""
     tile = ()
-    first = tl.minimum(step, at.end)  # is step; hides from LLVM that rows are a progression: it would hold them all
     for k in tl.static_range(len(opened)):
         values = ()
         if CHANNELS >> k & 1:
             values = repeated(opened[k][0], TILE)
         else:
+            row = row_at(opened[k], at, tl.minimum(step, at.end - 1) if MASKED else step)
             for i in tl.static_range(TILE):
-                row = opened[k][0] + (first + i) * opened[k][1]
-                values = values + (tl.load(row, mask=when(step + i < at.end, at.mask), other=0.0).to(STATE),)
+                values = values + (tl.load(row).to(STATE),)
+                row += tl.where(i + 1 < left, opened[k][1], 0) if MASKED else opened[k][1]
         tile = tile + (values,)
     return tile
 
@@ -239,24 +265,6 @@ def inputs_at(tile, i: tl.constexpr):
     for k in tl.static_range(len(tile)):
         x = x + (tile[k][i],)
     return x
-
-
-@triton.jit
-def pick(entries, i):
-    """entries[i] for an i known at run time, without memory."""
-    value = entries[0]
-    for k in tl.static_range(1, len(entries)):
-        value = tl.where(i == k, entries[k], value)
-    return value
-
-
-@triton.jit
-def replaced(entries, i, value):
-    """The tuple with another value for entries[i]."""
-    out = ()
-    for k in tl.static_range(len(entries)):
-        out = out + (tl.where(i == k, value, entries[k]),)
-    return out
 
 
 @triton.jit
@@ -288,6 +296,35 @@ def poison(s, scale, at):
 
 
 @triton.jit
+def forward_word(
+    s, opened, events, opened_h, scan, at, first, scale, eps, STEP: tl.constexpr, STEP_EVENT: tl.constexpr,
+    EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """h at the steps of a word, of which some lie beyond the end if MASKED; and the state after."""
+    if EVENTS:
+        word = get_whole(events, word_row(scan, at, first), at)
+    left = left_of(at, first, WORD)
+    for j in range(0, WORD, TILE):
+        if not EVENTS:
+            tile = load_tile(opened, at, first + j, left - j, s.dtype, CHANNELS, TILE, MASKED)
+        row = row_at(opened_h, at, first + j)
+        for i in tl.static_range(TILE):
+            if EVENTS:
+                after = STEP_EVENT(word, i, s, eps)
+            else:
+                after = STEP(inputs_at(tile, i), s, eps)
+            if MASKED:
+                s = tl.where(j + i < left, after, s)
+            else:
+                s = after
+            tl.store(row, scale * s, mask=when(j + i < left, at.mask) if MASKED else at.mask)
+            row += opened_h[1]
+        if EVENTS:
+            word = word >> (2 * TILE)
+    return s
+
+
+@triton.jit
 def forward(
     inputs, scan, offsets, alpha, initial, entries, events, h, final_state, checkpoints, epsilon: tl.float64,
     STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
@@ -301,41 +338,89 @@ def forward(
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
-        at = place(scan, offsets, slot, block, BD)
+        at = place(scan, offsets, slot, block, ALIGN, BD)
         eps = tl.full((), epsilon, STATE)
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
-        h_row, h_stride = rows_of(h, scan, at, ALIGN)
+        opened_h = rows_of(h, scan, at, ALIGN)
         if scan.segment != 0:
             s = get(entries, slot, at, at.mask, 0.0)
         else:
             s = poison(enter(initial, scan, at), scale, at)
-        for first in range(at.begin, at.end, WORD):
-            if EVENTS:
-                word = get(events, word_row(scan, at, first), at, at.mask, 0)
-            for j in tl.static_range(0, WORD, TILE):
-                if not EVENTS:
-                    tile = load_tile(opened, at, first + j, STATE, CHANNELS, TILE)
-                for i in tl.static_range(TILE):
-                    step = first + j + i
-                    if EVENTS:
-                        after = STEP_EVENT((word >> (2 * (j + i))) & 3, s, eps)
-                    else:
-                        after = STEP(inputs_at(tile, i), s, eps)
-                    s = tl.where(step < at.end, after, s)
-                    tl.store(h_row + step * h_stride, scale * s, mask=when(step < at.end, at.mask))
-            after_word = first + WORD
-            if (scan.saved != 0) & (after_word % CHUNK == 0) & (after_word < at.length):
-                put(checkpoints, checkpoint_row(scan, at, after_word, CHUNK), at, s, at.mask)
+        whole = at.end - (at.end - at.begin) % WORD
+        for first in range(at.begin, whole, WORD):
+            s = forward_word(
+                s, opened, events, opened_h, scan, at, first, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE,
+                False,
+            )  # fmt: skip
+            after = first + WORD
+            if (scan.saved != 0) & (after % CHUNK == 0) & (after < at.length):
+                put(checkpoints, checkpoint_row(scan, at, after, CHUNK), at, s, at.mask)
+        if whole < at.end:
+            s = forward_word(
+                s, opened, events, opened_h, scan, at, whole, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE, True
+            )
         if scan.segment == 0:
             put(final_state, at.index, at, s, at.mask)
+
+
+@triton.jit
+def power(base, n, at):
+    """base^n, of a scalar and a block of numbers of steps; 0^0 is 1."""
+    result = tl.where(n >= 0, 1.0, base)
+    steps = at.end - at.begin
+    while steps > 0:
+        result = tl.where((n & 1) != 0, result * base, result)
+        base *= base
+        n = n >> 1
+        steps = steps >> 1
+    return result
+
+
+@triton.jit
+def summarize_word(
+    factor, writes, offset, opened, events, scan, at, first, eps, STEP: tl.constexpr, PUSH: tl.constexpr,
+    ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr, STEP_WORD: tl.constexpr, EVENTS: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The map of a segment's steps so far and of another word's. If EVENTS, the writes are counted, of which the factor
+    is a power; and the offset takes a word at once if a write forgets all or nothing.
+    """
+    left = left_of(at, first, WORD)
+    word = tl.zeros_like(writes)
+    for j in range(0, WORD, TILE):
+        tile = load_tile(opened, at, first + j, left - j, offset.dtype, CHANNELS, TILE, MASKED)
+        of_tile = tl.zeros_like(writes)
+        for i in tl.static_range(TILE):
+            x = inputs_at(tile, i)
+            if EVENTS:
+                event = ENCODE(x)
+                if MASKED:
+                    event = tl.where(j + i < left, event, 0)
+                of_tile = of_tile | (event << (2 * i))
+            elif MASKED:
+                offset = tl.where(j + i < left, STEP(x, offset, eps), offset)
+                factor = tl.where(j + i < left, PUSH(x, factor, eps), factor)
+            else:
+                offset = STEP(x, offset, eps)
+                factor = PUSH(x, factor, eps)
+        word = word | (of_tile << (2 * j))
+    if EVENTS:
+        put(events, word_row(scan, at, first), at, word, at.mask)
+        writes += count_pairs(word & PAIRS)
+        if (eps == 0) | (eps == 1):
+            offset = STEP_WORD(word, offset, eps)
+        else:
+            for i in tl.static_range(WORD):
+                offset = STEP_EVENT(word, i, offset, eps)
+    return factor, writes, offset
 
 
 @triton.jit
 def summarize(
     inputs, scan, offsets, alpha, events, factors, sums, epsilon: tl.float64,
     STEP: tl.constexpr, PUSH: tl.constexpr, ONE: tl.constexpr, ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr,
-    PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    STEP_WORD: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
@@ -343,28 +428,25 @@ def summarize(
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
-        at = place(scan, offsets, slot, block, BD)
+        at = place(scan, offsets, slot, block, ALIGN, BD)
         eps = tl.full((), epsilon, STATE)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         factor = ONE(at.d).to(STATE)
         offset = tl.zeros((BD,), STATE)
-        for first in range(at.begin, at.end, WORD):
-            word = tl.zeros((BD,), tl.int32)
-            for j in tl.static_range(0, WORD, TILE):
-                tile = load_tile(opened, at, first + j, STATE, CHANNELS, TILE)
-                for i in tl.static_range(TILE):
-                    valid = first + j + i < at.end
-                    x = inputs_at(tile, i)
-                    if EVENTS:  # all from the code: inputs that are used once hold registers for a shorter time
-                        code = ENCODE(x)
-                        word = word | (code << (2 * (j + i)))
-                        offset = tl.where(valid, STEP_EVENT(code, offset, eps), offset)
-                        factor = tl.where(valid, PULL_EVENT(code, factor, eps), factor)
-                    else:
-                        offset = tl.where(valid, STEP(x, offset, eps), offset)
-                        factor = tl.where(valid, PUSH(x, factor, eps), factor)
-            if EVENTS:
-                put(events, word_row(scan, at, first), at, word, at.mask)
+        writes = tl.zeros((BD,), tl.int32)
+        whole = at.end - (at.end - at.begin) % WORD
+        for first in range(at.begin, whole, WORD):
+            factor, writes, offset = summarize_word(
+                factor, writes, offset, opened, events, scan, at, first, eps, STEP, PUSH, ENCODE, STEP_EVENT,
+                STEP_WORD, EVENTS, CHANNELS, TILE, False,
+            )  # fmt: skip
+        if whole < at.end:
+            factor, writes, offset = summarize_word(
+                factor, writes, offset, opened, events, scan, at, whole, eps, STEP, PUSH, ENCODE, STEP_EVENT,
+                STEP_WORD, EVENTS, CHANNELS, TILE, True,
+            )  # fmt: skip
+        if EVENTS:
+            factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, offset, at.mask)
 
@@ -401,7 +483,7 @@ def fold(
     if item < scan.sequences * groups:
         count = scan.slots // scan.sequences
         base = (item // groups) * count
-        at = place(scan, offsets, base, block, BD)
+        at = place(scan, offsets, base, block, ALIGN, BD)
         begin = (item % groups) * size(walk.per_group)
         end = tl.minimum(begin + size(walk.per_group), count)
         factor = ONE(at.d).to(factors.dtype.element_ty)
@@ -432,7 +514,7 @@ def carry(
     if n < scan.sequences:
         group = item % groups
         base = first_slot(scan, offsets, n)
-        at = place(scan, offsets, base, block, BD)
+        at = place(scan, offsets, base, block, ALIGN, BD)
         index, _, length = bounds(scan, offsets, n)
         flip = size(walk.flip)
         count = (length + scan.segment - 1) // scan.segment
@@ -459,6 +541,38 @@ def carry(
 
 
 @triton.jit
+def adjoint_word(
+    factor, writes, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr,
+    PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The map of a segment's steps so far, from the right, and of another word's; see summarize_word."""
+    left = left_of(at, first, WORD)
+    if EVENTS:
+        word = get_whole(events, word_row(scan, at, first), at)
+        writes += count_pairs(word & PAIRS)
+    for j in tl.static_range(WORD - TILE, -1, -TILE):
+        grads = load_tile(opened_grad, at, first + j, left - j, m.dtype, 0, TILE, MASKED)
+        if not EVENTS:
+            tile = load_tile(opened, at, first + j, left - j, m.dtype, CHANNELS, TILE, MASKED)
+        for i in tl.static_range(TILE - 1, -1, -1):
+            lam = scale * grads[0][i] + m
+            if EVENTS:
+                before = PULL_EVENT(word, j + i, lam, eps)
+                product = factor
+            else:
+                x = inputs_at(tile, i)
+                before = PULL(x, lam, eps)
+                product = PULL(x, factor, eps)
+            if MASKED:
+                m = tl.where(j + i < left, before, m)
+                factor = tl.where(j + i < left, product, factor)
+            else:
+                m = before
+                factor = product
+    return factor, writes, m
+
+
+@triton.jit
 def summarize_adjoint(
     inputs, scan, offsets, alpha, events, grad_h, factors, sums, epsilon: tl.float64,
     PULL: tl.constexpr, ONE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -469,60 +583,96 @@ def summarize_adjoint(
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
-        at = place(scan, offsets, slot, block, BD)
+        at = place(scan, offsets, slot, block, ALIGN, BD)
         eps = tl.full((), epsilon, STATE)
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
         factor = ONE(at.d).to(STATE)
         m = tl.zeros((BD,), STATE)
-        words = (at.end - at.begin + WORD - 1) // WORD
+        writes = tl.zeros((BD,), tl.int32)
+        words = (at.end - at.begin) // WORD
+        whole = at.begin + words * WORD
+        if whole < at.end:
+            factor, writes, m = adjoint_word(
+                factor, writes, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, PULL_EVENT, EVENTS,
+                CHANNELS, TILE, True,
+            )  # fmt: skip
         for w in range(0, words):
-            first = at.begin + (words - 1 - w) * WORD
-            if EVENTS:
-                word = get(events, word_row(scan, at, first), at, at.mask, 0)
-            for j in tl.static_range(WORD // TILE - 1, -1, -1):
-                step = first + j * TILE
-                grads = load_tile(opened_grad, at, step, STATE, 0, TILE)
-                if not EVENTS:
-                    tile = load_tile(opened, at, step, STATE, CHANNELS, TILE)
-                for i in tl.static_range(TILE - 1, -1, -1):
-                    valid = step + i < at.end
-                    lam = scale * grads[0][i] + m
-                    if EVENTS:
-                        code = (word >> (2 * (j * TILE + i))) & 3
-                        m = tl.where(valid, PULL_EVENT(code, lam, eps), m)
-                        factor = tl.where(valid, PULL_EVENT(code, factor, eps), factor)
-                    else:
-                        x = inputs_at(tile, i)
-                        m = tl.where(valid, PULL(x, lam, eps), m)
-                        factor = tl.where(valid, PULL(x, factor, eps), factor)
+            factor, writes, m = adjoint_word(
+                factor, writes, m, opened, opened_grad, events, scan, at, whole - (w + 1) * WORD, scale, eps, PULL,
+                PULL_EVENT, EVENTS, CHANNELS, TILE, False,
+            )  # fmt: skip
+        if EVENTS:
+            factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, m, at.mask)
 
 
 @triton.jit
-def advance(
-    s, opened, events, scan, at, step, eps, STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr,
-    CHANNELS: tl.constexpr, TILE: tl.constexpr,
+def replay(
+    s, opened, events, states, scan, at, step, row, eps, REPLAY: tl.constexpr, REPLAY_EVENT: tl.constexpr,
+    EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The state after TILE steps, which lie within the segment."""
+    """The state after some tiles of one word; those before each go to the rows of `states` from `row` on."""
     if EVENTS:
-        word = get(events, word_row(scan, at, step), at, at.mask, 0) >> (2 * (step % WORD)).to(tl.int32)
+        word = get_whole(events, word_row(scan, at, step), at) >> (2 * (step % WORD)).to(tl.int32)
+    for j in tl.static_range(TILES):
+        put(states, row + j, at, s, at.mask)
+        if not EVENTS:
+            tile = load_tile(opened, at, step + j * TILE, TILE, s.dtype, CHANNELS, TILE, False)
         for i in tl.static_range(TILE):
-            s = STEP_EVENT((word >> (2 * i)) & 3, s, eps)
-    else:
-        tile = load_tile(opened, at, step, s.dtype, CHANNELS, TILE)
-        for i in tl.static_range(TILE):
-            s = STEP(inputs_at(tile, i), s, eps)
+            if EVENTS:
+                s = REPLAY_EVENT(word, j * TILE + i, s, eps)
+            else:
+                s = REPLAY(inputs_at(tile, i), s, eps)
     return s
+
+
+@triton.jit
+def backward_tile(
+    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, first, scale, eps, k_scale, REPLAY: tl.constexpr,
+    PULL: tl.constexpr, VJP: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradients at TILE steps, of which some lie beyond the end if MASKED; and what they add to the sums."""
+    left = left_of(at, first, TILE)
+    inputs_tile = load_tile(opened, at, first, left, s.dtype, CHANNELS, TILE, MASKED)
+    grad_tile = load_tile(opened_grad, at, first, left, s.dtype, 0, TILE, MASKED)
+    within = (s,)
+    for i in tl.static_range(TILE):
+        within = within + (REPLAY(inputs_at(inputs_tile, i), within[i], eps),)
+    rows = ()
+    for k in tl.static_range(len(opened)):
+        rows = rows + (row_at(opened_dx[k], at, first),)
+    for i in tl.static_range(TILE - 1, -1, -1):
+        x = inputs_at(inputs_tile, i)
+        g = grad_tile[0][i]
+        lam = scale * g + m
+        dx = VJP(x, within[i], lam, eps, k_scale)
+        before = PULL(x, lam, eps)
+        product = g * within[i + 1]
+        if MASKED:
+            before = tl.where(i < left, before, m)
+            product = tl.where(i < left, product, 0.0)
+        m = before
+        sum_alpha += product
+        totals = ()
+        for k in tl.static_range(len(opened)):
+            if CHANNELS >> k & 1:
+                totals = totals + (sums[k] + (tl.where(i < left, dx[k], 0.0) if MASKED else dx[k]),)
+            else:
+                totals = totals + (sums[k],)
+                mask = when(i < left, at.mask) if MASKED else at.mask
+                tl.store(rows[k] + i * opened_dx[k][1], dx[k], mask=mask)
+        sums = totals
+    return m, sum_alpha, sums
 
 
 @triton.jit
 def backward(
     inputs, scan, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
-    epsilon: tl.float64, surrogate_scale: tl.float64,
-    STEP: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr,
+    states, epsilon: tl.float64, surrogate_scale: tl.float64,
+    REPLAY: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, REPLAY_EVENT: tl.constexpr, EVENTS: tl.constexpr,
     CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs; without a split also that of the initial state; and sums over the segment.
@@ -530,18 +680,19 @@ def backward(
     grad_final: what the right end receives, [slots, D] where there is a split, else [N, D].
     partial:    [1 + inputs, slots, D], row 0 of alpha and row 1 + i of input i if it comes per channel.
 
-    Chunk by chunk from the right. From the state saved at the chunk's start follow those at its words, which registers
-    hold; from these the state before each tile; and from this the states within it.
+    states:     room for those before the tiles of a chunk, [slots * CHUNK / TILE, D].
+
+    Chunk by chunk from the right. From the state saved at the chunk's start follow those before its tiles, and from
+    each of these the states within the tile.
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
-    WORDS: tl.constexpr = CHUNK // WORD
-    TILES: tl.constexpr = WORD // TILE
+    TILES: tl.constexpr = CHUNK // TILE
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
-        at = place(scan, offsets, slot, block, BD)
+        at = place(scan, offsets, slot, block, ALIGN, BD)
         eps = tl.full((), epsilon, STATE)
-        k_scale = tl.full((), surrogate_scale, STATE)
+        k_scale = surrogate(tl.full((), surrogate_scale, STATE))
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
@@ -557,48 +708,37 @@ def backward(
         chunks = (at.end - at.begin + CHUNK - 1) // CHUNK
         for c in range(0, chunks):
             chunk = at.begin + (chunks - 1 - c) * CHUNK
-            tiles = (tl.minimum(at.end - chunk, CHUNK) + TILE - 1) // TILE
+            end = tl.minimum(chunk + CHUNK, at.end)
             if chunk > 0:
                 s = get(checkpoints, checkpoint_row(scan, at, chunk, CHUNK), at, at.mask, 0.0)
             else:
                 s = enter(initial, scan, at)
-            states = repeated(s, WORDS)
-            for w in range(0, (tiles - 1) // TILES):
-                for r in range(w * TILES, (w + 1) * TILES):
-                    s = advance(
-                        s, opened, events, scan, at, chunk + r * TILE, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE
-                    )
-                states = replaced(states, w + 1, s)
+            row = slot * TILES
+            tiles = (end - chunk) // TILE
+            pairs = tiles // 2
+            for pair in range(0, pairs):
+                s = replay(
+                    s, opened, events, states, scan, at, chunk + pair * (2 * TILE), row + 2 * pair, eps, REPLAY,
+                    REPLAY_EVENT, EVENTS, CHANNELS, 2, TILE,
+                )  # fmt: skip
+            if 2 * pairs < tiles:
+                s = replay(
+                    s, opened, events, states, scan, at, chunk + pairs * (2 * TILE), row + 2 * pairs, eps, REPLAY,
+                    REPLAY_EVENT, EVENTS, CHANNELS, 1, TILE,
+                )  # fmt: skip
+            last = chunk + tiles * TILE
+            if last < end:
+                m, sum_alpha, sums = backward_tile(
+                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, last, scale, eps, k_scale, REPLAY, PULL,
+                    VJP, CHANNELS, TILE, True,
+                )  # fmt: skip
             for from_right in range(0, tiles):
                 tile = tiles - 1 - from_right
-                s = pick(states, tile // TILES)
-                for r in range(tile // TILES * TILES, tile):
-                    s = advance(
-                        s, opened, events, scan, at, chunk + r * TILE, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE
-                    )
-                first = chunk + tile * TILE
-                inputs_tile = load_tile(opened, at, first, STATE, CHANNELS, TILE)
-                grad_tile = load_tile(opened_grad, at, first, STATE, 0, TILE)
-                within = (s,)
-                for i in tl.static_range(TILE):
-                    within = within + (STEP(inputs_at(inputs_tile, i), within[i], eps),)
-                for i in tl.static_range(TILE - 1, -1, -1):
-                    valid = first + i < at.end
-                    x = inputs_at(inputs_tile, i)
-                    g = grad_tile[0][i]
-                    lam = scale * g + m
-                    dx = VJP(x, within[i], lam, eps, k_scale)
-                    m = tl.where(valid, PULL(x, lam, eps), m)
-                    sum_alpha += tl.where(valid, g * within[i + 1], 0.0)
-                    totals = ()
-                    for k in tl.static_range(len(inputs)):
-                        if CHANNELS >> k & 1:
-                            totals = totals + (sums[k] + tl.where(valid, dx[k], 0.0),)
-                        else:
-                            totals = totals + (sums[k],)
-                            row = opened_dx[k][0] + (first + i) * opened_dx[k][1]
-                            tl.store(row, dx[k], mask=when(valid, at.mask))
-                    sums = totals
+                s = get_whole(states, row + tile, at)
+                m, sum_alpha, sums = backward_tile(
+                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, chunk + tile * TILE, scale, eps, k_scale,
+                    REPLAY, PULL, VJP, CHANNELS, TILE, False,
+                )  # fmt: skip
         if scan.segment == 0:
             put(grad_initial, at.index, at, m, at.mask)
         if scan.has_alpha != 0:
