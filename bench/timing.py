@@ -24,7 +24,7 @@ _SECONDS = 1.5
 class Stopwatch:
     """Seconds that a call takes on a device."""
 
-    _AHEAD = 2_000_000  # cycles, about a millisecond, in which a call is issued before the device is free to begin
+    _AHEAD = 4_000_000  # cycles, about two milliseconds, in which a call is issued before the device is free to begin
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"

@@ -5,7 +5,9 @@
 // A cell is a struct over the state's scalar S that offers, on any value type V (see lanes.h), where x are its
 // inputs at one step and s the state before it:
 //   kInputs, kEvents       how many inputs; whether a step fits 2 bits (hold, one of two writes, NaN)
+//   kForgets               whether epsilon 0 means that a write forgets the state
 //   step(x, s)             the state after
+//   redo(x, s)             the same where nothing is NaN, which is all that gradients need
 //   pull(x, m)             conj(a) m, where a is the factor of the affine form s' = a s + w
 //   vjp(x, s, lambda, dx)  dx = gradients of the inputs, lambda = dL/ds'; returns pull(x, lambda)
 //   encode(x), step_event(code, s), pull_event(code, m)     the same from an event code (kEvents only)
@@ -18,6 +20,8 @@ template <class S, bool kAmplitude>
 struct Bmru {
   static constexpr int kInputs = kAmplitude ? 3 : 2;
   static constexpr bool kEvents = !kAmplitude;
+  static constexpr bool kForgets = true;
+  static constexpr int kFirstValue = 1, kSecondValue = -1;  // what events write
 
   WriteOrHold<S> rule;
   S surrogate_scale;
@@ -50,17 +54,21 @@ struct Bmru {
     return rule.next(writes(x), has_nan(x), amplitude(x) * sgn(x[0]), s);
   }
   template <class V>
+  MRU_INLINE V redo(const V* x, V s) const {
+    return rule.redo(writes(x), amplitude(x) * sgn(x[0]), s);
+  }
+  template <class V>
   MRU_INLINE V pull(const V* x, V m) const {
     return writes(x) ? rule.scaled(m) : m;
   }
   template <class V>
   MRU_INLINE V vjp(const V* x, V s, V lambda, V* dx) const {
     const V m = amplitude(x), sgn_c = sgn(x[0]);
-    const V dz = lambda * (m * sgn_c + splat<V>(rule.epsilon - 1) * s);
+    const V dz = lambda * multiply_add(splat<V>(rule.epsilon - 1), s, m * sgn_c);
     const V dgate = dz * step_slope(Lanes<V>::abs(x[0]) - Lanes<V>::abs(x[1]), surrogate_scale);
     const V written = writes(x) ? lambda : splat<V>(0);
-    dx[0] = dgate * sign0(x[0]) + written * m * splat<V>(2) * step_slope(x[0], surrogate_scale);
-    dx[1] = -dgate * sign0(x[1]);
+    dx[0] = multiply_add(written * m, sgn_slope(x[0], surrogate_scale), signed_as(dgate, x[0]));
+    dx[1] = -signed_as(dgate, x[1]);
     if constexpr (kAmplitude) dx[2] = written * sgn_c;
     return pull(x, lambda);
   }
@@ -71,7 +79,7 @@ struct Bmru {
   }
   template <class V, class Int>
   MRU_INLINE V step_event(Int code, V s) const {
-    return rule.next_from(code, splat<V>(1), splat<V>(-1), s);
+    return rule.next_from(code, splat<V>(kFirstValue), splat<V>(kSecondValue), s);
   }
   template <class V, class Int>
   MRU_INLINE V pull_event(Int code, V m) const {

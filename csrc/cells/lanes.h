@@ -2,6 +2,7 @@
 // tails) or a vector of lanes (CPU). `mask ? a : b`, `!` and `&&` mean the same for both, so only what C++ does
 // not spell alike for both stands here; csrc/cpu/vector.h specialises it for vectors.
 #pragma once
+#include <cmath>
 
 #ifdef __CUDACC__
 #define MRU_INLINE __host__ __device__ __forceinline__
@@ -62,7 +63,13 @@ struct Lanes {
   using Scalar = V;
   using Int = int;
   static MRU_INLINE V splat(Scalar a) { return a; }
-  static MRU_INLINE V abs(V x) { return x < V(0) ? -x : x; }
+  static MRU_INLINE V abs(V x) { return std::fabs(x); }
+  static MRU_INLINE V flip(V v, V x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(V) == 4) return __uint_as_float(__float_as_uint(v) ^ (__float_as_uint(x) & 0x80000000u));
+#endif
+    return std::signbit(x) ? -v : v;
+  }
 };
 
 template <class V>
@@ -70,18 +77,46 @@ MRU_INLINE V splat(typename Lanes<V>::Scalar a) {
   return Lanes<V>::splat(a);
 }
 
-// The ordinary sign, with sign(0) = 0: the derivative of |x|.
+// v sign(x), where sign(0) = 0: what |x| passes of a gradient.
 template <class V>
-MRU_INLINE V sign0(V x) {
-  const V zero = splat<V>(0), one = splat<V>(1);
-  return x > zero ? one : (x < zero ? -one : zero);
+MRU_INLINE V signed_as(V v, V x) {
+  return x == splat<V>(0) ? splat<V>(0) : Lanes<V>::flip(v, x);
 }
 
-// Derivative of the unit step H in the backward pass: k / (1 + (pi k x)^2). That of sgn is twice this.
+// For gradients, which no rule wants exact: a b + c and a / b, as a device does them in one instruction.
+template <class V>
+MRU_INLINE V multiply_add(V a, V b, V c) {
+#ifdef __CUDA_ARCH__
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+template <class V>
+MRU_INLINE V quotient(V a, V b) {
+  return a / b;
+}
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float quotient(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  return a * r;
+}
+#endif
+
+// Derivatives in the backward pass: of the unit step H, k / (1 + (pi k x)^2); of sgn, twice that.
+template <class V, class S>
+MRU_INLINE V slope(V x, S k, S height) {
+  const V y = x * splat<V>(S(3.14159265358979323846) * k);
+  return quotient(splat<V>(height), multiply_add(y, y, splat<V>(1)));
+}
 template <class V, class S>
 MRU_INLINE V step_slope(V x, S k) {
-  const V y = x * splat<V>(S(3.14159265358979323846) * k);
-  return splat<V>(k) / (splat<V>(1) + y * y);
+  return slope(x, k, k);
+}
+template <class V, class S>
+MRU_INLINE V sgn_slope(V x, S k) {
+  return slope(x, k, 2 * k);
 }
 
 }  // namespace mru

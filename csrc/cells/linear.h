@@ -12,6 +12,7 @@ template <class S>
 struct Linear {
   static constexpr int kInputs = 2;
   static constexpr bool kEvents = false;
+  static constexpr bool kForgets = false;
 
   using Real = typename RealOf<S>::type;
   MRU_INLINE Linear(Real /*epsilon*/, Real /*surrogate_scale*/) {}
@@ -19,6 +20,10 @@ struct Linear {
   template <class V>
   MRU_INLINE V step(const V* x, V s) const {
     return x[1] * s + x[0];
+  }
+  template <class V>
+  MRU_INLINE V redo(const V* x, V s) const {
+    return step(x, s);
   }
   template <class V>
   MRU_INLINE V pull(const V* x, V m) const {

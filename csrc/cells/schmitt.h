@@ -12,6 +12,8 @@ template <class S>
 struct Schmitt {
   static constexpr int kInputs = 3;
   static constexpr bool kEvents = true;
+  static constexpr bool kForgets = true;
+  static constexpr int kFirstValue = 1, kSecondValue = 0;
 
   WriteOrHold<S> rule;
   S surrogate_scale;
@@ -40,6 +42,10 @@ struct Schmitt {
     return rule.next(writes(x), has_nan(x), upper(x) ? splat<V>(1) : splat<V>(0), s);
   }
   template <class V>
+  MRU_INLINE V redo(const V* x, V s) const {
+    return rule.redo(writes(x), upper(x) ? splat<V>(1) : splat<V>(0), s);
+  }
+  template <class V>
   MRU_INLINE V pull(const V* x, V m) const {
     return writes(x) ? rule.scaled(m) : m;
   }
@@ -62,7 +68,7 @@ struct Schmitt {
   }
   template <class V, class Int>
   MRU_INLINE V step_event(Int code, V s) const {
-    return rule.next_from(code, splat<V>(1), splat<V>(0), s);
+    return rule.next_from(code, splat<V>(kFirstValue), splat<V>(kSecondValue), s);
   }
   template <class V, class Int>
   MRU_INLINE V pull_event(Int code, V m) const {

@@ -5,8 +5,10 @@
 
 namespace mru {
 
-// Event codes: a step of a cell that writes one of two values, in 2 bits.
-constexpr int kHold = 0, kFirst = 1, kSecond = 2, kNan = 3;
+// Event codes: a step of a cell that writes one of two values, in 2 bits: whether it writes; whether that is the second
+// value, or the step is NaN. A word holds 16 codes as two planes of bits: that of step t is code << t.
+constexpr int kHold = 0, kFirst = 1, kSecond = 0x10001, kNan = 0x10000;
+constexpr int kEventMask = 0x10001, kWrites = 0xffff;
 
 template <class S>
 struct WriteOrHold {
@@ -22,9 +24,13 @@ struct WriteOrHold {
     const V written = (write & (s == s)) ? v + scaled(s) : s;
     return nan ? splat<V>(S(__builtin_nan(""))) : written;
   }
+  template <class Write, class V>
+  MRU_INLINE V redo(Write write, V v, V s) const {
+    return write ? v + scaled(s) : s;
+  }
   template <class Int, class Write, class Nan, class Second>
   static MRU_INLINE Int encode(Write write, Nan nan, Second second) {
-    const Int code = (write & 1) + (write & second & 1);
+    const Int value = second ? Int{} + kSecond : Int{} + kFirst, code = write ? value : Int{} + kHold;
     return nan ? Int{} + kNan : code;
   }
   template <class Int, class V>

@@ -134,7 +134,7 @@ struct Kernel {
     else narrow = __builtin_convertvector(word, Vector<int32_t, N>);
     __builtin_memcpy(words, &narrow, sizeof narrow);
   }
-  static int shift(int64_t step) { return 2 * (step % kEventsPerWord); }
+  static int shift(int64_t step) { return step % kEventsPerWord; }
 
   template <bool kFromEvents>
   static void forward(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry) {
@@ -159,8 +159,8 @@ struct Kernel {
         if constexpr (kFromEvents) word = load_word<N>(words + j) >> shift(step);
         for (int64_t i = 0; i < steps; ++i) {
           if constexpr (kFromEvents) {
-            s = f.step_event(word & 3, s);
-            word >>= 2;
+            s = f.step_event(word & kEventMask, s);
+            word >>= 1;
           } else {
             Vector<S, N> x[Cell::kInputs];
             inputs.load_at(i, x);
@@ -238,7 +238,7 @@ struct Kernel {
         for (int64_t i = steps; i-- > 0;) {
           const Vector<S, N> lambda = scale * load<N>(g.ahead(i) + j) + m;
           if constexpr (kFromEvents) {
-            const Word<N> code = word >> shift(step + i) & 3;
+            const Word<N> code = word >> shift(step + i) & kEventMask;
             m = f.pull_event(code, lambda);
             a = f.pull_event(code, a);
           } else {

@@ -3,6 +3,8 @@
 // Included once per instruction set, inside its own namespace (see kernels.cpp): no standard library in here.
 #pragma once
 #include <stdint.h>
+
+#include <limits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -44,7 +46,11 @@ struct VectorLanes {
   using Int = Vector<I, N>;
   using V = Vector<S, N>;
   static MRU_INLINE V splat(S a) { return a - V{}; }
-  static MRU_INLINE V abs(V x) { return (V)((Int)x & ((I(1) << (8 * sizeof(S) - 1)) ^ I(-1))); }
+  static MRU_INLINE V abs(V x) { return (V)((Int)x & ~kSign); }
+  static MRU_INLINE V flip(V v, V x) { return (V)((Int)v ^ ((Int)x & kSign)); }
+
+ private:
+  static constexpr I kSign = std::numeric_limits<I>::min();
 };
 template <class V>
 struct Lanes<Complex<V>> {

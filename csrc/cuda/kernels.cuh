@@ -1,4 +1,6 @@
-// The CUDA kernels: a scan over a cell (csrc/cells), threads along the channels, time inside a thread.
+// The CUDA kernels: a scan over a cell (csrc/cells), threads along the channels. In this file what all of them are made
+// of, and those that a time that is cut into jobs needs more, with all of a job's time inside a thread; tiles.cuh has
+// `forward` and `backward`.
 //
 //   B batch, T time, D channels     W channels of a thread, side by side: 16 bytes of a stream, or 1
 //   row        of a batch; a packed call has one          position  of the scan in a row: 0 is the first step scanned
@@ -7,16 +9,20 @@
 //                                                                   (single steps at the ends of a span)
 //   s, m       state; a lambda of the step to the right   a, u      a job as one map: s -> a s + u; m -> a m + u
 //
-// Threads share nothing, except in `carry` and `reduce`; `backward` uses shared memory as room of each thread's own. A NaN state stays NaN; nothing is multiplied by a factor 0.
+// A NaN state stays NaN; nothing is multiplied by a factor 0.
 #pragma once
 #include "memory.cuh"
 #include "plan.h"
 
 namespace mru::cuda {
 
-constexpr int kForwardThreads = 64;
-constexpr int kForwardTile = 8, kBackwardTile = 8;
-constexpr int kLanes = 32, kGroups = 32;  // threads of `carry` and `reduce`: channels, rows at once
+constexpr int kJobThreads = 64;  // of a block, each with a job
+template <class F>
+constexpr int kJobTile = F::W == 8 ? 4 : 8;
+template <class F>
+constexpr int kJobBlocks = F::W == 8 ? 6 : 8;       // for which a multiprocessor is to have registers, at least
+constexpr int kCarryLanes = 8, kCarryGroups = 128;  // threads of `carry`: channels, runs of jobs at once
+constexpr int kLanes = 32, kGroups = 32;            // of `reduce`: channels, rows at once
 
 // The factor of a job in which a sequence begins (for the adjoint: ends): what came before is forgotten, NaN included.
 // It is NaN; where a NaN in the inputs makes a factor NaN, the offset is NaN as well, and nothing is lost.
@@ -32,6 +38,9 @@ struct Form {
   using T = T_;
   using S = typename StateOf<T_>::type;
   using States = Vector<S, W_>;
+  template <int kWidth>
+  using With = Form<Cell_, T_, kWidth, kChannels_>;  // so many channels of a thread
+  using Single = With<1>;
   static constexpr int W = W_, kInputs = Cell::kInputs;
   static constexpr __host__ __device__ bool per_channel(int i) { return kChannels_ >> i & 1; }
   static constexpr int kStreams = [] {
@@ -230,7 +239,7 @@ struct Tile {
   __device__ __forceinline__ void inputs(int t, int w, const ChannelInputs<F>& channel, typename F::S* x) const {
     int k = 0;
 #pragma unroll
-    for (int i = 0; i < F::kInputs; ++i) x[i] = F::per_channel(i) ? channel.value[i].at[w] : widen(raw[t][k++].at[w]);
+    for (int i = 0; i < F::kInputs; ++i) x[i] = F::per_channel(i) ? channel.value[i].at[w] : widen(raw[t][k++], w);
   }
 };
 
@@ -253,6 +262,13 @@ __device__ __forceinline__ typename F::States all(typename F::S value) {
   typename F::States s;
 #pragma unroll
   for (int w = 0; w < F::W; ++w) s.at[w] = value;
+  return s;
+}
+
+template <class F>
+__device__ __forceinline__ typename F::States conj_all(typename F::States s) {
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) s.at[w] = conj(s.at[w]);
   return s;
 }
 
@@ -296,7 +312,7 @@ __device__ __forceinline__ void store_events(const Scan& scan, int64_t row, int6
 template <class F>
 class Events {
  public:
-  // The codes from a position on, the first in the low bits.
+  // The codes from a position on: that of the first step is not shifted.
   __device__ __forceinline__ Vector<int32_t, F::W> at(const Scan& scan, int64_t row, int64_t position, int64_t d) {
     const int64_t first = position / kEventsPerWord * kEventsPerWord;
     if (first != first_) {
@@ -305,7 +321,7 @@ class Events {
     }
     Vector<int32_t, F::W> codes;
 #pragma unroll
-    for (int w = 0; w < F::W; ++w) codes.at[w] = words_.at[w] >> 2 * int(position - first);
+    for (int w = 0; w < F::W; ++w) codes.at[w] = words_.at[w] >> int(position - first);
     return codes;
   }
 
@@ -354,46 +370,37 @@ __device__ __forceinline__ void store_h(typename F::T* at, const typename F::Sta
   store<Traffic::kStream>(at, narrow<typename F::T>(h));
 }
 
+// a b + c; a may be real where the others are complex.
+template <class A, class S>
+__device__ __forceinline__ S product_sum(A a, S b, S c) {
+  if constexpr (RealOf<S>::is_complex) return a * b + c;
+  else return multiply_add(a, b, c);
+}
+
+// Calls each(cell); where a write forgets the state that is known to the compiler.
+template <class Cell, class Each>
+__device__ __forceinline__ void with_cell(const Scan& scan, Each each) {
+  if constexpr (Cell::kForgets)
+    if (scan.epsilon == 0) return each.template operator()<true>(Cell(0, scan.surrogate_scale));
+  each.template operator()<false>(Cell(scan.epsilon, scan.surrogate_scale));
+}
+
 // ------------------------------------------------------------------------------------------------ forward
 
-// h, final states and checkpoints from the streams. Wide: whole sequences. Chunked: from the jobs' entry states.
-template <class F>
-__global__ void __launch_bounds__(kForwardThreads, 4) forward(const __grid_constant__ Call<typename F::S> call) {
-  const auto& [scan, plan, work, across] = call;
-  const auto [job, d] = place<F>(call);
-  if (job >= plan.jobs) return;
-  const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
-  const ChannelInputs<F> channel(scan, d);
-  const typename F::States alpha = load_alpha<F>(scan, d);
-
-  Spans spans(scan, plan, job, 1);
-  for (Span span; spans.next(span);) {
-    typename F::States s =
-        span.first ? enter<F>(scan, span, d, alpha) : load_states<F>(work.entry, job, scan.channels, d);
-    const Row<typename F::T> h(scan, scan.h, span.row, d);
-    Checkpoints<F> checkpoints(scan, plan, span, d);
-    checkpoints.pass(span.begin, s);
-    for_tiles<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
-      const Tile<F, U> tile(scan, span.row, d, position);
-      typename F::T* out = h.at(position);
-#pragma unroll
-      for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
-        step_all<F>(cell, tile, t, channel, s);
-        store_h<F>(out, alpha, s);
-      }
-      checkpoints.pass(position + U, s);
-    });
-    if (span.last) store_states<F>(scan.final_state, span.sequence, scan.channels, d, s);
-  }
+// The one code that does what all of a word do where a write forgets the state: NaN, else the last that writes.
+__device__ __forceinline__ int last_of(int word) {
+  const int writes = word & kWrites, nan = word >> 16 & ~writes;
+  const int last = writes == 0 ? kHold : word >> (31 - __clz(writes)) & kEventMask;
+  return nan != 0 ? kNan : last;
 }
 
 // Chunked, first: each job as one map of the state, and its events.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads, 4) summarize(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>)
+    summarize(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
-  const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
@@ -401,34 +408,44 @@ __global__ void __launch_bounds__(kForwardThreads, 4) summarize(const __grid_con
   bool forget = false;
   Vector<int32_t, F::W> words = {};
   int64_t word = -1;  // position of the words' first step; a word may hold steps of several spans
-  Spans spans(scan, plan, job, 1);
-  for (Span span; spans.next(span);) {
-    if (span.first) u = enter<F>(scan, span, d, alpha), forget = true;
-    for_tiles<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
-      const Tile<F, U> tile(scan, span.row, d, position);
-      const int before = position % kEventsPerWord;
-      if constexpr (F::Cell::kEvents) {
-        if (position - before != word) {
-          if (word >= 0) store_events<F>(scan, span.row, word, d, words);
-          word = position - before;
-          words = {};
+  with_cell<typename F::Cell>(scan, [&]<bool kForgets>(const typename F::Cell& cell) {
+    Spans spans(scan, plan, job, 1);
+    for (Span span; spans.next(span);) {
+      if (span.first) u = enter<F>(scan, span, d, alpha), forget = true;
+      for_tiles<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
+        const Tile<F, U> tile(scan, span.row, d, position);
+        const int before = position % kEventsPerWord;
+        if constexpr (F::Cell::kEvents) {
+          if (position - before != word) {
+            if (word >= 0) store_events<F>(scan, span.row, word, d, words);
+            word = position - before;
+            words = {};
+          }
         }
-      }
 #pragma unroll
-      for (int w = 0; w < F::W; ++w) {
-        int32_t codes = 0;
+        for (int w = 0; w < F::W; ++w) {
+          [[maybe_unused]] int32_t codes = 0;
 #pragma unroll
-        for (int t = 0; t < U; ++t) {
-          typename F::S x[F::kInputs];
-          tile.inputs(t, w, channel, x);
-          u.at[w] = cell.step(x, u.at[w]);
-          a.at[w] = conj(cell.pull(x, conj(a.at[w])));
-          if constexpr (F::Cell::kEvents) codes |= cell.encode(x) << 2 * t;
+          for (int t = 0; t < U; ++t) {
+            typename F::S x[F::kInputs];
+            tile.inputs(t, w, channel, x);
+            if constexpr (F::Cell::kEvents) codes |= cell.encode(x) << t;
+            if constexpr (F::Cell::kEvents && kForgets) continue;
+            u.at[w] = cell.step(x, u.at[w]);
+            a.at[w] = conj(cell.pull(x, conj(a.at[w])));
+          }
+          if constexpr (F::Cell::kEvents) {
+            words.at[w] |= codes << before;
+            if constexpr (kForgets) {
+              const int last = last_of(codes);
+              u.at[w] = cell.step_event(last, u.at[w]);
+              a.at[w] = cell.pull_event(last, a.at[w]);
+            }
+          }
         }
-        words.at[w] |= codes << 2 * before;
-      }
-    });
-  }
+      });
+    }
+  });
   if constexpr (F::Cell::kEvents)
     if (word >= 0) store_events<F>(scan, plan.segments_divisor(job), word, d, words);
   store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
@@ -437,7 +454,8 @@ __global__ void __launch_bounds__(kForwardThreads, 4) summarize(const __grid_con
 
 // Chunked, last: h, final states and checkpoints from the events and the jobs' entry states.
 template <class F>
-__global__ void __launch_bounds__(kForwardThreads, 4) expand(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>) expand(const __grid_constant__ Call<typename F::S> call) {
+  using S = typename F::S;
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
@@ -452,14 +470,30 @@ __global__ void __launch_bounds__(kForwardThreads, 4) expand(const __grid_consta
     const Row<typename F::T> h(scan, scan.h, span.row, d);
     Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
-    for_tiles<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
+    for_tiles<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
       const Vector<int32_t, F::W> codes = events.at(scan, span.row, position, d);
+      bool copies = scan.epsilon == 0;  // states are what was written, as it was
+#pragma unroll
+      for (int w = 0; w < F::W; ++w)
+        copies = copies && (codes.at[w] >> 16 & ~codes.at[w] & ((1 << U) - 1)) == 0 && s.at[w] == s.at[w];
       typename F::T* out = h.at(position);
+      if (copies) {
 #pragma unroll
-      for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
+        for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
 #pragma unroll
-        for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> 2 * t & 3, s.at[w]);
-        store_h<F>(out, alpha, s);
+          for (int w = 0; w < F::W; ++w) {
+            const S value = codes.at[w] >> (16 + t) & 1 ? S(F::Cell::kSecondValue) : S(F::Cell::kFirstValue);
+            s.at[w] = codes.at[w] >> t & 1 ? value : s.at[w];
+          }
+          store_h<F>(out, alpha, s);
+        }
+      } else {
+#pragma unroll
+        for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
+#pragma unroll
+          for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> t & kEventMask, s.at[w]);
+          store_h<F>(out, alpha, s);
+        }
       }
       checkpoints.pass(position + U, s);
     });
@@ -471,44 +505,74 @@ __global__ void __launch_bounds__(kForwardThreads, 4) expand(const __grid_consta
 
 template <class S>
 __device__ __forceinline__ S apply(S a, S u, S s) {
-  if (a != a) return u;  // forgets
-  if (s != s) return s;
-  return a == S(0) ? u : a * s + u;
+  const bool alone = (a == S(0) && s == s) || a != a;  // nothing of s is left; or a forgets
+  const S both = a * s + u;
+  return alone ? u : both;
+}
+
+// From one map to the next, `stride` apart: each value, the offset of the map, becomes what enters it. Returns what leaves
+// the last.
+template <class S>
+__device__ __forceinline__ S walk(const S* factors, S* values, int stride, int count, S carried) {
+  constexpr int kAhead = 4;
+  for (int i = 0; i < count; i += kAhead) {
+    S factor[kAhead], offset[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (i + j < count) factor[j] = factors[(i + j) * stride], offset[j] = values[(i + j) * stride];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (i + j < count) {
+        values[(i + j) * stride] = carried;
+        carried = apply(factor[j], offset[j], carried);
+      }
+  }
+  return carried;
 }
 
 // Chunked, between: the entry state of every job of a row, from the left; for the adjoint (direction -1) m from the
-// right. A block takes kLanes channels of a row; each group of its threads composes `run` jobs, then all groups before
-// it give its entry. The order depends on sizes only.
+// right. A block takes kCarryLanes channels of a row; each group of its threads composes `run` jobs, a walk over these
+// gives what enters each run. The order depends on sizes only.
 template <class S>
-__global__ void __launch_bounds__(kLanes* kGroups)
+__global__ void __launch_bounds__(kCarryLanes* kCarryGroups)
     carry(Workspace<S> work, int64_t segments, int64_t run, int64_t channels, int direction) {
-  S* const run_factor = reinterpret_cast<S*>(shared_memory());  // [groups, kLanes]
-  S* const run_offset = run_factor + blockDim.y * kLanes;
-  const unsigned blocks = unsigned((channels + kLanes - 1) / kLanes);
-  const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kLanes + threadIdx.x;
+  constexpr int kAhead = 8;
+  S* const run_factor = reinterpret_cast<S*>(shared_memory());  // [groups, kCarryLanes]
+  S* const run_offset = run_factor + blockDim.y * kCarryLanes;
+  const unsigned blocks = unsigned((channels + kCarryLanes - 1) / kCarryLanes);
+  const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kCarryLanes + threadIdx.x;
   const int64_t begin = threadIdx.y * run;
   const int64_t end = d < channels ? (begin + run < segments ? begin + run : segments) : 0;
   const auto at = [&](int64_t i) { return (row * segments + (direction > 0 ? i : segments - 1 - i)) * channels + d; };
-  const auto read = [&](const S* from, int64_t i) { return load<Traffic::kState, 1>(from + at(i)).at[0]; };
+  // Calls each(i, factor, offset) for the jobs of the run; several are on their way at once.
+  const auto for_jobs = [&](auto each) {
+    for (int64_t i = begin; i < end; i += kAhead) {
+      S factor[kAhead], offset[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (i + j < end) {
+          factor[j] = load<Traffic::kState, 1>(work.factor + at(i + j)).at[0];
+          offset[j] = load<Traffic::kState, 1>(work.offset + at(i + j)).at[0];
+        }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (i + j < end) each(i + j, factor[j], offset[j]);
+    }
+  };
 
   S a = 1, u = 0;
-#pragma unroll 4
-  for (int64_t i = begin; i < end; ++i) {
-    const S factor = read(work.factor, i);
-    u = apply(factor, read(work.offset, i), u);
-    a = factor * a;
-  }
-  run_factor[threadIdx.y * kLanes + threadIdx.x] = a;
-  run_offset[threadIdx.y * kLanes + threadIdx.x] = u;
+  for_jobs([&](int64_t, S factor, S offset) { u = apply(factor, offset, u), a = factor * a; });
+  const int own = threadIdx.y * kCarryLanes + threadIdx.x;
+  run_factor[own] = a;
+  run_offset[own] = u;
   __syncthreads();
-  S s = 0;
-  for (int g = 0; g < int(threadIdx.y); ++g)
-    s = apply(run_factor[g * kLanes + threadIdx.x], run_offset[g * kLanes + threadIdx.x], s);
-#pragma unroll 4
-  for (int64_t i = begin; i < end; ++i) {
+  if (threadIdx.y == 0) walk(run_factor + threadIdx.x, run_offset + threadIdx.x, kCarryLanes, int(blockDim.y), S(0));
+  __syncthreads();
+  S s = run_offset[own];
+  for_jobs([&](int64_t i, S factor, S offset) {
     store<Traffic::kState>(work.entry + at(i), Vector<S, 1>{{s}});
-    s = apply(read(work.factor, i), read(work.offset, i), s);
-  }
+    s = apply(factor, offset, s);
+  });
 }
 
 // total[d] = the sum over rows of sums[row, which, d], always in the same order.
@@ -533,12 +597,11 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 
 // Chunked, first: each job as one map of m, from the right. From the events, or from the streams again.
 template <class F, bool kFromEvents>
-__global__ void __launch_bounds__(kForwardThreads, 4)
+__global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
-  const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
@@ -546,228 +609,39 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
   bool forget = false;
   Events<F> events;
   Spans spans(scan, plan, job, -1);
-  for (Span span; spans.next(span);) {
-    if (span.last) m = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), forget = true;
-    const Row<const typename F::T> g(scan, scan.grad_h, span.row, d);
-    for_tiles_from_right<kForwardTile>(span.begin, span.end, [&]<int U>(int64_t position) {
-      Vector<typename F::T, F::W> grad[U];
-      load_steps<F, U>(g, position, grad);
-      [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;
-      [[maybe_unused]] Vector<int32_t, F::W> codes;
-      if constexpr (kFromEvents) codes = events.at(scan, span.row, position, d);
-      else tile = Tile<F, U>(scan, span.row, d, position);
+  with_cell<typename F::Cell>(scan, [&]<bool>(const typename F::Cell& cell) {
+    for (Span span; spans.next(span);) {
+      if (span.last) m = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), forget = true;
+      const Row<const typename F::T> g(scan, scan.grad_h, span.row, d);
+      for_tiles_from_right<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
+        Vector<typename F::T, F::W> grad[U];
+        load_steps<F, U>(g, position, grad);
+        [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;
+        [[maybe_unused]] Vector<int32_t, F::W> codes;
+        if constexpr (kFromEvents) codes = events.at(scan, span.row, position, d);
+        else tile = Tile<F, U>(scan, span.row, d, position);
 #pragma unroll
-      for (int t = U - 1; t >= 0; --t) {
+        for (int t = U - 1; t >= 0; --t) {
 #pragma unroll
-        for (int w = 0; w < F::W; ++w) {
-          const typename F::S lambda = real(alpha.at[w]) * widen(grad[t].at[w]) + m.at[w];
-          if constexpr (kFromEvents) {
-            const int code = codes.at[w] >> 2 * t & 3;
-            m.at[w] = cell.pull_event(code, lambda);
-            a.at[w] = cell.pull_event(code, a.at[w]);
-          } else {
-            typename F::S x[F::kInputs];
-            tile.inputs(t, w, channel, x);
-            m.at[w] = cell.pull(x, lambda);
-            a.at[w] = cell.pull(x, a.at[w]);
+          for (int w = 0; w < F::W; ++w) {
+            const typename F::S lambda = product_sum(real(alpha.at[w]), widen(grad[t], w), m.at[w]);
+            if constexpr (kFromEvents) {
+              const int code = codes.at[w] >> t & kEventMask;
+              m.at[w] = cell.pull_event(code, lambda);
+              a.at[w] = cell.pull_event(code, a.at[w]);
+            } else {
+              typename F::S x[F::kInputs];
+              tile.inputs(t, w, channel, x);
+              m.at[w] = cell.pull(x, lambda);
+              a.at[w] = cell.pull(x, a.at[w]);
+            }
           }
         }
-      }
-    });
-  }
+      });
+    }
+  });
   store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
   store_states<F>(work.offset, job, scan.channels, d, m);
-}
-
-// Room of one thread of `backward` in shared memory, side by side with its neighbours': what a chunk needs beyond
-// registers. Loops over it are not unrolled: the gradient of a step is long.
-template <class F, bool kFromEvents>
-class Room {
- public:
-  using Elements = Vector<typename F::T, F::W>;
-  static constexpr int U = kBackwardTile, kThreads = kFromEvents ? 64 : 32;
-  // Streams are read once, so those of a whole chunk stay if they give its states; else a tile's.
-  static constexpr __host__ __device__ int kept_steps(int64_t chunk) { return kFromEvents ? U : int(chunk); }
-  static constexpr __host__ int64_t bytes(int64_t chunk) {
-    return kThreads * ((2 * F::kSums + chunk / U + U) * sizeof(typename F::States) +
-                       (kept_steps(chunk) * F::kStreams + U) * sizeof(Elements));
-  }
-  __device__ __forceinline__ explicit Room(const Scan& scan)
-      : factors_(reinterpret_cast<typename F::States*>(shared_memory()) + threadIdx.x),
-        totals_(factors_ + F::kSums * kThreads),
-        states_(totals_ + F::kSums * kThreads),
-        grads_(reinterpret_cast<Elements*>(states_ - threadIdx.x + U * kThreads) + threadIdx.x),
-        streams_(grads_ + U * kThreads),
-        entries_(reinterpret_cast<typename F::States*>(streams_ - threadIdx.x +
-                                                       kept_steps(scan.chunk) * F::kStreams * kThreads) +
-                 threadIdx.x) {}
-
-  // Alpha, then the inputs that come per channel; and the sums of their gradients over all chunks so far.
-  __device__ __forceinline__ typename F::States& factor(int i) const { return factors_[i * kThreads]; }
-  __device__ __forceinline__ typename F::States& total(int i) const { return totals_[i * kThreads]; }
-  // The state that enters tile i of the chunk, and step t of the tile at hand.
-  __device__ __forceinline__ typename F::States& entry(int i) const { return entries_[i * kThreads]; }
-  __device__ __forceinline__ typename F::States& state(int t) const { return states_[t * kThreads]; }
-  // grad_h of step t of the tile at hand, and stream k of step t of what is kept.
-  __device__ __forceinline__ Elements& grad(int t) const { return grads_[t * kThreads]; }
-  __device__ __forceinline__ Elements& stream(int k, int t) const { return streams_[(t * F::kStreams + k) * kThreads]; }
-
- private:
-  typename F::States* const factors_;
-  typename F::States* const totals_;
-  typename F::States* const states_;
-  Elements* const grads_;
-  Elements* const streams_;
-  typename F::States* const entries_;
-};
-
-// The steps [low, high) of a tile that lie in [begin, end).
-struct Part {
-  int low, high;
-  __device__ __forceinline__ Part(int64_t begin, int64_t end, int64_t position, int steps)
-      : low(begin > position ? int(begin - position) : 0), high(end - position < steps ? int(end - position) : steps) {}
-};
-
-// Loads those steps of a stream together, and puts them where slot(t) says.
-template <class F, int U, class Slot>
-__device__ __forceinline__ void stage(const Row<const typename F::T>& stream, int64_t position, Part part, Slot slot) {
-  Vector<typename F::T, F::W> raw[U];
-  const typename F::T* at = stream.at(position);
-#pragma unroll
-  for (int t = 0; t < U; ++t, at = advance(at, stream.step))
-    if (part.low <= t && t < part.high) raw[t] = load<Traffic::kStream, F::W>(at);
-#pragma unroll
-  for (int t = 0; t < U; ++t)
-    if (part.low <= t && t < part.high) slot(t) = raw[t];
-}
-
-// Gradients, chunk by chunk from the right: first the states from the chunk's saved boundary state, then m.
-// Wide: whole sequences, from the streams. Chunked: from the jobs' entry m; the states from the events, if they are.
-template <class F, bool kFromEvents>
-__global__ void __launch_bounds__(Room<F, kFromEvents>::kThreads, 1)
-    backward(const __grid_constant__ Call<typename F::S> call) {
-  using S = typename F::S;
-  constexpr int U = kBackwardTile;
-  const auto& [scan, plan, work, across] = call;
-  const auto [row, d] = place<F>(call);
-  if (row >= plan.sum_rows) return;
-  const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
-  const Room<F, kFromEvents> room(scan);
-  // Calls each(i, k) for every input i that comes per channel, row k of the room's factors and sums.
-  const auto for_channels = [](auto each) {
-    int k = 1;
-#pragma unroll
-    for (int i = 0; i < F::kInputs; ++i)
-      if (F::per_channel(i)) each(i, k++);
-  };
-  const ChannelInputs<F> given(scan, d);
-  room.factor(0) = load_alpha<F>(scan, d);
-  for_channels([&](int i, int k) { room.factor(k) = given.value[i]; });
-#pragma unroll
-  for (int i = 0; i < F::kSums; ++i) room.total(i) = all<F>(0);
-
-  // Inputs of kept step t; the state after it.
-  const auto inputs = [&](int t, Tile<F, 1>& tile, ChannelInputs<F>& channel) {
-    for_streams<F>([&](int, int k) { tile.raw[0][k] = room.stream(k, t); });
-    for_channels([&](int i, int k) { channel.value[i] = room.factor(k); });
-  };
-  const auto step = [&](int t, typename F::States& s) {
-    Tile<F, 1> tile;
-    ChannelInputs<F> channel;
-    inputs(t, tile, channel);
-    step_all<F>(cell, tile, 0, channel, s);
-  };
-  const auto stage_streams = [&](int64_t row, int64_t position, Part part, int first) {
-    for_streams<F>([&](int i, int k) {
-      stage<F, U>({scan, scan.in[i].stream, row, d}, position, part,
-                  [&](int t) -> auto& { return room.stream(k, first + t); });
-    });
-  };
-
-  for (int64_t job = row; job < plan.jobs; job += plan.sum_rows) {
-    Spans spans(scan, plan, job, -1);
-    for (Span span; spans.next(span);) {
-      typename F::States m = span.last ? load_states<F>(scan.grad_final, span.sequence, scan.channels, d)
-                                       : load_states<F>(work.entry, job, scan.channels, d);
-      for (int64_t end = span.end; end > span.begin;) {
-        const int64_t chunk = plan.chunk_divisor(end - 1) * scan.chunk, begin = chunk > span.begin ? chunk : span.begin;
-        typename F::States s =
-            span.first && begin == span.begin
-                ? initial_state<F>(scan, span.sequence, d)
-                : load_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, chunk), scan.channels, d);
-        Events<F> events;
-        for (int64_t position = begin / U * U; position < end; position += U) {
-          const Part part(begin, end, position, U);
-          const int first = int(position - chunk);
-          room.entry(first / U) = s;
-          if constexpr (kFromEvents) {
-            const Vector<int32_t, F::W> codes = events.at(scan, span.row, position, d);
-#pragma unroll 1
-            for (int t = part.low; t < part.high; ++t)
-#pragma unroll
-              for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> 2 * t & 3, s.at[w]);
-          } else {
-            stage_streams(span.row, position, part, first);
-#pragma unroll 1
-            for (int t = part.low; t < part.high; ++t) step(first + t, s);
-          }
-        }
-
-        typename F::States sums[F::kSums];
-#pragma unroll
-        for (int i = 0; i < F::kSums; ++i) sums[i] = all<F>(0);
-        for (int64_t position = (end - 1) / U * U; position + U > begin; position -= U) {
-          const Part part(begin, end, position, U);
-          const int first = kFromEvents ? 0 : int(position - chunk);
-          stage<F, U>({scan, scan.grad_h, span.row, d}, position, part, [&](int t) -> auto& { return room.grad(t); });
-          if constexpr (kFromEvents) stage_streams(span.row, position, part, first);
-          s = room.entry(int(position - chunk) / U);
-#pragma unroll 1
-          for (int t = part.low; t < part.high; ++t) {
-            room.state(t) = s;
-            step(first + t, s);
-          }
-          typename F::T* into[F::kStreams];
-          for_streams<F>([&](int i, int k) {
-            into[k] = Row<typename F::T>(scan, scan.grad_in[i], span.row, d).at(position + part.high - 1);
-          });
-#pragma unroll 1
-          for (int t = part.high - 1; t >= part.low; --t) {
-            Tile<F, 1> tile;
-            ChannelInputs<F> channel;
-            inputs(first + t, tile, channel);
-            const typename F::States before = room.state(t), alpha = room.factor(0);
-            const Vector<typename F::T, F::W> grad = room.grad(t);
-            typename F::States gradients[F::kInputs];
-#pragma unroll
-            for (int w = 0; w < F::W; ++w) {
-              S x[F::kInputs], dx[F::kInputs];
-              tile.inputs(0, w, channel, x);
-              const S g = widen(grad.at[w]);
-              m.at[w] = cell.vjp(x, before.at[w], real(alpha.at[w]) * g + m.at[w], dx);
-              sums[0].at[w] += g * s.at[w];
-              for_channels([&](int i, int k) { sums[k].at[w] += dx[i]; });
-              for_streams<F>([&](int i, int) { gradients[i].at[w] = dx[i]; });
-            }
-            s = before;
-            for_streams<F>([&](int i, int k) {
-              store<Traffic::kStream>(into[k], narrow<typename F::T>(gradients[i]));
-              into[k] += scan.reverse ? scan.grad_in[i].time : -scan.grad_in[i].time;
-            });
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < F::kSums; ++i)
-#pragma unroll
-          for (int w = 0; w < F::W; ++w) room.total(i).at[w] += sums[i].at[w];
-        end = begin;
-      }
-      if (span.first) store_states<F>(scan.grad_initial, span.sequence, scan.channels, d, m);
-    }
-  }
-  if (plan.sums > 0)
-#pragma unroll
-    for (int i = 0; i < F::kSums; ++i) store_states<F>(work.sums, row * F::kSums + i, scan.channels, d, room.total(i));
 }
 
 }  // namespace mru::cuda

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../cells/lanes.h"
 #ifndef __CUDACC__
 #include "../cpu/vector.h"  // conversions of half precision
@@ -100,6 +102,42 @@ __device__ __forceinline__ T* advance(T* p, int64_t step) {
   return p;
 }
 
+// Copies of a thread from global to shared memory, which it goes on ahead of. `commit_copies` closes a group;
+// `wait_for_copies` waits until at most n groups are on their way.
+template <Traffic, class Word>
+__device__ __forceinline__ void copy_word_ahead(Word* to, const Word* from) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
+  const unsigned at = unsigned(__cvta_generic_to_shared(to));
+  if constexpr (sizeof(Word) == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from));
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" : : "r"(at), "l"(from), "n"(int(sizeof(Word))));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int n>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
+}
+
+// A word of shared memory, not as it is remembered: what was read before, and all that was made of it, is not kept in
+// registers until here.
+__device__ __forceinline__ uint4 read_word_again(const uint4* p) {
+  uint4 w;
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+               : "r"(unsigned(__cvta_generic_to_shared(p))));
+  return w;
+}
+__device__ __forceinline__ uint2 read_word_again(const uint2* p) {
+  uint2 w;
+  asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(w.x), "=r"(w.y)
+               : "r"(unsigned(__cvta_generic_to_shared(p))));
+  return w;
+}
+template <class Word>
+__device__ __forceinline__ Word read_word_again(const Word* p) {
+  return *static_cast<const volatile Word*>(p);
+}
+
 // Dynamic shared memory, aligned to 16 bytes.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
@@ -142,6 +180,20 @@ void store_word(Word* p, Word word) {
   simt::store(int(kind), p, word);
 }
 
+template <Traffic kind, class Word>
+void copy_word_ahead(Word* to, const Word* from) {
+  simt::copy_ahead(int(kind), to, from);
+}
+inline void commit_copies() { simt::commit_copies(); }
+template <class Word>
+Word read_word_again(const Word* p) {
+  return *p;
+}
+template <int n>
+void wait_for_copies() {
+  simt::wait_for_copies(n);
+}
+
 template <class T>
 T* advance(T* p, int64_t step) {
   return p + step;
@@ -166,6 +218,18 @@ __device__ __forceinline__ Complex<S> widen(Complex<S> x) {
   return x;
 }
 
+// Element i of a vector, as a state.
+template <class T, int N>
+__device__ __forceinline__ auto widen(const Vector<T, N>& v, int i) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, BFloat16Bits> && N % 2 == 0) {  // two in a register: neither is taken out of it
+    const uint32_t pair = bits_as<Vector<uint32_t, N / 2>>(v).at[i / 2];
+    return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+  }
+#endif
+  return widen(v.at[i]);
+}
+
 template <Traffic kind, int N, class T>
 __device__ __forceinline__ Vector<T, N> load(const T* p) {
   using V = Vector<T, N>;
@@ -180,6 +244,19 @@ __device__ __forceinline__ Vector<T, N> load(const T* p) {
 }
 
 template <Traffic kind, int N, class T>
+__device__ __forceinline__ void copy_ahead(Vector<T, N>* to, const T* from) {
+  using V = Vector<T, N>;
+  using Word = typename WordOf<alignof(V)>::type;
+  if constexpr (sizeof(Word) < 4) {  // no copy is so narrow
+    *to = load<kind, N>(from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(V) / sizeof(Word)); ++i)
+      copy_word_ahead<kind>(reinterpret_cast<Word*>(to) + i, reinterpret_cast<const Word*>(from) + i);
+  }
+}
+
+template <Traffic kind, int N, class T>
 __device__ __forceinline__ void store(T* p, const Vector<T, N>& v) {
   using Word = typename WordOf<alignof(Vector<T, N>)>::type;
   struct Words {
@@ -188,6 +265,13 @@ __device__ __forceinline__ void store(T* p, const Vector<T, N>& v) {
   const Words words = bits_as<Words>(v);
 #pragma unroll
   for (int i = 0; i < int(sizeof(v) / sizeof(Word)); ++i) store_word<kind>(reinterpret_cast<Word*>(p) + i, words.at[i]);
+}
+
+template <class V>
+__device__ __forceinline__ V read_again(const V& v) {
+  using Word = typename WordOf<alignof(V)>::type;
+  static_assert(sizeof(Word) == sizeof(V));
+  return bits_as<V>(read_word_again(reinterpret_cast<const Word*>(&v)));
 }
 
 // State values rounded once to elements of a stream.

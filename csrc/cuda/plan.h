@@ -1,9 +1,11 @@
 // What both sides of a launch agree on: how a Scan is cut into jobs, and its workspace. Plain C++.
 //
-//   job      scan positions that one thread (of each group of channels) scans alone: a whole sequence, or, in the
-//            chunked form, one segment of a batch row, in which several packed sequences may begin and end
-//   forward  wide: one pass over the streams with the state in registers.
-//            chunked: summarise each segment and pack its events, carry, expand the events from the entry states.
+//   job       scan positions that are scanned without others' help: a whole sequence, or, in the chunked form, one segment
+//             of a batch row, in which several packed sequences may begin and end
+//   forward   wide: `forward`, one pass over the streams.
+//             chunked: `summarize` each job and pack its events, `carry`, `expand` the events from the entry states;
+//             where steps do not fit events, `forward` from the entry states.
+//   backward  wide: `backward`, one pass. chunked: `summarize_adjoint`, `carry`, `backward` from the entry states of m.
 #pragma once
 #include <algorithm>
 
@@ -18,7 +20,8 @@ constexpr int64_t kMostSumRows = 8192;
 class Divisor {
  public:
   Divisor() = default;
-  explicit Divisor(int64_t divisor) {  // magic = floor(2^(64 + shift) / divisor) + 1, 2^shift < divisor
+  explicit Divisor(int64_t divisor)
+      : divisor_(divisor) {  // magic = floor(2^(64 + shift) / divisor) + 1, 2^shift < divisor
     while (shift_ < 62 && (int64_t(2) << shift_) < divisor) ++shift_;
     if (divisor > 1) magic_ = uint64_t((static_cast<unsigned __int128>(1) << (64 + shift_)) / uint64_t(divisor)) + 1;
   }
@@ -31,7 +34,10 @@ class Divisor {
 #endif
   }
 
+  MRU_INLINE int64_t divisor() const { return divisor_; }
+
  private:
+  int64_t divisor_ = 1;
   uint64_t magic_ = 0;  // 0: divides by 1
   int shift_ = 0;
 };

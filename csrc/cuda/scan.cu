@@ -2,7 +2,7 @@
 #include "../cells/bmru.h"
 #include "../cells/linear.h"
 #include "../cells/schmitt.h"
-#include "kernels.cuh"
+#include "tiles.cuh"
 
 namespace mru::cuda {
 namespace {
@@ -18,7 +18,6 @@ struct Element {
 using T = Element::MRU_ELEMENT;
 using S = StateOf<T>::type;
 constexpr int kVectorWidth = 16 / sizeof(T);
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The one way to launch. Keeps the first error; after one, nothing more is launched.
@@ -79,43 +78,45 @@ struct Run {
     const int64_t across = scan.channels / F::W;
     launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, Call<S>{scan, plan, work, Divisor(across)});
   }
+  // Blocks of tiles for each of `rows` jobs.
+  template <class F, class Room>
+  void over_tiles(void (*kernel)(Call<S>), int64_t rows) {
+    const Tiling tiling(scan, rows, kRowLanes<F>, F::W);
+    launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.threads()),
+           Call<S>{scan, plan, work, Divisor(tiling.across)});
+  }
   void carry_over(int direction) {
-    const int64_t groups = std::min<int64_t>(kGroups, plan.segments), run = ceil_div(plan.segments, groups);
-    launch(carry<S>, scan.batch * ceil_div(scan.channels, kLanes), dim3(kLanes, groups),
-           2 * groups * kLanes * sizeof(S), work, plan.segments, run, scan.channels, direction);
+    const int64_t groups = std::min<int64_t>(kCarryGroups, plan.segments), run = ceil_div(plan.segments, groups);
+    launch(carry<S>, scan.batch * ceil_div(scan.channels, kCarryLanes), dim3(kCarryLanes, groups),
+           2 * groups * kCarryLanes * sizeof(S), work, plan.segments, run, scan.channels, direction);
   }
 };
 
 template <class F>
 void run_forward(Run& run) {
   const Scan& scan = run.scan;
-  if (!run.plan.chunked()) return run.over_channels<F>(forward<F>, run.plan.jobs, kForwardThreads);
+  const auto from_streams = [&] { run.over_tiles<F, ForwardRoom<F>>(forward<F>, run.plan.jobs); };
+  if (!run.plan.chunked()) return from_streams();
   if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
-  run.over_channels<F>(summarize<F>, run.plan.jobs, kForwardThreads);
+  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads);
   run.carry_over(1);
-  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kForwardThreads);
-  else run.over_channels<F>(forward<F>, run.plan.jobs, kForwardThreads);
-}
-
-template <class F, bool kFromEvents>
-void run_gradients(Run& run) {
-  using R = Room<F, kFromEvents>;
-  run.over_channels<F>(backward<F, kFromEvents>, run.plan.sum_rows, R::kThreads, R::bytes(run.scan.chunk));
+  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);
+  else from_streams();
 }
 
 template <class F>
 void run_backward(Run& run) {
   const Scan& scan = run.scan;
   const Plan& plan = run.plan;
-  if (!plan.chunked()) {
-    run_gradients<F, false>(run);
-  } else {
+  if (plan.chunked()) {
     if (scan.offsets)
       run.launch.copy_rows(scan.grad_initial, scan.grad_final, scan.sequences * scan.channels * sizeof(S));
-    run.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kForwardThreads);
+    run.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kJobThreads);
     run.carry_over(-1);
-    run_gradients<F, F::Cell::kEvents>(run);
   }
+  using N =
+      typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;  // 16 bytes of states: registers for no more
+  run.over_tiles<N, BackwardRoom<N>>(backward<N>, plan.sum_rows);
   int which = 0;
   const auto sum = [&](void* total) {
     if (total)

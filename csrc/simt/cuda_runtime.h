@@ -17,6 +17,8 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { simt::yield(); }
 
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* const values = simt::meet(mask, predicate != 0, 1);
   unsigned set = 0;

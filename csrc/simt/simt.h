@@ -15,6 +15,7 @@
 #endif
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -53,6 +54,12 @@ inline Control control;
 enum class State : uint8_t { kNew, kReady, kAtWarp, kAtBarrier, kDone };
 
 struct Block;
+struct Copy {
+  void* to;
+  unsigned char bytes[16];
+  size_t size;
+  unsigned group;
+};
 struct Fiber {
   Block* block = nullptr;
   unsigned index = 0;
@@ -61,6 +68,8 @@ struct Fiber {
   void* stack = nullptr;
   void* pointer = nullptr;  // saved stack pointer
   void* fake_stack = nullptr;
+  std::vector<Copy> copies;  // on their way
+  unsigned groups = 0;       // of copies, committed
 };
 struct Warp {
   uint64_t slots[2][kWarp];
@@ -85,6 +94,7 @@ constexpr size_t kStack = 512 << 10;
 constexpr size_t kStack = 64 << 10;
 #endif
 constexpr size_t kGuard = 4096;
+constexpr unsigned kMostFibers = 8192;  // at once: each takes two of a process's memory mappings
 
 inline Fiber* current = nullptr;
 inline void* scheduler_pointer = nullptr;
@@ -298,6 +308,7 @@ inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
     return (random >> 16) % below;
   };
+  const unsigned resident = std::max(1u, std::min(control.resident, kMostFibers / count));
   const size_t static_bytes = size_t(__stop_mru_simt_shared - __start_mru_simt_shared);
   std::vector<std::unique_ptr<Block>> active;
   const auto start_block = [&](uint64_t i) {
@@ -313,7 +324,7 @@ inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
     active.push_back(std::move(block));
   };
   for (uint64_t next = 0; failure.empty();) {
-    while (active.size() < control.resident && next < blocks) start_block(next++);
+    while (active.size() < resident && next < blocks) start_block(next++);
     if (active.empty()) break;
     const size_t chosen = draw(active.size());
     Block& block = *active[chosen];
@@ -353,6 +364,23 @@ Word load(int kind, const Word* p) {
   Word word;
   std::memcpy(&word, p, sizeof word);
   return word;
+}
+// A copy to shared memory arrives as late as it may: when its thread waits for it.
+template <class Word>
+void copy_ahead(int kind, Word* to, const Word* from) {
+  check_aligned(to, sizeof(Word));
+  Copy copy{to, {}, sizeof(Word), current->groups};
+  const Word word = load(kind, from);
+  std::memcpy(copy.bytes, &word, sizeof word);
+  current->copies.push_back(copy);
+}
+inline void commit_copies() { ++current->groups; }
+inline void wait_for_copies(unsigned under_way) {
+  auto& copies = current->copies;
+  size_t arrived = 0;
+  for (; arrived < copies.size() && copies[arrived].group + under_way < current->groups; ++arrived)
+    std::memcpy(copies[arrived].to, copies[arrived].bytes, copies[arrived].size);
+  copies.erase(copies.begin(), copies.begin() + arrived);
 }
 template <class Word>
 void store(int kind, Word* p, Word word) {

@@ -22,6 +22,7 @@ from mru_kernels.cells.linear_recurrence import CELL as LINEAR
 from simt import backend
 
 _MAP_NORESERVE = 0x4000  # memory that nobody touches takes no room
+GROUPS = 16  # of threads that share a tile's steps, at most
 WAVES = [(1, 24), (2, 1), (3, 200)]  # seed of the order of blocks and threads, blocks that run at the same time
 
 
@@ -145,18 +146,21 @@ def check_traffic(dtype: torch.dtype) -> None:
         # factor, offset and entry written; alpha and threshold for each kernel; factor and offset twice, entry.
         carries = jobs * channels * s
         require(moved["state"][1] == states + 3 * carries * chunked, f"forward, states written: {where}")
-        require(moved["state"][0] <= (9 if chunked else 2) * carries, f"forward, states read: {where}")
+        # Each group of a tile's steps reads alpha and what comes per channel once more.
+        block = -(-channels // 64) * 64
+        groups = GROUPS * jobs * block * s * ((alpha is not None) + per_channel)
+        require(moved["state"][0] <= (9 if chunked else 2) * carries + groups, f"forward, states read: {where}")
 
         _, moved = measure(cell.backward["simt"], h, final_state, *call, checkpoints, events)
         where = f"{form} {moved}"
         reads = len(streams) + 1 + ((1 + len(streams) * (not events_fit)) if chunked else 0)
         require(moved["stream"] == [reads * n * e, len(streams) * n * e], f"backward, streams: {where}")
-        require(moved["events"] == [n // 2 * packs, 0], f"backward, events: {where}")
+        require(moved["events"] == [n // 4 * packs, 0], f"backward, events: {where}")
         totals = (alpha is not None) + per_channel
         sums = (1 + per_channel) * carries * (totals > 0) + totals * channels * s
         states = final_state.nbytes + sums
         require(moved["state"][1] == states + 3 * carries * chunked, f"backward, states written: {where}")
-        bound = checkpoints.nbytes + (11 if chunked else 3) * carries + sums
+        bound = checkpoints.nbytes + (11 if chunked else 3) * carries + sums + groups
         require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
         require(moved["index"] == [0, 0], where)
 

@@ -35,27 +35,35 @@ class Mutant:
 
 
 _BARRIER = "  __syncthreads();\n"
-_AFTER_CARRY = "  run_offset[threadIdx.y * kLanes + threadIdx.x] = u;\n"
+_AFTER_CARRY = "  run_offset[own] = u;\n"
 _AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum;\n"
-_EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kForwardThreads);\n"
+_AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
+_WAIT = "      wait_for_copies<1>();\n"
+_EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);\n"
 _CARRY = "  run.carry_over(1);\n"
-_SUMMARIZE = "  run.over_channels<F>(summarize<F>, run.plan.jobs, kForwardThreads);\n"
+_SUMMARIZE = "  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads);\n"
 
 _KERNELS = (
     ("dropped barrier in carry", _AFTER_CARRY + _BARRIER, _AFTER_CARRY),
     ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER, _AFTER_REDUCE),
     # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
-    ("exchange off by one", "g < int(threadIdx.y); ++g", "g + 1 < int(threadIdx.y); ++g"),
-    ("wrong chunk boundary", "plan.chunk_divisor(end - 1)", "plan.chunk_divisor(end)"),
+    ("exchange off by one", "int(blockDim.y), S(0));", "int(blockDim.y) - 1, S(0));"),
     ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
     ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
-    ("missing head mask", "low(begin > position ? int(begin - position) : 0)", "low(0)"),
     ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
     ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
-    ("carry across sequences", "  if (a != a) return u;  // forgets\n", ""),
-    ("event shifted", "words.at[w] |= codes << 2 * before;", "words.at[w] |= codes << before;"),
+    ("carry across sequences", "(a == S(0) && s == s) || a != a;", "a == S(0) && s == s;"),
+    ("event shifted", "words.at[w] |= codes << before;", "words.at[w] |= codes << before / 2;"),
     ("adjoint carried from the left", "(direction > 0 ? i : segments - 1 - i)", "i"),
     ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
+)
+_TILES = (
+    ("dropped barrier in a tile", _AFTER_MAPS + "    " + _BARRIER, _AFTER_MAPS),
+    ("copies not waited for", _WAIT + "      with_part", "      with_part"),
+    ("wrong chunk boundary", "position > span.begin ? position : span.begin", "span.begin"),
+    ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
+    ("missing head mask", "(low <= t && t < high)", "t < high"),
+    ("walk from the wrong end", "+ (groups - 1) * room.channels;", ";"),
     ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
 )
 _LAUNCHES = (
@@ -68,7 +76,7 @@ _PLAN = (
 )
 MUTANTS = tuple(
     Mutant(name, file, old, new)
-    for file, faults in (("kernels.cuh", _KERNELS), ("scan.cu", _LAUNCHES), ("plan.h", _PLAN))
+    for file, faults in (("kernels.cuh", _KERNELS), ("tiles.cuh", _TILES), ("scan.cu", _LAUNCHES), ("plan.h", _PLAN))
     for name, old, new in faults
 )
 

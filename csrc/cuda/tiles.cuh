@@ -1,0 +1,403 @@
+// The kernels that read the streams and write what is asked for. A block scans a job tile after tile, so that every
+// stream is read once:
+//
+//   group, lane   y and x of a thread: its kSteps steps of the tile, one after another; its W channels
+//   tile          groups x kSteps scan positions of the row, aligned; while one is worked on the next is copied to
+//                 shared memory, of which a thread reads only what it copied itself
+//   walk          from group to group, over what each makes of its steps as one map: a thread a channel
+//
+// Steps outside a span change nothing: their group's map is the identity.
+#pragma once
+#include "kernels.cuh"
+
+namespace mru::cuda {
+
+constexpr int kSteps = 8;
+constexpr int kTile = 64, kLongTile = 128;  // steps, or what comes near
+constexpr int64_t kManyBlocks = 512;        // from which on the short tile is enough to fill a device
+
+constexpr int kHeld = 256;  // threads that a multiprocessor is to have registers for, at least
+
+// Threads side by side: 128 bytes of a row where each moves 16.
+template <class F>
+constexpr int kRowLanes = F::W > 1 || sizeof(typename F::T) == 16 ? 8 : 16;
+template <class F>
+constexpr int kTileThreads = kRowLanes<F> * kLongTile / kSteps;  // of a block, at most
+
+// How a block is cut. By sizes only, as the order of every sum follows from it.
+struct Tiling {
+  int lanes, groups;
+  int64_t across;  // blocks of a job
+
+  // Where a row has more than one tile, they begin where states are saved.
+  Tiling(const Scan& scan, int64_t jobs, int row_lanes, int width) : lanes(row_lanes) {
+    across = blocks(scan, width);
+    const int64_t tile = jobs * across >= kManyBlocks ? kTile : kLongTile;
+    groups = int(scan.time < tile ? (scan.time + kSteps - 1) / kSteps : tile / scan.chunk * scan.chunk / kSteps);
+    groups = std::max(groups, 1);
+    while (lanes * groups < 64) lanes *= 2;
+    across = blocks(scan, width);
+  }
+  int threads() const { return lanes * groups; }
+
+ private:
+  int64_t blocks(const Scan& scan, int width) const { return (scan.channels + lanes * width - 1) / (lanes * width); }
+};
+
+// Shared memory of a block: rows of kMaps values and of what is carried, a vector of states a thread; then, warp by warp,
+// what is staged of two tiles, kStaged vectors of elements a step and thread.
+template <class F, int kStaged, int kMaps>
+class TileRoom {
+ public:
+  using S = typename F::S;
+  using Elements = Vector<typename F::T, F::W>;
+
+  static int64_t bytes(int threads) {
+    const int64_t warps = (threads + kWarp - 1) / kWarp;
+    return (kMaps + kCarried) * threads * sizeof(typename F::States) + warps * kWarp * kSlots * sizeof(Elements);
+  }
+  __device__ __forceinline__ TileRoom()
+      : threads(int(blockDim.x * blockDim.y)),
+        thread(int(threadIdx.y * blockDim.x + threadIdx.x)),
+        channels(int(blockDim.x) * F::W),
+        maps_(reinterpret_cast<S*>(shared_memory())),
+        staged_(reinterpret_cast<Elements*>(maps_ + (kMaps + kCarried) * threads * F::W) +
+                thread / kWarp * (kWarp * kSlots) + thread % kWarp) {}
+
+  const int threads, thread, channels;
+  // Row i of the maps, [groups, channels]; and the thread's own part of it.
+  __device__ __forceinline__ S* row(int i) const { return maps_ + i * threads * F::W; }
+  __device__ __forceinline__ typename F::States& own(int i) const {
+    return reinterpret_cast<typename F::States*>(row(i))[thread];
+  }
+  // What a walk hands on from tile to tile; and with what one starts in a tile, if that is not handed on.
+  __device__ __forceinline__ S& carried(int channel) const { return row(kMaps)[channel]; }
+  __device__ __forceinline__ S& start(int tile, int channel) const { return row(kMaps + 1 + (tile & 1))[channel]; }
+  __device__ __forceinline__ Elements& staged(int tile, int k, int t) const {
+    return staged_[(((tile & 1) * kStaged + k) * kSteps + t) * kWarp];
+  }
+
+ private:
+  static constexpr int kWarp = 32, kCarried = 3, kSlots = 2 * kStaged * kSteps;
+  S* const maps_;
+  Elements* const staged_;
+};
+
+template <class F>
+using ForwardRoom = TileRoom<F, F::kStreams, 2>;
+template <class F>
+using BackwardRoom = TileRoom<F, F::kStreams + 1, RealOf<typename F::S>::is_complex ? 4 : 3>;
+
+// What a thread does in the blocks of one launch.
+template <class F>
+struct TilePlace {
+  int64_t job, first, d;  // the first channel of the block, and of the thread
+  bool inside;            // whether the thread has channels
+  int64_t tile_steps;
+
+  __device__ __forceinline__ explicit TilePlace(const Call<typename F::S>& call) {
+    const int64_t across = call.across.divisor();
+    job = call.across(blockIdx.x);
+    first = (int64_t(blockIdx.x) - job * across) * blockDim.x * F::W;
+    d = first + int64_t(threadIdx.x) * F::W;
+    inside = d < call.scan.channels;
+    if (!inside) d = 0;
+    tile_steps = int64_t(blockDim.y) * kSteps;
+  }
+};
+
+// The steps [low, high) of a thread in a tile that lie in a span. kWhole: all, as those of all threads do.
+template <bool kWhole>
+struct Part {
+  int64_t position;  // of step 0
+  int low, high;
+  __device__ __forceinline__ Part(const Span& span, int64_t tile)
+      : position(tile + int64_t(threadIdx.y) * kSteps),
+        low(span.begin > position ? int(span.begin - position < kSteps ? span.begin - position : kSteps) : 0),
+        high(span.end <= position ? 0 : (span.end - position < kSteps ? int(span.end - position) : kSteps)) {}
+  __device__ __forceinline__ bool has(int t) const { return kWhole || (low <= t && t < high); }
+};
+// Calls each(part) for a tile.
+template <class Each>
+__device__ __forceinline__ void with_part(const Span& span, int64_t tile, int64_t tile_steps, Each each) {
+  if (span.begin <= tile && tile + tile_steps <= span.end) each(Part<true>(span, tile));
+  else each(Part<false>(span, tile));
+}
+// Calls each(part, cell) for a tile.
+template <class Cell, class Each>
+__device__ __forceinline__ void with_part_and_cell(const Span& span, int64_t tile, int64_t tile_steps, const Scan& scan,
+                                                   Each each) {
+  with_part(span, tile, tile_steps, [&]<bool kWhole>(const Part<kWhole>& part) {
+    if constexpr (kWhole)
+      with_cell<Cell>(scan, [&]<bool kForgets>(const Cell& cell) { each.template operator()<kForgets>(part, cell); });
+    else each.template operator()<false>(part, Cell(scan.epsilon, scan.surrogate_scale));
+  });
+}
+
+template <class F, class Room, class Part>
+__device__ __forceinline__ void stage(const Room& room, int k, int tile, const Row<const typename F::T>& stream,
+                                      const Part& part) {
+  const typename F::T* at = stream.at(part.position);
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t, at = advance(at, stream.step))
+    if (part.has(t)) copy_ahead<Traffic::kStream, F::W>(&room.staged(tile, k, t), at);
+}
+template <class F, class Room, class Part>
+__device__ __forceinline__ void stage_inputs(const Room& room, int tile, const Scan& scan, int64_t row, int64_t d,
+                                             const Part& part) {
+  for_streams<F>([&](int i, int k) { stage<F>(room, k, tile, {scan, scan.in[i].stream, row, d}, part); });
+}
+template <class F, class Room>
+__device__ __forceinline__ Tile<F, 1> staged_inputs(const Room& room, int tile, int t) {
+  Tile<F, 1> inputs;
+  for_streams<F>([&](int, int k) { inputs.raw[0][k] = read_again(room.staged(tile, k, t)); });
+  return inputs;
+}
+
+// The state before a span's first step in a tile, at one channel, to where a walk starts: given, or saved by the forward
+// pass. It arrives with the tile.
+template <class S>
+__device__ __forceinline__ void stage_state(S& to, const Scan& scan, const Plan& plan, const Span& span, int64_t begin,
+                                            int64_t d) {
+  const S* const states = static_cast<const S*>(scan.initial);
+  const S* from = states ? states + span.sequence * scan.channels : nullptr;
+  if (!span.first || begin > span.begin)
+    from = state_row<const S>(scan.checkpoints, checkpoint_row(scan, plan, span, begin), scan.channels, 0);
+  if (from) copy_ahead<Traffic::kState, 1>(reinterpret_cast<Vector<S, 1>*>(&to), from + d);
+  else to = 0;
+}
+
+template <class F>
+__device__ __forceinline__ void redo_all(const typename F::Cell& cell, const Tile<F, 1>& tile,
+                                         const ChannelInputs<F>& channel, typename F::States& s) {
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) {
+    typename F::S x[F::kInputs];
+    tile.inputs(0, w, channel, x);
+    s.at[w] = cell.redo(x, s.at[w]);
+  }
+}
+
+// h, final states and checkpoints from the streams. Wide: whole sequences. Chunked: from the jobs' entry states.
+template <class F>
+__global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
+    forward(const __grid_constant__ Call<typename F::S> call) {
+  using S = typename F::S;
+  using Single = typename F::Single;
+  const auto& [scan, plan, work, across] = call;
+  const TilePlace<F> at(call);
+  const ForwardRoom<F> room;
+  const ChannelInputs<F> channel(scan, at.d);
+  const typename F::States alpha = load_alpha<F>(scan, at.d);
+
+  Spans spans(scan, plan, at.job, 1);
+  for (Span span; spans.next(span);) {
+    const Row<typename F::T> h(scan, scan.h, span.row, at.d);
+    const int64_t begin = span.begin / at.tile_steps * at.tile_steps;
+    for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads) {
+      const int64_t d = at.first + c;
+      room.carried(c) = (span.first ? enter<Single>(scan, span, d, load_alpha<Single>(scan, d))
+                                    : load_states<Single>(work.entry, at.job, scan.channels, d))
+                            .at[0];
+    }
+    const auto stage_tile = [&](int tile, int64_t position) {
+      if (at.inside && position < span.end)
+        with_part(span, position, at.tile_steps,
+                  [&](const auto& part) { stage_inputs<F>(room, tile, scan, span.row, at.d, part); });
+      commit_copies();
+    };
+    const auto scan_tile = [&](int tile, const auto& part, const auto& cell) {
+      typename F::States a = all<F>(1), u = all<F>(0);
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t)
+        if (part.has(t)) {
+          const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
+#pragma unroll
+          for (int w = 0; w < F::W; ++w) {
+            S x[F::kInputs];
+            inputs.inputs(0, w, channel, x);
+            u.at[w] = cell.step(x, u.at[w]);
+            a.at[w] = conj(cell.pull(x, conj(a.at[w])));
+          }
+        }
+      room.own(0) = a, room.own(1) = u;
+      __syncthreads();
+      for (int c = room.thread; c < room.channels; c += room.threads)
+        room.carried(c) = walk(room.row(0) + c, room.row(1) + c, room.channels, int(blockDim.y), room.carried(c));
+      __syncthreads();
+      if (!at.inside) return;
+      typename F::States s = room.own(1);
+      if (scan.checkpoints && part.has(0) && plan.chunk_divisor(part.position) * scan.chunk == part.position &&
+          !(span.first && part.position == span.begin))
+        store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, part.position), scan.channels, at.d, s);
+      typename F::T* out = h.at(part.position);
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t, out = advance(out, h.step))
+        if (part.has(t)) {
+          step_all<F>(cell, staged_inputs<F>(room, tile, t), 0, channel, s);
+          store_h<F>(out, alpha, s);
+        }
+    };
+    stage_tile(0, begin);
+    int tile = 0;
+    for (int64_t position = begin; position < span.end; position += at.tile_steps, ++tile) {
+      stage_tile(tile + 1, position + at.tile_steps);
+      wait_for_copies<1>();
+      with_part_and_cell<typename F::Cell>(span, position, at.tile_steps, scan,
+                                           [&]<bool>(const auto&... given) { scan_tile(tile, given...); });
+    }
+    wait_for_copies<0>();
+    if (span.last)
+      for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads)
+        store_states<Single>(scan.final_state, span.sequence, scan.channels, at.first + c, {{room.carried(c)}});
+  }
+}
+
+// Gradients, tile by tile from the right. Wide: whole sequences. Chunked: from the jobs' entry m. The states from those
+// that the forward pass saved.
+template <class F>
+__global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
+    backward(const __grid_constant__ Call<typename F::S> call) {
+  using S = typename F::S;
+  constexpr int kGrad = F::kStreams;  // where grad_h is staged
+  // Of the maps the rows are the factor of m, the offset of s, that of m, and the factor of s if it is another.
+  constexpr bool kComplex = RealOf<S>::is_complex;
+  constexpr int kFactor = kComplex ? 3 : 0;
+  using Single = typename F::Single;
+  const auto& [scan, plan, work, across] = call;
+  const TilePlace<F> at(call);
+  const BackwardRoom<F> room;
+  const ChannelInputs<F> channel(scan, at.d);
+  const typename F::States alpha = load_alpha<F>(scan, at.d);
+  typename F::States sums[F::kSums];
+#pragma unroll
+  for (int i = 0; i < F::kSums; ++i) sums[i] = all<F>(0);
+
+  for (int64_t job = at.job; job < plan.jobs; job += plan.sum_rows) {
+    Spans spans(scan, plan, job, -1);
+    for (Span span; spans.next(span);) {
+      for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads)
+        room.carried(c) = (span.last ? load_states<Single>(scan.grad_final, span.sequence, scan.channels, at.first + c)
+                                     : load_states<Single>(work.entry, job, scan.channels, at.first + c))
+                              .at[0];
+      const auto stage_tile = [&](int tile, int64_t position) {
+        if (position + at.tile_steps > span.begin) {
+          if (at.inside)
+            with_part(span, position, at.tile_steps, [&](const auto& part) {
+              stage_inputs<F>(room, tile, scan, span.row, at.d, part);
+              stage<F>(room, kGrad, tile, {scan, scan.grad_h, span.row, at.d}, part);
+            });
+          for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads)
+            stage_state(room.start(tile, c), scan, plan, span, position > span.begin ? position : span.begin,
+                        at.first + c);
+        }
+        commit_copies();
+      };
+      const auto differentiate_tile = [&]<bool kForgets>(int tile, const auto& part, const auto& cell) {
+        const auto lambda = [&](int t, int w, const typename F::States& m) {
+          return product_sum(real(alpha.at[w]), widen(room.staged(tile, kGrad, t), w), m.at[w]);
+        };
+        typename F::States a = all<F>(1), u = all<F>(0), m = all<F>(0);
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t)
+          if (part.has(t)) {
+            const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
+#pragma unroll
+            for (int w = 0; w < F::W; ++w) {
+              S x[F::kInputs];
+              inputs.inputs(0, w, channel, x);
+              u.at[w] = cell.redo(x, u.at[w]);
+              a.at[w] = cell.pull(x, a.at[w]);
+              // What reaches the left end of this step's gradient. Where a write forgets the factor is 0 or 1.
+              const S g =
+                  kForgets ? lambda(t, w, m)
+                           : product_sum(a.at[w], real(alpha.at[w]) * widen(room.staged(tile, kGrad, t), w), m.at[w]);
+              m.at[w] = a.at[w] == S(0) ? m.at[w] : g;
+            }
+          }
+        room.own(0) = a, room.own(1) = u, room.own(2) = m;
+        if constexpr (kComplex) room.own(kFactor) = conj_all<F>(a);
+        __syncthreads();
+        for (int c = room.thread; c < 2 * room.channels; c += room.threads) {
+          const int groups = int(blockDim.y);
+          if (c < room.channels) {
+            walk(room.row(kFactor) + c, room.row(1) + c, room.channels, groups, room.start(tile, c));
+          } else {  // from the right
+            const int last = c - room.channels + (groups - 1) * room.channels;
+            S& carried = room.carried(c - room.channels);
+            carried = walk(room.row(0) + last, room.row(2) + last, -room.channels, groups, carried);
+          }
+        }
+        __syncthreads();
+        if (!at.inside) return;
+        typename F::States before[kSteps];
+        typename F::States s = room.own(1);
+        m = room.own(2);
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t) {
+          before[t] = s;
+          if (part.has(t)) redo_all<F>(cell, staged_inputs<F>(room, tile, t), channel, s);
+        }
+        typename F::T* into[F::kStreams];
+        int64_t stride[F::kStreams];
+        for_streams<F>([&](int i, int k) {
+          const Row<typename F::T> row(scan, scan.grad_in[i], span.row, at.d);
+          into[k] = row.at(part.position + kSteps - 1), stride[k] = -row.step;
+        });
+#pragma unroll
+        for (int t = kSteps - 1; t >= 0; --t) {
+          if (part.has(t)) {
+            const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
+            typename F::States gradients[F::kInputs];
+#pragma unroll
+            for (int w = 0; w < F::W; ++w) {
+              S x[F::kInputs], dx[F::kInputs];
+              inputs.inputs(0, w, channel, x);
+              const S after = t + 1 < kSteps ? before[t + 1].at[w] : s.at[w];
+              sums[0].at[w] = product_sum(widen(room.staged(tile, kGrad, t), w), after, sums[0].at[w]);
+              m.at[w] = cell.vjp(x, before[t].at[w], lambda(t, w, m), dx);
+              int sum = 1;
+#pragma unroll
+              for (int i = 0; i < F::kInputs; ++i) {
+                if (F::per_channel(i)) sums[sum++].at[w] += dx[i];
+                gradients[i].at[w] = dx[i];
+              }
+            }
+            for_streams<F>(
+                [&](int i, int k) { store<Traffic::kStream>(into[k], narrow<typename F::T>(gradients[i])); });
+          }
+          for_streams<F>([&](int, int k) { into[k] = advance(into[k], stride[k]); });
+        }
+      };
+      int64_t position =
+          span.begin < span.end ? (span.end - 1) / at.tile_steps * at.tile_steps : span.begin - at.tile_steps;
+      stage_tile(0, position);
+      for (int tile = 0; position + at.tile_steps > span.begin; position -= at.tile_steps, ++tile) {
+        stage_tile(tile + 1, position - at.tile_steps);
+        wait_for_copies<1>();
+        with_part_and_cell<typename F::Cell>(span, position, at.tile_steps, scan,
+                                             [&]<bool kForgets>(const auto&... given) {
+                                               differentiate_tile.template operator()<kForgets>(tile, given...);
+                                             });
+      }
+      wait_for_copies<0>();
+      if (span.first)
+        for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads)
+          store_states<Single>(scan.grad_initial, span.sequence, scan.channels, at.first + c, {{room.carried(c)}});
+    }
+  }
+  if (plan.sums == 0) return;
+#pragma unroll
+  for (int i = 0; i < F::kSums; ++i) {
+    __syncthreads();
+    room.own(0) = sums[i];
+    __syncthreads();
+    for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads) {
+      S sum = room.row(0)[c];
+      for (int group = 1; group < int(blockDim.y); ++group) sum += room.row(0)[group * room.channels + c];
+      store_states<Single>(work.sums, at.job * F::kSums + i, scan.channels, at.first + c, {{sum}});
+    }
+  }
+}
+
+}  // namespace mru::cuda
