@@ -16,11 +16,9 @@
 
 namespace mru::cuda {
 
-constexpr int kJobThreads = 64;  // of a block, each with a job
+constexpr int kJobThreads = 64, kJobBlocks = 6;  // a thread a job; blocks that a multiprocessor has registers for
 template <class F>
 constexpr int kJobTile = F::W == 8 ? 4 : 8;
-template <class F>
-constexpr int kJobBlocks = F::W == 8 ? 6 : 8;       // for which a multiprocessor is to have registers, at least
 constexpr int kCarryLanes = 8, kCarryGroups = 128;  // threads of `carry`: channels, runs of jobs at once
 constexpr int kLanes = 32, kGroups = 32;            // of `reduce`: channels, rows at once
 
@@ -396,8 +394,7 @@ __device__ __forceinline__ int last_of(int word) {
 
 // Chunked, first: each job as one map of the state, and its events.
 template <class F>
-__global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>)
-    summarize(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
@@ -454,7 +451,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>)
 
 // Chunked, last: h, final states and checkpoints from the events and the jobs' entry states.
 template <class F>
-__global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>) expand(const __grid_constant__ Call<typename F::S> call) {
+__global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_constant__ Call<typename F::S> call) {
   using S = typename F::S;
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
@@ -514,7 +511,7 @@ __device__ __forceinline__ S apply(S a, S u, S s) {
 // the last.
 template <class S>
 __device__ __forceinline__ S walk(const S* factors, S* values, int stride, int count, S carried) {
-  constexpr int kAhead = 4;
+  constexpr int kAhead = sizeof(S) > 8 ? 2 : 4;
   for (int i = 0; i < count; i += kAhead) {
     S factor[kAhead], offset[kAhead];
 #pragma unroll
@@ -536,7 +533,7 @@ __device__ __forceinline__ S walk(const S* factors, S* values, int stride, int c
 template <class S>
 __global__ void __launch_bounds__(kCarryLanes* kCarryGroups)
     carry(Workspace<S> work, int64_t segments, int64_t run, int64_t channels, int direction) {
-  constexpr int kAhead = 8;
+  constexpr int kAhead = 32 / sizeof(S);
   S* const run_factor = reinterpret_cast<S*>(shared_memory());  // [groups, kCarryLanes]
   S* const run_offset = run_factor + blockDim.y * kCarryLanes;
   const unsigned blocks = unsigned((channels + kCarryLanes - 1) / kCarryLanes);
@@ -597,7 +594,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 
 // Chunked, first: each job as one map of m, from the right. From the events, or from the streams again.
 template <class F, bool kFromEvents>
-__global__ void __launch_bounds__(kJobThreads, kJobBlocks<F>)
+__global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);

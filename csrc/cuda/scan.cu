@@ -81,7 +81,7 @@ struct Run {
   // Blocks of tiles for each of `rows` jobs.
   template <class F, class Room>
   void over_tiles(void (*kernel)(Call<S>), int64_t rows) {
-    const Tiling tiling(scan, rows, kRowLanes<F>, F::W);
+    const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>);
     launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.threads()),
            Call<S>{scan, plan, work, Divisor(tiling.across)});
   }

@@ -12,7 +12,9 @@
 
 namespace mru::cuda {
 
-constexpr int kSteps = 8;
+// Steps of a thread in a tile: as many as its registers bear.
+template <class F>
+constexpr int kSteps = (F::kInputs == 3 && F::kSums > 1) || sizeof(typename F::S) == 16 ? 4 : 8;
 constexpr int kTile = 64, kLongTile = 128;  // steps, or what comes near
 constexpr int64_t kManyBlocks = 512;        // from which on the short tile is enough to fill a device
 
@@ -20,9 +22,9 @@ constexpr int kHeld = 256;  // threads that a multiprocessor is to have register
 
 // Threads side by side: 128 bytes of a row where each moves 16.
 template <class F>
-constexpr int kRowLanes = F::W > 1 || sizeof(typename F::T) == 16 ? 8 : 16;
+constexpr int kRowLanes = F::W > 1 || kSteps<F> < 8 ? 8 : 16;
 template <class F>
-constexpr int kTileThreads = kRowLanes<F> * kLongTile / kSteps;  // of a block, at most
+constexpr int kTileThreads = kRowLanes<F> * kLongTile / kSteps<F>;  // of a block, at most
 
 // How a block is cut. By sizes only, as the order of every sum follows from it.
 struct Tiling {
@@ -30,10 +32,10 @@ struct Tiling {
   int64_t across;  // blocks of a job
 
   // Where a row has more than one tile, they begin where states are saved.
-  Tiling(const Scan& scan, int64_t jobs, int row_lanes, int width) : lanes(row_lanes) {
+  Tiling(const Scan& scan, int64_t jobs, int row_lanes, int width, int steps) : lanes(row_lanes) {
     across = blocks(scan, width);
     const int64_t tile = jobs * across >= kManyBlocks ? kTile : kLongTile;
-    groups = int(scan.time < tile ? (scan.time + kSteps - 1) / kSteps : tile / scan.chunk * scan.chunk / kSteps);
+    groups = int(scan.time < tile ? (scan.time + steps - 1) / steps : tile / scan.chunk * scan.chunk / steps);
     groups = std::max(groups, 1);
     while (lanes * groups < 64) lanes *= 2;
     across = blocks(scan, width);
@@ -74,11 +76,11 @@ class TileRoom {
   __device__ __forceinline__ S& carried(int channel) const { return row(kMaps)[channel]; }
   __device__ __forceinline__ S& start(int tile, int channel) const { return row(kMaps + 1 + (tile & 1))[channel]; }
   __device__ __forceinline__ Elements& staged(int tile, int k, int t) const {
-    return staged_[(((tile & 1) * kStaged + k) * kSteps + t) * kWarp];
+    return staged_[(((tile & 1) * kStaged + k) * kSteps<F> + t) * kWarp];
   }
 
  private:
-  static constexpr int kWarp = 32, kCarried = 3, kSlots = 2 * kStaged * kSteps;
+  static constexpr int kWarp = 32, kCarried = 3, kSlots = 2 * kStaged * kSteps<F>;
   S* const maps_;
   Elements* const staged_;
 };
@@ -102,32 +104,34 @@ struct TilePlace {
     d = first + int64_t(threadIdx.x) * F::W;
     inside = d < call.scan.channels;
     if (!inside) d = 0;
-    tile_steps = int64_t(blockDim.y) * kSteps;
+    tile_steps = int64_t(blockDim.y) * kSteps<F>;
   }
 };
 
 // The steps [low, high) of a thread in a tile that lie in a span. kWhole: all, as those of all threads do.
-template <bool kWhole>
+template <class F, bool kWhole>
 struct Part {
+  static constexpr int K = kSteps<F>;
   int64_t position;  // of step 0
   int low, high;
   __device__ __forceinline__ Part(const Span& span, int64_t tile)
-      : position(tile + int64_t(threadIdx.y) * kSteps),
-        low(span.begin > position ? int(span.begin - position < kSteps ? span.begin - position : kSteps) : 0),
-        high(span.end <= position ? 0 : (span.end - position < kSteps ? int(span.end - position) : kSteps)) {}
+      : position(tile + int64_t(threadIdx.y) * K),
+        low(span.begin > position ? int(span.begin - position < K ? span.begin - position : K) : 0),
+        high(span.end <= position ? 0 : (span.end - position < K ? int(span.end - position) : K)) {}
   __device__ __forceinline__ bool has(int t) const { return kWhole || (low <= t && t < high); }
 };
 // Calls each(part) for a tile.
-template <class Each>
+template <class F, class Each>
 __device__ __forceinline__ void with_part(const Span& span, int64_t tile, int64_t tile_steps, Each each) {
-  if (span.begin <= tile && tile + tile_steps <= span.end) each(Part<true>(span, tile));
-  else each(Part<false>(span, tile));
+  if (span.begin <= tile && tile + tile_steps <= span.end) each(Part<F, true>(span, tile));
+  else each(Part<F, false>(span, tile));
 }
 // Calls each(part, cell) for a tile.
-template <class Cell, class Each>
+template <class F, class Each>
 __device__ __forceinline__ void with_part_and_cell(const Span& span, int64_t tile, int64_t tile_steps, const Scan& scan,
                                                    Each each) {
-  with_part(span, tile, tile_steps, [&]<bool kWhole>(const Part<kWhole>& part) {
+  using Cell = typename F::Cell;
+  with_part<F>(span, tile, tile_steps, [&]<bool kWhole>(const Part<F, kWhole>& part) {
     if constexpr (kWhole)
       with_cell<Cell>(scan, [&]<bool kForgets>(const Cell& cell) { each.template operator()<kForgets>(part, cell); });
     else each.template operator()<false>(part, Cell(scan.epsilon, scan.surrogate_scale));
@@ -139,7 +143,7 @@ __device__ __forceinline__ void stage(const Room& room, int k, int tile, const R
                                       const Part& part) {
   const typename F::T* at = stream.at(part.position);
 #pragma unroll
-  for (int t = 0; t < kSteps; ++t, at = advance(at, stream.step))
+  for (int t = 0; t < kSteps<F>; ++t, at = advance(at, stream.step))
     if (part.has(t)) copy_ahead<Traffic::kStream, F::W>(&room.staged(tile, k, t), at);
 }
 template <class F, class Room, class Part>
@@ -202,14 +206,14 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     }
     const auto stage_tile = [&](int tile, int64_t position) {
       if (at.inside && position < span.end)
-        with_part(span, position, at.tile_steps,
-                  [&](const auto& part) { stage_inputs<F>(room, tile, scan, span.row, at.d, part); });
+        with_part<F>(span, position, at.tile_steps,
+                     [&](const auto& part) { stage_inputs<F>(room, tile, scan, span.row, at.d, part); });
       commit_copies();
     };
     const auto scan_tile = [&](int tile, const auto& part, const auto& cell) {
       typename F::States a = all<F>(1), u = all<F>(0);
 #pragma unroll
-      for (int t = 0; t < kSteps; ++t)
+      for (int t = 0; t < kSteps<F>; ++t)
         if (part.has(t)) {
           const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
 #pragma unroll
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, part.position), scan.channels, at.d, s);
       typename F::T* out = h.at(part.position);
 #pragma unroll
-      for (int t = 0; t < kSteps; ++t, out = advance(out, h.step))
+      for (int t = 0; t < kSteps<F>; ++t, out = advance(out, h.step))
         if (part.has(t)) {
           step_all<F>(cell, staged_inputs<F>(room, tile, t), 0, channel, s);
           store_h<F>(out, alpha, s);
@@ -243,8 +247,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     for (int64_t position = begin; position < span.end; position += at.tile_steps, ++tile) {
       stage_tile(tile + 1, position + at.tile_steps);
       wait_for_copies<1>();
-      with_part_and_cell<typename F::Cell>(span, position, at.tile_steps, scan,
-                                           [&]<bool>(const auto&... given) { scan_tile(tile, given...); });
+      with_part_and_cell<F>(span, position, at.tile_steps, scan,
+                            [&]<bool>(const auto&... given) { scan_tile(tile, given...); });
     }
     wait_for_copies<0>();
     if (span.last)
@@ -283,7 +287,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
       const auto stage_tile = [&](int tile, int64_t position) {
         if (position + at.tile_steps > span.begin) {
           if (at.inside)
-            with_part(span, position, at.tile_steps, [&](const auto& part) {
+            with_part<F>(span, position, at.tile_steps, [&](const auto& part) {
               stage_inputs<F>(room, tile, scan, span.row, at.d, part);
               stage<F>(room, kGrad, tile, {scan, scan.grad_h, span.row, at.d}, part);
             });
@@ -299,7 +303,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         };
         typename F::States a = all<F>(1), u = all<F>(0), m = all<F>(0);
 #pragma unroll
-        for (int t = 0; t < kSteps; ++t)
+        for (int t = 0; t < kSteps<F>; ++t)
           if (part.has(t)) {
             const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
 #pragma unroll
@@ -330,11 +334,11 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         }
         __syncthreads();
         if (!at.inside) return;
-        typename F::States before[kSteps];
+        typename F::States before[kSteps<F>];
         typename F::States s = room.own(1);
         m = room.own(2);
 #pragma unroll
-        for (int t = 0; t < kSteps; ++t) {
+        for (int t = 0; t < kSteps<F>; ++t) {
           before[t] = s;
           if (part.has(t)) redo_all<F>(cell, staged_inputs<F>(room, tile, t), channel, s);
         }
@@ -342,10 +346,10 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         int64_t stride[F::kStreams];
         for_streams<F>([&](int i, int k) {
           const Row<typename F::T> row(scan, scan.grad_in[i], span.row, at.d);
-          into[k] = row.at(part.position + kSteps - 1), stride[k] = -row.step;
+          into[k] = row.at(part.position + kSteps<F> - 1), stride[k] = -row.step;
         });
 #pragma unroll
-        for (int t = kSteps - 1; t >= 0; --t) {
+        for (int t = kSteps<F> - 1; t >= 0; --t) {
           if (part.has(t)) {
             const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
             typename F::States gradients[F::kInputs];
@@ -353,7 +357,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
             for (int w = 0; w < F::W; ++w) {
               S x[F::kInputs], dx[F::kInputs];
               inputs.inputs(0, w, channel, x);
-              const S after = t + 1 < kSteps ? before[t + 1].at[w] : s.at[w];
+              const S after = t + 1 < kSteps<F> ? before[t + 1].at[w] : s.at[w];
               sums[0].at[w] = product_sum(widen(room.staged(tile, kGrad, t), w), after, sums[0].at[w]);
               m.at[w] = cell.vjp(x, before[t].at[w], lambda(t, w, m), dx);
               int sum = 1;
@@ -375,10 +379,9 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
       for (int tile = 0; position + at.tile_steps > span.begin; position -= at.tile_steps, ++tile) {
         stage_tile(tile + 1, position - at.tile_steps);
         wait_for_copies<1>();
-        with_part_and_cell<typename F::Cell>(span, position, at.tile_steps, scan,
-                                             [&]<bool kForgets>(const auto&... given) {
-                                               differentiate_tile.template operator()<kForgets>(tile, given...);
-                                             });
+        with_part_and_cell<F>(span, position, at.tile_steps, scan, [&]<bool kForgets>(const auto&... given) {
+          differentiate_tile.template operator()<kForgets>(tile, given...);
+        });
       }
       wait_for_copies<0>();
       if (span.first)

@@ -22,7 +22,7 @@ from mru_kernels.cells.linear_recurrence import CELL as LINEAR
 from simt import backend
 
 _MAP_NORESERVE = 0x4000  # memory that nobody touches takes no room
-GROUPS = 16  # of threads that share a tile's steps, at most
+GROUPS = 32  # of threads that share a tile's steps, at most
 WAVES = [(1, 24), (2, 1), (3, 200)]  # seed of the order of blocks and threads, blocks that run at the same time
 
 
