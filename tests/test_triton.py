@@ -32,8 +32,6 @@ OF_EVERY_BACKEND = [
 # Of a lane. An NVIDIA multiprocessor's 65536 are for 12 warps then, 10 of summarize, or 8 where states are fp64.
 REGISTERS = {"forward": 168, "summarize": 192, "summarize_adjoint": 168, "fold": 128, "carry": 128, "backward": 168}
 REGISTERS_FP64 = 232
-# Of a lane: what is used at the start and the end of a program or of a chunk, but not in the loops over steps.
-SPILLED = {"forward": 64, "summarize": 64, "backward": 160}
 REGISTERS_AMD = 256  # two waves on a SIMD unit
 
 
@@ -50,9 +48,7 @@ def test_under_the_interpreter():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
 def test_compiled_for_devices():
-    """Nothing spilled in loops over steps, no more registers than intended, rows in whole vectors, no barrier, and
-    channels in one lane.
-    """
+    """Nothing spilled, no more registers than intended, rows in whole vectors, no barrier, and channels in one lane."""
     rows = triton_offline.reports()
     print(triton_offline.table(rows))
     failed = {}
@@ -62,7 +58,7 @@ def test_compiled_for_devices():
         if v.arch.startswith("gfx"):
             most = REGISTERS_AMD
         bad = {
-            "spilled": r.spilled > SPILLED.get(v.kernel, 0) or r.spilled_within > 0,
+            "spilled": r.spilled > 0,
             "registers": r.registers > most,
             "barriers": r.barriers > 0 or r.shared > 0,
             # rows of states have another layout than those of half-precision streams

@@ -50,7 +50,7 @@ class Variant:
     def tile(self) -> int:
         from mru_kernels.backends import triton as backend
 
-        return backend.tile(self.kernel, self.inputs, STATES[self.state])
+        return backend.tile(self.kernel, self.inputs, self.per_channel, STATES[self.state])
 
     @property
     def row_bits(self) -> int | None:
@@ -81,7 +81,6 @@ class Report:
     variant: Variant
     registers: int
     spilled: int  # bytes of local memory, and loads and stores of it
-    spilled_within: int  # loads and stores of it in loops that hold no other
     shared: int
     loads: int
     wide_loads: int
@@ -196,7 +195,8 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
     )
-    return triton.compile(source, target=target, options=backend.options(variant.kernel, STATES[state], amd))
+    options = backend.options(variant.kernel, variant.inputs, STATES[state], amd)
+    return triton.compile(source, target=target, options=options)
 
 
 def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -228,7 +228,6 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         variant,
         registers=used["REG"],
         spilled=used["STACK"] + used["LOCAL"] + count(r"\b(?:LDL|STL)\b"),
-        spilled_within=len(re.findall(r"\b(?:LDL|STL)\b", _innermost_loops(listing))),
         shared=used["SHARED"],
         loads=count(r"\bLDG\b"),
         wide_loads=count(rf"\bLDG\.\S*(?:128|{variant.row_bits})"),
@@ -237,14 +236,6 @@ def _nvidia(variant: Variant, cubin: bytes) -> Report:
         shuffles=count(r"\bSHFL\b"),
         barriers=count(r"\b(?:BAR|BARRIER|DEPBAR\.ALL)\b"),
     )
-
-
-def _innermost_loops(listing: str) -> str:
-    at = {label[1]: label.start() for label in re.finditer(r"^\s*(\.L_x_\d+):", listing, re.M)}
-    branches = re.finditer(r"\bBRA\b.*(\.L_x_\d+)", listing)
-    loops = [(at[b[1]], b.end()) for b in branches if at[b[1]] < b.start()]
-    holds_other = lambda a, b: any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)  # noqa: E731
-    return "".join(listing[a:b] for a, b in loops if not holds_other(a, b))
 
 
 def _output(command: list) -> str:
@@ -258,7 +249,6 @@ def _amd(variant: Variant, assembly: str) -> Report:
         variant,
         registers=value("vgpr_count"),
         spilled=value("vgpr_spill_count") + value("private_segment_fixed_size") + count(r"\bscratch_(?:load|store)"),
-        spilled_within=0,
         shared=value("group_segment_fixed_size"),
         loads=count(r"\b(?:global|flat|buffer)_load_"),
         wide_loads=count(rf"\b(?:global|flat|buffer)_load_dwordx(?:4|{variant.row_bits // 32})"),
@@ -284,8 +274,9 @@ def rows_read(variant: Variant) -> int:
             return 2 * 16
         case "summarize_adjoint":  # a written value has no part in it
             return 2 * 16 * (streams + 1 - (variant.inputs == 3 or variant.cell == "linear_recurrence"))
-        case "backward":  # and three tiles to replay the states
-            return tile * (streams * (2 if variant.events else 5) + 2)
+        case "backward":  # and tiles to replay the states: two at once and one, or one
+            replayed = 0 if variant.events else 3 if BYTES[variant.element] == 2 else 1
+            return tile * (streams * (2 + replayed) + 2)
     return 2 * tile
 
 

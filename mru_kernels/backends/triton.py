@@ -62,19 +62,20 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def options(kernel: str, state: torch.dtype, amd: bool = bool(torch.version.hip)) -> dict:
+def options(kernel: str, inputs: int, state: torch.dtype, amd: bool = bool(torch.version.hip)) -> dict:
     """How a kernel is compiled. In the forward pass a fused multiply-add would round differently from the CPU."""
     common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
-    # Left alone, ptxas takes so many registers that a multiprocessor has 8 warps, not 12, or at times spills.
-    limited = kernel == "backward" and not amd
+    # Left alone, ptxas takes so many registers for `backward` that a multiprocessor has 8 warps, not 12; and for three
+    # inputs at times so few that it spills.
+    limited = (kernel == "backward" or (kernel in ("forward", "summarize") and inputs > 2)) and not amd
     return common | ({"maxnreg": 168 if state == torch.float32 else 255} if limited else {})
 
 
-def tile(kernel: str, inputs: int, state: torch.dtype) -> int:
+def tile(kernel: str, inputs: int, per_channel: int, state: torch.dtype) -> int:
     """Rows of each stream that a kernel loads ahead of their use: as many as registers allow."""
     if kernel != "backward":
         return 8
-    return 4 if inputs <= 2 and state == torch.float32 else 2
+    return 4 if inputs <= 2 and per_channel == 0 and state == torch.float32 else 2
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -108,7 +109,7 @@ class _Call:
         first = self.views[0]
         self.first, self.state = first, ops.state_dtype(first.dtype)
         batch, time, channels = first.shape
-        self.channels = channels
+        self.time, self.channels = time, channels
         self.inputs = [first, *map(self.vector, channel), *self.views[1:]]
         self.packed = cu_seqlens is not None
         self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -165,6 +166,12 @@ class _Call:
         strides = (0, 0) if t.dim() == 1 else t.stride()[:2]
         return Stream(t, *(encode(n // self.align) for n in strides))
 
+    def tile(self, name: str) -> int:
+        return tile(name, len(self.inputs), len(self.inputs) - len(self.views), self.state)
+
+    def options(self, name: str) -> dict:
+        return options(name, len(self.inputs), self.state)
+
     def launch(self, name: str, programs: int, **own) -> None:
         """Run a kernel on `programs` times the blocks of channels, with the arguments that it names."""
         from . import triton_kernels
@@ -175,10 +182,10 @@ class _Call:
         units = programs * _ceil_div(self.channels, block)
         if units > 0:
             kernel, row = getattr(triton_kernels, name), triton_kernels.GRID.value
-            arguments = self.arguments | own | {"BD": block, "TILE": tile(name, len(self.inputs), self.state)}
+            arguments = self.arguments | own | {"BD": block, "TILE": self.tile(name)}
             grid = (min(units, row), _ceil_div(units, row))
             with torch.cuda.device_of(self.first):
-                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options(name, self.state))
+                kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **self.options(name))
 
     def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
         """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
@@ -250,7 +257,7 @@ def _backward(
     partial = call.first.new_empty(((1 + len(call.inputs)) * wants_sums, call.slots, call.channels), dtype=call.state)
     own = {"grad_h": call.stream(grad_h), "grad_final": call.vector(grad_final), "partial": partial}
     own |= {"checkpoints": _real(checkpoints), "events": events, "grad_initial": grad_initial}
-    own["states"] = call.rows(call.slots * chunk // tile("backward", len(call.inputs), call.state))
+    own["states"] = call.rows(call.slots * (min(call.time, chunk) // call.tile("backward")))
     own["grads"] = tuple(map(call.stream, [views[0], *(partial.view(-1) for _ in channel), *views[1:]]))
     if call.split:
         factors, sums = call.rows(call.slots), call.rows(call.slots)

@@ -175,18 +175,18 @@ def when(condition, mask):
 @triton.jit
 def get(data, row, at, mask, other):
     """A row of [rows, D]."""
-    return tl.load(data + (row * at.width + at.first) + at.d, mask=mask, other=other)
+    return tl.load(data + row * at.width + (at.first + at.d), mask=mask, other=other)
 
 
 @triton.jit
 def get_whole(data, row, at):
     """The same without a mask."""
-    return tl.load(data + (row * at.width + at.first) + at.d)
+    return tl.load(data + row * at.width + (at.first + at.d))
 
 
 @triton.jit
 def put(data, row, at, value, mask):
-    tl.store(data + (row * at.width + at.first) + at.d, value, mask=mask)
+    tl.store(data + row * at.width + (at.first + at.d), value, mask=mask)
 
 
 @triton.jit
@@ -611,7 +611,7 @@ def summarize_adjoint(
 
 @triton.jit
 def replay(
-    s, opened, events, states, scan, at, step, row, eps, REPLAY: tl.constexpr, REPLAY_EVENT: tl.constexpr,
+    s, row, opened, events, states, scan, at, step, eps, REPLAY: tl.constexpr, REPLAY_EVENT: tl.constexpr,
     EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The state after some tiles of one word; those before each go to the rows of `states` from `row` on."""
@@ -626,7 +626,7 @@ def replay(
                 s = REPLAY_EVENT(word, j * TILE + i, s, eps)
             else:
                 s = REPLAY(inputs_at(tile, i), s, eps)
-    return s
+    return s, row + TILES
 
 
 @triton.jit
@@ -643,7 +643,10 @@ def backward_tile(
         within = within + (REPLAY(inputs_at(inputs_tile, i), within[i], eps),)
     rows = ()
     for k in tl.static_range(len(opened)):
-        rows = rows + (row_at(opened_dx[k], at, first),)
+        if MASKED:
+            rows = rows + (row_at(opened_dx[k], at, first) + (TILE - 1) * opened_dx[k][1],)
+        else:
+            rows = rows + (row_at(opened_dx[k], at, first + (TILE - 1)),)
     for i in tl.static_range(TILE - 1, -1, -1):
         x = inputs_at(inputs_tile, i)
         g = grad_tile[0][i]
@@ -657,14 +660,17 @@ def backward_tile(
         m = before
         sum_alpha += product
         totals = ()
+        rows_before = ()
         for k in tl.static_range(len(opened)):
             if CHANNELS >> k & 1:
                 totals = totals + (sums[k] + (tl.where(i < left, dx[k], 0.0) if MASKED else dx[k]),)
             else:
                 totals = totals + (sums[k],)
                 mask = when(i < left, at.mask) if MASKED else at.mask
-                tl.store(rows[k] + i * opened_dx[k][1], dx[k], mask=mask)
+                tl.store(rows[k], dx[k], mask=mask)
+            rows_before = rows_before + (rows[k] - opened_dx[k][1],)
         sums = totals
+        rows = rows_before
     return m, sum_alpha, sums
 
 
@@ -680,13 +686,14 @@ def backward(
     grad_final: what the right end receives, [slots, D] where there is a split, else [N, D].
     partial:    [1 + inputs, slots, D], row 0 of alpha and row 1 + i of input i if it comes per channel.
 
-    states:     room for those before the tiles of a chunk, [slots * CHUNK / TILE, D].
+    states:     room for those before the tiles of a chunk, [slots * (min(T, CHUNK) // TILE), D].
 
     Chunk by chunk from the right. From the state saved at the chunk's start follow those before its tiles, and from
     each of these the states within the tile.
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
-    TILES: tl.constexpr = CHUNK // TILE
+    # As many bytes of each stream are on the way whatever its dtype.
+    TILES: tl.constexpr = 2 if inputs[0].data.dtype.element_ty.primitive_bitwidth == 16 else 1
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
@@ -705,26 +712,26 @@ def backward(
         m = get(grad_final, tl.where(scan.segment != 0, slot, at.index), at, at.mask, 0.0)
         sum_alpha = tl.zeros((BD,), STATE)
         sums = repeated(sum_alpha, len(inputs))
+        row = slot * (tl.minimum(scan.time, CHUNK) // TILE)
         chunks = (at.end - at.begin + CHUNK - 1) // CHUNK
-        for c in range(0, chunks):
-            chunk = at.begin + (chunks - 1 - c) * CHUNK
+        chunk = at.begin + (chunks - 1) * CHUNK
+        saved = checkpoint_row(scan, at, chunk, CHUNK)
+        left = chunks.to(tl.int32)
+        while left > 0:
             end = tl.minimum(chunk + CHUNK, at.end)
-            if chunk > 0:
-                s = get(checkpoints, checkpoint_row(scan, at, chunk, CHUNK), at, at.mask, 0.0)
-            else:
-                s = enter(initial, scan, at)
-            row = slot * TILES
-            tiles = (end - chunk) // TILE
-            pairs = tiles // 2
-            for pair in range(0, pairs):
-                s = replay(
-                    s, opened, events, states, scan, at, chunk + pair * (2 * TILE), row + 2 * pair, eps, REPLAY,
-                    REPLAY_EVENT, EVENTS, CHANNELS, 2, TILE,
+            data = tl.where(chunk > 0, checkpoints, initial)
+            known = when((chunk > 0) | (scan.has_initial != 0), at.mask)
+            s = get(data, tl.where(chunk > 0, saved, at.index), at, known, 0.0)
+            tiles = ((end - chunk) // TILE).to(tl.int32)
+            for tile in range(0, tiles - TILES + 1, TILES):
+                s, row = replay(
+                    s, row, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY, REPLAY_EVENT, EVENTS, CHANNELS,
+                    TILES, TILE,
                 )  # fmt: skip
-            if 2 * pairs < tiles:
-                s = replay(
-                    s, opened, events, states, scan, at, chunk + pairs * (2 * TILE), row + 2 * pairs, eps, REPLAY,
-                    REPLAY_EVENT, EVENTS, CHANNELS, 1, TILE,
+            if tiles % TILES != 0:
+                s, row = replay(
+                    s, row, opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps, REPLAY, REPLAY_EVENT, EVENTS,
+                    CHANNELS, 1, TILE,
                 )  # fmt: skip
             last = chunk + tiles * TILE
             if last < end:
@@ -734,13 +741,18 @@ def backward(
                 )  # fmt: skip
             for from_right in range(0, tiles):
                 tile = tiles - 1 - from_right
-                s = get_whole(states, row + tile, at)
+                row -= 1
+                s = get_whole(states, row, at)
                 m, sum_alpha, sums = backward_tile(
                     s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, chunk + tile * TILE, scale, eps, k_scale,
                     REPLAY, PULL, VJP, CHANNELS, TILE, False,
                 )  # fmt: skip
+            chunk -= CHUNK
+            saved -= 1
+            left -= 1
         if scan.segment == 0:
-            put(grad_initial, at.index, at, m, at.mask)
+            # Always the index; but as LLVM cannot tell, it does not keep the row's address from the start on.
+            put(grad_initial, tl.where(chunk < 0, at.index, slot), at, m, at.mask)
         if scan.has_alpha != 0:
             put(partial, slot, at, sum_alpha, at.mask)
         for k in tl.static_range(len(inputs)):
