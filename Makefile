@@ -2,7 +2,7 @@
 # make test    sets up, then the suite
 # make check   sets up, then what is slower: linters, sanitizers, several processes, the GPU kernels without a GPU
 # make examples   sets up, then trains what the examples show: what units remember, digits, speakers, text
-# make gpu-check   on a machine with a GPU: build, tests, comparison, times, in six minutes at most; installs nothing
+# make gpu-check   on a machine with a GPU: build, tests, comparison, times, in nine minutes at most; installs nothing
 #
 # A machine needs Python 3.11 or newer with its headers, g++ and make. Everything is installed into .venv.
 

@@ -1,4 +1,4 @@
-"""All that wants a GPU, in one command of six minutes at most: `python -m bench gpu-check`, or `make gpu-check`.
+"""All that wants a GPU, in one command of nine minutes at most: `python -m bench gpu-check`, or `make gpu-check`.
 
 Stages, each in processes of their own that end at the stage's deadline: build, checks, times, sanitizers. The checks
 are tests and comparison, side by side. A Triton kernel takes seconds to compile and nearly every call needs some, so
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -48,12 +49,13 @@ SHAPES: tuple[Shape, ...] = (
     (256, 512, 64, "fp32"),
 )
 #: Stage: seconds from the start by which it ends. One that ends early leaves the rest to the next.
-DEADLINES = {"build": 100, "checks": 200, "times": 265, "sanitizers": 318}
+DEADLINES = {"build": 100, "checks": 300, "times": 460, "sanitizers": 520}
 
 WORKS = (work.FORWARD, work.BACKWARD, work.BOTH)
 _COPIED = 2**30  # bytes, both read and written, by the copy that bandwidth is measured by
 _PER_SUBJECT = 0.4  # seconds
 _GRACE = 30  # seconds between the last peer's begin and the end of the times: it may have to be compiled
+_GOODBYE = 5  # seconds to say what it has found, for what takes too long
 _LAST_CASE = 20  # seconds between the begin of a comparison's last case and the end of the checks, likewise
 
 
@@ -99,7 +101,11 @@ def run_jobs(jobs: dict[str, Sequence[str]], seconds: float, logs: Path, **envir
             code = process.wait(max(start + seconds - time.monotonic(), 0.1))
             status = "failed" if code else "passed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the session that it began, with its own processes
+            os.killpg(process.pid, signal.SIGINT)  # the session that it began, with its own processes
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GOODBYE)  # pytest tells what has failed
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = "timed out"
         last = " ".join(_last_lines(log, 1)).strip()[:120]
@@ -508,6 +514,19 @@ def markdown(record: dict) -> str:
     lines += ["", "| stage | status | seconds | |", "|---|---|---:|---|"]
     lines += [f"| {s['name']} | {s['status']} | {s['seconds']:.0f} | {s['reason']} |" for s in record["stages"]]
     return "\n".join(lines) + "\n"
+
+
+def summary(record: dict) -> str:
+    """A row a shape, a column a backend and pass: the percent of the copy's rate, at the bytes of the floor."""
+    backends = [call["backend"] for call in record["call"]]
+    columns = [(backend, what) for backend in backends for what in (work.FORWARD, work.BACKWARD)]
+    lines = ["| B, T, D | dtype | " + " | ".join(f"{backend}, {what}" for backend, what in columns) + " |"]
+    lines.append("|---|---|" + "---:|" * len(columns))
+    share = {(*f["shape"], f["dtype"], f["subject"], f["work"]): f["percent_of_copy"] for f in record["figures"]}
+    for job in dict.fromkeys((*f["shape"], f["dtype"]) for f in record["figures"]):
+        percents = [f"{share[(*job, *column)]:.0f} %" for column in columns]
+        lines.append(f"| {', '.join(map(str, job[:3]))} | {job[3]} | " + " | ".join(percents) + " |")
+    return "\n".join(lines)
 
 
 def plot(record: dict, path: Path) -> None:

@@ -47,7 +47,8 @@ def test_jobs_run_side_by_side_and_each_outcome_is_told(tmp_path, capsys):
     assert outcomes["good"].reason == "all is well"
     assert outcomes["bad"].reason == "exit status 3: alas"
     assert [outcome.bad for outcome in outcomes.values()].count(True) == 3
-    assert (tmp_path / "slow.log").read_text() == "begun\n"
+    assert (tmp_path / "slow.log").read_text().startswith("begun\n")
+    assert "KeyboardInterrupt" in (tmp_path / "slow.log").read_text()  # asked to end before it was made to
     assert "alas" in capsys.readouterr().out
 
 
@@ -58,7 +59,7 @@ def test_a_job_that_is_late_ends_with_its_own_processes(tmp_path):
     )
     (outcome,) = gpu_check.run_jobs({"parent": python(code)}, 3, tmp_path)
     assert outcome.status == "timed out"
-    child = int((tmp_path / "parent.log").read_text())
+    child = int((tmp_path / "parent.log").read_text().split()[0])
     state = ""
     for _ in range(50):
         try:
@@ -103,10 +104,10 @@ def test_without_a_backend_the_rest_is_skipped(check):
     assert [o.status for o in outcomes] == ["failed"] + ["skipped"] * 3
 
 
-def test_everything_fits_six_minutes():
+def test_everything_fits_nine_minutes():
     ends = list(gpu_check.DEADLINES.values())
     assert ends == sorted(ends)
-    assert ends[-1] + 15 <= 360
+    assert ends[-1] + 15 <= 540
 
 
 def test_tests_and_comparison_share_the_cores(check):
@@ -330,3 +331,12 @@ def _with_backend(run_stages):
         return run_stages(check, deadlines)
 
     return run
+
+
+def test_the_readme_shows_what_its_record_says():
+    """Each table between the comments of README.md is the summary of the record that the first of them names."""
+    text = (gpu_check.ROOT / "README.md").read_text()
+    tables = re.findall(r"<!-- make gpu-check (\S+) -->\n(.*?)\n<!-- end", text, re.DOTALL)
+    assert tables
+    for file, table in tables:
+        assert table == gpu_check.summary(json.loads((gpu_check.ROOT / file).read_text()))

@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
       if (span.first) u = enter<F>(scan, span, d, alpha), forget = true;
       for_tiles<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
         const Tile<F, U> tile(scan, span.row, d, position);
-        const int before = position % kEventsPerWord;
+        [[maybe_unused]] const int before = position % kEventsPerWord;
         if constexpr (F::Cell::kEvents) {
           if (position - before != word) {
             if (word >= 0) store_events<F>(scan, span.row, word, d, words);

@@ -8,7 +8,7 @@ from . import CHUNK, cpu
 
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
 _ENOUGH = 2**13  # channels at once, over all sequences, from which on time is not split
-_WANTED = 2**18  # about as many where it is: 16 warps of fp32 a multiprocessor of an H100
+_WANTED = 2**17  # about as many where it is: eight warps of fp32 a multiprocessor of an H100
 _LEAST = 2 * CHUNK  # steps of a segment, at least
 
 
