@@ -68,7 +68,8 @@ def options(kernel: str, inputs: int, state: torch.dtype, amd: bool = bool(torch
     # Left alone, ptxas takes so many registers for `backward` that a multiprocessor has 8 warps, not 12; and for three
     # inputs at times so few that it spills.
     limited = (kernel == "backward" or (kernel in ("forward", "summarize") and inputs > 2)) and not amd
-    return common | ({"maxnreg": 168 if state == torch.float32 else 255} if limited else {})
+    most = 168 if state == torch.float32 and kernel != "summarize" else 255
+    return common | ({"maxnreg": most} if limited else {})
 
 
 def tile(kernel: str, inputs: int, per_channel: int, state: torch.dtype) -> int:

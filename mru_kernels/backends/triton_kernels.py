@@ -725,13 +725,13 @@ def backward(
             tiles = ((end - chunk) // TILE).to(tl.int32)
             for tile in range(0, tiles - TILES + 1, TILES):
                 s, row = replay(
-                    s, row, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY, REPLAY_EVENT, EVENTS, CHANNELS,
-                    TILES, TILE,
+                    s, row, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY, REPLAY_EVENT, EVENTS,
+                    CHANNELS, TILES, TILE,
                 )  # fmt: skip
             if tiles % TILES != 0:
                 s, row = replay(
-                    s, row, opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps, REPLAY, REPLAY_EVENT, EVENTS,
-                    CHANNELS, 1, TILE,
+                    s, row, opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps, REPLAY, REPLAY_EVENT,
+                    EVENTS, CHANNELS, 1, TILE,
                 )  # fmt: skip
             last = chunk + tiles * TILE
             if last < end:
