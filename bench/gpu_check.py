@@ -90,8 +90,9 @@ def run_jobs(jobs: dict[str, Sequence[str]], seconds: float, logs: Path, **envir
         try:
             with open(log, "w") as file:
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                    preexec_fn=_heed_interrupts,
+                )  # fmt: skip
         except OSError as error:
             outcomes.append(Outcome(name, "failed", str(error)))
         else:
@@ -114,6 +115,10 @@ def run_jobs(jobs: dict[str, Sequence[str]], seconds: float, logs: Path, **envir
         if status != "passed":
             print(f"\n--- the end of {log.name}", *_last_lines(log, 25), "---\n", sep="\n", flush=True)
     return outcomes
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have been told to ignore them
 
 
 def _last_lines(path: Path, count: int) -> list[str]:
@@ -523,9 +528,9 @@ def summary(record: dict) -> str:
     lines = ["| B, T, D | dtype | " + " | ".join(f"{backend}, {what}" for backend, what in columns) + " |"]
     lines.append("|---|---|" + "---:|" * len(columns))
     share = {(*f["shape"], f["dtype"], f["subject"], f["work"]): f["percent_of_copy"] for f in record["figures"]}
-    for job in dict.fromkeys((*f["shape"], f["dtype"]) for f in record["figures"]):
-        percents = [f"{share[(*job, *column)]:.0f} %" for column in columns]
-        lines.append(f"| {', '.join(map(str, job[:3]))} | {job[3]} | " + " | ".join(percents) + " |")
+    for shape in dict.fromkeys((*f["shape"], f["dtype"]) for f in record["figures"]):
+        percents = [f"{share[(*shape, *column)]:.0f} %" for column in columns]
+        lines.append(f"| {', '.join(map(str, shape[:3]))} | {shape[3]} | " + " | ".join(percents) + " |")
     return "\n".join(lines)
 
 
