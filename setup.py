@@ -69,8 +69,8 @@ CPU_OBJECTS = {
     },
 }
 
-# -fmad=false: as -ffp-contract=off. -prec-div=false: only surrogate slopes divide; a rounded division is a call.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# -fmad=false: as -ffp-contract=off; gradients ask for what they want fused (csrc/cells/lanes.h).
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 # csrc/cuda/scan.cu is compiled once per element type.
 CUDA_OBJECTS = {

@@ -202,7 +202,7 @@ class Check:
         else:
             for name in self.backends:
                 profile, workers = ("few", 3 * cores // 8) if name == "triton" else ("brief", cores // 8)
-                side_by_side = ["-n", str(max(workers, 1))] if not missing("xdist") else []
+                side_by_side = ["-n", str(max(workers, 1)), "--dist", "worksteal"] if not missing("xdist") else []
                 jobs[f"tests {name} {profile}"] = [
                     *(sys.executable, "-m", "pytest", "-q", "-m", "not slow and not check", "-p", "no:cacheprovider"),
                     *("--hypothesis-profile", profile, "--maxfail", "20", *side_by_side),
