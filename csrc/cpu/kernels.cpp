@@ -78,6 +78,10 @@ struct Inputs {
       for (int i = 0; i < Cell::kInputs; ++i)
         if (per_channel(i)) constant[i] = load<N>(in.channel[i] + j);
     }
+    MRU_INLINE void prefetch(int64_t ahead) const {
+      for (int i = 0; i < Cell::kInputs; ++i)
+        if (!per_channel(i)) __builtin_prefetch(in.row[i].ahead(ahead) + j, 0, 3);
+    }
     // The inputs of the step that is `ahead` of the rows.
     MRU_INLINE void load_at(int64_t ahead, Vector<S, N>* x) const {
       for (int i = 0; i < Cell::kInputs; ++i) x[i] = per_channel(i) ? constant[i] : load<N>(in.row[i].ahead(ahead) + j);
@@ -164,6 +168,7 @@ struct Kernel {
           } else {
             Vector<S, N> x[Cell::kInputs];
             inputs.load_at(i, x);
+            if constexpr (kTile == 1) inputs.prefetch(4);  // rows: what hardware fetches ahead is not enough
             s = f.step(x, s);
           }
           store<N>(h.ahead(i) + j, scale * s);
