@@ -189,7 +189,6 @@ template <class F>
 struct ChannelInputs {
   typename F::States value[F::kInputs];
 
-  ChannelInputs() = default;
   __device__ __forceinline__ ChannelInputs(const Scan& scan, int64_t d) {
 #pragma unroll
     for (int i = 0; i < F::kInputs; ++i)
@@ -349,16 +348,6 @@ struct Checkpoints {
   }
 };
 
-template <class F, int U>
-__device__ __forceinline__ void step_all(const typename F::Cell& cell, const Tile<F, U>& tile, int t,
-                                         const ChannelInputs<F>& channel, typename F::States& s) {
-#pragma unroll
-  for (int w = 0; w < F::W; ++w) {
-    typename F::S x[F::kInputs];
-    tile.inputs(t, w, channel, x);
-    s.at[w] = cell.step(x, s.at[w]);
-  }
-}
 template <class F>
 __device__ __forceinline__ void store_h(typename F::T* at, const typename F::States& alpha,
                                         const typename F::States& s) {

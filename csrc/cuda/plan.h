@@ -20,8 +20,8 @@ constexpr int64_t kMostSumRows = 8192;
 class Divisor {
  public:
   Divisor() = default;
-  explicit Divisor(int64_t divisor)
-      : divisor_(divisor) {  // magic = floor(2^(64 + shift) / divisor) + 1, 2^shift < divisor
+  // magic = floor(2^(64 + shift) / divisor) + 1, 2^shift < divisor
+  explicit Divisor(int64_t divisor) : divisor_(divisor) {
     while (shift_ < 62 && (int64_t(2) << shift_) < divisor) ++shift_;
     if (divisor > 1) magic_ = uint64_t((static_cast<unsigned __int128>(1) << (64 + shift_)) / uint64_t(divisor)) + 1;
   }

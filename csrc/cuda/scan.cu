@@ -18,6 +18,7 @@ struct Element {
 using T = Element::MRU_ELEMENT;
 using S = StateOf<T>::type;
 constexpr int kVectorWidth = 16 / sizeof(T);
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The one way to launch. Keeps the first error; after one, nothing more is launched.
@@ -114,8 +115,8 @@ void run_backward(Run& run) {
     run.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kJobThreads);
     run.carry_over(-1);
   }
-  using N =
-      typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;  // 16 bytes of states: registers for no more
+  // Registers bear 16 bytes of states.
+  using N = typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;
   run.over_tiles<N, BackwardRoom<N>>(backward<N>, plan.sum_rows);
   int which = 0;
   const auto sum = [&](void* total) {

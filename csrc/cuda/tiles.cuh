@@ -151,11 +151,18 @@ __device__ __forceinline__ void stage_inputs(const Room& room, int tile, const S
                                              const Part& part) {
   for_streams<F>([&](int i, int k) { stage<F>(room, k, tile, {scan, scan.in[i].stream, row, d}, part); });
 }
-template <class F, class Room>
-__device__ __forceinline__ Tile<F, 1> staged_inputs(const Room& room, int tile, int t) {
+// Calls each(w, x) for the thread's channels: x are the inputs of its step t.
+template <class F, class Room, class Each>
+__device__ __forceinline__ void for_channels(const Room& room, int tile, int t, const ChannelInputs<F>& channel,
+                                             Each each) {
   Tile<F, 1> inputs;
   for_streams<F>([&](int, int k) { inputs.raw[0][k] = read_again(room.staged(tile, k, t)); });
-  return inputs;
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) {
+    typename F::S x[F::kInputs];
+    inputs.inputs(0, w, channel, x);
+    each(w, x);
+  }
 }
 
 // The state before a span's first step in a tile, at one channel, to where a walk starts: given, or saved by the forward
@@ -169,17 +176,6 @@ __device__ __forceinline__ void stage_state(S& to, const Scan& scan, const Plan&
     from = state_row<const S>(scan.checkpoints, checkpoint_row(scan, plan, span, begin), scan.channels, 0);
   if (from) copy_ahead<Traffic::kState, 1>(reinterpret_cast<Vector<S, 1>*>(&to), from + d);
   else to = 0;
-}
-
-template <class F>
-__device__ __forceinline__ void redo_all(const typename F::Cell& cell, const Tile<F, 1>& tile,
-                                         const ChannelInputs<F>& channel, typename F::States& s) {
-#pragma unroll
-  for (int w = 0; w < F::W; ++w) {
-    typename F::S x[F::kInputs];
-    tile.inputs(0, w, channel, x);
-    s.at[w] = cell.redo(x, s.at[w]);
-  }
 }
 
 // h, final states and checkpoints from the streams. Wide: whole sequences. Chunked: from the jobs' entry states.
@@ -214,16 +210,11 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
       typename F::States a = all<F>(1), u = all<F>(0);
 #pragma unroll
       for (int t = 0; t < kSteps<F>; ++t)
-        if (part.has(t)) {
-          const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
-#pragma unroll
-          for (int w = 0; w < F::W; ++w) {
-            S x[F::kInputs];
-            inputs.inputs(0, w, channel, x);
+        if (part.has(t))
+          for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
             u.at[w] = cell.step(x, u.at[w]);
             a.at[w] = conj(cell.pull(x, conj(a.at[w])));
-          }
-        }
+          });
       room.own(0) = a, room.own(1) = u;
       __syncthreads();
       for (int c = room.thread; c < room.channels; c += room.threads)
@@ -238,7 +229,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
 #pragma unroll
       for (int t = 0; t < kSteps<F>; ++t, out = advance(out, h.step))
         if (part.has(t)) {
-          step_all<F>(cell, staged_inputs<F>(room, tile, t), 0, channel, s);
+          for_channels<F>(room, tile, t, channel, [&](int w, const S* x) { s.at[w] = cell.step(x, s.at[w]); });
           store_h<F>(out, alpha, s);
         }
     };
@@ -304,12 +295,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         typename F::States a = all<F>(1), u = all<F>(0), m = all<F>(0);
 #pragma unroll
         for (int t = 0; t < kSteps<F>; ++t)
-          if (part.has(t)) {
-            const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
-#pragma unroll
-            for (int w = 0; w < F::W; ++w) {
-              S x[F::kInputs];
-              inputs.inputs(0, w, channel, x);
+          if (part.has(t))
+            for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
               u.at[w] = cell.redo(x, u.at[w]);
               a.at[w] = cell.pull(x, a.at[w]);
               // What reaches the left end of this step's gradient. Where a write forgets the factor is 0 or 1.
@@ -317,8 +304,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
                   kForgets ? lambda(t, w, m)
                            : product_sum(a.at[w], real(alpha.at[w]) * widen(room.staged(tile, kGrad, t), w), m.at[w]);
               m.at[w] = a.at[w] == S(0) ? m.at[w] : g;
-            }
-          }
+            });
         room.own(0) = a, room.own(1) = u, room.own(2) = m;
         if constexpr (kComplex) room.own(kFactor) = conj_all<F>(a);
         __syncthreads();
@@ -340,7 +326,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
 #pragma unroll
         for (int t = 0; t < kSteps<F>; ++t) {
           before[t] = s;
-          if (part.has(t)) redo_all<F>(cell, staged_inputs<F>(room, tile, t), channel, s);
+          if (part.has(t))
+            for_channels<F>(room, tile, t, channel, [&](int w, const S* x) { s.at[w] = cell.redo(x, s.at[w]); });
         }
         typename F::T* into[F::kStreams];
         int64_t stride[F::kStreams];
@@ -351,12 +338,9 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
 #pragma unroll
         for (int t = kSteps<F> - 1; t >= 0; --t) {
           if (part.has(t)) {
-            const Tile<F, 1> inputs = staged_inputs<F>(room, tile, t);
             typename F::States gradients[F::kInputs];
-#pragma unroll
-            for (int w = 0; w < F::W; ++w) {
-              S x[F::kInputs], dx[F::kInputs];
-              inputs.inputs(0, w, channel, x);
+            for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
+              S dx[F::kInputs];
               const S after = t + 1 < kSteps<F> ? before[t + 1].at[w] : s.at[w];
               sums[0].at[w] = product_sum(widen(room.staged(tile, kGrad, t), w), after, sums[0].at[w]);
               m.at[w] = cell.vjp(x, before[t].at[w], lambda(t, w, m), dx);
@@ -366,7 +350,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
                 if (F::per_channel(i)) sums[sum++].at[w] += dx[i];
                 gradients[i].at[w] = dx[i];
               }
-            }
+            });
             for_streams<F>(
                 [&](int i, int k) { store<Traffic::kStream>(into[k], narrow<typename F::T>(gradients[i])); });
           }
