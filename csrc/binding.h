@@ -239,6 +239,7 @@ Tensors forward(Tensors streams, Tensors channel, OptionalTensor alpha, Optional
   Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
   scan.h = stream_of(results[0]);
   scan.final_state = results[1].data_ptr();
+  scan.save = save;
   if (save) {
     results.push_back(bound.rows(scan.checkpoint_rows, bound.state));
     scan.checkpoints = results.back().data_ptr();

@@ -87,6 +87,7 @@ struct Scan {
   void* final_state = nullptr;  // [sequences, D] state dtype
   void* checkpoints = nullptr;  // [B, checkpoint_rows, D] state dtype, or null: not saved
   int32_t* events = nullptr;    // [B, event_rows, D], or null: not packed
+  bool save = false;            // whether the backward pass is given these events
   int64_t checkpoint_rows = 0, event_rows = 0;
 
   // Backward: given, and results. Null: not wanted.

@@ -240,6 +240,42 @@ def test_segments_equal_the_whole(backend, device, largest, data):
     assert_agree(call, cut, whole)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1.0])
+@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+def test_states_held_over_many_segments_equal_the_whole(backend, device, largest, cell, epsilon):
+    """Channels write once in 150 steps; with a NaN in one of them, and for any number of threads."""
+    sizes = {"time": min(largest[0], 1000), "channels": 19}
+    call = inputs.case(cell, torch.float32, 7, **sizes, epsilon=epsilon, initial_state="integer").build()
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.randint(300, call.stream.shape, generator=generator)
+    if cell == "bmru":
+        gate = {"threshold": torch.ones_like(call.stream)}
+        hold, writes = 0.0, (-2.0, 2.0)
+    else:
+        gate = {name: torch.full_like(call.tensors[name], edge) for name, edge in (("low", 0.25), ("high", 0.75))}
+        hold, writes = 0.5, (0.0, 1.0)
+    candidate = torch.where(kind == 0, writes[0], torch.where(kind == 1, writes[1], hold))
+    call = replace(call, tensors=call.tensors | gate | {"candidate": candidate})
+    dirty = candidate.clone()
+    dirty[1, sizes["time"] // 10, 3] = math.nan
+    bad = replace(call, tensors=call.tensors | {"candidate": dirty})
+    op = op_of(cell, backend)
+    with segments(backend, 0):
+        whole, bad_whole = run(call, op, device), run(bad, op, device)
+    assert bad_whole["h"][1, -1, 3].isnan()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with segments(backend, 64):
+                assert_agree(call, run(call, op, device), whole)
+                got = run(bad, op, device)
+            for name in ("h", "final_state"):
+                assert errors.same_values(got[name], bad_whole[name]), (threads, name)
+    finally:
+        torch.set_num_threads(before)
+
+
 @given(st.data())
 def test_halves_with_the_state_handed_over_equal_the_whole(backend, device, largest, data):
     steps = data.draw(SEGMENTS)
@@ -453,6 +489,7 @@ VARIANTS = [
     {"epsilon": 0.9, "alpha": True, "amplitude": True},
     {"epsilon": 0.9, "alpha": True, "threshold": "channel", "decay": "channel"},
     {"epsilon": 0.9, "alpha": True, "threshold": "channel", "batch": "packed", "reverse": True},
+    {"epsilon": 0.0, "alpha": True},
 ]
 
 

@@ -3,6 +3,7 @@
 //   time       A sequence is one piece, or, where scan.segment > 0, cut into segments that are summarised in parallel,
 //              given their entry state by a short sequential pass, and then scanned in parallel. The cut and the
 //              order of every sum are functions of sizes only, so results do not depend on the number of threads.
+//              Where a write forgets, a forward pass only copies values, so its cut may suit the threads.
 //   channels   Channels never meet, so a row may be cut into blocks to suit the threads without changing a bit.
 #include "driver.h"
 
@@ -169,28 +170,75 @@ const char* isa_name() {
   }
 }
 
-void forward(Scan scan) {
-  if (scan.offsets) {  // sequences leave rows between them
-    const int64_t rows = scan.batch * scan.channels;
-    if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));
-    if (scan.events) std::memset(scan.events, 0, scan.event_rows * rows * sizeof(int32_t));
+namespace {
+
+// The map of a piece whose writes forget: seen from its end, no further back than its channels hold.
+void look_back(const Scan& scan, const Kernels& k, const Piece& piece, int64_t d0, int64_t d1, void* factor,
+               void* offset) {
+  constexpr int64_t kFirstLook = 64;
+  Scan reads = scan;
+  reads.events = nullptr;
+  Rows part_factor(scan, 1), part_offset(scan, 1);
+  Piece part = piece;
+  part.begin = piece.end;
+  k.summarize(reads, part, d0, d1, factor, offset);  // of no steps: the identity
+  for (int64_t steps = kFirstLook; part.begin > piece.begin; steps *= 2) {
+    part.end = part.begin;
+    part.begin = std::max(piece.begin, part.end - steps);
+    k.summarize(reads, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0));
+    if (!k.behind(d1 - d0, part_factor.at(0, d0), part_offset.at(0, d0), factor, offset)) break;
   }
-  const Ones ones(scan);
-  const Kernels& k = kernels(scan);
+}
+
+// One pass over the streams, in pieces that are given the state that the last write before them left, which is seldom
+// far. What is not seen that way is a NaN that came before: the pieces after it are scanned once more.
+void forward_looking_back(Scan scan, const Kernels& k) {
+  const int64_t wanted = ceil_div(scan.batch * scan.time, 2 * int64_t(torch::stable::get_num_threads()));
+  scan.segment = std::max(scan.segment, ceil_div(wanted, scan.chunk) * scan.chunk);
   const Pieces pieces = cut(scan);
-  if (scan.channels == 0) return;
   const int64_t count = pieces.list.size();
-  for (int64_t n = 0; n < scan.sequences; ++n) {
-    void* const state = row(scan.final_state, scan, n);
-    const bool empty = pieces.first[n] == pieces.first[n + 1];
-    k.enter(scan, n, /*poison=*/!empty, state);
-  }
-  if (scan.segment == 0) {  // one piece a sequence: its final state is the running state
-    return for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
-      const Piece& piece = pieces.list[i];
-      k.forward(scan, piece, d0, d1, row(scan.final_state, scan, piece.sequence, d0));
-    });
-  }
+  const auto each = [&](const auto& f) {  // of the pieces after the first of their sequence
+    for (int64_t n = 0; n < scan.sequences; ++n)
+      for (int64_t i = pieces.first[n] + 1; i < pieces.first[n + 1]; ++i) f(i);
+  };
+
+  // Row i of `guess`: the state that leaves a piece, looking back; of `state`: the state that enters it, then leaves it.
+  Rows factor(scan, count), guess(scan, count), state(scan, count);
+  for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+    if (pieces.list[i].end < pieces.list[i].length)
+      look_back(scan, k, pieces.list[i], d0, d1, factor.at(i, d0), guess.at(i, d0));
+  });
+  const int64_t row_bytes = scan.channels * state_bytes(scan);
+  for (int64_t n = 0; n < scan.sequences; ++n)
+    if (pieces.first[n] < pieces.first[n + 1])
+      std::memcpy(state.at(pieces.first[n]), row(scan.final_state, scan, n), row_bytes);
+  Rows forgets(scan, 1);  // zeros: a factor
+  each([&](int64_t i) {
+    k.behind(scan.channels, forgets.at(0), state.at(i - 1), factor.at(i - 1), guess.at(i - 1));
+    std::memcpy(state.at(i), guess.at(i - 1), row_bytes);
+  });
+  const auto scan_piece = scan.events && scan.save ? k.forward_to_events : k.forward;
+  for_blocks(scan, count, kForwardBlockBytes,
+             [&](int64_t i, int64_t d0, int64_t d1) { scan_piece(scan, pieces.list[i], d0, d1, state.at(i, d0)); });
+
+  std::vector<int64_t> again;
+  each([&](int64_t i) {
+    if (!k.absorb(scan.channels, state.at(i - 1), guess.at(i - 1))) return;
+    k.absorb(scan.channels, state.at(i - 1), state.at(i));
+    again.push_back(i);
+  });
+  for_blocks(scan, again.size(), kForwardBlockBytes, [&](int64_t a, int64_t d0, int64_t d1) {
+    k.forward(scan, pieces.list[again[a]], d0, d1, guess.at(again[a] - 1, d0));
+  });
+  for (int64_t n = 0; n < scan.sequences; ++n)
+    if (pieces.first[n] < pieces.first[n + 1])
+      std::memcpy(row(scan.final_state, scan, n), state.at(pieces.first[n + 1] - 1), row_bytes);
+}
+
+// Two passes: pieces as maps, which compose; then the pieces, each from the state that enters it.
+void forward_composing(const Scan& scan, const Kernels& k) {
+  const Pieces pieces = cut(scan);
+  const int64_t count = pieces.list.size();
   Rows factor(scan, count), offset(scan, count), entry(scan, count);
   for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
     k.summarize(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
@@ -202,9 +250,35 @@ void forward(Scan scan) {
       k.apply(scan.channels, factor.at(i), offset.at(i), /*absorb_nan=*/true, state);
     }
   }
-  const auto expand = scan.events ? k.forward_events : k.forward;
+  const auto expand = scan.events ? k.forward_from_events : k.forward;
   for_blocks(scan, count, kForwardBlockBytes,
              [&](int64_t i, int64_t d0, int64_t d1) { expand(scan, pieces.list[i], d0, d1, entry.at(i, d0)); });
+}
+
+}  // namespace
+
+void forward(Scan scan) {
+  if (scan.offsets) {  // sequences leave rows between them
+    const int64_t rows = scan.batch * scan.channels;
+    if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));
+    if (scan.events) std::memset(scan.events, 0, scan.event_rows * rows * sizeof(int32_t));
+  }
+  const Ones ones(scan);
+  const Kernels& k = kernels(scan);
+  const Pieces pieces = cut(scan);
+  if (scan.channels == 0) return;
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    const bool empty = pieces.first[n] == pieces.first[n + 1];
+    k.enter(scan, n, /*poison=*/!empty, row(scan.final_state, scan, n));
+  }
+  if (scan.segment == 0) {  // one piece a sequence: its final state is the running state
+    return for_blocks(scan, pieces.list.size(), kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+      const Piece& piece = pieces.list[i];
+      k.forward(scan, piece, d0, d1, row(scan.final_state, scan, piece.sequence, d0));
+    });
+  }
+  if (scan.epsilon == 0 && k.behind) forward_looking_back(scan, k);
+  else forward_composing(scan, k);
 }
 
 void backward(Scan scan) {

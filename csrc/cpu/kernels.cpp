@@ -140,11 +140,12 @@ struct Kernel {
   }
   static int shift(int64_t step) { return step % kEventsPerWord; }
 
-  template <bool kFromEvents>
+  enum class Events { kNone, kRead, kPack };
+  template <Events kEvents>
   static void forward(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry) {
-    with_tile(d1 - d0, [&]<int kTile>() { forward_by<kTile, kFromEvents>(scan, piece, d0, d1, carry); });
+    with_tile(d1 - d0, [&]<int kTile>() { forward_by<kTile, kEvents>(scan, piece, d0, d1, carry); });
   }
-  template <int kTile, bool kFromEvents>
+  template <int kTile, Events kEvents>
   static void forward_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
@@ -154,15 +155,17 @@ struct Kernel {
     Row<T> h(scan, scan.h, piece, piece.begin, d0);
     for (int64_t step = piece.begin; step < piece.end;) {
       const int64_t steps = tile_of<kTile>(piece.end - step);
-      const int32_t* words = kFromEvents ? event_row(scan, piece, step, d0) : nullptr;
+      int32_t* const words = kEvents == Events::kNone ? nullptr : event_row(scan, piece, step, d0);
       for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
         const typename In::template Lane<N> inputs(in, j);
         const Vector<Real, N> scale = load<N>(alpha + j);
         Vector<S, N> s = load<N>(state + j);
         Word<N> word{};
-        if constexpr (kFromEvents) word = load_word<N>(words + j) >> shift(step);
+        if constexpr (kEvents == Events::kRead) word = load_word<N>(words + j) >> shift(step);
+        if constexpr (kEvents == Events::kPack)
+          if (shift(step) != 0) word = load_word<N>(words + j);
         for (int64_t i = 0; i < steps; ++i) {
-          if constexpr (kFromEvents) {
+          if constexpr (kEvents == Events::kRead) {
             s = f.step_event(word & kEventMask, s);
             word >>= 1;
           } else {
@@ -170,10 +173,12 @@ struct Kernel {
             inputs.load_at(i, x);
             if constexpr (kTile == 1) inputs.prefetch(4);  // rows: what hardware fetches ahead is not enough
             s = f.step(x, s);
+            if constexpr (kEvents == Events::kPack) word |= f.encode(x) << shift(step + i);
           }
           store<N>(h.ahead(i) + j, scale * s);
         }
         store<N>(state + j, s);
+        if constexpr (kEvents == Events::kPack) store_word<N>(words + j, word);
       });
       in.advance(steps);
       h.advance(steps);
@@ -376,6 +381,33 @@ struct Kernel {
     }
   }
 
+  static bool behind(int64_t n, const void* earlier_factor, const void* earlier_offset, void* factor, void* offset) {
+    const S* const earlier_a = static_cast<const S*>(earlier_factor);
+    const S* const earlier_u = static_cast<const S*>(earlier_offset);
+    S* const a = static_cast<S*>(factor);
+    S* const u = static_cast<S*>(offset);
+    bool holds = false;
+    for (int64_t j = 0; j < n; ++j) {
+      if (a[j] == S(0)) continue;
+      u[j] = earlier_u[j];
+      a[j] = u[j] == u[j] ? earlier_a[j] : S(0);
+      holds |= !(a[j] == S(0));
+    }
+    return holds;
+  }
+
+  static bool absorb(int64_t n, const void* earlier, void* state) {
+    const S* const from = static_cast<const S*>(earlier);
+    S* const s = static_cast<S*>(state);
+    bool changed = false;
+    for (int64_t j = 0; j < n; ++j) {
+      if (from[j] == from[j] || !(s[j] == s[j])) continue;
+      s[j] = from[j];
+      changed = true;
+    }
+    return changed;
+  }
+
   static void enter(const Scan& scan, int64_t sequence, bool poison, void* state) {
     const S* const initial = static_cast<const S*>(scan.initial);
     const Real* const alpha = static_cast<const Real*>(scan.alpha);
@@ -393,12 +425,22 @@ struct Kernel {
       for (int64_t j = 0; j < n; ++j) out[j] += static_cast<const S*>(sums)[r * stride + j];
   }
 
-  static constexpr auto forward_events() {
-    if constexpr (Cell::kEvents) return &forward<true>;
+  template <Events kEvents>
+  static constexpr auto forward_if_events() {
+    if constexpr (Cell::kEvents) return &forward<kEvents>;
     else return nullptr;
   }
-  static constexpr Kernels table = {&forward<false>, forward_events(), &summarize, &summarize_adjoint,
-                                    &backward,       &apply,           &enter,     &reduce};
+  static constexpr Kernels table = {&forward<Events::kNone>,
+                                    forward_if_events<Events::kRead>(),
+                                    forward_if_events<Events::kPack>(),
+                                    &summarize,
+                                    &summarize_adjoint,
+                                    &backward,
+                                    &apply,
+                                    Cell::kForgets ? &behind : nullptr,
+                                    &absorb,
+                                    &enter,
+                                    &reduce};
 };
 
 template <template <class> class Cell, unsigned kChannels>

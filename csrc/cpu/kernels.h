@@ -14,9 +14,11 @@ struct Piece {
 
 // Each works on channels [d0, d1) of a piece. Rows are [d1 - d0] in the state dtype; `carry` is updated in place.
 struct Kernels {
-  // h, checkpoints; carry: state before -> state after. From the streams, or from the packed events.
+  // h, checkpoints; carry: state before -> state after. From the streams; from the packed events; or from the streams,
+  // packing the events.
   void (*forward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
-  void (*forward_events)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
+  void (*forward_from_events)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
+  void (*forward_to_events)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
   // The piece as one map s -> factor s + offset; packs the events where scan.events is given.
   void (*summarize)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
   // The same for the adjoint, right to left: m -> factor m + offset, where m = a lambda of the step to the right.
@@ -27,6 +29,11 @@ struct Kernels {
                    void* scratch);
   // state -> factor state + offset over n channels; a NaN state stays where NaN is absorbed.
   void (*apply)(int64_t n, const void* factor, const void* offset, bool absorb_nan, void* state);
+  // For maps that hold (factor 1) or forget (0): looks through a map, where it holds, at the one before it. Returns
+  // whether a channel still holds. Null for cells without such maps.
+  bool (*behind)(int64_t n, const void* earlier_factor, const void* earlier_offset, void* factor, void* offset);
+  // A state becomes NaN where an earlier one is. Returns whether it changed.
+  bool (*absorb)(int64_t n, const void* earlier, void* state);
   // The state that enters a sequence; where `poison`, NaN in a channel whose alpha is NaN.
   void (*enter)(const Scan&, int64_t sequence, bool poison, void* state);
   // total[j] = the sum of sums[r stride + j] over r, in order.
