@@ -288,11 +288,15 @@ struct Kernel {
     S* const states = static_cast<S*>(scratch);  // [chunk + 1, n]: before the first step, after each
     S* const chunk_sums = states + (scan.chunk + 1) * n;
     constexpr int kSums = 1 + Cell::kInputs;
+    const int64_t chunk = scan.chunk;  // in locals, as stores might alias what `scan` refers to
+    const bool sums_alpha = scan.grad_alpha != nullptr;
+    const auto sums_up = [&](int k) { return k == 0 ? sums_alpha : In::per_channel(k - 1); };
 
     const int64_t chunks = (piece.end - piece.begin + scan.chunk - 1) / scan.chunk;
     for (int64_t c = chunks - 1; c >= 0; --c) {
-      const int64_t begin = piece.begin + c * scan.chunk;
-      const int64_t end = begin + scan.chunk < piece.end ? begin + scan.chunk : piece.end;
+      const int64_t begin = piece.begin + c * chunk;
+      const int64_t end = begin + chunk < piece.end ? begin + chunk : piece.end;
+      const bool has_left = c > 0;
       const S* entry = nullptr;
       if (begin > 0) entry = checkpoint_row<S>(scan, piece, begin, d0);
       else if (scan.initial) entry = static_cast<const S*>(scan.initial) + piece.sequence * scan.channels + d0;
@@ -319,7 +323,7 @@ struct Kernel {
           for (int64_t i = 0; i < steps; ++i) {
             Vector<S, N> x[Cell::kInputs];
             inputs.load_at(i, x);
-            s = f.step(x, s);
+            s = f.redo(x, s);
             store<N>(before + (i + 1) * n + j, s);
           }
         });
@@ -335,7 +339,6 @@ struct Kernel {
           const typename In::template Lane<N> inputs(in, j);
           const Vector<Real, N> scale = load<N>(alpha + j);
           Vector<S, N> pulled = load<N>(m + j), sum[kSums] = {};
-          const auto sums_up = [&](int k) { return k == 0 ? scan.grad_alpha != nullptr : In::per_channel(k - 1); };
           for (int k = 0; k < kSums; ++k)
             if (sums_up(k)) sum[k] = load<N>(chunk_sums + k * n + j);
           for (int64_t i = steps; i-- > 0;) {
@@ -349,13 +352,12 @@ struct Kernel {
               else store<N>(dx_row[k].ahead(i) + j, dx[k]);
             }
             // While this chunk computes, the next one, to the left, comes from memory.
-            if (begin > piece.begin) {
-              const int64_t there = i - scan.chunk;
-              __builtin_prefetch(g.ahead(there) + j, 0, 2);
+            if (has_left) {
+              __builtin_prefetch(g.ahead(i - chunk) + j, 0, 2);
               for (int k = 0; k < Cell::kInputs; ++k) {
                 if (In::per_channel(k)) continue;
-                __builtin_prefetch(in.row[k].ahead(there) + j, 0, 2);
-                __builtin_prefetch(dx_row[k].ahead(there) + j, 1, 2);
+                __builtin_prefetch(in.row[k].ahead(i - chunk) + j, 0, 2);
+                __builtin_prefetch(dx_row[k].ahead(i - chunk) + j, 1, 2);
               }
             }
           }
