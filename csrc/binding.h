@@ -29,9 +29,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 // What the schemas of forward and backward have in common.
 struct Call {
-  Tensors streams, channel;  // gates side by side in streams[0] if packed > 0
-  OptionalTensor alpha, initial_state, cu_seqlens;
-  Tensor epsilon;
+  const Tensors &streams, &channel;  // gates side by side in streams[0] if packed > 0
+  const OptionalTensor &alpha, &initial_state, &cu_seqlens;
+  const Tensor& epsilon;
   double surrogate_scale;
   bool reverse;
   int64_t packed, chunk, segment;
@@ -61,7 +61,8 @@ inline Tensor unit_channels(const Tensor& t) {
 }
 
 inline Tensor as_state(const Tensor& t, ScalarType type) {
-  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  if (t.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(t, type));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);  // a call of torch costs as much as a short scan
 }
 
 inline int32_t device_type(const Tensor& t) {
@@ -116,6 +117,8 @@ class Bound {
   Bound(CellKind cell, const Call& call) {
     MRU_EXPECT(!call.streams.empty(), "streams: expected at least one tensor");
     device_type_ = device_type(call.streams[0]), device_index_ = call.streams[0].get_device_index();
+    streams.reserve(kMaxInputs);
+    kept_.reserve(8);
     for (const Tensor& t : call.streams) {
       MRU_EXPECT(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(), " dimensions");
       expect_device(t, "streams");
