@@ -1,6 +1,6 @@
-// What a cell's formulas need of the type they run on. Cells are templates over a value type V: a scalar (CUDA,
-// tails) or a vector of lanes (CPU). `mask ? a : b`, `!` and `&&` mean the same for both, so only what C++ does
-// not spell alike for both stands here; csrc/cpu/vector.h specialises it for vectors.
+// What a cell's formulas need of the type they run on. Cells are templates over a value type V: a scalar (CUDA) or a
+// vector of lanes (CPU). `mask ? a : b`, `!` and `&&` mean the same for both, so only what C++ does not spell alike for
+// both stands here; csrc/cpu/vector.h specialises it for vectors.
 #pragma once
 #include <cmath>
 

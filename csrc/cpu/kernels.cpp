@@ -22,12 +22,12 @@ constexpr int64_t kFewChannels = 32;  // see Kernel::with_tile
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(RealT<S>);
 
-// Calls f<N>(j) for lanes [j, j + N) that cover [0, n): whole vectors, then single channels.
+// Calls f(lanes, j) for the vectors that cover channels [0, n) from j on.
 template <class S, class F>
 MRU_INLINE void for_lanes(int64_t n, F f) {
   int64_t j = 0;
-  for (; j + kLanes<S> <= n; j += kLanes<S>) f.template operator()<kLanes<S>>(j);
-  for (; j < n; ++j) f.template operator()<1>(j);
+  for (; j + kLanes<S> <= n; j += kLanes<S>) f(Whole<kLanes<S>>{}, j);
+  if (j < n) f(Part<kLanes<S>>{int(n - j)}, j);
 }
 
 // A row of a stream that moves along the scan.
@@ -67,24 +67,26 @@ struct Inputs {
       if (!per_channel(i)) row[i].advance(steps);
   }
 
-  // The same at lanes [j, j + N).
-  template <int N>
+  // The same in the lanes of a vector.
+  template <class L>
   struct Lane {
     const Inputs& in;
+    const L lanes;
     const int64_t j;
-    Vector<S, N> constant[Cell::kInputs];
+    Vector<S, L::kLanes> constant[Cell::kInputs];
 
-    MRU_INLINE Lane(const Inputs& in, int64_t j) : in(in), j(j) {
+    MRU_INLINE Lane(const Inputs& in, L lanes, int64_t j) : in(in), lanes(lanes), j(j) {
       for (int i = 0; i < Cell::kInputs; ++i)
-        if (per_channel(i)) constant[i] = load<N>(in.channel[i] + j);
+        if (per_channel(i)) constant[i] = load(lanes, in.channel[i] + j);
     }
     MRU_INLINE void prefetch(int64_t ahead) const {
       for (int i = 0; i < Cell::kInputs; ++i)
         if (!per_channel(i)) __builtin_prefetch(in.row[i].ahead(ahead) + j, 0, 3);
     }
     // The inputs of the step that is `ahead` of the rows.
-    MRU_INLINE void load_at(int64_t ahead, Vector<S, N>* x) const {
-      for (int i = 0; i < Cell::kInputs; ++i) x[i] = per_channel(i) ? constant[i] : load<N>(in.row[i].ahead(ahead) + j);
+    MRU_INLINE void load_at(int64_t ahead, Vector<S, L::kLanes>* x) const {
+      for (int i = 0; i < Cell::kInputs; ++i)
+        x[i] = per_channel(i) ? constant[i] : load(lanes, in.row[i].ahead(ahead) + j);
     }
   };
 };
@@ -122,21 +124,41 @@ struct Kernel {
     return left < kTile ? left : kTile;
   }
 
+  using Value = Vector<S, kLanes<S>>;
+  using Scale = Vector<Real, kLanes<S>>;
+
+  // What is carried from row to row is kept twice for the last lanes, where these are part of a vector: what a store with
+  // a mask wrote, a load does not get before it has left for the cache.
+  struct Carried {
+    Value part{};
+
+    Carried() = default;
+    Carried(const S* row, int64_t n) {
+      const int count = n % kLanes<S>;
+      if (count > 0) part = load(Part<kLanes<S>>{count}, row + n - count);
+    }
+    template <class L>
+    MRU_INLINE Value get(L lanes, const S* p) const {
+      return L::kWhole ? load(lanes, p) : part;
+    }
+    template <class L>
+    MRU_INLINE void put(L lanes, S* p, Value v) {
+      store(lanes, p, v);
+      if (!L::kWhole) part = v;
+    }
+  };
+
   // A word of events, one a channel, in lanes as wide as the state's.
-  template <int N>
-  using Word = typename Lanes<Vector<S, N>>::Int;
-  template <int N>
-  static MRU_INLINE Word<N> load_word(const int32_t* words) {
-    const auto narrow = load_bytes<Vector<int32_t, N>>(words);
-    if constexpr (sizeof(narrow) == sizeof(Word<N>)) return narrow;
-    else return __builtin_convertvector(narrow, Word<N>);
+  using Word = typename Lanes<Value>::Int;
+  using NarrowWord = Vector<int32_t, kLanes<S>>;
+  template <class L>
+  static MRU_INLINE Word load_word(L lanes, const int32_t* words) {
+    return __builtin_convertvector(load_raw<NarrowWord>(lanes, words), Word);
   }
-  template <int N>
-  static MRU_INLINE void store_word(int32_t* words, Word<N> word) {
-    Vector<int32_t, N> narrow;
-    if constexpr (sizeof(narrow) == sizeof(Word<N>)) narrow = word;
-    else narrow = __builtin_convertvector(word, Vector<int32_t, N>);
-    __builtin_memcpy(words, &narrow, sizeof narrow);
+  template <class L>
+  static MRU_INLINE void put_word(L lanes, int32_t* words, Word word, Word& part) {
+    store_raw(lanes, words, __builtin_convertvector(word, NarrowWord));
+    if (!L::kWhole) part = word;
   }
   static int shift(int64_t step) { return step % kEventsPerWord; }
 
@@ -151,34 +173,36 @@ struct Kernel {
     const int64_t n = d1 - d0;
     S* const state = static_cast<S*>(carry);
     const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;
+    Carried carried(state, n);
+    Word part_word{};  // as Carried::part
     In in(scan, piece, piece.begin, d0);
     Row<T> h(scan, scan.h, piece, piece.begin, d0);
     for (int64_t step = piece.begin; step < piece.end;) {
       const int64_t steps = tile_of<kTile>(piece.end - step);
       int32_t* const words = kEvents == Events::kNone ? nullptr : event_row(scan, piece, step, d0);
-      for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-        const typename In::template Lane<N> inputs(in, j);
-        const Vector<Real, N> scale = load<N>(alpha + j);
-        Vector<S, N> s = load<N>(state + j);
-        Word<N> word{};
-        if constexpr (kEvents == Events::kRead) word = load_word<N>(words + j) >> shift(step);
+      for_lanes<S>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+        const typename In::template Lane<L> inputs(in, lanes, j);
+        const Scale scale = load(lanes, alpha + j);
+        Value s = carried.get(lanes, state + j);
+        Word word{};
+        if constexpr (kEvents == Events::kRead) word = load_word(lanes, words + j) >> shift(step);
         if constexpr (kEvents == Events::kPack)
-          if (shift(step) != 0) word = load_word<N>(words + j);
+          if (shift(step) != 0) word = L::kWhole ? load_word(lanes, words + j) : part_word;
         for (int64_t i = 0; i < steps; ++i) {
           if constexpr (kEvents == Events::kRead) {
             s = f.step_event(word & kEventMask, s);
             word >>= 1;
           } else {
-            Vector<S, N> x[Cell::kInputs];
+            Value x[Cell::kInputs];
             inputs.load_at(i, x);
             if constexpr (kTile == 1) inputs.prefetch(4);  // rows: what hardware fetches ahead is not enough
             s = f.step(x, s);
             if constexpr (kEvents == Events::kPack) word |= f.encode(x) << shift(step + i);
           }
-          store<N>(h.ahead(i) + j, scale * s);
+          store(lanes, h.ahead(i) + j, scale * s);
         }
-        store<N>(state + j, s);
-        if constexpr (kEvents == Events::kPack) store_word<N>(words + j, word);
+        carried.put(lanes, state + j, s);
+        if constexpr (kEvents == Events::kPack) put_word(lanes, words + j, word, part_word);
       });
       in.advance(steps);
       h.advance(steps);
@@ -198,25 +222,27 @@ struct Kernel {
     S* const factors = static_cast<S*>(factor);
     S* const offsets = static_cast<S*>(offset);
     for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
+    Carried carried_a(factors, n), carried_u;
+    Word part_word{};  // as Carried::part
     In in(scan, piece, piece.begin, d0);
     for (int64_t step = piece.begin; step < piece.end;) {
       const int64_t steps = tile_of<kTile>(piece.end - step);
       int32_t* const words = scan.events ? event_row(scan, piece, step, d0) : nullptr;
-      for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-        const typename In::template Lane<N> inputs(in, j);
-        Vector<S, N> a = load<N>(factors + j), u = load<N>(offsets + j);
-        Word<N> word{};
-        if (Cell::kEvents && words && shift(step) != 0) word = load_word<N>(words + j);
+      for_lanes<S>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+        const typename In::template Lane<L> inputs(in, lanes, j);
+        Value a = carried_a.get(lanes, factors + j), u = carried_u.get(lanes, offsets + j);
+        Word word{};
+        if (Cell::kEvents && words && shift(step) != 0) word = L::kWhole ? load_word(lanes, words + j) : part_word;
         for (int64_t i = 0; i < steps; ++i) {
-          Vector<S, N> x[Cell::kInputs];
+          Value x[Cell::kInputs];
           inputs.load_at(i, x);
           u = f.step(x, u);
           a = conj(f.pull(x, conj(a)));
           if constexpr (Cell::kEvents) word |= f.encode(x) << shift(step + i);
         }
-        store<N>(offsets + j, u);
-        store<N>(factors + j, a);
-        if (Cell::kEvents && words) store_word<N>(words + j, word);
+        carried_u.put(lanes, offsets + j, u);
+        carried_a.put(lanes, factors + j, a);
+        if (Cell::kEvents && words) put_word(lanes, words + j, word, part_word);
       });
       in.advance(steps);
       step += steps;
@@ -231,6 +257,7 @@ struct Kernel {
     S* const factors = static_cast<S*>(factor);
     S* const offsets = static_cast<S*>(offset);
     for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
+    Carried carried_a(factors, n), carried_m;
     const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;
     In in(scan, piece, piece.end, d0);
     Row<const T> g(scan, scan.grad_h, piece, piece.end, d0);
@@ -239,27 +266,27 @@ struct Kernel {
       in.advance(-steps);
       g.advance(-steps);
       const int32_t* words = kFromEvents ? event_row(scan, piece, step, d0) : nullptr;
-      for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-        const typename In::template Lane<N> inputs(in, j);
-        const Vector<Real, N> scale = load<N>(alpha + j);
-        Vector<S, N> a = load<N>(factors + j), m = load<N>(offsets + j);
-        Word<N> word{};
-        if constexpr (kFromEvents) word = load_word<N>(words + j);
+      for_lanes<S>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+        const typename In::template Lane<L> inputs(in, lanes, j);
+        const Scale scale = load(lanes, alpha + j);
+        Value a = carried_a.get(lanes, factors + j), m = carried_m.get(lanes, offsets + j);
+        Word word{};
+        if constexpr (kFromEvents) word = load_word(lanes, words + j);
         for (int64_t i = steps; i-- > 0;) {
-          const Vector<S, N> lambda = scale * load<N>(g.ahead(i) + j) + m;
+          const Value lambda = scale * load(lanes, g.ahead(i) + j) + m;
           if constexpr (kFromEvents) {
-            const Word<N> code = word >> shift(step + i) & kEventMask;
+            const Word code = word >> shift(step + i) & kEventMask;
             m = f.pull_event(code, lambda);
             a = f.pull_event(code, a);
           } else {
-            Vector<S, N> x[Cell::kInputs];
+            Value x[Cell::kInputs];
             inputs.load_at(i, x);
             m = f.pull(x, lambda);
             a = f.pull(x, a);
           }
         }
-        store<N>(offsets + j, m);
-        store<N>(factors + j, a);
+        carried_m.put(lanes, offsets + j, m);
+        carried_a.put(lanes, factors + j, a);
       });
       end = step;
     }
@@ -292,6 +319,8 @@ struct Kernel {
     const bool sums_alpha = scan.grad_alpha != nullptr;
     const auto sums_up = [&](int k) { return k == 0 ? sums_alpha : In::per_channel(k - 1); };
 
+    Carried carried_m(m, n);
+
     const int64_t chunks = (piece.end - piece.begin + scan.chunk - 1) / scan.chunk;
     for (int64_t c = chunks - 1; c >= 0; --c) {
       const int64_t begin = piece.begin + c * chunk;
@@ -302,6 +331,7 @@ struct Kernel {
       else if (scan.initial) entry = static_cast<const S*>(scan.initial) + piece.sequence * scan.channels + d0;
       for (int64_t j = 0; j < n; ++j) states[j] = entry ? entry[j] : S(0);
       for (int64_t j = 0; j < kSums * n; ++j) chunk_sums[j] = 0;
+      Carried carried_s(states, n), carried_sum[kSums];
 
       In in(scan, piece, begin, d0);
       Row<const T> g(scan, scan.grad_h, piece, begin, d0);
@@ -317,14 +347,14 @@ struct Kernel {
       for (int64_t step = begin; step < end;) {
         const int64_t steps = tile_of<kTile>(end - step);
         S* const before = states + (step - begin) * n;
-        for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-          const typename In::template Lane<N> inputs(in, j);
-          Vector<S, N> s = load<N>(before + j);
+        for_lanes<S>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+          const typename In::template Lane<L> inputs(in, lanes, j);
+          Value s = carried_s.get(lanes, before + j);
           for (int64_t i = 0; i < steps; ++i) {
-            Vector<S, N> x[Cell::kInputs];
+            Value x[Cell::kInputs];
             inputs.load_at(i, x);
             s = f.redo(x, s);
-            store<N>(before + (i + 1) * n + j, s);
+            carried_s.put(lanes, before + (i + 1) * n + j, s);
           }
         });
         advance(steps);
@@ -335,21 +365,21 @@ struct Kernel {
         advance(-steps);
         right -= steps;
         const S* const before = states + (right - begin) * n;
-        for_lanes<S>(n, [&]<int N>(int64_t j) __attribute__((always_inline)) {
-          const typename In::template Lane<N> inputs(in, j);
-          const Vector<Real, N> scale = load<N>(alpha + j);
-          Vector<S, N> pulled = load<N>(m + j), sum[kSums] = {};
+        for_lanes<S>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+          const typename In::template Lane<L> inputs(in, lanes, j);
+          const Scale scale = load(lanes, alpha + j);
+          Value pulled = carried_m.get(lanes, m + j), sum[kSums] = {};
           for (int k = 0; k < kSums; ++k)
-            if (sums_up(k)) sum[k] = load<N>(chunk_sums + k * n + j);
+            if (sums_up(k)) sum[k] = carried_sum[k].get(lanes, chunk_sums + k * n + j);
           for (int64_t i = steps; i-- > 0;) {
-            Vector<S, N> x[Cell::kInputs], dx[Cell::kInputs];
+            Value x[Cell::kInputs], dx[Cell::kInputs];
             inputs.load_at(i, x);
-            const Vector<S, N> grad = load<N>(g.ahead(i) + j);
-            pulled = f.vjp(x, load<N>(before + i * n + j), scale * grad + pulled, dx);
-            if (sums_up(0)) sum[0] += grad * load<N>(before + (i + 1) * n + j);
+            const Value grad = load(lanes, g.ahead(i) + j);
+            pulled = f.vjp(x, load(lanes, before + i * n + j), scale * grad + pulled, dx);
+            if (sums_up(0)) sum[0] += grad * load(lanes, before + (i + 1) * n + j);
             for (int k = 0; k < Cell::kInputs; ++k) {
               if (In::per_channel(k)) sum[1 + k] += dx[k];
-              else store<N>(dx_row[k].ahead(i) + j, dx[k]);
+              else store(lanes, dx_row[k].ahead(i) + j, dx[k]);
             }
             // While this chunk computes, the next one, to the left, comes from memory.
             if (has_left) {
@@ -361,9 +391,9 @@ struct Kernel {
               }
             }
           }
-          store<N>(m + j, pulled);
+          carried_m.put(lanes, m + j, pulled);
           for (int k = 0; k < kSums; ++k)
-            if (sums_up(k)) store<N>(chunk_sums + k * n + j, sum[k]);
+            if (sums_up(k)) carried_sum[k].put(lanes, chunk_sums + k * n + j, sum[k]);
         });
       }
       for (int i = 0; i < kSums; ++i) {

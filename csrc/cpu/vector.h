@@ -35,9 +35,19 @@ template <class S, int N>
 struct VectorOf<Complex<S>, N> {
   using type = Complex<Vector<S, N>>;
 };
-template <class S>
-struct VectorOf<Complex<S>, 1> {
-  using type = Complex<S>;
+
+// How many lanes of a vector stand for channels: all N of them, or the first `count`, in which case the others are
+// loaded as 0 and not stored.
+template <int N>
+struct Whole {
+  static constexpr int kLanes = N;
+  static constexpr bool kWhole = true;
+};
+template <int N>
+struct Part {
+  static constexpr int kLanes = N;
+  static constexpr bool kWhole = false;
+  int count;
 };
 
 template <class S, class I, int N>
@@ -98,12 +108,91 @@ MRU_INLINE To bit_cast(From x) {
   __builtin_memcpy(&y, &x, sizeof(To));
   return y;
 }
+
 template <class V>
-MRU_INLINE V load_bytes(const void* p) {
+MRU_INLINE V load_as(const void* p) {
   V v;
-  __builtin_memcpy(&v, p, sizeof(V));
+  __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+
+// Vectors of N numbers as they lie in memory.
+template <class V, int N>
+MRU_INLINE V load_raw(Whole<N>, const void* p) {
+  return load_as<V>(p);
+}
+template <class V, int N>
+MRU_INLINE void store_raw(Whole<N>, void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+#if defined(__AVX512F__)
+template <class V, int N>
+MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
+  const unsigned mask = (1u << lanes.count) - 1;
+  constexpr int kBytes = sizeof(V), kSize = kBytes / N;
+  if constexpr (kBytes == 64 && kSize == 8) return (V)_mm512_maskz_loadu_epi64(mask, p);
+  else if constexpr (kBytes == 64 && kSize == 4) return (V)_mm512_maskz_loadu_epi32(mask, p);
+  else if constexpr (kBytes == 32 && kSize == 4) return (V)_mm256_maskz_loadu_epi32(mask, p);
+  else if constexpr (kBytes == 32 && kSize == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
+}
+template <class V, int N>
+MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
+  const unsigned mask = (1u << lanes.count) - 1;
+  constexpr int kBytes = sizeof(V), kSize = kBytes / N;
+  if constexpr (kBytes == 64 && kSize == 8) _mm512_mask_storeu_epi64(p, mask, (__m512i)v);
+  else if constexpr (kBytes == 64 && kSize == 4) _mm512_mask_storeu_epi32(p, mask, (__m512i)v);
+  else if constexpr (kBytes == 32 && kSize == 4) _mm256_mask_storeu_epi32(p, mask, (__m256i)v);
+  else if constexpr (kBytes == 32 && kSize == 2) _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
+  else static_assert(kBytes == 0);
+}
+#else
+// The first `bytes` <= 8 bytes at p, an even number, the others 0. By way of integer registers: a vector that is read
+// from memory just after its parts were written there waits for them.
+MRU_INLINE uint64_t load_few_bytes(const char* p, int bytes) {
+  const auto two = [](const char* at) { return uint64_t(load_as<uint16_t>(at)); };
+  const auto four = [](const char* at) { return uint64_t(load_as<uint32_t>(at)); };
+  if (bytes >= 4) return four(p) | four(p + bytes - 4) << 8 * (bytes - 4);
+  return bytes >= 2 ? two(p) : 0;
+}
+// Copies `count` < 2 kMost elements of kSize bytes.
+template <int kMost, int kSize>
+MRU_INLINE void copy_few(char* to, const char* from, int count) {
+  if (count & kMost) __builtin_memcpy(to, from, kMost * kSize), to += kMost * kSize, from += kMost * kSize;
+  if constexpr (kMost > 1) copy_few<kMost / 2, kSize>(to, from, count);
+}
+#if defined(__AVX2__)
+MRU_INLINE __m256i first_bytes(int bytes) {
+  static const int32_t kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - bytes / 4));
+}
+#endif
+template <class V, int N>
+MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
+  const int bytes = lanes.count * int(sizeof(V) / N);
+  const char* const from = static_cast<const char*>(p);
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    return (V)_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first_bytes(bytes));
+  } else
+#endif
+  {
+    const uint64_t low = bytes < 8 ? load_few_bytes(from, bytes) : load_as<uint64_t>(from);
+    if constexpr (sizeof(V) == 8) return bit_cast<V>(low);
+    else return (V)Vector<uint64_t, 2>{low, bytes > 8 ? load_few_bytes(from + 8, bytes - 8) : 0};
+  }
+}
+template <class V, int N>
+MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
+  constexpr int kSize = sizeof(V) / N;
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32)
+    return _mm256_maskstore_epi32(static_cast<int*>(p), first_bytes(lanes.count * kSize), (__m256i)v);
+#endif
+  asm("" : "+m"(v));  // GCC 12, seeing that only a part is stored, narrows what made v and ends in an internal error
+  copy_few<N, kSize>(static_cast<char*>(p), reinterpret_cast<const char*>(&v), lanes.count);
+}
+#endif
 
 // Conversions on N lanes of raw 16-bit patterns, N = 1 included: `U` holds them widened to 32 bits.
 template <int N, class T>
@@ -147,38 +236,25 @@ struct Half<N, Float16> {
 };
 
 template <int N>
-MRU_INLINE Vector<uint32_t, N> widen_bits(const void* p) {
-  if constexpr (N == 1) return *static_cast<const uint16_t*>(p);
+MRU_INLINE Vector<uint32_t, N> widen_bits(Vector<uint16_t, N> narrow) {
 #if defined(__AVX512F__)
-  else return (Vector<uint32_t, N>)_mm512_cvtepu16_epi32(load_bytes<__m256i>(p));
+  return (Vector<uint32_t, N>)_mm512_cvtepu16_epi32((__m256i)narrow);
 #elif defined(__AVX2__)
-  else return (Vector<uint32_t, N>)_mm256_cvtepu16_epi32(load_bytes<__m128i>(p));
+  return (Vector<uint32_t, N>)_mm256_cvtepu16_epi32((__m128i)narrow);
 #else
-  else return __builtin_convertvector(load_bytes<Vector<uint16_t, N>>(p), Vector<uint32_t, N>);
+  return __builtin_convertvector(narrow, Vector<uint32_t, N>);
 #endif
 }
 template <int N>
-MRU_INLINE void narrow_bits(void* p, Vector<uint32_t, N> u) {
+MRU_INLINE Vector<uint16_t, N> narrow_bits(Vector<uint32_t, N> u) {
 #if defined(__AVX512F__)
-  if constexpr (N > 1) {
-    const __m256i packed = _mm512_cvtepi32_epi16((__m512i)u);
-    __builtin_memcpy(p, &packed, sizeof packed);
-    return;
-  }
+  return (Vector<uint16_t, N>)_mm512_cvtepi32_epi16((__m512i)u);
 #elif defined(__AVX2__)
-  if constexpr (N > 1) {
-    const __m256i wide = (__m256i)u;
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    __builtin_memcpy(p, &packed, sizeof packed);
-    return;
-  }
+  const __m256i wide = (__m256i)u;
+  return (Vector<uint16_t, N>)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#else
+  return __builtin_convertvector(u, Vector<uint16_t, N>);
 #endif
-  if constexpr (N == 1) {
-    *static_cast<uint16_t*>(p) = uint16_t(u);
-  } else {
-    const auto packed = __builtin_convertvector(u, Vector<uint16_t, N>);
-    __builtin_memcpy(p, &packed, sizeof packed);
-  }
 }
 
 // The even elements, or the odd ones, of two vectors side by side.
@@ -196,47 +272,52 @@ MRU_INLINE V in_turn(V a, V b) {
   }(typename Count<N>::type{});
 }
 
-template <int N, class S>
-MRU_INLINE Vector<Complex<S>, N> load_complex(const Complex<S>* p) {
-  const auto low = load_bytes<Vector<S, N>>(p), high = load_bytes<Vector<S, N>>(p + N / 2);
-  return {every_other<0, N>(low, high), every_other<1, N>(low, high)};
+// The lower half of the real numbers that N complex ones are, or the upper half.
+template <int kHalf, int N>
+MRU_INLINE Whole<N> half(Whole<N> lanes) {
+  return lanes;
 }
-template <int N, class S>
-MRU_INLINE void store_complex(Complex<S>* p, Vector<Complex<S>, N> v) {
-  const Vector<S, N> parts[2] = {in_turn<0, N>(v.re, v.im), in_turn<N / 2, N>(v.re, v.im)};
-  __builtin_memcpy(p, parts, sizeof parts);
+template <int kHalf, int N>
+MRU_INLINE Part<N> half(Part<N> lanes) {
+  const int reals = 2 * lanes.count - kHalf * N;
+  return {reals < 0 ? 0 : reals < N ? reals : N};
 }
 
-// N consecutive elements at p, as state values.
-template <int N, class T>
-MRU_INLINE auto load(const T* p) {
+// Elements at p, in the lanes that stand for channels, as state values.
+template <class L, class T>
+MRU_INLINE auto load(L lanes, const T* p) {
+  constexpr int N = L::kLanes;
   using S = typename StateOf<T>::type;
-  if constexpr (N > 1 && RealOf<T>::is_complex) return load_complex<N>(p);
-  else if constexpr (sizeof(T) == sizeof(S)) return load_bytes<Vector<S, N>>(p);
+  if constexpr (RealOf<T>::is_complex) {
+    using V = Vector<typename RealOf<T>::type, N>;
+    const V low = load_raw<V>(half<0>(lanes), p), high = load_raw<V>(half<1>(lanes), p + N / 2);
+    return Vector<S, N>{every_other<0, N>(low, high), every_other<1, N>(low, high)};
+  } else if constexpr (sizeof(T) == sizeof(S)) {
+    return load_raw<Vector<S, N>>(lanes, p);
+  } else {
+    const auto narrow = load_raw<Vector<uint16_t, N>>(lanes, p);
 #if defined(__F16C__) && !defined(__AVX512F__)
-  else if constexpr (N == 8 && __is_same(T, Float16)) return (Vector<S, N>)_mm256_cvtph_ps(load_bytes<__m128i>(p));
+    if constexpr (__is_same(T, Float16)) return (Vector<S, N>)_mm256_cvtph_ps((__m128i)narrow);
 #endif
-  else return Half<N, T>::widen(widen_bits<N>(p));
+    return Half<N, T>::widen(widen_bits<N>(narrow));
+  }
 }
 
-template <int N, class T>
-MRU_INLINE void store(T* p, Vector<typename StateOf<T>::type, N> v) {
-  if constexpr (N > 1 && RealOf<T>::is_complex) {
-    store_complex<N>(p, v);
-    return;
+template <class L, class T>
+MRU_INLINE void store(L lanes, T* p, Vector<typename StateOf<T>::type, L::kLanes> v) {
+  constexpr int N = L::kLanes;
+  if constexpr (RealOf<T>::is_complex) {
+    store_raw(half<0>(lanes), p, in_turn<0, N>(v.re, v.im));
+    store_raw(half<1>(lanes), p + N / 2, in_turn<N / 2, N>(v.re, v.im));
   } else if constexpr (sizeof(T) == sizeof(typename StateOf<T>::type)) {
-    __builtin_memcpy(p, &v, sizeof v);
-    return;
-  }
+    store_raw(lanes, p, v);
+  } else {
 #if defined(__F16C__) && !defined(__AVX512F__)
-  else if constexpr (N == 8 && __is_same(T, Float16)) {
-    const __m128i packed = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-    __builtin_memcpy(p, &packed, sizeof packed);
-    return;
-  }
+    if constexpr (__is_same(T, Float16))
+      return store_raw(lanes, p, (Vector<uint16_t, N>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif
-  else
-    narrow_bits<N>(p, Half<N, T>::narrow(v));
+    store_raw(lanes, p, narrow_bits<N>(Half<N, T>::narrow(v)));
+  }
 }
 
 }  // namespace mru
