@@ -24,8 +24,9 @@
 namespace mru::cpu {
 namespace {
 
-// Bytes of one row's block: a forward pass streams rows, a backward pass keeps a chunk of them in the cache.
-constexpr int64_t kForwardBlockBytes = 4096, kBackwardBlockBytes = 2048, kLeastBlockBytes = 256;
+// Bytes of one row's block: the wider, the better does memory follow.
+constexpr int64_t kBlockBytes = 4096, kLeastBlockBytes = 256;
+constexpr int64_t kLeastSegment = 512;        // steps: to look back for a write should be little beside it
 constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
 constexpr int64_t kGroups = 256;              // at most so many rows of partial sums
 
@@ -90,20 +91,22 @@ Pieces cut(const Scan& scan) {
   return pieces;
 }
 
+bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.channels < kSerialElements; }
+
 template <class F>
 void parallel(const Scan& scan, int64_t units, const F& f) {
-  if (units <= 1 || scan.batch * scan.time * scan.channels < kSerialElements) f(0, units);
+  if (units <= 1 || is_serial(scan)) f(0, units);
   else torch::stable::parallel_for(0, units, 1, f);
 }
 
 // Calls f(item, d0, d1) for every item and block of channels.
 template <class F>
-void for_blocks(const Scan& scan, int64_t items, int64_t block_bytes, const F& f) {
+void for_blocks(const Scan& scan, int64_t items, const F& f) {
   if (items == 0 || scan.channels == 0) return;
   const int64_t bytes = state_bytes(scan), least = kLeastBlockBytes / bytes;
-  const int64_t wanted = ceil_div(2 * int64_t(torch::stable::get_num_threads()), items);
+  const int64_t wanted = ceil_div(torch::stable::get_num_threads(), items);
   const int64_t blocks =
-      std::max(ceil_div(scan.channels * bytes, block_bytes), std::min(wanted, ceil_div(scan.channels, least)));
+      std::max(ceil_div(scan.channels * bytes, kBlockBytes), std::min(wanted, ceil_div(scan.channels, least)));
   const int64_t width = ceil_div(ceil_div(scan.channels, blocks), 16) * 16;
   const int64_t per_item = ceil_div(scan.channels, width);
   parallel(scan, items * per_item, [&](int64_t begin, int64_t end) {
@@ -194,7 +197,8 @@ void look_back(const Scan& scan, const Kernels& k, const Piece& piece, int64_t d
 // far. What is not seen that way is a NaN that came before: the pieces after it are scanned once more.
 void forward_looking_back(Scan scan, const Kernels& k) {
   const int64_t wanted = ceil_div(scan.batch * scan.time, 2 * int64_t(torch::stable::get_num_threads()));
-  scan.segment = std::max(scan.segment, ceil_div(wanted, scan.chunk) * scan.chunk);
+  const int64_t least = scan.segment > 0 ? scan.segment : kLeastSegment;
+  scan.segment = ceil_div(std::max(wanted, least), scan.chunk) * scan.chunk;
   const Pieces pieces = cut(scan);
   const int64_t count = pieces.list.size();
   const auto each = [&](const auto& f) {  // of the pieces after the first of their sequence
@@ -204,7 +208,7 @@ void forward_looking_back(Scan scan, const Kernels& k) {
 
   // Row i of `guess`: the state that leaves a piece, looking back; of `state`: the state that enters it, then leaves it.
   Rows factor(scan, count), guess(scan, count), state(scan, count);
-  for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
     if (pieces.list[i].end < pieces.list[i].length)
       look_back(scan, k, pieces.list[i], d0, d1, factor.at(i, d0), guess.at(i, d0));
   });
@@ -218,7 +222,7 @@ void forward_looking_back(Scan scan, const Kernels& k) {
     std::memcpy(state.at(i), guess.at(i - 1), row_bytes);
   });
   const auto scan_piece = scan.events && scan.save ? k.forward_to_events : k.forward;
-  for_blocks(scan, count, kForwardBlockBytes,
+  for_blocks(scan, count,
              [&](int64_t i, int64_t d0, int64_t d1) { scan_piece(scan, pieces.list[i], d0, d1, state.at(i, d0)); });
 
   std::vector<int64_t> again;
@@ -227,7 +231,7 @@ void forward_looking_back(Scan scan, const Kernels& k) {
     k.absorb(scan.channels, state.at(i - 1), state.at(i));
     again.push_back(i);
   });
-  for_blocks(scan, again.size(), kForwardBlockBytes, [&](int64_t a, int64_t d0, int64_t d1) {
+  for_blocks(scan, again.size(), [&](int64_t a, int64_t d0, int64_t d1) {
     k.forward(scan, pieces.list[again[a]], d0, d1, guess.at(again[a] - 1, d0));
   });
   for (int64_t n = 0; n < scan.sequences; ++n)
@@ -240,7 +244,7 @@ void forward_composing(const Scan& scan, const Kernels& k) {
   const Pieces pieces = cut(scan);
   const int64_t count = pieces.list.size();
   Rows factor(scan, count), offset(scan, count), entry(scan, count);
-  for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
     k.summarize(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
   });
   for (int64_t n = 0; n < scan.sequences; ++n) {
@@ -251,7 +255,7 @@ void forward_composing(const Scan& scan, const Kernels& k) {
     }
   }
   const auto expand = scan.events ? k.forward_from_events : k.forward;
-  for_blocks(scan, count, kForwardBlockBytes,
+  for_blocks(scan, count,
              [&](int64_t i, int64_t d0, int64_t d1) { expand(scan, pieces.list[i], d0, d1, entry.at(i, d0)); });
 }
 
@@ -271,14 +275,18 @@ void forward(Scan scan) {
     const bool empty = pieces.first[n] == pieces.first[n + 1];
     k.enter(scan, n, /*poison=*/!empty, row(scan.final_state, scan, n));
   }
-  if (scan.segment == 0) {  // one piece a sequence: its final state is the running state
-    return for_blocks(scan, pieces.list.size(), kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+  const bool forgets = scan.epsilon == 0 && k.behind;
+  const bool few = scan.sequences < torch::stable::get_num_threads() && !is_serial(scan);
+  if (forgets && (scan.segment > 0 || few)) {
+    forward_looking_back(scan, k);
+  } else if (scan.segment > 0) {
+    forward_composing(scan, k);
+  } else {  // one piece a sequence: its final state is the running state
+    for_blocks(scan, pieces.list.size(), [&](int64_t i, int64_t d0, int64_t d1) {
       const Piece& piece = pieces.list[i];
       k.forward(scan, piece, d0, d1, row(scan.final_state, scan, piece.sequence, d0));
     });
   }
-  if (scan.epsilon == 0 && k.behind) forward_looking_back(scan, k);
-  else forward_composing(scan, k);
 }
 
 void backward(Scan scan) {
@@ -298,7 +306,7 @@ void backward(Scan scan) {
   Rows carry(scan, scan.segment > 0 ? count : 0);
   if (scan.segment > 0) {
     Rows factor(scan, count), offset(scan, count);
-    for_blocks(scan, count, kForwardBlockBytes, [&](int64_t i, int64_t d0, int64_t d1) {
+    for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
       k.summarize_adjoint(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
     });
     for (int64_t n = 0; n < scan.sequences; ++n) {
@@ -309,7 +317,7 @@ void backward(Scan scan) {
       }
     }
   }
-  for_blocks(scan, groups, kBackwardBlockBytes, [&](int64_t group, int64_t d0, int64_t d1) {
+  for_blocks(scan, groups, [&](int64_t group, int64_t d0, int64_t d1) {
     thread_local std::vector<char> scratch;
     scratch.resize(scratch_rows(scan.chunk) * (d1 - d0) * state_bytes(scan));
     for (int64_t i = group * per_group; i < std::min((group + 1) * per_group, count); ++i) {

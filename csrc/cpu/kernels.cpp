@@ -18,6 +18,7 @@ template <class S>
 using RealT = typename RealOf<S>::type;
 
 constexpr int64_t kFewChannels = 32;  // see Kernel::with_tile
+constexpr int64_t kRowsAhead = 4;     // what to fetch ahead of rows, for which hardware does not fetch enough
 
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(RealT<S>);
@@ -195,10 +196,11 @@ struct Kernel {
           } else {
             Value x[Cell::kInputs];
             inputs.load_at(i, x);
-            if constexpr (kTile == 1) inputs.prefetch(4);  // rows: what hardware fetches ahead is not enough
+            if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
             s = f.step(x, s);
             if constexpr (kEvents == Events::kPack) word |= f.encode(x) << shift(step + i);
           }
+          if constexpr (kTile == 1) __builtin_prefetch(h.ahead(kRowsAhead) + j, 1, 3);
           store(lanes, h.ahead(i) + j, scale * s);
         }
         carried.put(lanes, state + j, s);
@@ -236,6 +238,7 @@ struct Kernel {
         for (int64_t i = 0; i < steps; ++i) {
           Value x[Cell::kInputs];
           inputs.load_at(i, x);
+          if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
           u = f.step(x, u);
           a = conj(f.pull(x, conj(a)));
           if constexpr (Cell::kEvents) word |= f.encode(x) << shift(step + i);
@@ -274,6 +277,7 @@ struct Kernel {
         if constexpr (kFromEvents) word = load_word(lanes, words + j);
         for (int64_t i = steps; i-- > 0;) {
           const Value lambda = scale * load(lanes, g.ahead(i) + j) + m;
+          if constexpr (kTile == 1) __builtin_prefetch(g.ahead(-kRowsAhead) + j, 0, 3);
           if constexpr (kFromEvents) {
             const Word code = word >> shift(step + i) & kEventMask;
             m = f.pull_event(code, lambda);
@@ -281,6 +285,7 @@ struct Kernel {
           } else {
             Value x[Cell::kInputs];
             inputs.load_at(i, x);
+            if constexpr (kTile == 1) inputs.prefetch(-kRowsAhead);
             m = f.pull(x, lambda);
             a = f.pull(x, a);
           }
@@ -353,6 +358,7 @@ struct Kernel {
           for (int64_t i = 0; i < steps; ++i) {
             Value x[Cell::kInputs];
             inputs.load_at(i, x);
+            if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
             s = f.redo(x, s);
             carried_s.put(lanes, before + (i + 1) * n + j, s);
           }
