@@ -7,10 +7,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "expect.h"
@@ -31,8 +33,7 @@ using OptionalTensor = std::optional<Tensor>;
 struct Call {
   const Tensors &streams, &channel;  // gates side by side in streams[0] if packed > 0
   const OptionalTensor &alpha, &initial_state, &cu_seqlens;
-  const Tensor& epsilon;
-  double surrogate_scale;
+  double epsilon, surrogate_scale;
   bool reverse;
   int64_t packed, chunk, segment;
 };
@@ -93,10 +94,17 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
 
 inline Tensor allocate_like(const Tensor& t) {
   if (!t.is_contiguous()) return torch::stable::empty_like(t);
-  return allocate(t, 3, t.sizes().data(), t.strides().data(), t.scalar_type());
+  return allocate(t, t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type());
 }
 
-inline Stream stream_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
+// Of a tensor [B, T, D], or [B, D] for a single step.
+inline Stream stream_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0}; }
+
+inline double epsilon_of(const Tensor& t) {
+  MRU_EXPECT(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
+             "epsilon: expected one float64 value on the CPU");
+  return *static_cast<const double*>(t.data_ptr());
+}
 
 // The gates of a packed tensor [B, T, k D], as k views [B, T, D].
 inline Tensors split_gates(Tensor gates, int64_t k) {
@@ -114,13 +122,15 @@ class Bound {
   Tensors streams;  // one view per gate
   ScalarType type, state;
 
-  Bound(CellKind cell, const Call& call) {
+  // `rank`: 3, or 2 for streams that are a single step.
+  Bound(CellKind cell, const Call& call, int64_t rank = 3) {
     MRU_EXPECT(!call.streams.empty(), "streams: expected at least one tensor");
     device_type_ = device_type(call.streams[0]), device_index_ = call.streams[0].get_device_index();
     streams.reserve(kMaxInputs);
     kept_.reserve(8);
     for (const Tensor& t : call.streams) {
-      MRU_EXPECT(t.dim() == 3, "streams: expected [batch, time, channels], got ", t.dim(), " dimensions");
+      MRU_EXPECT(t.dim() == rank, "streams: expected ", rank == 3 ? "[batch, time, channels]" : "[batch, channels]",
+                 ", got ", t.dim(), " dimensions");
       expect_device(t, "streams");
       streams.push_back(unit_channels(t));
     }
@@ -132,16 +142,14 @@ class Bound {
     state = state_type(type);
     scan.cell = cell;
     scan.dtype = dtype_of(type);
-    scan.batch = first.size(0), scan.time = first.size(1), scan.channels = first.size(2);
+    scan.batch = first.size(0), scan.time = rank == 3 ? first.size(1) : 1, scan.channels = first.size(rank - 1);
     MRU_EXPECT(double(scan.batch) * double(scan.time) * double(scan.channels) <= double(int64_t(1) << 60),
                "streams: expected a size that 64 bits can address");
     MRU_EXPECT(call.surrogate_scale > 0 && call.surrogate_scale < std::numeric_limits<double>::infinity(),
                "surrogate_scale: expected a positive finite number, got ", call.surrogate_scale);
     scan.reverse = call.reverse, scan.chunk = call.chunk, scan.segment = call.segment;
     scan.surrogate_scale = call.surrogate_scale;
-    MRU_EXPECT(call.epsilon.is_cpu() && call.epsilon.numel() == 1 && call.epsilon.scalar_type() == ScalarType::Double,
-               "epsilon: expected one float64 value on the CPU");
-    scan.epsilon = *static_cast<const double*>(call.epsilon.data_ptr());
+    scan.epsilon = call.epsilon;
     MRU_EXPECT(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ", scan.epsilon);
     MRU_EXPECT(
         scan.chunk > 0 && scan.chunk % kEventsPerWord == 0 && scan.segment >= 0 && scan.segment % scan.chunk == 0,
@@ -160,9 +168,7 @@ class Bound {
         scan.in[i].channel = keep(vector(call.channel[channel], "channel"));
       } else {
         const Tensor& t = streams[i == 0 ? 0 : after];
-        MRU_EXPECT(
-            t.scalar_type() == type && t.size(0) == scan.batch && t.size(1) == scan.time && t.size(2) == scan.channels,
-            "streams: expected one dtype and shape");
+        MRU_EXPECT(t.scalar_type() == type && t.sizes().equals(first.sizes()), "streams: expected one dtype and shape");
         scan.in[i].stream = stream_of(t);
       }
     }
@@ -235,8 +241,8 @@ template <class Backend, CellKind kCell>
 Tensors forward(Tensors streams, Tensors channel, OptionalTensor alpha, OptionalTensor initial_state,
                 OptionalTensor cu_seqlens, Tensor epsilon, double surrogate_scale, bool reverse, int64_t packed,
                 int64_t chunk, int64_t segment, bool save) {
-  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
-                      chunk, segment});
+  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon_of(epsilon), surrogate_scale, reverse,
+                      packed, chunk, segment});
   Scan& scan = bound.scan;
   const bool events = bound.packs_events(has_events(kCell, scan.inputs));
   Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
@@ -261,8 +267,8 @@ template <class Backend, CellKind kCell>
 Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors channel, OptionalTensor alpha,
                  OptionalTensor initial_state, OptionalTensor cu_seqlens, Tensor epsilon, double surrogate_scale,
                  bool reverse, int64_t packed, int64_t chunk, int64_t segment, Tensor checkpoints, Tensor events) {
-  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
-                      chunk, segment});
+  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon_of(epsilon), surrogate_scale, reverse,
+                      packed, chunk, segment});
   Scan& scan = bound.scan;
   MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
                  grad_h.size(2) == scan.channels,
@@ -306,11 +312,32 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors chan
   return grads;
 }
 
+// A single step, in fewer and simpler arguments than `forward`: they cost more than the step does.
+template <class Backend, CellKind kCell>
+std::tuple<Tensor, Tensor> step(Tensor first, OptionalTensor second, OptionalTensor third, OptionalTensor alpha,
+                                Tensor state, double epsilon) {
+  Tensors streams, channel;
+  streams.reserve(kMaxInputs);
+  streams.push_back(first);
+  for (const OptionalTensor& t : {std::cref(second), std::cref(third)})
+    if (t) (t->dim() == 1 ? channel : streams).push_back(*t);
+  Bound bound(kCell,
+              {streams, channel, alpha, state, /*cu_seqlens=*/{}, epsilon, /*surrogate_scale=*/1, /*reverse=*/false,
+               /*packed=*/0, /*chunk=*/kEventsPerWord, /*segment=*/0},
+              /*rank=*/2);
+  Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
+  bound.scan.h = stream_of(h);
+  bound.scan.final_state = after.data_ptr();
+  Backend::forward(bound.scan, h);
+  return {h, after};
+}
+
 // The ops of a cell for a backend. `m` is what STABLE_TORCH_LIBRARY_IMPL gives.
 template <class Backend, CellKind kCell, class Library>
 void implement(Library& m, const std::string& cell, const std::string& backend) {
   m.impl((cell + "." + backend).c_str(), TORCH_BOX((&forward<Backend, kCell>)));
   m.impl((cell + "_backward." + backend).c_str(), TORCH_BOX((&backward<Backend, kCell>)));
+  m.impl((cell + "_step." + backend).c_str(), TORCH_BOX((&step<Backend, kCell>)));
 }
 template <class Backend, class Library>
 void implement_cells(Library& m, const std::string& backend) {

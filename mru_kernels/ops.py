@@ -1,7 +1,7 @@
 """The torch ops: schemas, fakes, autograd and vmap, the same for every cell and backend.
 
-For each cell there are two ops, `mru::<cell>` and `mru::<cell>_backward`, with one overload per backend. A cell's
-inputs come as streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
+For each cell there are `mru::<cell>` and `mru::<cell>_backward`, with one overload per backend. A cell's inputs come as
+streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
 
     streams    one tensor per stream; or, if packed = k > 0, one tensor `[B, T, k D]` with k streams side by side
     channel    inputs given per channel; they stand between the first stream and the others in the cell's order
@@ -13,6 +13,9 @@ Results of the forward op: `h` as `empty_like` of the first stream and the final
 boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
 steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
+
+A third, `mru::<cell>_step`, is one step without gradients, on streams `[B, D]`: the call costs more than the step does,
+so it has few and simple arguments, the inputs in the cell's order.
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ _INPUTS = (
     "float surrogate_scale, bool reverse, int packed, int chunk, SymInt segment"
 )
 _FORWARD = f"({_INPUTS}, bool save) -> Tensor[]"
+_STEP = "(Tensor first, Tensor? second, Tensor? third, Tensor? alpha, Tensor state, float epsilon) -> (Tensor, Tensor)"
 _BACKWARD = f"(Tensor grad_h, Tensor grad_final, {_INPUTS}, Tensor checkpoints, Tensor events) -> Tensor[]"
+
+_STEP_INPUTS = 3
 
 _library = torch.library.Library("mru", "DEF")
 _library.define("cpu_isa() -> str")
@@ -51,7 +57,7 @@ class Cell:
         either: those that come as a stream or as one value per channel.
         event_inputs: the number of inputs with which a step fits a 2-bit event (hold, one of two writes, NaN).
         dtypes: of its streams. Where these are complex there is no alpha.
-        forward, backward: the ops of each backend.
+        forward, backward, step: the ops of each backend.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Cell:
     dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
     forward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
+    step: dict[str, torch._ops.OpOverload] = field(default_factory=dict, repr=False, compare=False)
 
 
 # ------------------------------------------------------------------------------------------------ the one way in
@@ -110,6 +117,15 @@ def scan(
         with torch._C._AutoDispatchBelowAutograd():
             results = cell.forward[row.name](*arguments)
     return results[0], results[1]
+
+
+def step(
+    cell: Cell, inputs: Sequence[Tensor], state: Tensor, alpha: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """`scan` of a single step, without gradients: streams are `[B, D]`, and so are the results."""
+    op = cell.step[backends.resolve(None, state.device).name]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs, *(None,) * (_STEP_INPUTS - len(inputs)), alpha, state, epsilon)
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -214,8 +230,10 @@ def _define(cell: Cell, backend: str) -> None:
     forward, backward = f"mru::{cell.name}.{backend}", f"mru::{cell.name}_backward.{backend}"
     _library.define(f"{cell.name}.{backend}{_FORWARD}")
     _library.define(f"{cell.name}_backward.{backend}{_BACKWARD}")
+    _library.define(f"{cell.name}_step.{backend}{_STEP}")
     cell.forward[backend] = getattr(getattr(torch.ops.mru, cell.name), backend)
     cell.backward[backend] = getattr(getattr(torch.ops.mru, f"{cell.name}_backward"), backend)
+    cell.step[backend] = getattr(getattr(torch.ops.mru, f"{cell.name}_step"), backend)
 
     @torch.library.register_fake(forward, lib=_library)
     def _(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
@@ -227,6 +245,10 @@ def _define(cell: Cell, backend: str) -> None:
     def _(grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
           packed, chunk, segment, checkpoints, events):  # fmt: skip
         return allocate_backward(streams, channel, alpha, initial_state, packed)
+
+    @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
+    def _(first, second, third, alpha, state, epsilon):
+        return torch.empty_like(first), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
 
     _library.impl(forward, _differentiable(cell, backend), "Autograd")
     _library.impl(backward, _once_differentiable(cell, backend), "Autograd")

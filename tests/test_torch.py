@@ -341,6 +341,29 @@ def test_negated_view(backend, device):
         assert_equal(list(one), list(op(plain, plain, epsilon=1.0, backend=backend)))
 
 
+@pytest.mark.parametrize("variant", ["bmru", "bmru amplitude", "schmitt", "linear"])
+def test_opcheck_of_a_step(backend, device, variant):
+    x, y, z = torch.randn(3, 4, 9, device=device).unbind()
+    state, vector = torch.ones(4, 9, device=device), torch.ones(9, device=device)
+    inputs = {"bmru": (x, y, None), "bmru amplitude": (x, vector, z), "schmitt": (x, vector, vector)}
+    cell = cell_of(variant)
+    alpha = None if variant == "linear" else vector
+    arguments = (*inputs.get(variant, (x, y, None)), alpha, state, 0.5 if variant != "linear" else 0.0)
+    torch.library.opcheck(cell.step[backend], arguments)
+
+
+def test_a_step_compiled_mapped_and_under_autocast(backend, device, monkeypatch):
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
+    c, b, s = torch.randn(3, 4, 9, device=device).unbind()
+    plain = mk.bmru_step(c, b, s, epsilon=0.5)
+    assert_equal(list(torch.compile(mk.bmru_step, fullgraph=True, backend="eager")(c, b, s, epsilon=0.5)), list(plain))
+    rows = torch.func.vmap(lambda c, b, s: mk.bmru_step(c, b, s, epsilon=0.5))(c[:, None], b[:, None], s[:, None])
+    assert_equal([t[:, 0] for t in rows], list(plain))
+    with torch.autocast(device.type, torch.bfloat16):
+        h, after = mk.bmru_step(c, b.bfloat16(), s)
+    assert (h.dtype, after.dtype) == (torch.bfloat16, torch.float32)
+
+
 # ------------------------------------------------------------------------------------------------ torch.func
 
 

@@ -27,6 +27,7 @@ OF_EVERY_BACKEND = [
     "test_packed_sequences",
     "test_no_sequence",
     "test_strides",
+    "test_steps",
 ]
 
 # Of a lane, the most that Triton 3.9 or 3.6 takes. An NVIDIA multiprocessor's 65536 are for 12 warps with up to 168,

@@ -1,6 +1,6 @@
 """The backends: one row a backend, one file a backend, and the only place that chooses between them.
 
-A backend implements two ops per cell (see `mru_kernels.ops`) under its own overload name, such as `mru::bmru.cpu`,
+A backend implements three ops per cell (see `mru_kernels.ops`) under its own overload name, such as `mru::bmru.cpu`,
 and says in one function how it splits time.
 """
 

@@ -41,6 +41,7 @@ def load() -> None:
             for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
                 _library.impl(f"{cell.name}.triton", partial(_forward, cell), key)
                 _library.impl(f"{cell.name}_backward.triton", partial(_backward, cell), key)
+                _library.impl(f"{cell.name}_step.triton", partial(_step, cell), key)
 
 
 def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
@@ -237,6 +238,15 @@ def _forward(
         own["entries"] = call.walk(factors, sums, final_state)
     call.launch("forward", call.slots, **own)
     return results[: ops.returned(save)]
+
+
+def _step(cell, first, second, third, alpha, state, epsilon):
+    given = [t for t in (first, second, third) if t is not None]
+    streams = [t.unsqueeze(1) for t in given if t.dim() != 1]
+    channel = [t for t in given if t.dim() == 1]
+    epsilon = torch.tensor(epsilon, dtype=torch.float64)
+    h, after = _forward(cell, streams, channel, alpha, state, None, epsilon, 1.0, False, 0, CHUNK, 0, False)
+    return h.squeeze(1), after
 
 
 def _backward(

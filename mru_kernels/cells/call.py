@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends, checks, ops
 
@@ -79,6 +80,16 @@ def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name: cast(t) for name, t in inputs.items()}
 
 
+def _is_plain() -> bool:
+    """Whether a call runs at once, on its tensors as they are."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def step(
     cell: ops.Cell,
     inputs: Mapping[str, Tensor],
@@ -95,14 +106,19 @@ def step(
                     f"{cell.name}_step: {name} requires grad, but the step has no gradient; use {cell.name} with T = 1,"
                     " or no_grad"
                 )
+
+    def as_scan() -> dict[str, Tensor]:
+        return {
+            name: value if _is_per_channel(cell, name, value) else value.unsqueeze(1) for name, value in inputs.items()
+        }
+
     refused = None
     try:
+        if _is_plain():
+            number = epsilon if isinstance(epsilon, float) else checks.epsilon(epsilon).item()
+            return ops.step(cell, list(inputs.values()), state, alpha, number)
         if isinstance(state, Tensor):  # None would be zeros
-            long = {
-                name: value if _is_per_channel(cell, name, value) else value.unsqueeze(1)
-                for name, value in inputs.items()
-            }
-            h, after = call(cell, long, state, epsilon=epsilon, alpha=alpha)
+            h, after = call(cell, as_scan(), state, epsilon=epsilon, alpha=alpha)
             return h.squeeze(1), after
     except Exception as error:
         refused = error
@@ -111,4 +127,6 @@ def step(
     for name, value in (("state", state), *others):
         if not _is_per_channel(cell, name, value):
             checks.like(name, value, first, first.shape, "[batch, channels]")
+    _check(cell, as_scan(), state, alpha, None, 0)
+    checks.epsilon(epsilon)
     raise refused
