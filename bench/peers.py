@@ -2,7 +2,8 @@
 
 A peer scans (a, w), `[B, T, D]` each: s_t = a_t s_{t-1} + w_t. Before it come the cell's gates in plain torch, with
 their surrogate derivatives, and autograd gives its gradients. A package is given the layout that it asks for, and the
-conversion belongs to the job.
+conversion belongs to the job. Not among them is mlstm_kernels: the mLSTM divides its output by a normaliser, so that it
+cannot give these results.
 """
 
 from __future__ import annotations

@@ -140,6 +140,12 @@ def surrogate_scale(value: float) -> float:
     return float(value)
 
 
+def flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def cu_seqlens(value: Tensor, first: Tensor) -> None:
     """Offsets `[N + 1]` of packed sequences in streams `[1, total, D]`."""
     tensor("cu_seqlens", value, 1, "[sequences + 1]")

@@ -111,7 +111,7 @@ def _op(op: Scan, group: Group) -> Scan:
     def parallel(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         arguments = signature.bind(*args, **kwargs).arguments
         initial_state, cu_seqlens = arguments.pop("initial_state", None), arguments.pop("cu_seqlens", None)
-        reverse = bool(arguments.pop("reverse", False))
+        reverse = checks.flag("reverse", arguments.pop("reverse", False))
         names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() > 0]
 
         def scan(inputs: Sequence[Tensor], state: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -126,6 +126,9 @@ BAD = [
     ("epsilon", torch.tensor(1), ValueError, "floating.*int64"),
     ("epsilon", torch.tensor(0.5, device="meta"), ValueError, "CPU.*meta"),
     ("epsilon", torch.tensor(0.5, requires_grad=True), ValueError, "schedule.*requires grad"),
+    ("reverse", "no", TypeError, "bool.*str"),
+    ("reverse", 1, TypeError, "bool.*int"),
+    ("reverse", None, TypeError, "bool.*NoneType"),
     ("surrogate_scale", 0.0, ValueError, "positive.*0.0"),
     ("surrogate_scale", -1.0, ValueError, "positive.*-1.0"),
     ("surrogate_scale", math.nan, ValueError, "positive.*nan"),
@@ -477,7 +480,7 @@ def anything(draw) -> Any:
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     batch=st.sampled_from([1, B]),
     missing=st.sets(st.sampled_from(["initial_state", "alpha", "amplitude"])),
-    changes=st.dictionaries(st.sampled_from([name for name in good() if name != "reverse"]), anything(), max_size=3),
+    changes=st.dictionaries(st.sampled_from(list(good())), anything(), max_size=3),
 )
 def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, device, dtype, batch, missing, changes):
     arguments = good(dtype, batch=batch) | dict.fromkeys(missing) | changes

@@ -276,8 +276,8 @@ void forward(Scan scan) {
     k.enter(scan, n, /*poison=*/!empty, row(scan.final_state, scan, n));
   }
   const bool forgets = scan.epsilon == 0 && k.behind;
-  const bool few = scan.sequences < torch::stable::get_num_threads() && !is_serial(scan);
-  if (forgets && (scan.segment > 0 || few)) {
+  const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
+  if (forgets && (scan.segment > 0 || (few && !is_serial(scan)))) {
     forward_looking_back(scan, k);
   } else if (scan.segment > 0) {
     forward_composing(scan, k);

@@ -41,7 +41,7 @@ def call(
             (channel if _is_per_channel(cell, name, value) else streams).append(value)
         return ops.scan(
             cell, streams, channel, alpha, initial_state, cu_seqlens, checks.epsilon(epsilon),
-            checks.surrogate_scale(surrogate_scale), bool(reverse), packed, chunk_size, backend,
+            checks.surrogate_scale(surrogate_scale), checks.flag("reverse", reverse), packed, chunk_size, backend,
         )  # fmt: skip
     except Exception:
         if first_to_kernels:
