@@ -240,14 +240,10 @@ def test_segments_equal_the_whole(backend, device, largest, data):
     assert_agree(call, cut, whole)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 1.0])
-@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
-def test_states_held_over_many_segments_equal_the_whole(backend, device, largest, cell, epsilon):
-    """Channels write once in 150 steps; with a NaN in one of them, and for any number of threads."""
-    sizes = {"time": min(largest[0], 1000), "channels": 19}
-    call = inputs.case(cell, torch.float32, 7, **sizes, epsilon=epsilon, initial_state="integer").build()
-    generator = torch.Generator().manual_seed(0)
-    kind = torch.randint(300, call.stream.shape, generator=generator)
+def _seldom_written(cell: str, **options) -> tuple[inputs.Call, inputs.Call]:
+    """A call whose channels write once in 150 steps, and the same with a NaN in one of them."""
+    call = inputs.case(cell, torch.float32, 7, initial_state="integer", **options).build()
+    kind = torch.randint(300, call.stream.shape, generator=torch.Generator().manual_seed(0))
     if cell == "bmru":
         gate = {"threshold": torch.ones_like(call.stream)}
         hold, writes = 0.0, (-2.0, 2.0)
@@ -255,25 +251,49 @@ def test_states_held_over_many_segments_equal_the_whole(backend, device, largest
         gate = {name: torch.full_like(call.tensors[name], edge) for name, edge in (("low", 0.25), ("high", 0.75))}
         hold, writes = 0.5, (0.0, 1.0)
     candidate = torch.where(kind == 0, writes[0], torch.where(kind == 1, writes[1], hold))
-    call = replace(call, tensors=call.tensors | gate | {"candidate": candidate})
     dirty = candidate.clone()
-    dirty[1, sizes["time"] // 10, 3] = math.nan
-    bad = replace(call, tensors=call.tensors | {"candidate": dirty})
-    op = op_of(cell, backend)
-    with segments(backend, 0):
-        whole, bad_whole = run(call, op, device), run(bad, op, device)
-    assert bad_whole["h"][1, -1, 3].isnan()
+    dirty[-1, candidate.shape[1] // 10, 3] = math.nan
+    return tuple(replace(call, tensors=call.tensors | gate | {"candidate": c}) for c in (candidate, dirty))
+
+
+@contextmanager
+def threads(count: int):
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            with segments(backend, 64):
-                assert_agree(call, run(call, op, device), whole)
-                got = run(bad, op, device)
-            for name in ("h", "final_state"):
-                assert errors.same_values(got[name], bad_whole[name]), (threads, name)
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1.0])
+@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+def test_states_held_over_many_segments_equal_the_whole(backend, device, largest, cell, epsilon):
+    call, bad = _seldom_written(cell, time=min(largest[0], 1000), channels=19, epsilon=epsilon)
+    op = op_of(cell, backend)
+    with segments(backend, 0), threads(1):
+        whole, bad_whole = run(call, op, device), run(bad, op, device)
+    assert bad_whole["h"][-1, -1, 3].isnan()
+    for count in (1, 2, 5):
+        with segments(backend, 64), threads(count):
+            assert_agree(call, run(call, op, device), whole)
+            got = run(bad, op, device)
+        for name in ("h", "final_state"):
+            assert errors.same_values(got[name], bad_whole[name]), (count, name)
+
+
+@pytest.mark.parametrize("batch", [1, "packed"])
+@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+def test_fewer_sequences_than_threads_equal_one_thread(backend, device, largest, cell, batch):
+    """Where time is long: what a backend cuts for its threads alone, with epsilon 0."""
+    if largest[0] < 300:
+        pytest.skip("too long for an interpreted backend")
+    for call in _seldom_written(cell, time=3000, channels=19, batch=batch, reverse=batch == 1):
+        with segments(backend, 0):
+            with threads(1):
+                alone = run(call, op_of(cell, backend), device)
+            with threads(7):
+                assert_same_bits(run(call, op_of(cell, backend), device), alone)
 
 
 @given(st.data())
@@ -505,16 +525,12 @@ def variants(cell: str) -> list[dict]:
 @pytest.mark.parametrize(("cell", "options"), [(cell, x) for cell in CELLS for x in variants(cell)], ids=str)
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(backend, device, largest, cell, options, steps):
     call = _large(cell, largest, **options)
-    before = torch.get_num_threads()
-    try:
-        with segments(backend, steps):
-            torch.set_num_threads(1)
+    with segments(backend, steps):
+        with threads(1):
             alone = run(call, op_of(call.cell, backend), device)
-            for threads in (1, 2, 2, 3, 5):
-                torch.set_num_threads(threads)
+        for count in (1, 2, 2, 3, 5):
+            with threads(count):
                 assert_same_bits(run(call, op_of(call.cell, backend), device), alone)
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------ memory
