@@ -330,7 +330,6 @@ struct Kernel {
     for (int64_t c = chunks - 1; c >= 0; --c) {
       const int64_t begin = piece.begin + c * chunk;
       const int64_t end = begin + chunk < piece.end ? begin + chunk : piece.end;
-      const bool has_left = c > 0;
       const S* entry = nullptr;
       if (begin > 0) entry = checkpoint_row<S>(scan, piece, begin, d0);
       else if (scan.initial) entry = static_cast<const S*>(scan.initial) + piece.sequence * scan.channels + d0;
@@ -349,6 +348,15 @@ struct Kernel {
         for (int i = 0; i < Cell::kInputs; ++i)
           if (!In::per_channel(i)) dx_row[i].advance(steps);
       };
+      // What the way back over a step reads and writes: it comes from memory while the chunk on the right computes.
+      const auto fetch = [&](int64_t ahead, int64_t j) __attribute__((always_inline)) {
+        __builtin_prefetch(g.ahead(ahead) + j, 0, 2);
+        for (int k = 0; k < Cell::kInputs; ++k) {
+          if (In::per_channel(k)) continue;
+          __builtin_prefetch(in.row[k].ahead(ahead) + j, 0, 2);
+          __builtin_prefetch(dx_row[k].ahead(ahead) + j, 1, 2);
+        }
+      };
       for (int64_t step = begin; step < end;) {
         const int64_t steps = tile_of<kTile>(end - step);
         S* const before = states + (step - begin) * n;
@@ -359,6 +367,7 @@ struct Kernel {
             Value x[Cell::kInputs];
             inputs.load_at(i, x);
             if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
+            if (kTile == 1 && c == chunks - 1) fetch(i, j);
             s = f.redo(x, s);
             carried_s.put(lanes, before + (i + 1) * n + j, s);
           }
@@ -387,15 +396,7 @@ struct Kernel {
               if (In::per_channel(k)) sum[1 + k] += dx[k];
               else store(lanes, dx_row[k].ahead(i) + j, dx[k]);
             }
-            // While this chunk computes, the next one, to the left, comes from memory.
-            if (has_left) {
-              __builtin_prefetch(g.ahead(i - chunk) + j, 0, 2);
-              for (int k = 0; k < Cell::kInputs; ++k) {
-                if (In::per_channel(k)) continue;
-                __builtin_prefetch(in.row[k].ahead(i - chunk) + j, 0, 2);
-                __builtin_prefetch(dx_row[k].ahead(i - chunk) + j, 1, 2);
-              }
-            }
+            if (c > 0) fetch(i - chunk, j);
           }
           carried_m.put(lanes, m + j, pulled);
           for (int k = 0; k < kSums; ++k)
