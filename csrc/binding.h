@@ -319,8 +319,14 @@ std::tuple<Tensor, Tensor> step(Tensor first, OptionalTensor second, OptionalTen
   Tensors streams, channel;
   streams.reserve(kMaxInputs);
   streams.push_back(first);
-  for (const OptionalTensor& t : {std::cref(second), std::cref(third)})
-    if (t) (t->dim() == 1 ? channel : streams).push_back(*t);
+  MRU_EXPECT(second || !third, "second: expected a tensor beside the third");
+  for (const OptionalTensor& t : {std::cref(second), std::cref(third)}) {
+    if (!t) continue;
+    const bool per_channel = t->dim() == 1;
+    MRU_EXPECT(!per_channel || streams.size() == 1, "third: expected [batch, channels] after another stream, got [",
+               t->size(0), "]");
+    (per_channel ? channel : streams).push_back(*t);
+  }
   Bound bound(kCell,
               {streams, channel, alpha, state, /*cu_seqlens=*/{}, epsilon, /*surrogate_scale=*/1, /*reverse=*/false,
                /*packed=*/0, /*chunk=*/kEventsPerWord, /*segment=*/0},

@@ -274,6 +274,16 @@ def test_step_names_the_argument_of_another_shape_than_the_candidate(name, shape
         mk.bmru_step(**step_arguments() | {name: ones(*shape)})
 
 
+@pytest.mark.parametrize("threshold", [ones(B, D), ones(D)], ids=["stream", "channel"])
+def test_step_does_not_take_one_argument_for_another(threshold):
+    """The kernels get them without their names."""
+    arguments = step_arguments() | {"threshold": threshold}
+    with pytest.raises(ValueError, match=r"^amplitude: expected 2 dimensions"):
+        mk.bmru_step(**arguments | {"amplitude": ones(D)})
+    with pytest.raises(TypeError, match=r"^threshold: expected.*NoneType"):
+        mk.bmru_step(**arguments | {"threshold": None, "amplitude": ones(B, D)})
+
+
 # ------------------------------------------------------------------------------------------------ the Schmitt trigger
 
 TRIGGER_BAD = [

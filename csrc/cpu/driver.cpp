@@ -240,8 +240,7 @@ void forward_looking_back(Scan scan, const Kernels& k) {
 }
 
 // Two passes: pieces as maps, which compose; then the pieces, each from the state that enters it.
-void forward_composing(const Scan& scan, const Kernels& k) {
-  const Pieces pieces = cut(scan);
+void forward_composing(const Scan& scan, const Kernels& k, const Pieces& pieces) {
   const int64_t count = pieces.list.size();
   Rows factor(scan, count), offset(scan, count), entry(scan, count);
   for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
@@ -280,7 +279,7 @@ void forward(Scan scan) {
   if (forgets && (scan.segment > 0 || (few && !is_serial(scan)))) {
     forward_looking_back(scan, k);
   } else if (scan.segment > 0) {
-    forward_composing(scan, k);
+    forward_composing(scan, k, pieces);
   } else {  // one piece a sequence: its final state is the running state
     for_blocks(scan, pieces.list.size(), [&](int64_t i, int64_t d0, int64_t d1) {
       const Piece& piece = pieces.list[i];

@@ -241,9 +241,13 @@ def _forward(
 
 
 def _step(cell, first, second, third, alpha, state, epsilon):
+    if second is None and third is not None:
+        raise ValueError("second: expected a tensor beside the third, got None")
     given = [t for t in (first, second, third) if t is not None]
     streams = [t.unsqueeze(1) for t in given if t.dim() != 1]
     channel = [t for t in given if t.dim() == 1]
+    if len(streams) > 1 and given[-1].dim() == 1:
+        raise ValueError(f"third: expected [batch, channels] after another stream, got {list(given[-1].shape)}")
     epsilon = torch.tensor(epsilon, dtype=torch.float64)
     h, after = _forward(cell, streams, channel, alpha, state, None, epsilon, 1.0, False, 0, CHUNK, 0, False)
     return h.squeeze(1), after
