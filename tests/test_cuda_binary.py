@@ -85,28 +85,32 @@ def built() -> Path:
     return extension
 
 
+def kernels_of(element: str) -> list[Kernel]:
+    """The kernels in the object of an element type, which `built` leaves."""
+    cuobjdump, nvdisasm = _tool("cuobjdump"), _tool("nvdisasm")
+    cubins = FOLDER / "cubins" / element
+    shutil.rmtree(cubins, ignore_errors=True)
+    cubins.mkdir(parents=True)
+    _run(cuobjdump, "-xelf", "all", OBJECTS / f"cuda_scan_{element}.o", cwd=cubins)
+    found = []
+    for cubin in sorted(cubins.iterdir()):
+        architecture = re.search(r"sm_\d+", cubin.name)[0]
+        usage = _run(cuobjdump, "-res-usage", cubin)
+        rows = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        sections = re.split(r"^\.text\.(\S+):$", _run(nvdisasm, "-c", cubin), flags=re.MULTILINE)
+        code = dict(zip(sections[1::2], sections[2::2], strict=True))
+        names = _run("c++filt", input="\n".join(row[0] for row in rows)).splitlines()
+        for name, (mangled, *numbers) in zip(names, rows, strict=True):
+            short = re.sub(r"^void |mru::(cuda::)?|\(anonymous namespace\)::|\([^()]*\)$", "", name)
+            short = re.sub(r"\(Call.*$|\(.*$", "", short)
+            registers, stack, shared, local = map(int, numbers)
+            found.append(Kernel(element, short, architecture, registers, stack, local, shared, code[mangled]))
+    return found
+
+
 @pytest.fixture(scope="module")
 def kernels(built) -> list[Kernel]:
-    cuobjdump, nvdisasm = _tool("cuobjdump"), _tool("nvdisasm")
-    found = []
-    for element in ELEMENTS:
-        cubins = FOLDER / "cubins" / element
-        shutil.rmtree(cubins, ignore_errors=True)
-        cubins.mkdir(parents=True)
-        _run(cuobjdump, "-xelf", "all", OBJECTS / f"cuda_scan_{element}.o", cwd=cubins)
-        for cubin in sorted(cubins.iterdir()):
-            architecture = re.search(r"sm_\d+", cubin.name)[0]
-            usage = _run(cuobjdump, "-res-usage", cubin)
-            rows = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-            sections = re.split(r"^\.text\.(\S+):$", _run(nvdisasm, "-c", cubin), flags=re.MULTILINE)
-            code = dict(zip(sections[1::2], sections[2::2], strict=True))
-            names = _run("c++filt", input="\n".join(row[0] for row in rows)).splitlines()
-            for name, (mangled, *numbers) in zip(names, rows, strict=True):
-                short = re.sub(r"^void |mru::(cuda::)?|\(anonymous namespace\)::|\([^()]*\)$", "", name)
-                short = re.sub(r"\(Call.*$|\(.*$", "", short)
-                registers, stack, shared, local = map(int, numbers)
-                found.append(Kernel(element, short, architecture, registers, stack, local, shared, code[mangled]))
-    return found
+    return [kernel for element in ELEMENTS for kernel in kernels_of(element)]
 
 
 def test_every_kernel_for_every_architecture(kernels):

@@ -66,7 +66,7 @@ ANY_CELL = ["numbers", "traffic", "misaligned"]  # checks of whatever cells take
     [(check, dtype) for check in ANY_CELL for dtype in inputs.DTYPES | inputs.COMPLEX_DTYPES]
     + [
         (check, dtype)
-        for check in ("many_jobs", "any_order", "far_strides", "offsets_are_clamped")
+        for check in ("copies", "many_jobs", "any_order", "far_strides", "offsets_are_clamped")
         for dtype in inputs.DTYPES
     ],
 )
@@ -97,14 +97,21 @@ def outcomes(battery):
         pytest.skip("mutants run without the sanitizers")
     from simt import mutants
 
-    module = simt.build(simt.FOLDER / "mutants" / "none", elements=("float32",)).parent / "module.o"
-    unchanged = mutants.Mutant("none", "kernels.cuh", "#pragma once\n", "#pragma once\n")
+    modules = {
+        element: simt.build(simt.FOLDER / "mutants" / f"none-{element}", elements=(element,)).parent / "module.o"
+        for element in {m.element for m in mutants.MUTANTS}
+    }
+    unchanged = [
+        mutants.Mutant(f"none in {file}", file, "#pragma once\n", "#pragma once\n")
+        for file in ("kernels.cuh", "pairs.cuh")
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {m.name: pool.submit(mutants.outcome, m, module) for m in (unchanged, *mutants.MUTANTS)}
+        yield {m.name: pool.submit(mutants.outcome, m, modules) for m in (*unchanged, *mutants.MUTANTS)}
 
 
-def test_the_sources_as_they_are_pass(outcomes):
-    done = outcomes["none"].result()
+@pytest.mark.parametrize("file", ["kernels.cuh", "pairs.cuh"])
+def test_the_sources_as_they_are_pass(outcomes, file):
+    done = outcomes[f"none in {file}"].result()
     assert done.returncode == 0, done.stdout + done.stderr
 
 

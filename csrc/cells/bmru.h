@@ -11,6 +11,7 @@
 //   pull(x, m)             conj(a) m, where a is the factor of the affine form s' = a s + w
 //   vjp(x, s, lambda, dx)  dx = gradients of the inputs, lambda = dL/ds'; returns pull(x, lambda)
 //   encode(x), step_event(code, s), pull_event(code, m)     the same from an event code (kEvents only)
+//   value(x, first, second)                                which of two values a write writes (kEvents only)
 #pragma once
 #include "write_or_hold.h"
 
@@ -40,10 +41,6 @@ struct Bmru {
     else return nan;
   }
   template <class V>
-  static MRU_INLINE V sgn(V c) {
-    return c < splat<V>(0) ? splat<V>(-1) : splat<V>(1);
-  }
-  template <class V>
   static MRU_INLINE V amplitude(const V* x) {
     if constexpr (kAmplitude) return x[2];
     else return splat<V>(1);
@@ -51,11 +48,11 @@ struct Bmru {
 
   template <class V>
   MRU_INLINE V step(const V* x, V s) const {
-    return rule.next(writes(x), has_nan(x), amplitude(x) * sgn(x[0]), s);
+    return rule.next(writes(x), has_nan(x), turned(amplitude(x), x[0]), s);
   }
   template <class V>
   MRU_INLINE V redo(const V* x, V s) const {
-    return rule.redo(writes(x), amplitude(x) * sgn(x[0]), s);
+    return rule.redo(writes(x), turned(amplitude(x), x[0]), s);
   }
   template <class V>
   MRU_INLINE V pull(const V* x, V m) const {
@@ -63,16 +60,20 @@ struct Bmru {
   }
   template <class V>
   MRU_INLINE V vjp(const V* x, V s, V lambda, V* dx) const {
-    const V m = amplitude(x), sgn_c = sgn(x[0]);
-    const V dz = lambda * multiply_add(splat<V>(rule.epsilon - 1), s, m * sgn_c);
+    const V m = amplitude(x);
+    const V dz = lambda * multiply_add(splat<V>(rule.epsilon - 1), s, turned(m, x[0]));
     const V dgate = dz * step_slope(Lanes<V>::abs(x[0]) - Lanes<V>::abs(x[1]), surrogate_scale);
     const V written = writes(x) ? lambda : splat<V>(0);
     dx[0] = multiply_add(written * m, sgn_slope(x[0], surrogate_scale), signed_as(dgate, x[0]));
     dx[1] = -signed_as(dgate, x[1]);
-    if constexpr (kAmplitude) dx[2] = written * sgn_c;
+    if constexpr (kAmplitude) dx[2] = turned(written, x[0]);
     return pull(x, lambda);
   }
 
+  template <class V>
+  static MRU_INLINE V value(const V* x, V first, V) {
+    return turned(first, x[0]);
+  }
   template <class V>
   MRU_INLINE auto encode(const V* x) const {
     return rule.template encode<typename Lanes<V>::Int>(writes(x), has_nan(x), x[0] < splat<V>(0));

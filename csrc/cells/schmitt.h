@@ -39,11 +39,11 @@ struct Schmitt {
 
   template <class V>
   MRU_INLINE V step(const V* x, V s) const {
-    return rule.next(writes(x), has_nan(x), upper(x) ? splat<V>(1) : splat<V>(0), s);
+    return rule.next(writes(x), has_nan(x), value(x, splat<V>(1), splat<V>(0)), s);
   }
   template <class V>
   MRU_INLINE V redo(const V* x, V s) const {
-    return rule.redo(writes(x), upper(x) ? splat<V>(1) : splat<V>(0), s);
+    return rule.redo(writes(x), value(x, splat<V>(1), splat<V>(0)), s);
   }
   template <class V>
   MRU_INLINE V pull(const V* x, V m) const {
@@ -62,6 +62,10 @@ struct Schmitt {
     return pull(x, lambda);
   }
 
+  template <class V>
+  static MRU_INLINE V value(const V* x, V first, V second) {
+    return upper(x) ? first : second;
+  }
   template <class V>
   MRU_INLINE auto encode(const V* x) const {
     return rule.template encode<typename Lanes<V>::Int>(writes(x), has_nan(x), !upper(x));

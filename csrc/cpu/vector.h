@@ -57,7 +57,8 @@ struct VectorLanes {
   using V = Vector<S, N>;
   static MRU_INLINE V splat(S a) { return a - V{}; }
   static MRU_INLINE V abs(V x) { return (V)((Int)x & ~kSign); }
-  static MRU_INLINE V flip(V v, V x) { return (V)((Int)v ^ ((Int)x & kSign)); }
+  static MRU_INLINE V turned(V v, V x) { return x < V{} ? -v : v; }
+  static MRU_INLINE V signed_as(V v, V x) { return x == V{} ? V{} : (V)((Int)v ^ ((Int)x & kSign)); }
 
  private:
   static constexpr I kSign = std::numeric_limits<I>::min();

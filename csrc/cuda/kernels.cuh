@@ -11,7 +11,7 @@
 //
 // A NaN state stays NaN; nothing is multiplied by a factor 0.
 #pragma once
-#include "memory.cuh"
+#include "pairs.cuh"
 #include "plan.h"
 
 namespace mru::cuda {
@@ -26,7 +26,7 @@ constexpr int kLanes = 32, kGroups = 32;            // of `reduce`: channels, ro
 // It is NaN; where a NaN in the inputs makes a factor NaN, the offset is NaN as well, and nothing is lost.
 template <class S>
 __device__ __forceinline__ S forgets() {
-  return S(__builtin_nan(""));
+  return quiet_nan<S>();
 }
 
 // What a kernel is compiled for. Bit i of kChannels_: input i is one value per channel instead of a stream.
@@ -232,11 +232,15 @@ struct Tile {
     for_streams<F>(
         [&](int i, int k) { load_steps<F, U>({scan, scan.in[i].stream, row, d}, position, &raw[0][k], F::kStreams); });
   }
-  // The inputs of step t at channel w of the thread.
+  // The inputs of step t at channel w of the thread; or at its w-th pair of channels, where all are streams.
   __device__ __forceinline__ void inputs(int t, int w, const ChannelInputs<F>& channel, typename F::S* x) const {
     int k = 0;
 #pragma unroll
     for (int i = 0; i < F::kInputs; ++i) x[i] = F::per_channel(i) ? channel.value[i].at[w] : widen(raw[t][k++], w);
+  }
+  __device__ __forceinline__ void inputs(int t, int w, const ChannelInputs<F>&, Pair<typename F::T>* x) const {
+#pragma unroll
+    for (int i = 0; i < F::kInputs; ++i) x[i] = bits_as<Vector<Pair<typename F::T>, F::W / 2>>(raw[t][i]).at[w];
   }
 };
 
@@ -364,6 +368,106 @@ __device__ __forceinline__ S product_sum(A a, S b, S c) {
   else return multiply_add(a, b, c);
 }
 
+// Where a write forgets, a state is what was written last, or what entered: nothing is computed. Values V hold one channel,
+// or two of streams in half precision; where a cell is to decide by them, all of its inputs must be such streams.
+template <class F, bool kDecides = true>
+struct Writes {
+  using Cell = typename F::Cell;
+  using S = typename F::S;
+  using T = typename F::T;
+  static constexpr bool kPairs =
+      Cell::kEvents && sizeof(T) == 2 && F::W % 2 == 0 && (F::kStreams == F::kInputs || !kDecides);
+  using V = typename std::conditional_t<kPairs, std::type_identity<Pair<T>>, std::type_identity<S>>::type;
+  using Mask = std::conditional_t<kPairs, PairMask, bool>;
+  static constexpr int kEach = kElements<V>;
+  using Values = Vector<V, F::W / kEach>;
+
+  static __device__ __forceinline__ Values all_of(S value) {
+    Values x;
+#pragma unroll
+    for (int i = 0; i < F::W / kEach; ++i) x.at[i] = splat<V>(value);
+    return x;
+  }
+  static __device__ __forceinline__ Values none() { return all_of(quiet_nan<S>()); }
+  // At channel w of the thread.
+  static __device__ __forceinline__ S at(const Values& x, int w) { return lane(x.at[w / kEach], w % kEach); }
+  static __device__ __forceinline__ Values values(const Vector<T, F::W>& elements) {
+    if constexpr (kPairs) return bits_as<Values>(elements);
+    else return widen_all(elements);
+  }
+
+  // What was written last, after a step with inputs x.
+  static __device__ __forceinline__ V last(const Cell& cell, const V* x, V before) {
+    if constexpr (Cell::kEvents)
+      return select(cell.writes(x), cell.value(x, splat<V>(Cell::kFirstValue), splat<V>(Cell::kSecondValue)), before);
+    else return cell.redo(x, before);
+  }
+  // Steps as a map of the state, of which nothing was written where `last` is NaN.
+  static __device__ __forceinline__ void as_map(const Values& last, typename F::States& a, typename F::States& u) {
+#pragma unroll
+    for (int w = 0; w < F::W; ++w) {
+      const S s = at(last, w);
+      a.at[w] = s == s ? 0 : 1, u.at[w] = s == s ? s : 0;
+    }
+  }
+
+  // alpha s, as it is stored.
+  static __device__ __forceinline__ Values h(const typename F::States& alpha, const typename F::States& s) {
+    typename F::States h;
+#pragma unroll
+    for (int w = 0; w < F::W; ++w) h.at[w] = alpha.at[w] * s.at[w];
+    if constexpr (kPairs) return bits_as<Values>(narrow<T>(h));
+    else return h;
+  }
+  static __device__ __forceinline__ Values first(const typename F::States& alpha) {
+    return h(alpha, all<F>(Cell::kFirstValue));
+  }
+  static __device__ __forceinline__ Values second(const typename F::States& alpha) {
+    return h(alpha, all<F>(Cell::kSecondValue));
+  }
+  static __device__ __forceinline__ void store_h(T* at, const Values& h) {
+    if constexpr (kPairs) store<Traffic::kStream>(at, bits_as<Vector<T, F::W>>(h));
+    else store<Traffic::kStream>(at, narrow<T>(h));
+  }
+
+  // Event codes of the thread's channels (csrc/cells/write_or_hold.h), as planes of masks; those of a pair lie side by side.
+  struct Codes {
+    uint32_t writes[F::W / kEach] = {}, second[F::W / kEach] = {};
+
+    Codes() = default;
+    __device__ __forceinline__ explicit Codes(const Vector<int32_t, F::W>& words) {
+#pragma unroll
+      for (int i = 0; i < F::W / kEach; ++i) {
+        if constexpr (kPairs) {
+          const uint32_t low = words.at[2 * i], high = words.at[2 * i + 1];
+          writes[i] = (low & 0xffff) | high << 16, second[i] = low >> 16 | (high & 0xffff0000);
+        } else {
+          writes[i] = words.at[i], second[i] = uint32_t(words.at[i]) >> 16;
+        }
+      }
+    }
+    static __device__ __forceinline__ Mask mask(uint32_t plane, int t) {
+      if constexpr (kPairs) return {plane << (15 - t)};
+      else return plane >> t & 1;
+    }
+    // Of pairs: step t of the i-th, and the words of all.
+    __device__ __forceinline__ void add(int i, int t, PairMask wrote, PairMask is_second) {
+      writes[i] |= wrote.bits >> (15 - t) & 0x00010001u << t;
+      second[i] |= is_second.bits >> (15 - t) & 0x00010001u << t;
+    }
+    __device__ __forceinline__ Vector<int32_t, F::W> words() const {
+      Vector<int32_t, F::W> words;
+#pragma unroll
+      for (int i = 0; i < F::W / 2; ++i) {
+        const uint32_t seconds = second[i] & writes[i];
+        words.at[2 * i] = (writes[i] & 0xffff) | seconds << 16;
+        words.at[2 * i + 1] = writes[i] >> 16 | (seconds & 0xffff0000);
+      }
+      return words;
+    }
+  };
+};
+
 // Calls each(cell); where a write forgets the state that is known to the compiler.
 template <class Cell, class Each>
 __device__ __forceinline__ void with_cell(const Scan& scan, Each each) {
@@ -376,9 +480,41 @@ __device__ __forceinline__ void with_cell(const Scan& scan, Each each) {
 
 // The one code that does what all of a word do where a write forgets the state: NaN, else the last that writes.
 __device__ __forceinline__ int last_of(int word) {
-  const int writes = word & kWrites, nan = word >> 16 & ~writes;
+  const int writes = word & kWrites, nan = word >> 16 & kWrites & ~writes;
   const int last = writes == 0 ? kHold : word >> (31 - __clz(writes)) & kEventMask;
   return nan != 0 ? kNan : last;
+}
+
+// Steps whose writes forget, in pairs of channels: their codes, and the map with them. False, and nothing, if one is NaN.
+template <class F, int U>
+__device__ __forceinline__ bool summarize_pairs(const Tile<F, U>& tile, const ChannelInputs<F>& channel,
+                                                const typename F::Cell& cell, Vector<int32_t, F::W>& words,
+                                                typename F::States& a, typename F::States& u) {
+  using W = Writes<F>;
+  auto last = W::none(), squared = W::all_of(0);
+  typename W::Codes codes;
+#pragma unroll
+  for (int t = 0; t < U; ++t)
+#pragma unroll
+    for (int i = 0; i < F::W / 2; ++i) {
+      typename W::V x[F::kInputs];
+      tile.inputs(t, i, channel, x);
+      last.at[i] = W::last(cell, x, last.at[i]);
+      codes.add(i, t, cell.writes(x), {cell.value(x, typename W::V{0}, typename W::V{kSigns}).bits});
+#pragma unroll
+      for (int k = 0; k < F::kInputs; ++k) squared.at[i] = squares(x[k], squared.at[i]);
+    }
+#pragma unroll
+  for (int w = 0; w < F::W; ++w)
+    if (is_nan(W::at(squared, w))) return false;
+  words = codes.words();
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) {
+    const typename F::S s = W::at(last, w);
+    u.at[w] = is_nan(s) || is_nan(u.at[w]) ? u.at[w] : s;
+    a.at[w] = is_nan(s) ? a.at[w] : 0;
+  }
+  return true;
 }
 
 // Chunked, first: each job as one map of the state, and its events.
@@ -406,6 +542,14 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
             if (word >= 0) store_events<F>(scan, span.row, word, d, words);
             word = position - before;
             words = {};
+          }
+        }
+        if constexpr (kForgets && Writes<F>::kPairs && U > 1) {
+          Vector<int32_t, F::W> codes;
+          if (summarize_pairs<F>(tile, channel, cell, codes, a, u)) {
+#pragma unroll
+            for (int w = 0; w < F::W; ++w) words.at[w] |= codes.at[w] << before;
+            return;
           }
         }
 #pragma unroll
@@ -456,25 +600,32 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
     const Row<typename F::T> h(scan, scan.h, span.row, d);
     Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
-    for_tiles<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
+    for_tiles<kEventsPerWord>(span.begin, span.end, [&]<int U>(int64_t position) {
       const Vector<int32_t, F::W> codes = events.at(scan, span.row, position, d);
-      bool copies = scan.epsilon == 0;  // states are what was written, as it was
+      bool copies = scan.epsilon == 0;  // h is one of two values, or what entered
 #pragma unroll
       for (int w = 0; w < F::W; ++w)
-        copies = copies && (codes.at[w] >> 16 & ~codes.at[w] & ((1 << U) - 1)) == 0 && s.at[w] == s.at[w];
+        copies = copies && (codes.at[w] >> 16 & ~codes.at[w] & ((1 << U) - 1)) == 0 && !is_nan(s.at[w]);
       typename F::T* out = h.at(position);
       if (copies) {
+        using W = Writes<F, false>;
+        const typename W::Codes planes(codes);
+        const auto first = W::first(alpha), second = W::second(alpha);
+        auto held = W::h(alpha, s);
 #pragma unroll
         for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
 #pragma unroll
-          for (int w = 0; w < F::W; ++w) {
-            const S value = codes.at[w] >> (16 + t) & 1 ? S(F::Cell::kSecondValue) : S(F::Cell::kFirstValue);
-            s.at[w] = codes.at[w] >> t & 1 ? value : s.at[w];
+          for (int i = 0; i < F::W / W::kEach; ++i) {
+            const auto value = select(W::Codes::mask(planes.second[i], t), second.at[i], first.at[i]);
+            held.at[i] = select(W::Codes::mask(planes.writes[i], t), value, held.at[i]);
           }
-          store_h<F>(out, alpha, s);
+          W::store_h(out, held);
         }
-      } else {
 #pragma unroll
+        for (int w = 0; w < F::W; ++w)
+          s.at[w] = cell.step_event(last_of(codes.at[w] & int(((1u << U) - 1) * kSecond)), s.at[w]);
+      } else {
+#pragma unroll 4
         for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
 #pragma unroll
           for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> t & kEventMask, s.at[w]);
@@ -599,7 +750,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     for (Span span; spans.next(span);) {
       if (span.last) m = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), forget = true;
       const Row<const typename F::T> g(scan, scan.grad_h, span.row, d);
-      for_tiles_from_right<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
+      for_tiles_from_right<kFromEvents ? 8 : kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
         Vector<typename F::T, F::W> grad[U];
         load_steps<F, U>(g, position, grad);
         [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;

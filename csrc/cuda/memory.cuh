@@ -39,6 +39,15 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];
 };
 
+template <class S>
+__device__ __forceinline__ S quiet_nan() {
+  return S(__builtin_nan(""));
+}
+template <class S>
+__device__ __forceinline__ bool is_nan(S x) {
+  return !(x == x);
+}
+
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -228,6 +237,14 @@ __device__ __forceinline__ auto widen(const Vector<T, N>& v, int i) {
   }
 #endif
   return widen(v.at[i]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ auto widen_all(const Vector<T, N>& v) {
+  Vector<typename StateOf<T>::type, N> x;
+#pragma unroll
+  for (int i = 0; i < N; ++i) x.at[i] = widen(v, i);
+  return x;
 }
 
 template <Traffic kind, int N, class T>

@@ -151,18 +151,23 @@ __device__ __forceinline__ void stage_inputs(const Room& room, int tile, const S
                                              const Part& part) {
   for_streams<F>([&](int i, int k) { stage<F>(room, k, tile, {scan, scan.in[i].stream, row, d}, part); });
 }
-// Calls each(w, x) for the thread's channels: x are the inputs of its step t.
-template <class F, class Room, class Each>
-__device__ __forceinline__ void for_channels(const Room& room, int tile, int t, const ChannelInputs<F>& channel,
-                                             Each each) {
+// Calls each(i, x) for the thread's channels, in values V: x are the inputs of its step t at the i-th value.
+template <class V, class F, class Room, class Each>
+__device__ __forceinline__ void for_values(const Room& room, int tile, int t, const ChannelInputs<F>& channel,
+                                           Each each) {
   Tile<F, 1> inputs;
   for_streams<F>([&](int, int k) { inputs.raw[0][k] = read_again(room.staged(tile, k, t)); });
 #pragma unroll
-  for (int w = 0; w < F::W; ++w) {
-    typename F::S x[F::kInputs];
-    inputs.inputs(0, w, channel, x);
-    each(w, x);
+  for (int i = 0; i < F::W / kElements<V>; ++i) {
+    V x[F::kInputs];
+    inputs.inputs(0, i, channel, x);
+    each(i, x);
   }
+}
+template <class F, class Room, class Each>
+__device__ __forceinline__ void for_channels(const Room& room, int tile, int t, const ChannelInputs<F>& channel,
+                                             Each each) {
+  for_values<typename F::S, F>(room, tile, t, channel, each);
 }
 
 // The state before a span's first step in a tile, at one channel, to where a walk starts: given, or saved by the forward
@@ -206,11 +211,25 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
                      [&](const auto& part) { stage_inputs<F>(room, tile, scan, span.row, at.d, part); });
       commit_copies();
     };
-    const auto scan_tile = [&](int tile, const auto& part, const auto& cell) {
+    const auto scan_tile = [&]<bool kForgets>(int tile, const auto& part, const auto& cell) {
       typename F::States a = all<F>(1), u = all<F>(0);
+      bool copies = kForgets && F::Cell::kEvents;  // h is one of two values, or what entered; unless there is a NaN
+      if constexpr (kForgets && F::Cell::kEvents) {
+        auto last = Writes<F>::none(), squared = Writes<F>::all_of(0);
+#pragma unroll
+        for (int t = 0; t < kSteps<F>; ++t)
+          for_values<typename Writes<F>::V>(room, tile, t, channel, [&](int i, const auto* x) {
+            last.at[i] = Writes<F>::last(cell, x, last.at[i]);
+#pragma unroll
+            for (int k = 0; k < F::kInputs; ++k) squared.at[i] = squares(x[k], squared.at[i]);
+          });
+#pragma unroll
+        for (int w = 0; w < F::W; ++w) copies = copies && !is_nan(Writes<F>::at(squared, w));
+        if (copies) Writes<F>::as_map(last, a, u);
+      }
 #pragma unroll
       for (int t = 0; t < kSteps<F>; ++t)
-        if (part.has(t))
+        if (!copies && part.has(t))
           for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
             u.at[w] = cell.step(x, u.at[w]);
             a.at[w] = conj(cell.pull(x, conj(a.at[w])));
@@ -226,6 +245,22 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
           !(span.first && part.position == span.begin))
         store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, part.position), scan.channels, at.d, s);
       typename F::T* out = h.at(part.position);
+      if constexpr (kForgets && F::Cell::kEvents) {
+#pragma unroll
+        for (int w = 0; w < F::W; ++w) copies = copies && !is_nan(s.at[w]);
+        if (copies) {
+          const auto first = Writes<F>::first(alpha), second = Writes<F>::second(alpha);
+          auto held = Writes<F>::h(alpha, s);
+#pragma unroll
+          for (int t = 0; t < kSteps<F>; ++t, out = advance(out, h.step)) {
+            for_values<typename Writes<F>::V>(room, tile, t, channel, [&](int i, const auto* x) {
+              held.at[i] = select(cell.writes(x), cell.value(x, first.at[i], second.at[i]), held.at[i]);
+            });
+            Writes<F>::store_h(out, held);
+          }
+          return;
+        }
+      }
 #pragma unroll
       for (int t = 0; t < kSteps<F>; ++t, out = advance(out, h.step))
         if (part.has(t)) {
@@ -238,8 +273,9 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     for (int64_t position = begin; position < span.end; position += at.tile_steps, ++tile) {
       stage_tile(tile + 1, position + at.tile_steps);
       wait_for_copies<1>();
-      with_part_and_cell<F>(span, position, at.tile_steps, scan,
-                            [&]<bool>(const auto&... given) { scan_tile(tile, given...); });
+      with_part_and_cell<F>(span, position, at.tile_steps, scan, [&]<bool kForgets>(const auto&... given) {
+        scan_tile.template operator()<kForgets>(tile, given...);
+      });
     }
     wait_for_copies<0>();
     if (span.last)
@@ -289,22 +325,45 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         commit_copies();
       };
       const auto differentiate_tile = [&]<bool kForgets>(int tile, const auto& part, const auto& cell) {
-        const auto lambda = [&](int t, int w, const typename F::States& m) {
-          return product_sum(real(alpha.at[w]), widen(room.staged(tile, kGrad, t), w), m.at[w]);
+        using Elements = Vector<typename F::T, F::W>;
+        const auto lambda = [&](S grad, int w, const typename F::States& m) {
+          return product_sum(real(alpha.at[w]), grad, m.at[w]);
         };
         typename F::States a = all<F>(1), u = all<F>(0), m = all<F>(0);
+        // Before each step and after the last: the states or, where a write forgets, what the thread's own steps wrote.
+        typename std::conditional_t<kForgets, typename Writes<F>::Values, typename F::States> states[kSteps<F> + 1];
+        if constexpr (kForgets) {
+          using V = typename Writes<F>::V;
+          typename Writes<F>::Mask written[F::W / kElements<V>] = {};
+          states[0] = Writes<F>::none();
 #pragma unroll
-        for (int t = 0; t < kSteps<F>; ++t)
-          if (part.has(t))
-            for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
-              u.at[w] = cell.redo(x, u.at[w]);
-              a.at[w] = cell.pull(x, a.at[w]);
-              // What reaches the left end of this step's gradient. Where a write forgets the factor is 0 or 1.
-              const S g =
-                  kForgets ? lambda(t, w, m)
-                           : product_sum(a.at[w], real(alpha.at[w]) * widen(room.staged(tile, kGrad, t), w), m.at[w]);
-              m.at[w] = a.at[w] == S(0) ? m.at[w] : g;
+          for (int t = 0; t < kSteps<F>; ++t) {
+            const auto grad = Writes<F>::values(room.staged(tile, kGrad, t));
+            for_values<V>(room, tile, t, channel, [&](int i, const V* x) {
+              states[t + 1].at[i] = Writes<F>::last(cell, x, states[t].at[i]);
+              written[i] = written[i] | cell.writes(x);
+              const V held = select(written[i], splat<V>(0), grad.at[i]);  // what reaches the left end of it
+#pragma unroll
+              for (int j = 0; j < kElements<V>; ++j) {
+                const int w = i * kElements<V> + j;
+                m.at[w] = lambda(lane(held, j), w, m);
+              }
             });
+          }
+          Writes<F>::as_map(states[kSteps<F>], a, u);
+        } else {
+#pragma unroll
+          for (int t = 0; t < kSteps<F>; ++t)
+            if (part.has(t)) {
+              const Elements grad = room.staged(tile, kGrad, t);
+              for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
+                u.at[w] = cell.redo(x, u.at[w]);
+                a.at[w] = cell.pull(x, a.at[w]);
+                const S g = product_sum(a.at[w], real(alpha.at[w]) * widen(grad, w), m.at[w]);  // of its left end
+                m.at[w] = a.at[w] == S(0) ? m.at[w] : g;
+              });
+            }
+        }
         room.own(0) = a, room.own(1) = u, room.own(2) = m;
         if constexpr (kComplex) room.own(kFactor) = conj_all<F>(a);
         __syncthreads();
@@ -320,15 +379,22 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         }
         __syncthreads();
         if (!at.inside) return;
-        typename F::States before[kSteps<F>];
-        typename F::States s = room.own(1);
+        const typename F::States entry = room.own(1);
         m = room.own(2);
+        if constexpr (!kForgets) {
+          states[0] = entry;
 #pragma unroll
-        for (int t = 0; t < kSteps<F>; ++t) {
-          before[t] = s;
-          if (part.has(t))
-            for_channels<F>(room, tile, t, channel, [&](int w, const S* x) { s.at[w] = cell.redo(x, s.at[w]); });
+          for (int t = 0; t < kSteps<F>; ++t) {
+            states[t + 1] = states[t];
+            if (part.has(t))
+              for_channels<F>(room, tile, t, channel,
+                              [&](int w, const S* x) { states[t + 1].at[w] = cell.redo(x, states[t].at[w]); });
+          }
         }
+        const auto state = [&](int t, int w) {
+          if constexpr (!kForgets) return states[t].at[w];
+          else return is_nan(Writes<F>::at(states[t], w)) ? entry.at[w] : Writes<F>::at(states[t], w);
+        };
         typename F::T* into[F::kStreams];
         int64_t stride[F::kStreams];
         for_streams<F>([&](int i, int k) {
@@ -339,11 +405,12 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         for (int t = kSteps<F> - 1; t >= 0; --t) {
           if (part.has(t)) {
             typename F::States gradients[F::kInputs];
+            const Elements grad = room.staged(tile, kGrad, t);
             for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
               S dx[F::kInputs];
-              const S after = t + 1 < kSteps<F> ? before[t + 1].at[w] : s.at[w];
-              sums[0].at[w] = product_sum(widen(room.staged(tile, kGrad, t), w), after, sums[0].at[w]);
-              m.at[w] = cell.vjp(x, before[t].at[w], lambda(t, w, m), dx);
+              const S g = widen(grad, w);
+              sums[0].at[w] = product_sum(g, state(t + 1, w), sums[0].at[w]);
+              m.at[w] = cell.vjp(x, state(t, w), lambda(g, w, m), dx);
               int sum = 1;
 #pragma unroll
               for (int i = 0; i < F::kInputs; ++i) {

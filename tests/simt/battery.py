@@ -1,6 +1,6 @@
 """What the CUDA kernels must do under host execution; each check raises where they do not.
 
-As a program, `python -m simt.battery`, it runs the checks of float32 on the module that MRU_SIMT_MODULE names.
+As a program, `python -m simt.battery float32`, it runs the checks of a dtype on the module that MRU_SIMT_MODULE names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+import mru_kernels as mk
 import simt
 from bench import compare, errors, inputs
 from mru_kernels.backends import CHUNK
@@ -87,11 +88,9 @@ def check_many_jobs(dtype: torch.dtype) -> None:
 
 
 def results(call: inputs.Call, steps: int) -> dict[str, Tensor]:
-    import mru_kernels
-
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     with segments(steps):
-        h, final = getattr(mru_kernels, call.cell)(**leaves, **call.settings, backend="simt")
+        h, final = getattr(mk, call.cell)(**leaves, **call.settings, backend="simt")
         grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
     return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -108,6 +107,26 @@ def check_any_order(dtype: torch.dtype) -> None:
         for name, first in runs[0].items():
             for other in runs[1:]:
                 require(torch.equal(first, other[name]), f"{name} depends on the order, segments of {steps}")
+
+
+def check_copies(dtype: torch.dtype) -> None:
+    """Where a write forgets, values are copied, and NaN is what it was: ties, zeros of both signs, infinities, NaN."""
+    values = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, torch.inf, -torch.inf], dtype=dtype)
+    shape = (2, 4 * CHUNK, 16)
+    candidate, threshold = values[torch.randint(len(values), (2, *shape))].unbind()
+    threshold[:, CHUNK : 3 * CHUNK] = 3.0  # what is held comes from far
+    candidate[0, 70, 3] = threshold[1, 2 * CHUNK + 9, 8] = candidate[1, 0, 15] = torch.nan
+    initial, alpha = torch.randn(2, 16), torch.randn(16)
+    initial[0, 5] = alpha[11] = torch.nan
+    state = errors.state_dtype(dtype)
+    call = {"initial_state": initial.to(state), "alpha": alpha.to(state)}
+    h, final_state = mk.bmru(candidate, threshold, **call, backend="cpu")
+    for steps in (0, CHUNK):
+        with segments(steps):
+            results = mk.bmru(candidate, threshold, **call, backend="simt")
+        for name, result, expected in zip(("h", "final_state"), results, (h, final_state), strict=True):
+            same = (result == expected) | (result.isnan() & expected.isnan())
+            require(same.all(), f"{name}, segments of {steps}: {int((~same).sum())} values differ from the CPU's")
 
 
 # ------------------------------------------------------------------------------------------ traffic
@@ -225,6 +244,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
 
 
 CHECKS = (
+    check_copies,
     check_traffic,
     check_any_order,
     check_far_strides,
@@ -235,11 +255,12 @@ CHECKS = (
 )
 
 if __name__ == "__main__":
+    dtype = getattr(torch, sys.argv[1])
     simt.register()
     torch.manual_seed(0)
     for check in CHECKS:
         try:
-            check(torch.float32)
+            check(dtype)
         except (AssertionError, RuntimeError) as error:
             sys.exit(f"{check.__name__}: {error}")
     print("all checks pass")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,11 @@ class Mutant:
     file: str
     old: str
     new: str
+
+    @property
+    def element(self) -> str:
+        """The type of streams that shows it."""
+        return "bfloat16" if self.file == "pairs.cuh" else "float32"
 
     def plant(self, csrc: Path) -> None:
         """Write a copy of the sources with the fault; files that stay the same keep their time."""
@@ -64,7 +70,13 @@ _TILES = (
     ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
     ("missing head mask", "(low <= t && t < high)", "t < high"),
     ("walk from the wrong end", "+ (groups - 1) * room.channels;", ";"),
+    ("NaN in a tile overlooked", "copies = copies && !is_nan(Writes<F>::at(squared, w));", ";"),
+    ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
     ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
+)
+_PAIRS = (
+    ("sign of a zero", "plus_zero = fused(x, splat(1).bits, 0);", "plus_zero = x.bits;"),
+    ("borrow between halves", "(a.bits | kSigns) - b.bits", "a.bits - b.bits"),
 )
 _LAUNCHES = (
     ("carry used before it is written", _CARRY + _EXPAND, _EXPAND.rstrip("\n").rstrip(";") + ", run.carry_over(1);\n"),
@@ -76,22 +88,27 @@ _PLAN = (
 )
 MUTANTS = tuple(
     Mutant(name, file, old, new)
-    for file, faults in (("kernels.cuh", _KERNELS), ("tiles.cuh", _TILES), ("scan.cu", _LAUNCHES), ("plan.h", _PLAN))
+    for file, faults in {
+        "kernels.cuh": _KERNELS,
+        "tiles.cuh": _TILES,
+        "pairs.cuh": _PAIRS,
+        "scan.cu": _LAUNCHES,
+        "plan.h": _PLAN,
+    }.items()
     for name, old, new in faults
 )
 
 
-def run_battery(path: Path) -> subprocess.CompletedProcess[str]:
+def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
     """The battery on the module at `path`, in a process of its own: a fault may crash it."""
     environment = {**os.environ, "MRU_SIMT_MODULE": str(path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.run(
-        [sys.executable, "-m", "simt.battery"], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600
-    )
+    command = [sys.executable, "-m", "simt.battery", element]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
-def outcome(mutant: Mutant, module: Path) -> subprocess.CompletedProcess[str]:
-    """Build the mutant for float32 beside the object of the unchanged module, and run the battery on it."""
+def outcome(mutant: Mutant, modules: Mapping[str, Path]) -> subprocess.CompletedProcess[str]:
+    """Build the mutant for its element beside the object of the unchanged module, and run the battery on it."""
     folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
     mutant.plant(folder / "csrc")
-    changes_plan = mutant.file == "plan.h"
-    return run_battery(build(folder, folder / "csrc", ("float32",), None if changes_plan else module, "-O0"))
+    module = None if mutant.file == "plan.h" else modules[mutant.element]
+    return run_battery(build(folder, folder / "csrc", (mutant.element,), module, "-O0"), mutant.element)
