@@ -37,7 +37,7 @@ from .peers import PEERS, job
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 LOGS = ROOT / "build" / "gpu-check"
-TESTS = ("tests/test_op.py", "tests/test_bad_input.py")
+TESTS = ("tests/test_gpu.py", "tests/test_op.py", "tests/test_bad_input.py")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 Shape = tuple[int, int, int, str]

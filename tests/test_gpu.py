@@ -1,0 +1,102 @@
+"""What only a GPU can show: streams, graphs and several devices. `make gpu-check` runs it on one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import mru_kernels as mk
+
+SHAPES = [(8, 300, 64), (1, 20_000, 8)]  # whole sequences side by side; one cut in time
+_WAIT = 100_000_000  # cycles, tens of milliseconds
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: --device cuda")
+    return device
+
+
+def draw(shape: tuple[int, ...], device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidate, threshold and the gradient of h."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator).to(device) for _ in range(3))
+
+
+def passes(candidate: Tensor, threshold: Tensor, grad_h: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """h, final state and the gradients of candidate and threshold."""
+    given = [t.detach().requires_grad_() for t in (candidate, threshold)]
+    h, final = mk.bmru(*given, backend=backend)
+    return h.detach(), final.detach(), *torch.autograd.grad(h, given, grad_h)
+
+
+def assert_same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=0, atol=0)
+
+
+def assert_graph_takes_new_inputs(
+    run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], others: tuple[Tensor, ...]
+) -> None:
+    """Capture `run(*inputs)`, copy `others` into the inputs and replay: as `run(*others)`."""
+    expected = run(*others)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(*inputs)  # what is made at the first call could not be made in a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(*inputs)
+    for x, other in zip(inputs, others, strict=True):
+        x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(results, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_run_on_the_current_stream(backend, gpu, shape):
+    # On another stream they would read NaN: the inputs come late, on this one.
+    values = draw(shape, gpu)
+    expected = passes(*values, backend)
+    late = [torch.full_like(x, math.nan) for x in values]
+    torch.cuda.synchronize(gpu)
+    with torch.cuda.stream(torch.cuda.Stream(gpu)):
+        torch.cuda._sleep(_WAIT)
+        for x, value in zip(late, values, strict=True):
+            x.copy_(value)
+        results = passes(*late, backend)
+    torch.cuda.synchronize(gpu)
+    assert_same(results, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_graph_of_both_passes_takes_new_inputs(backend, gpu, shape):
+    run = functools.partial(passes, backend=backend)
+    assert_graph_takes_new_inputs(run, draw(shape, gpu), draw(shape, gpu, seed=1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_graph_of_a_step_takes_new_inputs(backend, gpu, shape, monkeypatch):
+    monkeypatch.setenv("MRU_BACKEND", backend)
+    shape = (shape[0], shape[2])
+    assert_graph_takes_new_inputs(mk.bmru_step, draw(shape, gpu), draw(shape, gpu, seed=1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensors_on_a_device_that_is_not_the_current_one(backend, gpu, shape):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    values = draw(shape, torch.device("cuda", 0))
+    expected = passes(*values, backend)
+    with torch.cuda.device(0):
+        results = passes(*(x.to("cuda:1") for x in values), backend)
+        assert torch.cuda.current_device() == 0
+    assert {x.device.index for x in results} == {1}
+    assert_same(tuple(x.to("cuda:0") for x in results), expected)
