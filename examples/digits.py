@@ -41,6 +41,7 @@ UNITS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "CMRU": {"cmru": {}},
     "alpha-CMRU": {"alpha_cmru": {}},
     "first-quadrant BMRU": {"first_quadrant_bmru": {}},
+    "first-quadrant BMRU, epsilon 1 to 0": {"first_quadrant_bmru": {}},
     "minGRU": {"min_gru": _TIME_SCALE},
     "minLSTM": {"min_lstm": _TIME_SCALE},
     "LRU": {"lru": {"r_min": 0.9, "r_max": 0.999}},
