@@ -36,6 +36,7 @@ class Variant:
     per_channel: int = 0  # how many inputs, from the second on, are [D]
     events: bool = False
     aligned: bool = True
+    forgets: bool = False  # epsilon is 0
 
     @property
     def element(self) -> str:
@@ -71,7 +72,7 @@ class Variant:
         if self.kernel not in ("fold", "carry"):
             words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
             words += [f"{self.per_channel} per channel"] * (self.per_channel > 0)
-        return " ".join(words + ["unaligned"] * (not self.aligned))
+        return " ".join(words + ["epsilon 0"] * self.forgets + ["unaligned"] * (not self.aligned))
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def variants() -> list[Variant]:
     complex_main = [v for v in _of_linear("c64") if v.is_main]
     every += [replace(v, aligned=False) for v in complex_main]
     others = [replace(v, dtype=dtype) for dtype in ("bf16", "fp32") for v in main] + complex_main
-    return every + [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
+    every += [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
+    forgetting = [v for v in every if v.cell != "linear_recurrence" and v.kernel not in ("fold", "carry")]
+    return every + [replace(v, forgets=True) for v in forgetting]
 
 
 def _of_dtype(dtype: str) -> Iterator[Variant]:
@@ -162,6 +165,7 @@ def compile_variant(variant: Variant):
     of_lane = BYTES[state if variant.kernel in backend.BY_STATE else element]
     known = {
         "EVENTS": variant.events,
+        "FORGETS": variant.forgets,
         "CHANNELS": ((1 << variant.per_channel) - 1) << 1,
         "CHUNK": CHUNK,
         "ALIGN": 16 // BYTES[element] if variant.aligned else 1 + paired,
@@ -195,7 +199,7 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
     )
-    options = backend.options(variant.kernel, variant.inputs, STATES[state], amd)
+    options = backend.options(variant.kernel, variant.events, variant.per_channel, STATES[state], amd)
     return triton.compile(source, target=target, options=options)
 
 
@@ -213,15 +217,22 @@ def examine(variant: Variant) -> Report:
     return _amd(variant, asm["amdgcn"]) if "amdgcn" in asm else _nvidia(variant, asm["cubin"])
 
 
-def _nvidia(variant: Variant, cubin: bytes) -> Report:
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """What a kernel uses, and its instructions."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output([tools / "cuobjdump", "-res-usage", file.name])
-        listing = _output([tools / "nvdisasm", "-c", file.name])
+        return (
+            _output([tools / "cuobjdump", "-res-usage", file.name]),
+            _output([tools / "nvdisasm", "-c", file.name]),
+        )
+
+
+def _nvidia(variant: Variant, cubin: bytes) -> Report:
+    usage, listing = disassemble(cubin)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     count = lambda pattern: len(re.findall(pattern, listing))  # noqa: E731
     return Report(

@@ -26,6 +26,8 @@ BY_STATE = ("fold", "carry", "backward")
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
 _FULL = 4096  # channels scanned at once that fill a multiprocessor: 32 warps of fp32, or 16 of half precision
 _LEAST = 2 * CHUNK  # steps of a segment, at least
+_BACKWARD_WARPS = 12  # of `backward`, that a multiprocessor has registers for
+_START = 16  # steps in the time of which a program begins and ends
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
 _INTERPRETED_MULTIPROCESSORS = 132
 
@@ -57,18 +59,39 @@ def segment(sequences: int, steps: int, channels: int, device: torch.device) -> 
     return _ceil_div(max(_ceil_div(steps * row, wanted), _LEAST), CHUNK) * CHUNK
 
 
+def adjoint_segment(sequences: int, steps: int, channels: int, state: torch.dtype, device: torch.device) -> int:
+    """Steps of a segment in the backward pass, where the forward pass cuts time; by the same sizes and the state dtype.
+
+    All programs take about as long, so a round of as many as run at once should not be left half empty. Of a few
+    numbers of rounds it is the one that takes the least time, counted in steps.
+    """
+    at_once = _BACKWARD_WARPS * _multiprocessors(device)
+    programs = sequences * _ceil_div(channels, _LANES * _VECTOR_BYTES // state.itemsize)  # if time were not cut
+    length = _ceil_div(steps, sequences)
+    lengths: dict[int, int] = {}
+    for rounds in range(1, 5):
+        segment = max(_ceil_div(length, max(rounds * at_once // programs, 1)), _LEAST)
+        segment = _ceil_div(segment, CHUNK) * CHUNK
+        taken = _ceil_div(programs * _ceil_div(length, segment), at_once)
+        lengths.setdefault(taken * (segment + _START), segment)
+    return lengths[min(lengths)]
+
+
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def options(kernel: str, inputs: int, state: torch.dtype, amd: bool = bool(torch.version.hip)) -> dict:
+def options(
+    kernel: str, events: bool, per_channel: int, state: torch.dtype, amd: bool = bool(torch.version.hip)
+) -> dict:
     """How a kernel is compiled. In the forward pass a fused multiply-add would round differently from the CPU."""
     common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
-    # Left alone, ptxas takes so many registers for `backward` that a multiprocessor has 8 warps, not 12; and for three
-    # inputs at times so few that it spills.
-    limited = (kernel == "backward" or (kernel in ("forward", "summarize") and inputs > 2)) and not amd
+    # Left alone, ptxas takes so many registers for `backward` that a multiprocessor has 8 warps, not 12; and for others
+    # at times so few that it spills. Where it does well, a limit would make it take more.
+    lean = events and (kernel == "forward" or (kernel == "summarize" and per_channel == 0))
+    limited = kernel in ("forward", "summarize", "backward") and not lean and not amd
     most = 168 if state == torch.float32 and kernel != "summarize" else 255
     return common | ({"maxnreg": most} if limited else {})
 
@@ -113,6 +136,7 @@ class _Call:
         batch, time, channels = first.shape
         self.time, self.channels = time, channels
         self.inputs = [first, *map(self.vector, channel), *self.views[1:]]
+        self.per_channel = len(channel)
         self.packed = cu_seqlens is not None
         self.sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.split = segment > 0
@@ -141,6 +165,7 @@ class _Call:
             "initial": nothing if initial_state is None else self.vector(initial_state),
             "entries": nothing,
             "epsilon": epsilon.item(),
+            "FORGETS": functions.encode is not None and epsilon.item() == 0,
             "surrogate_scale": surrogate_scale,
             **{name.upper(): function for name, function in functions._asdict().items()},
             "EVENTS": self.packs,
@@ -169,10 +194,10 @@ class _Call:
         return Stream(t, *(encode(n // self.align) for n in strides))
 
     def tile(self, name: str) -> int:
-        return tile(name, len(self.inputs), len(self.inputs) - len(self.views), self.state)
+        return tile(name, len(self.inputs), self.per_channel, self.state)
 
     def options(self, name: str) -> dict:
-        return options(name, len(self.inputs), self.state)
+        return options(name, self.packs, self.per_channel, self.state)
 
     def launch(self, name: str, programs: int, **own) -> None:
         """Run a kernel on `programs` times the blocks of channels, with the arguments that it names."""
@@ -258,6 +283,10 @@ def _backward(
     packed, chunk, segment, checkpoints, events,
 ):  # fmt: skip
     grad_h = _real(ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0])
+    if segment > 0:
+        batch, time, channels = grad_h.shape
+        sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        segment = adjoint_segment(sequences, batch * time, channels, ops.state_dtype(grad_h.dtype), grad_h.device)
     call = _Call(
         cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
         segment, grad_h=grad_h,

@@ -69,15 +69,9 @@ def scaled(s, epsilon):
 
 
 @triton.jit
-def scaled_or_nan(s, epsilon):
-    """The same, but of NaN NaN."""
-    return epsilon * tl.where(tl.where(epsilon == 0, s == s, False), 0.0, s)
-
-
-@triton.jit
 def write_or_hold(writes, nan, v, s, epsilon):
     """Where the gate writes, v + epsilon s; elsewhere s. NaN is absorbing."""
-    return tl.where(nan, float("nan"), tl.where(writes, v + scaled_or_nan(s, epsilon), s))
+    return tl.where(nan, float("nan"), tl.where(writes & (s == s), v + scaled(s, epsilon), s))
 
 
 @triton.jit
@@ -106,8 +100,9 @@ def encoded(writes, nan, second):
 def written_by_event(word, i: tl.constexpr, first, second, s, epsilon):
     """write_or_hold from an event."""
     high = high_bit(word, i)
-    written = tl.where(high, second, first).to(s.dtype) + scaled_or_nan(s, epsilon)
-    return tl.where(low_bit(word, i), written, tl.where(high, float("nan"), s))
+    written = tl.where(high, second, first).to(s.dtype) + scaled(s, epsilon)
+    held = tl.where(high, float("nan"), s)
+    return tl.where(low_bit(word, i) & (s == s), written, held)
 
 
 @triton.jit

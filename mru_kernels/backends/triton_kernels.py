@@ -292,6 +292,16 @@ def poison(s, scale, at):
     return tl.where(when(at.length > 0, scale != scale), scale, s)
 
 
+@triton.jit
+def factor_of_writes(epsilon, STATE: tl.constexpr, FORGETS: tl.constexpr):
+    """epsilon in the state dtype; a constant if it is 0, where a write forgets the state."""
+    if FORGETS:
+        factor = tl.full((), 0.0, STATE)
+    else:
+        factor = tl.full((), epsilon, STATE)
+    return factor
+
+
 # ------------------------------------------------------------------------- forward
 
 
@@ -327,8 +337,8 @@ def forward_word(
 @triton.jit
 def forward(
     inputs, scan, offsets, alpha, initial, entries, events, h, final_state, checkpoints, epsilon: tl.float64,
-    STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """h, boundary states and (without a split) the final state, from streams or, if EVENTS, from events.
 
@@ -339,7 +349,7 @@ def forward(
     slot, block = program(scan, BD)
     if slot < scan.slots:
         at = place(scan, offsets, slot, block, ALIGN, BD)
-        eps = tl.full((), epsilon, STATE)
+        eps = factor_of_writes(epsilon, STATE, FORGETS)
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         opened_h = rows_of(h, scan, at, ALIGN)
@@ -420,8 +430,8 @@ def summarize_word(
 def summarize(
     inputs, scan, offsets, alpha, events, factors, sums, epsilon: tl.float64,
     STEP: tl.constexpr, PUSH: tl.constexpr, ONE: tl.constexpr, ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr,
-    STEP_WORD: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
-    BD: tl.constexpr,
+    STEP_WORD: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
+    TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
     STATE: tl.constexpr = alpha.dtype.element_ty
@@ -429,7 +439,7 @@ def summarize(
     slot, block = program(scan, BD)
     if slot < scan.slots:
         at = place(scan, offsets, slot, block, ALIGN, BD)
-        eps = tl.full((), epsilon, STATE)
+        eps = factor_of_writes(epsilon, STATE, FORGETS)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         factor = ONE(at.d).to(STATE)
         offset = tl.zeros((BD,), STATE)
@@ -575,8 +585,8 @@ def adjoint_word(
 @triton.jit
 def summarize_adjoint(
     inputs, scan, offsets, alpha, events, grad_h, factors, sums, epsilon: tl.float64,
-    PULL: tl.constexpr, ONE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr,
-    ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    PULL: tl.constexpr, ONE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as the affine map from what its right end receives to what its left end passes on."""
     STATE: tl.constexpr = alpha.dtype.element_ty
@@ -584,7 +594,7 @@ def summarize_adjoint(
     slot, block = program(scan, BD)
     if slot < scan.slots:
         at = place(scan, offsets, slot, block, ALIGN, BD)
-        eps = tl.full((), epsilon, STATE)
+        eps = factor_of_writes(epsilon, STATE, FORGETS)
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
@@ -679,7 +689,8 @@ def backward(
     inputs, scan, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
     states, epsilon: tl.float64, surrogate_scale: tl.float64,
     REPLAY: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, REPLAY_EVENT: tl.constexpr, EVENTS: tl.constexpr,
-    CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    FORGETS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs; without a split also that of the initial state; and sums over the segment.
 
@@ -698,7 +709,7 @@ def backward(
     slot, block = program(scan, BD)
     if slot < scan.slots:
         at = place(scan, offsets, slot, block, ALIGN, BD)
-        eps = tl.full((), epsilon, STATE)
+        eps = factor_of_writes(epsilon, STATE, FORGETS)
         k_scale = surrogate(tl.full((), surrogate_scale, STATE))
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
