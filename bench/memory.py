@@ -45,7 +45,7 @@ def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[i
     (cell,) = (cell for cell in ops.CELLS if cell.name == call.cell)
     streams = [t for t in call.tensors.values() if t.dim() == 3]
     batch, time, channels = call.stream.shape
-    segment = TABLE[backend].module.segment(batch, batch * time, channels, call.stream.device)
+    segment = TABLE[backend].module.segment(batch, batch * time, channels, call.stream.itemsize, call.stream.device)
     chunk = chunk_size or CHUNK
     meta = [t.to("meta") for t in streams]
     saved = ops.allocate(cell, meta, [], None, 0, chunk, -(-segment // chunk) * chunk, save=True)[2:]

@@ -96,7 +96,7 @@ def scan(
         checks.taken(chunk, row)
     batch, time, channels = first.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment = row.module.segment(sequences, batch * time, channels // (packed or 1), first.device)
+    segment = row.module.segment(sequences, batch * time, channels // (packed or 1), first.itemsize, first.device)
     segment = -(-segment // chunk) * chunk
     differentiated = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
     save = differentiated and chunk_size is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -44,11 +44,12 @@ def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> i
 @contextmanager
 def segments(backend: str, steps: int | None):
     """Have time cut into segments of so many steps; 0: not at all; None: as the backend chooses."""
-    if steps is None:
+    with ExitStack() as stack:
+        module = backends.TABLE[backend].module
+        for name in ("segment", "adjoint_segment"):
+            if steps is not None and hasattr(module, name):
+                stack.enter_context(patch.object(module, name, lambda *sizes: steps))
         yield
-    else:
-        with patch.object(backends.TABLE[backend].module, "segment", lambda *sizes: steps):
-            yield
 
 
 def op_of(cell: str, backend: str):

@@ -81,11 +81,20 @@ def test_compiled_for_devices():
 )
 def test_the_backward_pass_leaves_no_round_half_empty(shape):
     batch, time, channels = shape
-    steps = backend.adjoint_segment(batch, batch * time, channels, torch.float32, torch.device("cpu"))
+    steps = backend.adjoint_segment(batch, batch * time, channels, 4, torch.device("cpu"))
     assert steps % CHUNK == 0
     programs = batch * -(-channels // 128) * -(-time // steps)
     rounds = programs / (12 * 132)
     assert rounds / -(-rounds // 1) > 0.85
+
+
+def test_the_backward_pass_cuts_time_in_its_own_way_unless_it_is_told():
+    sizes, cpu = (1, 2**20, 64), torch.device("cpu")
+    own, of_forward = backend.adjoint_segment(*sizes, 4, cpu), backend.segment(*sizes, 2, cpu)
+    assert own != of_forward
+    assert backend._of_backward(of_forward, sizes, torch.bfloat16, cpu) == own
+    assert backend._of_backward(of_forward + CHUNK, sizes, torch.bfloat16, cpu) == of_forward + CHUNK
+    assert backend._of_backward(0, sizes, torch.bfloat16, cpu) == 0
 
 
 @pytest.fixture

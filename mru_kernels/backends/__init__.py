@@ -24,9 +24,9 @@ class Backend:
     Its module offers:
 
     load(): called once; registers the ops or raises ImportError with the reason why it cannot.
-    segment(sequences, steps, channels, device): how many steps one unit scans while others scan the same sequence (a
-        multiple of `CHUNK`), or 0 where a sequence is scanned whole, for so many sequences that have so many steps all
-        together.
+    segment(sequences, steps, channels, itemsize, device): how many steps one unit scans while others scan the same
+        sequence (a multiple of `CHUNK`), or 0 where a sequence is scanned whole, for so many sequences that have so
+        many steps all together, of streams with elements of so many bytes.
     CHUNK_SIZES: the least and the most steps between two boundary states, multiples of 16, that its kernels take.
     """
 

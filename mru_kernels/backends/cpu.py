@@ -23,7 +23,7 @@ def load() -> None:
     torch.ops.load_library(str(found[0]))
 
 
-def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
     """Steps of a segment, from sizes only: results must not depend on the number of threads."""
     blocks = (channels + _BLOCK - 1) // _BLOCK
     units = sequences * blocks

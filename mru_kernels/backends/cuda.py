@@ -7,9 +7,10 @@ import torch
 from . import CHUNK, cpu
 
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
-_ENOUGH = 2**13  # channels at once, over all sequences, from which on time is not split
-_WANTED = 2**17  # about as many where it is: eight warps of fp32 a multiprocessor of an H100
-_LEAST = 2 * CHUNK  # steps of a segment, at least
+_WORD = 16  # bytes that a thread moves at once
+_ENOUGH = 2**11  # words of all sequences' channels from which on time is not split
+_WANTED = 2**15  # threads, about, where it is: eight warps a multiprocessor of an H100
+_FEW = 4 * CHUNK  # steps of a sequence that is not worth it
 
 
 def load() -> None:
@@ -21,10 +22,10 @@ def load() -> None:
         raise ImportError("torch is built without CUDA")
 
 
-def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
     """Steps of a segment, from sizes only: results are the same on every device."""
-    at_once = sequences * channels
-    if at_once >= _ENOUGH or at_once == 0 or steps < 2 * _LEAST * sequences:
+    words = -(-channels * itemsize // _WORD)
+    if sequences * words >= _ENOUGH or sequences * words == 0 or steps < _FEW * sequences:
         return 0
-    least = max(steps * channels // _WANTED, _LEAST)
+    least = max(steps * words // _WANTED, CHUNK)
     return (least + CHUNK - 1) // CHUNK * CHUNK

@@ -24,10 +24,11 @@ _VECTOR_BYTES = 16  # that a lane loads or stores at once
 BY_STATE = ("fold", "carry", "backward")
 
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
-_FULL = 4096  # channels scanned at once that fill a multiprocessor: 32 warps of fp32, or 16 of half precision
-_LEAST = 2 * CHUNK  # steps of a segment, at least
-_BACKWARD_WARPS = 12  # of `backward`, that a multiprocessor has registers for
-_START = 16  # steps in the time of which a program begins and ends
+#: Warps of the forward pass that a multiprocessor has registers for, by the bytes of an element; and of `backward`.
+_WARPS = {2: 18, 4: 25, 8: 18, 16: 18}
+_BACKWARD_WARPS = 12
+_FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
+_START = 16  # steps in the time of which a program of `backward` begins and ends
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
 _INTERPRETED_MULTIPROCESSORS = 132
 
@@ -46,35 +47,45 @@ def load() -> None:
                 _library.impl(f"{cell.name}_step.triton", partial(_step, cell), key)
 
 
-def segment(sequences: int, steps: int, channels: int, device: torch.device) -> int:
+def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
     """Steps of a segment, from sizes and the number of multiprocessors only.
 
     A sequence is scanned whole where half of what fills the device, or more, runs at once; else time is cut so that
-    it is about filled.
+    as many programs as run at once are about enough, since a second round of them would be nearly empty.
     """
-    row = max(channels, _LANES * _VECTOR_BYTES // 4)  # a warp is busy however few its channels are
-    wanted = _FULL * _multiprocessors(device)
-    if sequences == 0 or channels == 0 or 2 * sequences * row >= wanted or steps < 2 * _LEAST * sequences:
+    at_once = _WARPS[itemsize] * _multiprocessors(device)
+    programs = sequences * _blocks(channels, itemsize)  # if time were not cut
+    if programs == 0 or 2 * programs >= at_once or steps < _FEW * sequences:
         return 0
-    return _ceil_div(max(_ceil_div(steps * row, wanted), _LEAST), CHUNK) * CHUNK
+    return _ceil_div(_ceil_div(steps, sequences * (at_once // programs)), CHUNK) * CHUNK
 
 
-def adjoint_segment(sequences: int, steps: int, channels: int, state: torch.dtype, device: torch.device) -> int:
-    """Steps of a segment in the backward pass, where the forward pass cuts time; by the same sizes and the state dtype.
+def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
+    """Steps of a segment in the backward pass, where the forward pass cuts time; `itemsize` is that of states.
 
     All programs take about as long, so a round of as many as run at once should not be left half empty. Of a few
     numbers of rounds it is the one that takes the least time, counted in steps.
     """
     at_once = _BACKWARD_WARPS * _multiprocessors(device)
-    programs = sequences * _ceil_div(channels, _LANES * _VECTOR_BYTES // state.itemsize)  # if time were not cut
+    programs = sequences * _blocks(channels, itemsize)
     length = _ceil_div(steps, sequences)
     lengths: dict[int, int] = {}
     for rounds in range(1, 5):
-        segment = max(_ceil_div(length, max(rounds * at_once // programs, 1)), _LEAST)
-        segment = _ceil_div(segment, CHUNK) * CHUNK
+        segment = _ceil_div(_ceil_div(length, max(rounds * at_once // programs, 1)), CHUNK) * CHUNK
         taken = _ceil_div(programs * _ceil_div(length, segment), at_once)
         lengths.setdefault(taken * (segment + _START), segment)
     return lengths[min(lengths)]
+
+
+def _of_backward(given: int, sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> int:
+    """The steps of a segment that were given, unless they are what the forward pass takes by itself."""
+    if given == 0 or given != segment(*sizes, dtype.itemsize, device):
+        return given
+    return adjoint_segment(*sizes, ops.state_dtype(dtype).itemsize, device)
+
+
+def _blocks(channels: int, itemsize: int) -> int:
+    return _ceil_div(channels * itemsize, _LANES * _VECTOR_BYTES)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -282,11 +293,10 @@ def _backward(
     cell, grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
     packed, chunk, segment, checkpoints, events,
 ):  # fmt: skip
+    batch, time, channels = grad_h.shape
+    sizes = (batch if cu_seqlens is None else cu_seqlens.numel() - 1, batch * time, channels)
+    segment = _of_backward(segment, sizes, streams[0].dtype, grad_h.device)
     grad_h = _real(ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0])
-    if segment > 0:
-        batch, time, channels = grad_h.shape
-        sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        segment = adjoint_segment(sequences, batch * time, channels, ops.state_dtype(grad_h.dtype), grad_h.device)
     call = _Call(
         cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
         segment, grad_h=grad_h,
