@@ -83,7 +83,7 @@ struct Run {
   template <class F, class Room>
   void over_tiles(void (*kernel)(Call<S>), int64_t rows) {
     const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>);
-    launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.threads()),
+    launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
            Call<S>{scan, plan, work, Divisor(tiling.across)});
   }
   void carry_over(int direction) {

@@ -40,31 +40,32 @@ struct Tiling {
     while (lanes * groups < 64) lanes *= 2;
     across = blocks(scan, width);
   }
-  int threads() const { return lanes * groups; }
 
  private:
   int64_t blocks(const Scan& scan, int width) const { return (scan.channels + lanes * width - 1) / (lanes * width); }
 };
 
-// Shared memory of a block: rows of kMaps values and of what is carried, a vector of states a thread; then, warp by warp,
-// what is staged of two tiles, kStaged vectors of elements a step and thread.
-template <class F, int kStaged, int kMaps>
+// Shared memory of a block: kMaps rows of a vector of states a thread; kCarried rows of a state a channel; then, warp by
+// warp, what is staged of two tiles, kStaged vectors of elements a step and thread.
+template <class F, int kStaged, int kMaps, int kCarried>
 class TileRoom {
  public:
   using S = typename F::S;
   using Elements = Vector<typename F::T, F::W>;
 
-  static int64_t bytes(int threads) {
-    const int64_t warps = (threads + kWarp - 1) / kWarp;
-    return (kMaps + kCarried) * threads * sizeof(typename F::States) + warps * kWarp * kSlots * sizeof(Elements);
+  static int64_t bytes(int lanes, int groups) {
+    const int64_t threads = lanes * groups, warps = (threads + kWarp - 1) / kWarp;
+    return (kMaps * threads + kCarried * lanes) * sizeof(typename F::States) +
+           warps * kWarp * kSlots * sizeof(Elements);
   }
   __device__ __forceinline__ TileRoom()
       : threads(int(blockDim.x * blockDim.y)),
         thread(int(threadIdx.y * blockDim.x + threadIdx.x)),
         channels(int(blockDim.x) * F::W),
         maps_(reinterpret_cast<S*>(shared_memory())),
-        staged_(reinterpret_cast<Elements*>(maps_ + (kMaps + kCarried) * threads * F::W) +
-                thread / kWarp * (kWarp * kSlots) + thread % kWarp) {}
+        carried_(maps_ + kMaps * threads * F::W),
+        staged_(reinterpret_cast<Elements*>(carried_ + kCarried * channels) + thread / kWarp * (kWarp * kSlots) +
+                thread % kWarp) {}
 
   const int threads, thread, channels;
   // Row i of the maps, [groups, channels]; and the thread's own part of it.
@@ -73,22 +74,25 @@ class TileRoom {
     return reinterpret_cast<typename F::States*>(row(i))[thread];
   }
   // What a walk hands on from tile to tile; and with what one starts in a tile, if that is not handed on.
-  __device__ __forceinline__ S& carried(int channel) const { return row(kMaps)[channel]; }
-  __device__ __forceinline__ S& start(int tile, int channel) const { return row(kMaps + 1 + (tile & 1))[channel]; }
+  __device__ __forceinline__ S& carried(int channel) const { return carried_[channel]; }
+  __device__ __forceinline__ S& start(int tile, int channel) const {
+    static_assert(kCarried == 3);
+    return carried_[(1 + (tile & 1)) * channels + channel];
+  }
   __device__ __forceinline__ Elements& staged(int tile, int k, int t) const {
     return staged_[(((tile & 1) * kStaged + k) * kSteps<F> + t) * kWarp];
   }
 
  private:
-  static constexpr int kWarp = 32, kCarried = 3, kSlots = 2 * kStaged * kSteps<F>;
-  S* const maps_;
+  static constexpr int kWarp = 32, kSlots = 2 * kStaged * kSteps<F>;
+  S *const maps_, *const carried_;
   Elements* const staged_;
 };
 
 template <class F>
-using ForwardRoom = TileRoom<F, F::kStreams, 2>;
+using ForwardRoom = TileRoom<F, F::kStreams, 2, 1>;
 template <class F>
-using BackwardRoom = TileRoom<F, F::kStreams + 1, RealOf<typename F::S>::is_complex ? 4 : 3>;
+using BackwardRoom = TileRoom<F, F::kStreams + 1, RealOf<typename F::S>::is_complex ? 4 : 3, 3>;
 
 // What a thread does in the blocks of one launch.
 template <class F>
