@@ -11,6 +11,7 @@ import simt
 import torch
 
 from bench import inputs
+from mru_kernels.backends import CHUNK, cuda
 
 pytestmark = [
     pytest.mark.check,
@@ -85,6 +86,23 @@ def test_a_launch_that_fails_raises(battery):
             battery.results(inputs.case("bmru", torch.float32).build(), 64)
     finally:
         simt.control().configure()
+
+
+def test_segments_are_a_function_of_sizes():
+    device = torch.device("cpu")
+    for sequences, time, channels in ((2, 8192, 1024), (1, 2**20, 64), (1, 2**31, 1), (3, 300, 5)):
+        steps = {size: cuda.segment(sequences, sequences * time, channels, size, device) for size in (2, 4, 8)}
+        assert all(n % CHUNK == 0 and CHUNK <= n < time for n in steps.values())
+        assert steps[2] <= steps[4] <= steps[8] <= max(2 * steps[4], 2 * CHUNK)
+    for whole in (
+        (32, 2**20, 512, 4),
+        (8, 4096, 2048, 2),
+        (1, 255, 64, 4),
+        (0, 0, 4, 4),
+        (4, 4096, 0, 4),
+        (1, 0, 1, 4),
+    ):
+        assert cuda.segment(*whole, device) == 0
 
 
 # ------------------------------------------------------------------------------------------ mutants
