@@ -9,7 +9,7 @@ from . import CHUNK, cpu
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
 _WORD = 16  # bytes that a thread moves at once
 _ENOUGH = 2**11  # words of all sequences' channels from which on time is not split
-_WANTED = 2**15  # threads, about, where it is: eight warps a multiprocessor of an H100
+_MOST = 3 * 2**14  # threads where it is: under the twelve warps that a multiprocessor of an H100 has registers for
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth it
 
 
@@ -27,5 +27,5 @@ def segment(sequences: int, steps: int, channels: int, itemsize: int, device: to
     words = -(-channels * itemsize // _WORD)
     if sequences * words >= _ENOUGH or sequences * words == 0 or steps < _FEW * sequences:
         return 0
-    least = max(steps * words // _WANTED, CHUNK)
+    least = max(-(-steps * words // _MOST), CHUNK)
     return (least + CHUNK - 1) // CHUNK * CHUNK
