@@ -14,7 +14,7 @@ from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
 from mru_kernels.cells import bmru, linear_recurrence
 from mru_kernels.checks import state_dtype
-from tests import triton_offline
+from tests import sass, triton_offline
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.check
@@ -152,3 +152,17 @@ def test_sizes_are_not_compiled_in(requested, cell, dtype, segment):
     kernels = {name for name, *_ in requested}
     assert kernels == {"forward", "backward"} | ({"summarize", "summarize_adjoint", "carry"} if segment else set())
     assert len(set(requested)) == len(kernels)
+
+
+def test_instructions_are_counted_run_by_run():
+    listing = """
+.text.kernel:
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, R2 ;
+        /*0010*/              @!P0 FSEL R3, R1, RZ, P1 ;
+        /*0020*/              @UP0 BRA `(.L_x_1) ;
+        /*0030*/                   LOP3.LUT R4, R3, R1, RZ, 0xfc, !PT ;
+.L_x_1:
+        /*0040*/                   EXIT ;
+"""
+    expected = [{"IMAD": 1, "FSEL": 1, "BRA": 1}, {"LOP3": 1}, {"EXIT": 1}]
+    assert [dict(run) for run in sass.runs(listing) if run] == expected

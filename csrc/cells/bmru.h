@@ -11,7 +11,8 @@
 //   pull(x, m)             conj(a) m, where a is the factor of the affine form s' = a s + w
 //   vjp(x, s, lambda, dx)  dx = gradients of the inputs, lambda = dL/ds'; returns pull(x, lambda)
 //   encode(x), step_event(code, s), pull_event(code, m)     the same from an event code (kEvents only)
-//   value(x, first, second)                                which of two values a write writes (kEvents only)
+//   value(x, first, second)                                which of two a write writes (kEvents only): kFirstValue and
+//                                                          kSecondValue times the same
 #pragma once
 #include "write_or_hold.h"
 

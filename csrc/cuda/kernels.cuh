@@ -391,6 +391,12 @@ struct Writes {
   static __device__ __forceinline__ Values none() { return all_of(quiet_nan<S>()); }
   // At channel w of the thread.
   static __device__ __forceinline__ S at(const Values& x, int w) { return lane(x.at[w / kEach], w % kEach); }
+  static __device__ __forceinline__ bool has_nan(const Values& x) {
+    bool found = false;
+#pragma unroll
+    for (int w = 0; w < F::W; ++w) found |= is_nan(at(x, w));
+    return found;
+  }
   static __device__ __forceinline__ Values values(const Vector<T, F::W>& elements) {
     if constexpr (kPairs) return bits_as<Values>(elements);
     else return widen_all(elements);
@@ -407,7 +413,7 @@ struct Writes {
 #pragma unroll
     for (int w = 0; w < F::W; ++w) {
       const S s = at(last, w);
-      a.at[w] = s == s ? 0 : 1, u.at[w] = s == s ? s : 0;
+      a.at[w] = is_nan(s) ? 1 : 0, u.at[w] = is_nan(s) ? 0 : s;
     }
   }
 
@@ -504,9 +510,7 @@ __device__ __forceinline__ bool summarize_pairs(const Tile<F, U>& tile, const Ch
 #pragma unroll
       for (int k = 0; k < F::kInputs; ++k) squared.at[i] = squares(x[k], squared.at[i]);
     }
-#pragma unroll
-  for (int w = 0; w < F::W; ++w)
-    if (is_nan(W::at(squared, w))) return false;
+  if (W::has_nan(squared)) return false;
   words = codes.words();
 #pragma unroll
   for (int w = 0; w < F::W; ++w) {
@@ -623,7 +627,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
         }
 #pragma unroll
         for (int w = 0; w < F::W; ++w)
-          s.at[w] = cell.step_event(last_of(codes.at[w] & int(((1u << U) - 1) * kSecond)), s.at[w]);
+          s.at[w] = cell.step_event(last_of(codes.at[w] & int(((1u << U) - 1) * kEventMask)), s.at[w]);
       } else {
 #pragma unroll 4
         for (int t = 0; t < U; ++t, out = advance(out, h.step)) {

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     };
     const auto scan_tile = [&]<bool kForgets>(int tile, const auto& part, const auto& cell) {
       typename F::States a = all<F>(1), u = all<F>(0);
-      bool copies = kForgets && F::Cell::kEvents;  // h is one of two values, or what entered; unless there is a NaN
+      bool copies = false;  // h is one of two values, or what entered
       if constexpr (kForgets && F::Cell::kEvents) {
         auto last = Writes<F>::none(), squared = Writes<F>::all_of(0);
 #pragma unroll
@@ -227,8 +227,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
 #pragma unroll
             for (int k = 0; k < F::kInputs; ++k) squared.at[i] = squares(x[k], squared.at[i]);
           });
-#pragma unroll
-        for (int w = 0; w < F::W; ++w) copies = copies && !is_nan(Writes<F>::at(squared, w));
+        copies = !Writes<F>::has_nan(squared);
         if (copies) Writes<F>::as_map(last, a, u);
       }
 #pragma unroll

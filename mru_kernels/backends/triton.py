@@ -24,7 +24,8 @@ _VECTOR_BYTES = 16  # that a lane loads or stores at once
 BY_STATE = ("fold", "carry", "backward")
 
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
-#: Warps of the forward pass that a multiprocessor has registers for, by the bytes of an element; and of `backward`.
+#: Warps that a multiprocessor has registers for, about: of the forward pass, by the bytes of an element; and of
+#: `backward` where states are float32.
 _WARPS = {2: 18, 4: 25, 8: 18, 16: 18}
 _BACKWARD_WARPS = 12
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
