@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mru_kernels as mk
+from mru_kernels import backends
 
 SHAPES = [(8, 300, 64), (1, 20_000, 8)]  # whole sequences side by side; one cut in time
 _WAIT = 100_000_000  # cycles, tens of milliseconds
@@ -84,7 +85,7 @@ def test_a_graph_of_both_passes_takes_new_inputs(backend, gpu, shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_graph_of_a_step_takes_new_inputs(backend, gpu, shape, monkeypatch):
-    monkeypatch.setenv("MRU_BACKEND", backend)
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
     shape = (shape[0], shape[2])
     assert_graph_takes_new_inputs(mk.bmru_step, draw(shape, gpu), draw(shape, gpu, seed=1))
 
