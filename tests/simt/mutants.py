@@ -70,7 +70,7 @@ _TILES = (
     ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
     ("missing head mask", "(low <= t && t < high)", "t < high"),
     ("walk from the wrong end", "+ (groups - 1) * room.channels;", ";"),
-    ("NaN in a tile overlooked", "copies = !Writes<F>::has_nan(squared);", ";"),
+    ("NaN in a tile overlooked", "copies = !Writes<F>::has_nan(squared);", "copies = true;"),
     ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
     ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
 )
