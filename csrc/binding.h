@@ -1,6 +1,18 @@
 // From a torch call to a Scan and back: the same for every backend that is registered from C++.
 // The schemas and the shapes of the results are stated in mru_kernels/ops.py.
 #pragma once
+#include <torch/headeronly/util/shim_utils.h>
+
+#include "expect.h"
+
+// What torch's headers check with, which would put its message together by a stream. They leave out semicolons.
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)                                \
+  {                                                                 \
+    MRU_EXPECT((call) == TORCH_SUCCESS, "torch: " #call " failed"); \
+  }
+
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,12 +27,7 @@
 #include <tuple>
 #include <vector>
 
-#include "expect.h"
 #include "scan.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
 
 namespace mru {
 
@@ -76,7 +83,7 @@ inline int32_t device_type(const Tensor& t) {
 inline Tensor allocate(const Tensor& like, size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, dtype, device_type(like), like.get_device_index(), &handle));
   return Tensor(handle);
 }

@@ -19,8 +19,10 @@ namespace mru::cuda {
 constexpr int kJobThreads = 64, kJobBlocks = 6;  // a thread a job; blocks that a multiprocessor has registers for
 template <class F>
 constexpr int kJobTile = F::W == 8 ? 4 : 8;
-constexpr int kCarryLanes = 8, kCarryGroups = 128;  // threads of `carry`: channels, runs of jobs at once
-constexpr int kLanes = 32, kGroups = 32;            // of `reduce`: channels, rows at once
+constexpr int kCarryLanes = 8, kCarryGroups = 64;  // threads of `carry`: channels, runs of jobs at once
+template <class S>
+constexpr int kCarryRun = 64 / sizeof(S);  // jobs of a run, at most
+constexpr int kLanes = 32, kGroups = 32;   // of `reduce`: channels, rows at once
 
 // The factor of a job in which a sequence begins (for the adjoint: ends): what came before is forgotten, NaN included.
 // It is NaN; where a NaN in the inputs makes a factor NaN, the offset is NaN as well, and nothing is lost.
@@ -244,6 +246,51 @@ struct Tile {
   }
 };
 
+// The tiles of a span, from the left: each is copied to shared memory while the one before it is worked on. A thread reads
+// only what it copied itself.
+template <class F, int U>
+class TilesAhead {
+ public:
+  static constexpr int64_t bytes(int threads) { return int64_t(2 * kStep) * threads * sizeof(Elements); }
+
+  __device__ __forceinline__ TilesAhead(const Scan& scan, int64_t d)
+      : scan_(scan), d_(d), slots_(reinterpret_cast<Elements*>(shared_memory()) + threadIdx.x) {}
+  __device__ __forceinline__ Tile<F, U> at(const Span& span, int64_t position) {
+    if (position != ahead_) copy(span, position);
+    const Elements* const slot = slots_ + slot_ * blockDim.x;
+    slot_ ^= kStep;
+    ahead_ = -1;
+    if (position + 2 * U <= span.end) copy(span, ahead_ = position + U);
+    else commit_copies();
+    wait_for_copies<1>();
+    Tile<F, U> tile;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) tile.raw[i / F::kStreams][i % F::kStreams] = read_again(slot[i * blockDim.x]);
+    return tile;
+  }
+
+ private:
+  using Elements = Vector<typename F::T, F::W>;
+  static constexpr int kStep = U * F::kStreams;  // from one of the two slots to the other
+
+  __device__ __forceinline__ void copy(const Span& span, int64_t position) {
+    for_streams<F>([&](int i, int k) {
+      const Row<const typename F::T> stream(scan_, scan_.in[i].stream, span.row, d_);
+      const typename F::T* at = stream.at(position);
+#pragma unroll
+      for (int t = 0; t < U; ++t, at = advance(at, stream.step))
+        copy_ahead<Traffic::kStream, F::W>(slots_ + (slot_ + t * F::kStreams + k) * blockDim.x, at);
+    });
+    commit_copies();
+  }
+
+  const Scan& scan_;
+  const int64_t d_;
+  Elements* const slots_;
+  int slot_ = 0;
+  int64_t ahead_ = -1;  // the position of the tile that is on its way
+};
+
 template <class S>
 __device__ __forceinline__ S* state_row(void* base, int64_t row, int64_t channels, int64_t d) {
   return static_cast<S*>(base) + row * channels + d;
@@ -309,16 +356,24 @@ __device__ __forceinline__ void store_events(const Scan& scan, int64_t row, int6
   store<Traffic::kEvents>(event_row<F>(scan, row, position, d), words);
 }
 
-// The codes of a row as a thread comes past them.
+// The codes of a job as a thread comes past them, from the left or (direction -1) from the right: a word is loaded while
+// the one before it is worked on.
 template <class F>
 class Events {
  public:
+  __device__ __forceinline__ Events(const Scan& scan, const Plan& plan, int64_t job, int64_t d, int direction)
+      : scan_(scan), d_(d), row_(plan.segments_divisor(job)), ahead_by_(direction * kEventsPerWord) {
+    begin_ = (job - row_ * plan.segments) * scan.segment;
+    end_ = begin_ + scan.segment < scan.time ? begin_ + scan.segment : scan.time;
+  }
   // The codes from a position on: that of the first step is not shifted.
-  __device__ __forceinline__ Vector<int32_t, F::W> at(const Scan& scan, int64_t row, int64_t position, int64_t d) {
+  __device__ __forceinline__ Vector<int32_t, F::W> at(int64_t position) {
     const int64_t first = position / kEventsPerWord * kEventsPerWord;
     if (first != first_) {
-      words_ = load<Traffic::kEvents, F::W>(static_cast<const int32_t*>(event_row<F>(scan, row, first, d)));
+      words_ = first == first_ + ahead_by_ ? ahead_ : load_from(first);
       first_ = first;
+      const int64_t next = first + ahead_by_;
+      if (begin_ <= next && next < end_) ahead_ = load_from(next);
     }
     Vector<int32_t, F::W> codes;
 #pragma unroll
@@ -327,8 +382,15 @@ class Events {
   }
 
  private:
-  Vector<int32_t, F::W> words_;
-  int64_t first_ = -1;
+  __device__ __forceinline__ Vector<int32_t, F::W> load_from(int64_t position) const {
+    return load<Traffic::kEvents, F::W>(static_cast<const int32_t*>(event_row<F>(scan_, row_, position, d_)));
+  }
+
+  const Scan& scan_;
+  const int64_t d_, row_;
+  const int ahead_by_;
+  int64_t begin_, end_, first_ = -1;
+  Vector<int32_t, F::W> words_, ahead_;
 };
 
 // Saves the states that enter the chunks of a span, as the scan comes past them.
@@ -526,6 +588,7 @@ template <class F>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
+  let_next_begin();
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
@@ -534,12 +597,15 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
   bool forget = false;
   Vector<int32_t, F::W> words = {};
   int64_t word = -1;  // position of the words' first step; a word may hold steps of several spans
+  TilesAhead<F, kJobTile<F>> tiles(scan, d);
   with_cell<typename F::Cell>(scan, [&]<bool kForgets>(const typename F::Cell& cell) {
     Spans spans(scan, plan, job, 1);
     for (Span span; spans.next(span);) {
       if (span.first) u = enter<F>(scan, span, d, alpha), forget = true;
       for_tiles<kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
-        const Tile<F, U> tile(scan, span.row, d, position);
+        Tile<F, U> tile;
+        if constexpr (U > 1) tile = tiles.at(span, position);
+        else tile = {scan, span.row, d, position};
         [[maybe_unused]] const int before = position % kEventsPerWord;
         if constexpr (F::Cell::kEvents) {
           if (position - before != word) {
@@ -596,7 +662,8 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
-  Events<F> events;
+  begin_after_previous();
+  Events<F> events(scan, plan, job, d, 1);
   Spans spans(scan, plan, job, 1);
   for (Span span; spans.next(span);) {
     typename F::States s =
@@ -605,7 +672,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
     Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
     for_tiles<kEventsPerWord>(span.begin, span.end, [&]<int U>(int64_t position) {
-      const Vector<int32_t, F::W> codes = events.at(scan, span.row, position, d);
+      const Vector<int32_t, F::W> codes = events.at(position);
       bool copies = scan.epsilon == 0;  // h is one of two values, or what entered
 #pragma unroll
       for (int w = 0; w < F::W; ++w)
@@ -672,54 +739,57 @@ __device__ __forceinline__ S walk(const S* factors, S* values, int stride, int c
 }
 
 // Chunked, between: the entry state of every job of a row, from the left; for the adjoint (direction -1) m from the
-// right. A block takes kCarryLanes channels of a row; each group of its threads composes `run` jobs, a walk over these
-// gives what enters each run. The order depends on sizes only.
+// right. A block takes kCarryLanes channels of a row and goes through its jobs in turns: each group of its threads composes
+// a run of jobs, a walk over these gives what enters each run. The order depends on sizes only.
 template <class S>
-__global__ void __launch_bounds__(kCarryLanes* kCarryGroups)
-    carry(Workspace<S> work, int64_t segments, int64_t run, int64_t channels, int direction) {
-  constexpr int kAhead = 32 / sizeof(S);
+__global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
+    carry(Workspace<S> work, int64_t segments, int run, int64_t channels, int direction) {
   S* const run_factor = reinterpret_cast<S*>(shared_memory());  // [groups, kCarryLanes]
   S* const run_offset = run_factor + blockDim.y * kCarryLanes;
   const unsigned blocks = unsigned((channels + kCarryLanes - 1) / kCarryLanes);
   const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kCarryLanes + threadIdx.x;
-  const int64_t begin = threadIdx.y * run;
-  const int64_t end = d < channels ? (begin + run < segments ? begin + run : segments) : 0;
-  const auto at = [&](int64_t i) { return (row * segments + (direction > 0 ? i : segments - 1 - i)) * channels + d; };
-  // Calls each(i, factor, offset) for the jobs of the run; several are on their way at once.
-  const auto for_jobs = [&](auto each) {
-    for (int64_t i = begin; i < end; i += kAhead) {
-      S factor[kAhead], offset[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (i + j < end) {
-          factor[j] = load<Traffic::kState, 1>(work.factor + at(i + j)).at[0];
-          offset[j] = load<Traffic::kState, 1>(work.offset + at(i + j)).at[0];
-        }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (i + j < end) each(i + j, factor[j], offset[j]);
-    }
-  };
-
-  S a = 1, u = 0;
-  for_jobs([&](int64_t, S factor, S offset) { u = apply(factor, offset, u), a = factor * a; });
   const int own = threadIdx.y * kCarryLanes + threadIdx.x;
-  run_factor[own] = a;
-  run_offset[own] = u;
-  __syncthreads();
-  if (threadIdx.y == 0) walk(run_factor + threadIdx.x, run_offset + threadIdx.x, kCarryLanes, int(blockDim.y), S(0));
-  __syncthreads();
-  S s = run_offset[own];
-  for_jobs([&](int64_t i, S factor, S offset) {
-    store<Traffic::kState>(work.entry + at(i), Vector<S, 1>{{s}});
-    s = apply(factor, offset, s);
-  });
+  S left = 0;  // of the first group's threads: what the jobs before a turn leave
+  let_next_begin();
+  begin_after_previous();
+  for (int64_t turn = 0; turn < segments; turn += int64_t(blockDim.y) * run) {
+    const int64_t begin = turn + int64_t(threadIdx.y) * run;
+    const int64_t more = d < channels ? segments - begin : 0;
+    const int count = int(more < run ? (more > 0 ? more : 0) : run);
+    const int64_t step = direction * channels;
+    const int64_t at = (row * segments + (direction > 0 ? begin : segments - 1 - begin)) * channels + d;
+    S factor[kCarryRun<S>], offset[kCarryRun<S>];
+#pragma unroll
+    for (int j = 0; j < kCarryRun<S>; ++j)
+      if (j < count) {
+        factor[j] = load<Traffic::kState, 1>(work.factor + at + j * step).at[0];
+        offset[j] = load<Traffic::kState, 1>(work.offset + at + j * step).at[0];
+      }
+    S a = 1, u = 0;
+#pragma unroll
+    for (int j = 0; j < kCarryRun<S>; ++j)
+      if (j < count) u = apply(factor[j], offset[j], u), a = factor[j] * a;
+    run_factor[own] = a;
+    run_offset[own] = u;
+    __syncthreads();
+    if (threadIdx.y == 0)
+      left = walk(run_factor + threadIdx.x, run_offset + threadIdx.x, kCarryLanes, int(blockDim.y), left);
+    __syncthreads();
+    S s = run_offset[own];
+#pragma unroll
+    for (int j = 0; j < kCarryRun<S>; ++j)
+      if (j < count) {
+        store<Traffic::kState>(work.entry + at + j * step, Vector<S, 1>{{s}});
+        s = apply(factor[j], offset[j], s);
+      }
+  }
 }
 
 // total[d] = the sum over rows of sums[row, which, d], always in the same order.
 template <class S>
 __global__ void __launch_bounds__(kLanes* kGroups)
     reduce(const S* sums, int64_t rows, int count, int which, int64_t channels, S* total) {
+  begin_after_previous();
   S* const partial = reinterpret_cast<S*>(shared_memory());  // [kGroups, kLanes]
   const int64_t d = int64_t(blockIdx.x) * kLanes + threadIdx.x;
   S sum = 0;
@@ -742,13 +812,14 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
+  let_next_begin();
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
   typename F::States a = all<F>(1), m = all<F>(0);
   bool forget = false;
-  Events<F> events;
+  Events<F> events(scan, plan, job, d, -1);
   Spans spans(scan, plan, job, -1);
   with_cell<typename F::Cell>(scan, [&]<bool>(const typename F::Cell& cell) {
     for (Span span; spans.next(span);) {
@@ -759,7 +830,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
         load_steps<F, U>(g, position, grad);
         [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;
         [[maybe_unused]] Vector<int32_t, F::W> codes;
-        if constexpr (kFromEvents) codes = events.at(scan, span.row, position, d);
+        if constexpr (kFromEvents) codes = events.at(position);
         else tile = Tile<F, U>(scan, span.row, d, position);
 #pragma unroll
         for (int t = U - 1; t >= 0; --t) {

@@ -126,6 +126,20 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
 }
 
+// Kernels of one call overlap: `let_next_begin` lets the launch that follows in the stream begin once every block of this
+// one has come here, and `begin_after_previous` waits for all that the launch before it does. Every thread that touches
+// what another launch writes, or is to be waited for by a later one, calls the latter first.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void begin_after_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
 // A word of shared memory, not as it is remembered: what was read before, and all that was made of it, is not kept in
 // registers until here.
 __device__ __forceinline__ uint4 read_word_again(const uint4* p) {
@@ -194,6 +208,8 @@ void copy_word_ahead(Word* to, const Word* from) {
   simt::copy_ahead(int(kind), to, from);
 }
 inline void commit_copies() { simt::commit_copies(); }
+inline void let_next_begin() {}
+inline void begin_after_previous() {}
 template <class Word>
 Word read_word_again(const Word* p) {
   return *p;

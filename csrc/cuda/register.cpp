@@ -1,6 +1,4 @@
 // The CUDA backend's kernels of the ops that mru_kernels/ops.py defines.
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../binding.h"
 #include "plan.h"
 
@@ -20,7 +18,7 @@ void launch(const Scan& scan, bool backward, const Tensor& like) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const mru::cuda::Plan plan(scan, backward);
   Tensor workspace = mru::allocate(like, {plan.workspace_bytes()}, mru::ScalarType::Byte);
   const mru::cuda::Kernels& kernels = mru::cuda::kernels(scan.dtype);

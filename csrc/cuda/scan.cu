@@ -24,7 +24,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The one way to launch. Keeps the first error; after one, nothing more is launched.
 class Launcher {
  public:
-  explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
+  explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    overlaps_ = major >= 9;
+  }
+  int64_t most_shared() const { return most_shared_; }  // bytes that a block may have
 
   template <class... P, class... A>
   void operator()(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared, const A&... arguments) {
@@ -34,13 +41,19 @@ class Launcher {
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(shared)));
     if (error_ != cudaSuccess) return;
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream_;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps_ && launched_;
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
     check(cudaGetLastError());
+    launched_ = true;
   }
   // What a sequence without a step leaves: rows [sequences, D] as they were given, or zeros.
   void copy_rows(void* to, const void* from, int64_t bytes) {
@@ -57,6 +70,9 @@ class Launcher {
   }
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;
+  int most_shared_ = 0;
+  bool overlaps_ = false;  // whether a kernel may begin before the one of the same call that it waits for ends
+  bool launched_ = false;
 };
 
 // One call of an op: its launches, in order.
@@ -82,14 +98,15 @@ struct Run {
   // Blocks of tiles for each of `rows` jobs.
   template <class F, class Room>
   void over_tiles(void (*kernel)(Call<S>), int64_t rows) {
-    const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>);
+    const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>, launch.most_shared(), Room::bytes);
     launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
            Call<S>{scan, plan, work, Divisor(tiling.across)});
   }
   void carry_over(int direction) {
-    const int64_t groups = std::min<int64_t>(kCarryGroups, plan.segments), run = ceil_div(plan.segments, groups);
+    const int64_t groups = std::min<int64_t>(kCarryGroups, plan.segments);
+    const int64_t turns = ceil_div(plan.segments, groups * kCarryRun<S>), run = ceil_div(plan.segments, groups * turns);
     launch(carry<S>, scan.batch * ceil_div(scan.channels, kCarryLanes), dim3(kCarryLanes, groups),
-           2 * groups * kCarryLanes * sizeof(S), work, plan.segments, run, scan.channels, direction);
+           2 * groups * kCarryLanes * sizeof(S), work, plan.segments, int(run), scan.channels, direction);
   }
 };
 
@@ -99,7 +116,7 @@ void run_forward(Run& run) {
   const auto from_streams = [&] { run.over_tiles<F, ForwardRoom<F>>(forward<F>, run.plan.jobs); };
   if (!run.plan.chunked()) return from_streams();
   if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
-  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads);
+  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, TilesAhead<F, kJobTile<F>>::bytes(kJobThreads));
   run.carry_over(1);
   if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);
   else from_streams();

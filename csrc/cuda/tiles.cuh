@@ -20,29 +20,33 @@ constexpr int64_t kManyBlocks = 512;        // from which on the short tile is e
 
 constexpr int kHeld = 256;  // threads that a multiprocessor is to have registers for, at least
 
-// Threads side by side: 128 bytes of a row where each moves 16.
+// Threads side by side: 256 bytes of a row where each moves 16.
 template <class F>
-constexpr int kRowLanes = F::W > 1 || kSteps<F> < 8 ? 8 : 16;
+constexpr int kRowLanes = kSteps<F> < 8 ? 8 : 16;
 template <class F>
 constexpr int kTileThreads = kRowLanes<F> * kLongTile / kSteps<F>;  // of a block, at most
 
-// How a block is cut. By sizes only, as the order of every sum follows from it.
+// How a block is cut: by sizes, as the order of every sum follows from it, and by the shared memory that a block may have.
 struct Tiling {
   int lanes, groups;
   int64_t across;  // blocks of a job
 
-  // Where a row has more than one tile, they begin where states are saved.
-  Tiling(const Scan& scan, int64_t jobs, int row_lanes, int width, int steps) : lanes(row_lanes) {
-    across = blocks(scan, width);
-    const int64_t tile = jobs * across >= kManyBlocks ? kTile : kLongTile;
-    groups = int(scan.time < tile ? (scan.time + steps - 1) / steps : tile / scan.chunk * scan.chunk / steps);
-    groups = std::max(groups, 1);
+  // Where a row has more than one tile, they begin where states are saved. bytes(lanes, groups) must not exceed `most`.
+  template <class Bytes>
+  Tiling(const Scan& scan, int64_t jobs, int row_lanes, int width, int steps, int64_t most, Bytes bytes)
+      : lanes(row_lanes) {
+    const auto blocks = [&] { return (scan.channels + lanes * width - 1) / (lanes * width); };
+    const auto groups_of = [&](int64_t tile) {
+      const int64_t whole = tile / scan.chunk * scan.chunk / steps, all = (scan.time + steps - 1) / steps;
+      return int(std::max<int64_t>(scan.time < tile ? all : whole, 1));
+    };
+    while (lanes > 1 && lanes / 2 * width >= scan.channels) lanes /= 2;
+    groups = groups_of(jobs * blocks() >= kManyBlocks ? kTile : kLongTile);
+    if (bytes(lanes, groups) > most) groups = groups_of(kTile);
+    while (bytes(lanes, groups) > most && lanes > 1) lanes /= 2;
     while (lanes * groups < 64) lanes *= 2;
-    across = blocks(scan, width);
+    across = blocks();
   }
-
- private:
-  int64_t blocks(const Scan& scan, int width) const { return (scan.channels + lanes * width - 1) / (lanes * width); }
 };
 
 // Shared memory of a block: kMaps rows of a vector of states a thread; kCarried rows of a state a channel; then, warp by
@@ -199,6 +203,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
   const ChannelInputs<F> channel(scan, at.d);
   const typename F::States alpha = load_alpha<F>(scan, at.d);
 
+  begin_after_previous();
   Spans spans(scan, plan, at.job, 1);
   for (Span span; spans.next(span);) {
     const Row<typename F::T> h(scan, scan.h, span.row, at.d);
@@ -307,6 +312,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
 #pragma unroll
   for (int i = 0; i < F::kSums; ++i) sums[i] = all<F>(0);
 
+  let_next_begin();
+  begin_after_previous();
   for (int64_t job = at.job; job < plan.jobs; job += plan.sum_rows) {
     Spans spans(scan, plan, job, -1);
     for (Span span; spans.next(span);) {

@@ -77,8 +77,10 @@ PYBIND11_MODULE(MRU_MODULE, m) {
   });
   m.def(
       "configure",
-      [](uint64_t seed, unsigned resident, uint64_t budget) {
+      [](uint64_t seed, unsigned resident, uint64_t budget, int most_shared) {
         simt::control.seed = seed, simt::control.resident = resident, simt::control.budget = budget;
+        simt::control.most_shared = most_shared;
       },
-      pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("budget") = 20'000'000);
+      pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("budget") = 20'000'000,
+      pybind11::arg("most_shared") = 163 << 10);
 }

@@ -47,6 +47,7 @@ struct Control {
   uint64_t seed = 1;             // of the order of threads and blocks
   unsigned resident = 24;        // blocks that run at the same time, at most
   uint64_t budget = 20'000'000;  // of a launch: switches between fibers and accesses of global memory
+  int most_shared = 163 << 10;   // bytes of shared memory that a block may have: sm_80's
   uint64_t read[kKinds] = {}, written[kKinds] = {};
 };
 inline Control control;

@@ -76,15 +76,29 @@ def check_numbers(dtype: torch.dtype) -> None:
 
 
 def check_many_jobs(dtype: torch.dtype) -> None:
-    """More segments than `carry` has groups of threads; more sequences than rows of sums."""
+    """More segments than `carry` takes in a turn; more sequences than rows of sums."""
     parameters = {"threshold": "channel", "alpha": True, "epsilon": 0.5, "initial_state": "real"}
-    for reverse in (False, True):
-        case = inputs.case("bmru", dtype, time=70 * CHUNK + 5, batch=2, channels=3, reverse=reverse, **parameters)
+    in_a_turn = 64 * 64 // errors.state_dtype(dtype).itemsize
+    for reverse, segment_count, channels in ((False, 70, 3), (True, 70, 3), (False, in_a_turn + 70, 1)):
+        time = segment_count * CHUNK + 5
+        case = inputs.case("bmru", dtype, time=time, batch=2, channels=channels, reverse=reverse, **parameters)
         with segments(CHUNK):
             (row,) = compare.run([case], "simt")
         require(row.passed, compare.table([row]))
     (row,) = compare.run([inputs.case("bmru", dtype, time=2, batch=8200, channels=1, **parameters)], "simt")
     require(row.passed, compare.table([row]))
+
+
+def check_little_shared_memory(dtype: torch.dtype) -> None:
+    """Tiles are cut to the shared memory that a block may have, here less than on any device that is compiled for."""
+    simt.control().configure(most_shared=64 << 10)
+    for cell in cells_of(dtype):
+        case = inputs.case(cell, dtype, time=3 * CHUNK + 5, channels=130, batch=2)
+        for steps in (0, CHUNK):
+            with segments(steps):
+                (row,) = compare.run([case], "simt")
+            require(row.passed, compare.table([row]))
+    simt.control().configure()
 
 
 def results(call: inputs.Call, steps: int) -> dict[str, Tensor]:
@@ -251,6 +265,7 @@ CHECKS = (
     check_misaligned,
     check_offsets_are_clamped,
     check_many_jobs,
+    check_little_shared_memory,
     check_numbers,
 )
 

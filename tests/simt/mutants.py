@@ -41,26 +41,31 @@ class Mutant:
 
 
 _BARRIER = "  __syncthreads();\n"
-_AFTER_CARRY = "  run_offset[own] = u;\n"
+_AFTER_CARRY = "    run_offset[own] = u;\n"
 _AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum;\n"
 _AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
 _WAIT = "      wait_for_copies<1>();\n"
 _EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);\n"
 _CARRY = "  run.carry_over(1);\n"
-_SUMMARIZE = "  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads);\n"
+_SUMMARIZE = (
+    "  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, TilesAhead<F, kJobTile<F>>::bytes(kJobThreads));\n"
+)
 
 _KERNELS = (
-    ("dropped barrier in carry", _AFTER_CARRY + _BARRIER, _AFTER_CARRY),
+    ("dropped barrier in carry", _AFTER_CARRY + "  " + _BARRIER, _AFTER_CARRY),
     ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER, _AFTER_REDUCE),
     # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
-    ("exchange off by one", "int(blockDim.y), S(0));", "int(blockDim.y) - 1, S(0));"),
+    ("exchange off by one", "int(blockDim.y), left);", "int(blockDim.y) - 1, left);"),
+    ("turns of carry apart", "left = walk(run_factor", "walk(run_factor"),
+    ("tile ahead not waited for", "    wait_for_copies<1>();\n    Tile", "    Tile"),
+    ("word ahead is the last one", "if (begin_ <= next && next < end_) ahead_ =", "if (next < begin_) ahead_ ="),
     ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
     ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
     ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
     ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
     ("carry across sequences", "(a == S(0) && s == s) || a != a;", "a == S(0) && s == s;"),
     ("event shifted", "words.at[w] |= codes << before;", "words.at[w] |= codes << before / 2;"),
-    ("adjoint carried from the left", "(direction > 0 ? i : segments - 1 - i)", "i"),
+    ("adjoint carried from the left", "(direction > 0 ? begin : segments - 1 - begin)", "begin"),
     ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
 )
 _TILES = (
