@@ -279,7 +279,7 @@ class TilesAhead {
       const typename F::T* at = stream.at(position);
 #pragma unroll
       for (int t = 0; t < U; ++t, at = advance(at, stream.step))
-        copy_ahead<Traffic::kStream, F::W>(slots_ + (slot_ + t * F::kStreams + k) * blockDim.x, at);
+        copy_ahead<Traffic::kPassing, F::W>(slots_ + (slot_ + t * F::kStreams + k) * blockDim.x, at);
     });
     commit_copies();
   }
@@ -414,13 +414,13 @@ struct Checkpoints {
   }
 };
 
-template <class F>
+template <class F, Traffic kind = Traffic::kStream>
 __device__ __forceinline__ void store_h(typename F::T* at, const typename F::States& alpha,
                                         const typename F::States& s) {
   typename F::States h;
 #pragma unroll
   for (int w = 0; w < F::W; ++w) h.at[w] = real(alpha.at[w]) * s.at[w];
-  store<Traffic::kStream>(at, narrow<typename F::T>(h));
+  store<kind>(at, narrow<typename F::T>(h));
 }
 
 // a b + c; a may be real where the others are complex.
@@ -493,9 +493,10 @@ struct Writes {
   static __device__ __forceinline__ Values second(const typename F::States& alpha) {
     return h(alpha, all<F>(Cell::kSecondValue));
   }
+  template <Traffic kind = Traffic::kStream>
   static __device__ __forceinline__ void store_h(T* at, const Values& h) {
-    if constexpr (kPairs) store<Traffic::kStream>(at, bits_as<Vector<T, F::W>>(h));
-    else store<Traffic::kStream>(at, narrow<T>(h));
+    if constexpr (kPairs) store<kind>(at, bits_as<Vector<T, F::W>>(h));
+    else store<kind>(at, narrow<T>(h));
   }
 
   // Event codes of the thread's channels (csrc/cells/write_or_hold.h), as planes of masks; those of a pair lie side by side.
@@ -588,7 +589,6 @@ template <class F>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
-  let_next_begin();
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
@@ -662,7 +662,6 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
   const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
-  begin_after_previous();
   Events<F> events(scan, plan, job, d, 1);
   Spans spans(scan, plan, job, 1);
   for (Span span; spans.next(span);) {
@@ -690,7 +689,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
             const auto value = select(W::Codes::mask(planes.second[i], t), second.at[i], first.at[i]);
             held.at[i] = select(W::Codes::mask(planes.writes[i], t), value, held.at[i]);
           }
-          W::store_h(out, held);
+          W::template store_h<Traffic::kPassing>(out, held);
         }
 #pragma unroll
         for (int w = 0; w < F::W; ++w)
@@ -700,7 +699,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
         for (int t = 0; t < U; ++t, out = advance(out, h.step)) {
 #pragma unroll
           for (int w = 0; w < F::W; ++w) s.at[w] = cell.step_event(codes.at[w] >> t & kEventMask, s.at[w]);
-          store_h<F>(out, alpha, s);
+          store_h<F, Traffic::kPassing>(out, alpha, s);
         }
       }
       checkpoints.pass(position + U, s);
@@ -750,8 +749,6 @@ __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
   const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kCarryLanes + threadIdx.x;
   const int own = threadIdx.y * kCarryLanes + threadIdx.x;
   S left = 0;  // of the first group's threads: what the jobs before a turn leave
-  let_next_begin();
-  begin_after_previous();
   for (int64_t turn = 0; turn < segments; turn += int64_t(blockDim.y) * run) {
     const int64_t begin = turn + int64_t(threadIdx.y) * run;
     const int64_t more = d < channels ? segments - begin : 0;
@@ -789,7 +786,6 @@ __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
 template <class S>
 __global__ void __launch_bounds__(kLanes* kGroups)
     reduce(const S* sums, int64_t rows, int count, int which, int64_t channels, S* total) {
-  begin_after_previous();
   S* const partial = reinterpret_cast<S*>(shared_memory());  // [kGroups, kLanes]
   const int64_t d = int64_t(blockIdx.x) * kLanes + threadIdx.x;
   S sum = 0;
@@ -812,7 +808,6 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
   const auto& [scan, plan, work, across] = call;
   const auto [job, d] = place<F>(call);
-  let_next_begin();
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);

@@ -56,8 +56,9 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// What the bytes belong to: the budget of a pass is stated per kind.
-enum class Traffic { kStream, kEvents, kState, kIndex };
+// What the bytes belong to: the budget of a pass is stated per kind. A stream that passes by is the first to leave the
+// second-level cache, so that events, which the next launch reads, stay there.
+enum class Traffic { kStream, kEvents, kState, kIndex, kPassing };
 
 #ifdef __CUDACC__
 
@@ -85,10 +86,19 @@ template <Traffic, class Word>
 __device__ __forceinline__ Word load_word(const Word* p) {
   return __ldg(p);
 }
+__device__ __forceinline__ uint64_t leaves_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // In PTX, because `advance` hides that a pointer is global, and so that a word is not taken apart.
-template <Traffic>
+template <Traffic kind>
 __device__ __forceinline__ void store_word(uint4* p, uint4 w) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w));
+  if constexpr (kind == Traffic::kPassing)
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
+                 :
+                 : "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(leaves_first()));
+  else asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w));
 }
 template <Traffic>
 __device__ __forceinline__ void store_word(uint2* p, uint2 w) {
@@ -113,31 +123,22 @@ __device__ __forceinline__ T* advance(T* p, int64_t step) {
 
 // Copies of a thread from global to shared memory, which it goes on ahead of. `commit_copies` closes a group;
 // `wait_for_copies` waits until at most n groups are on their way.
-template <Traffic, class Word>
+template <Traffic kind, class Word>
 __device__ __forceinline__ void copy_word_ahead(Word* to, const Word* from) {
   static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
   const unsigned at = unsigned(__cvta_generic_to_shared(to));
-  if constexpr (sizeof(Word) == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from));
+  if constexpr (sizeof(Word) == 16 && kind == Traffic::kPassing)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                 :
+                 : "r"(at), "l"(from), "l"(leaves_first()));
+  else if constexpr (sizeof(Word) == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from));
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" : : "r"(at), "l"(from), "n"(int(sizeof(Word))));
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int n>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
-}
-
-// Kernels of one call overlap: `let_next_begin` lets the launch that follows in the stream begin once every block of this
-// one has come here, and `begin_after_previous` waits for all that the launch before it does. Every thread that touches
-// what another launch writes, or is to be waited for by a later one, calls the latter first.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void begin_after_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" : : : "memory");
-#endif
 }
 
 // A word of shared memory, not as it is remembered: what was read before, and all that was made of it, is not kept in
@@ -194,22 +195,21 @@ struct WordOf {
   };
 };
 
+constexpr int counted(Traffic kind) { return int(kind == Traffic::kPassing ? Traffic::kStream : kind); }
 template <Traffic kind, class Word>
 Word load_word(const Word* p) {
-  return simt::load(int(kind), p);
+  return simt::load(counted(kind), p);
 }
 template <Traffic kind, class Word>
 void store_word(Word* p, Word word) {
-  simt::store(int(kind), p, word);
+  simt::store(counted(kind), p, word);
 }
 
 template <Traffic kind, class Word>
 void copy_word_ahead(Word* to, const Word* from) {
-  simt::copy_ahead(int(kind), to, from);
+  simt::copy_ahead(counted(kind), to, from);
 }
 inline void commit_copies() { simt::commit_copies(); }
-inline void let_next_begin() {}
-inline void begin_after_previous() {}
 template <class Word>
 Word read_word_again(const Word* p) {
   return *p;

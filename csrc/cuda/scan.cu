@@ -25,11 +25,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Launcher {
  public:
   explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
-    int device = 0, major = 0;
+    int device = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    overlaps_ = major >= 9;
   }
   int64_t most_shared() const { return most_shared_; }  // bytes that a block may have
 
@@ -41,19 +39,13 @@ class Launcher {
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(shared)));
     if (error_ != cudaSuccess) return;
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream_;
-    config.attrs = &overlap;
-    config.numAttrs = overlaps_ && launched_;
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
     check(cudaGetLastError());
-    launched_ = true;
   }
   // What a sequence without a step leaves: rows [sequences, D] as they were given, or zeros.
   void copy_rows(void* to, const void* from, int64_t bytes) {
@@ -71,8 +63,6 @@ class Launcher {
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;
   int most_shared_ = 0;
-  bool overlaps_ = false;  // whether a kernel may begin before the one of the same call that it waits for ends
-  bool launched_ = false;
 };
 
 // One call of an op: its launches, in order.

@@ -203,7 +203,6 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
   const ChannelInputs<F> channel(scan, at.d);
   const typename F::States alpha = load_alpha<F>(scan, at.d);
 
-  begin_after_previous();
   Spans spans(scan, plan, at.job, 1);
   for (Span span; spans.next(span);) {
     const Row<typename F::T> h(scan, scan.h, span.row, at.d);
@@ -312,8 +311,6 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
 #pragma unroll
   for (int i = 0; i < F::kSums; ++i) sums[i] = all<F>(0);
 
-  let_next_begin();
-  begin_after_previous();
   for (int64_t job = at.job; job < plan.jobs; job += plan.sum_rows) {
     Spans spans(scan, plan, job, -1);
     for (Span span; spans.next(span);) {

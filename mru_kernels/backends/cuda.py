@@ -9,7 +9,7 @@ from . import CHUNK, cpu
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
 _WORD = 16  # bytes that a thread moves at once
 _ENOUGH = 2**11  # words of all sequences' channels from which on time is not split
-_MOST = 3 * 2**14  # threads where it is: under the twelve warps that a multiprocessor of an H100 has registers for
+_MOST = 2**15  # threads where it is: eight warps a multiprocessor of an H100, each with its next tile on the way
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth it
 
 
