@@ -26,7 +26,14 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ELEMENTS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16}
 
 # Threads of a multiprocessor that the registers of a kernel must leave room for, by the kernel's name.
-WANTED_THREADS = {"forward": 256, "summarize": 384, "expand": 384, "summarize_adjoint": 384, "backward": 256, "carry": 512}
+WANTED_THREADS = {
+    "forward": 256,
+    "summarize": 384,
+    "expand": 384,
+    "summarize_adjoint": 384,
+    "backward": 256,
+    "carry": 512,
+}
 LOADS = ("LDG.E.128", "LDGSTS.E.BYPASS.128")  # to registers, to shared memory
 REGISTERS = 65536
 

@@ -59,7 +59,12 @@ def battery():
     simt.control().configure()
 
 
-ANY_CELL = ["numbers", "traffic", "misaligned", "little_shared_memory"]  # checks of whatever cells take a dtype; the others are of the BMRU
+ANY_CELL = [
+    "numbers",
+    "traffic",
+    "misaligned",
+    "little_shared_memory",
+]  # checks of whatever cells take a dtype; the others are of the BMRU
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_traffic_is_the_budget(segment, cell, dtype, gates, fit):
     floor = stream * (passes * gates + 1)
     assert 0 <= forward.all_bytes() - floor - 2 * once <= states
     floor = stream * (passes * gates + (2 if segment else 1) + gates)
-    tiles = CHUNK // backend.tile("backward", gates, 0, final_state.dtype if cell == "bmru" else torch.float32)
+    part = torch.float32 if cell != "bmru" else h.dtype
+    tiles = CHUNK // backend.tile("backward", gates, bool(segment and fit), 0, part)
     states += 2 * tiles * (slots or batch) * row  # those before the tiles of a chunk, which are written and read again
     assert 0 <= backward.all_bytes() - floor - 2 * once <= states
 

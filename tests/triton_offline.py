@@ -21,7 +21,7 @@ import torch
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 REAL = {"c64": "fp32", "c128": "fp64"}  # two of these to a channel
-STATES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 STREAMS = ("inputs", "grads", "h", "grad_h")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -51,16 +51,22 @@ class Variant:
     def tile(self) -> int:
         from mru_kernels.backends import triton as backend
 
-        return backend.tile(self.kernel, self.inputs, self.per_channel, STATES[self.state])
+        return backend.tile(self.kernel, self.inputs, self.events, self.per_channel, DTYPES[self.element])
+
+    @property
+    def of_lane(self) -> int:
+        from mru_kernels.backends import triton as backend
+
+        parts = 1 + (self.dtype in REAL)
+        return backend.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
 
     @property
     def row_bits(self) -> int | None:
         """What a lane loads of a stream's row at once; None: not asked for."""
-        from mru_kernels.backends import triton as backend
-
         if not self.aligned:
             return 64 if self.dtype == "c64" else None
-        return 64 if self.kernel in backend.BY_STATE and BYTES[self.element] == 2 else 128
+        bits = self.of_lane * 8 * BYTES[self.state if self.kernel in ("fold", "carry") else self.element]
+        return bits if bits > 32 else None
 
     @property
     def is_main(self) -> bool:
@@ -162,7 +168,6 @@ def compile_variant(variant: Variant):
     amd = variant.arch.startswith("gfx")
     target = GPUTarget("hip", variant.arch, 64) if amd else GPUTarget("cuda", int(variant.arch[3:]), 32)
     element, state, paired = variant.element, variant.state, variant.dtype in REAL
-    of_lane = BYTES[state if variant.kernel in backend.BY_STATE else element]
     known = {
         "EVENTS": variant.events,
         "FORGETS": variant.forgets,
@@ -170,7 +175,7 @@ def compile_variant(variant: Variant):
         "CHUNK": CHUNK,
         "ALIGN": 16 // BYTES[element] if variant.aligned else 1 + paired,
         "TILE": variant.tile,
-        "BD": target.warp_size * (16 // of_lane if variant.aligned else 2),
+        "BD": target.warp_size * variant.of_lane,
     }
     functions = (COMPLEX_CELLS if paired else CELLS)[variant.cell]
     known |= {name.upper(): function for name, function in functions._asdict().items()}
@@ -199,7 +204,7 @@ def compile_variant(variant: Variant):
         constexprs={(places[name],): value for name, value in known.items() if name in places},
         attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
     )
-    options = backend.options(variant.kernel, variant.events, variant.per_channel, STATES[state], amd)
+    options = backend.options(variant.kernel, variant.events, variant.per_channel, DTYPES[element], amd)
     return triton.compile(source, target=target, options=options)
 
 

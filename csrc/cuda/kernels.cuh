@@ -16,7 +16,7 @@
 
 namespace mru::cuda {
 
-constexpr int kJobThreads = 64, kJobBlocks = 6;  // a thread a job; blocks that a multiprocessor has registers for
+constexpr int kJobThreads = 128, kJobBlocks = 3;  // a thread a job; blocks that a multiprocessor has registers for
 template <class F>
 constexpr int kJobTile = F::W == 8 ? 4 : 8;
 constexpr int kCarryLanes = 8, kCarryGroups = 64;  // threads of `carry`: channels, runs of jobs at once

@@ -93,8 +93,8 @@ struct Run {
            Call<S>{scan, plan, work, Divisor(tiling.across)});
   }
   void carry_over(int direction) {
-    const int64_t groups = std::min<int64_t>(kCarryGroups, plan.segments);
-    const int64_t turns = ceil_div(plan.segments, groups * kCarryRun<S>), run = ceil_div(plan.segments, groups * turns);
+    const int64_t runs = ceil_div(plan.segments, kCarryRun<S>), turns = ceil_div(runs, kCarryGroups);
+    const int64_t groups = ceil_div(runs, turns), run = ceil_div(plan.segments, groups * turns);
     launch(carry<S>, scan.batch * ceil_div(scan.channels, kCarryLanes), dim3(kCarryLanes, groups),
            2 * groups * kCarryLanes * sizeof(S), work, plan.segments, int(run), scan.channels, direction);
   }
@@ -106,7 +106,8 @@ void run_forward(Run& run) {
   const auto from_streams = [&] { run.over_tiles<F, ForwardRoom<F>>(forward<F>, run.plan.jobs); };
   if (!run.plan.chunked()) return from_streams();
   if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
-  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, TilesAhead<F, kJobTile<F>>::bytes(kJobThreads));
+  constexpr int64_t ahead = TilesAhead<F, kJobTile<F>>::bytes(kJobThreads);
+  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, ahead);
   run.carry_over(1);
   if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);
   else from_streams();

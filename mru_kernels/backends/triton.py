@@ -19,15 +19,11 @@ from . import CHUNK
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LANES = 64 if torch.version.hip else 32
 _VECTOR_BYTES = 16  # that a lane loads or stores at once
-#: Kernels of which a lane holds the channels that make 16 bytes of a row of states, not of a stream: they keep many
-#: states, and have the registers for no more.
-BY_STATE = ("fold", "carry", "backward")
-
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
 #: Warps that a multiprocessor has registers for, about: of the forward pass, by the bytes of an element; and of
 #: `backward` where states are float32.
-_WARPS = {2: 18, 4: 25, 8: 18, 16: 18}
-_BACKWARD_WARPS = 12
+_WARPS = {2: 18, 4: 21, 8: 18, 16: 18}
+_BACKWARD_WARPS = {2: 8, 4: 12, 8: 12, 16: 12}
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
 _START = 16  # steps in the time of which a program of `backward` begins and ends
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
@@ -62,13 +58,13 @@ def segment(sequences: int, steps: int, channels: int, itemsize: int, device: to
 
 
 def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
-    """Steps of a segment in the backward pass, where the forward pass cuts time; `itemsize` is that of states.
+    """Steps of a segment in the backward pass, where the forward pass cuts time.
 
     All programs take about as long, so a round of as many as run at once should not be left half empty. Of a few
     numbers of rounds it is the one that takes the least time, counted in steps.
     """
-    at_once = _BACKWARD_WARPS * _multiprocessors(device)
-    programs = sequences * _blocks(channels, itemsize)
+    at_once = _BACKWARD_WARPS[itemsize] * _multiprocessors(device)
+    programs = sequences * _blocks(channels, max(itemsize, 4))  # by the bytes of states
     length = _ceil_div(steps, sequences)
     lengths: dict[int, int] = {}
     for rounds in range(1, 5):
@@ -78,11 +74,11 @@ def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, de
     return lengths[min(lengths)]
 
 
-def _of_backward(given: int, sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> int:
+def _of_backward(given: int, sizes: tuple[int, int, int], itemsize: int, device: torch.device) -> int:
     """The steps of a segment that were given, unless they are what the forward pass takes by itself."""
-    if given == 0 or given != segment(*sizes, dtype.itemsize, device):
+    if given == 0 or given != segment(*sizes, itemsize, device):
         return given
-    return adjoint_segment(*sizes, ops.state_dtype(dtype).itemsize, device)
+    return adjoint_segment(*sizes, itemsize, device)
 
 
 def _blocks(channels: int, itemsize: int) -> int:
@@ -96,23 +92,50 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def options(
-    kernel: str, events: bool, per_channel: int, state: torch.dtype, amd: bool = bool(torch.version.hip)
+    kernel: str, events: bool, per_channel: int, dtype: torch.dtype, amd: bool = bool(torch.version.hip)
 ) -> dict:
-    """How a kernel is compiled. In the forward pass a fused multiply-add would round differently from the CPU."""
+    """How a kernel is compiled for streams of a dtype, that of its parts if complex. In the forward pass a fused
+    multiply-add would round differently from the CPU.
+
+    Left alone, ptxas takes at times so many registers that warps are lost, and at times so few that it spills.
+    """
     common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
-    # Left alone, ptxas takes so many registers for `backward` that a multiprocessor has 8 warps, not 12; and for others
-    # at times so few that it spills. Where it does well, a limit would make it take more.
-    lean = events and (kernel == "forward" or (kernel == "summarize" and per_channel == 0))
-    limited = kernel in ("forward", "summarize", "backward") and not lean and not amd
-    most = 168 if state == torch.float32 and kernel != "summarize" else 255
-    return common | ({"maxnreg": most} if limited else {})
+    single = ops.state_dtype(dtype) == torch.float32
+    most = {"forward": 168 if single else 255, "summarize": 255, "backward": 168 if single else 255}
+    if events:
+        del most["forward"]  # it would take more
+    if events and per_channel == 0:
+        del most["summarize"]
+    if events and single:
+        most |= {"summarize_adjoint": 168} | ({"summarize": 112} if per_channel == 0 else {})
+    if events and dtype.itemsize == 2:
+        most["backward"] = 255  # two tiles at once
+    limit = None if amd else most.get(kernel)
+    return common | ({} if limit is None else {"maxnreg": limit})
 
 
-def tile(kernel: str, inputs: int, per_channel: int, state: torch.dtype) -> int:
-    """Rows of each stream that a kernel loads ahead of their use: as many as registers allow."""
-    if kernel != "backward":
-        return 8
-    return 4 if inputs <= 2 and per_channel == 0 and state == torch.float32 else 2
+def tile(kernel: str, inputs: int, events: bool, per_channel: int, dtype: torch.dtype) -> int:
+    """Rows of each stream that a kernel loads ahead of their use: as many as registers allow. Of maps, for walks."""
+    single = ops.state_dtype(dtype) == torch.float32
+    if kernel in ("fold", "carry"):
+        return 32 if single else 16
+    if kernel == "summarize" and dtype.itemsize == 2:
+        return 4  # beside as many of the next tile
+    if kernel == "summarize_adjoint" and events:
+        return 16
+    if kernel == "backward":
+        return 4 if inputs <= 2 and per_channel == 0 and single else 2
+    return 8
+
+
+def channels_of_lane(kernel: str, dtype: torch.dtype, parts: int, aligned: bool) -> int:
+    """The most that a lane holds: 16 bytes of a row of states for kernels that keep many states, else of a stream; and
+    one channel, of so many parts, where a walk is as long as its rounds of loads, of which there are then more at once.
+    """
+    if kernel in ("fold", "carry"):
+        return parts
+    held = ops.state_dtype(dtype) if kernel in ("summarize_adjoint", "backward") else dtype
+    return _VECTOR_BYTES // held.itemsize if aligned else 2
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -206,18 +229,17 @@ class _Call:
         return Stream(t, *(encode(n // self.align) for n in strides))
 
     def tile(self, name: str) -> int:
-        return tile(name, len(self.inputs), self.per_channel, self.state)
+        return tile(name, len(self.inputs), self.packs, self.per_channel, self.first.dtype)
 
     def options(self, name: str) -> dict:
-        return options(name, self.packs, self.per_channel, self.state)
+        return options(name, self.packs, self.per_channel, self.first.dtype)
 
     def launch(self, name: str, programs: int, **own) -> None:
         """Run a kernel on `programs` times the blocks of channels, with the arguments that it names."""
         from . import triton_kernels
 
-        element = (self.state if name in BY_STATE else self.first.dtype).itemsize
-        most = _LANES * (_VECTOR_BYTES // element if self.aligned else 2)
-        block = min(most, max(1 << max(self.channels - 1, 0).bit_length(), _LANES * self.parts))
+        most = _LANES * channels_of_lane(name, self.first.dtype, self.parts, self.aligned)
+        block = min(most, max(1 << max(self.channels - 1, 0).bit_length(), 2 * _LANES))
         units = programs * _ceil_div(self.channels, block)
         if units > 0:
             kernel, row = getattr(triton_kernels, name), triton_kernels.GRID.value
@@ -234,7 +256,7 @@ class _Call:
 
         segments = self.slots // max(self.sequences, 1)
         whole = self.packed or segments <= _WALK
-        per_group = segments if whole else isqrt(segments)
+        per_group = segments if whole else max(isqrt(segments // 2) // _WALK * _WALK, _WALK)
         groups = 1 if whole else _ceil_div(segments, per_group)
         entries = self.rows(self.slots)
         own = {
@@ -296,7 +318,7 @@ def _backward(
 ):  # fmt: skip
     batch, time, channels = grad_h.shape
     sizes = (batch if cu_seqlens is None else cu_seqlens.numel() - 1, batch * time, channels)
-    segment = _of_backward(segment, sizes, streams[0].dtype, grad_h.device)
+    segment = _of_backward(segment, sizes, streams[0].dtype.itemsize, grad_h.device)
     grad_h = _real(ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0])
     call = _Call(
         cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,

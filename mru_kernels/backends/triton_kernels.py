@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_cells import PAIRS, count_pairs, surrogate
+from .triton_cells import PAIRS, count_pairs, pairs, parts, surrogate
 
 WORD = tl.constexpr(16)
 GRID = tl.constexpr(1 << 30)  # programs on the grid's x axis; more go to y
 _SHIFT = tl.constexpr(1 << 61)
+#: What leaves the second-level cache first, last, or in its turn.
+STREAMED, KEPT, USUAL = (tl.constexpr(policy) for policy in ("evict_first", "evict_last", ""))
 
 
 class Stream(NamedTuple):
@@ -179,14 +181,14 @@ def get(data, row, at, mask, other):
 
 
 @triton.jit
-def get_whole(data, row, at):
+def get_whole(data, row, at, POLICY: tl.constexpr = USUAL):
     """The same without a mask."""
-    return tl.load(data + row * at.width + (at.first + at.d))
+    return tl.load(data + row * at.width + (at.first + at.d), eviction_policy=POLICY)
 
 
 @triton.jit
-def put(data, row, at, value, mask):
-    tl.store(data + row * at.width + (at.first + at.d), value, mask=mask)
+def put(data, row, at, value, mask, POLICY: tl.constexpr = USUAL):
+    tl.store(data + row * at.width + (at.first + at.d), value, mask=mask, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -240,10 +242,20 @@ def row_at(opened, at, step):
 
 
 @triton.jit
-def load_tile(
-    opened, at, step, left, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
-):
-    """Per input, its values at TILE steps, in the state dtype; if MASKED, those of any steps for what is not left."""
+def packed(x):
+    """Neighbours in half precision as one integer: a loop would carry each in a register of its own."""
+    if x.dtype.primitive_bitwidth == 16:
+        low, high = parts(x.to(tl.uint16, bitcast=True).to(tl.uint32))
+        x = low | (high << 16)
+    return x
+
+
+@triton.jit
+def load_rows(
+    opened, at, step, left, CHANNELS: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    POLICY: tl.constexpr = STREAMED,
+):  # fmt: skip
+    """Per input, its values at TILE steps as they lie in memory; if MASKED, those of any steps for what is not left."""
     tile = ()
     for k in tl.static_range(len(opened)):
         values = ()
@@ -252,10 +264,42 @@ def load_tile(
         else:
             row = row_at(opened[k], at, tl.minimum(step, at.end - 1) if MASKED else step)
             for i in tl.static_range(TILE):
-                values = values + (tl.load(row).to(STATE),)
+                value = tl.load(row, eviction_policy=POLICY)
+                values = values + (packed(value) if PACKED else value,)
                 row += tl.where(i + 1 < left, opened[k][1], 0) if MASKED else opened[k][1]
         tile = tile + (values,)
     return tile
+
+
+@triton.jit
+def load_ahead(opened, at, step, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr):
+    """Rows that a loop carries until it is their turn."""
+    return load_rows(opened, at, step, 0, CHANNELS, ALIGN > 1, TILE, False)
+
+
+@triton.jit
+def widened(rows, ELEMENT: tl.constexpr, STATE: tl.constexpr):
+    """What load_rows gave, in the state dtype."""
+    tile = ()
+    for k in tl.static_range(len(rows)):
+        values = ()
+        for i in tl.static_range(len(rows[k])):
+            x = rows[k][i]
+            if x.dtype == tl.uint32:
+                low = (x & 0xFFFF).to(tl.uint16).to(ELEMENT, bitcast=True)
+                x = pairs(low, (x >> 16).to(tl.uint16).to(ELEMENT, bitcast=True))
+            values = values + (x.to(STATE),)
+        tile = tile + (values,)
+    return tile
+
+
+@triton.jit
+def load_tile(
+    opened, at, step, left, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    POLICY: tl.constexpr = STREAMED,
+):  # fmt: skip
+    rows = load_rows(opened, at, step, left, CHANNELS, False, TILE, MASKED, POLICY)
+    return widened(rows, STATE, STATE)
 
 
 @triton.jit
@@ -307,12 +351,10 @@ def factor_of_writes(epsilon, STATE: tl.constexpr, FORGETS: tl.constexpr):
 
 @triton.jit
 def forward_word(
-    s, opened, events, opened_h, scan, at, first, scale, eps, STEP: tl.constexpr, STEP_EVENT: tl.constexpr,
+    s, word, opened, opened_h, scan, at, first, scale, eps, STEP: tl.constexpr, STEP_EVENT: tl.constexpr,
     EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """h at the steps of a word, of which some lie beyond the end if MASKED; and the state after."""
-    if EVENTS:
-        word = get_whole(events, word_row(scan, at, first), at)
     left = left_of(at, first, WORD)
     for j in range(0, WORD, TILE):
         if not EVENTS:
@@ -327,7 +369,8 @@ def forward_word(
                 s = tl.where(j + i < left, after, s)
             else:
                 s = after
-            tl.store(row, scale * s, mask=when(j + i < left, at.mask) if MASKED else at.mask)
+            mask = when(j + i < left, at.mask) if MASKED else at.mask
+            tl.store(row, scale * s, mask=mask, eviction_policy=STREAMED)
             row += opened_h[1]
         if EVENTS:
             word = word >> (2 * TILE)
@@ -357,18 +400,24 @@ def forward(
             s = get(entries, slot, at, at.mask, 0.0)
         else:
             s = poison(enter(initial, scan, at), scale, at)
+        word = tl.zeros((BD,), tl.int32)
+        if EVENTS:
+            word = get(events, word_row(scan, at, at.begin), at, when(at.begin < at.end, at.mask), 0)
         whole = at.end - (at.end - at.begin) % WORD
         for first in range(at.begin, whole, WORD):
-            s = forward_word(
-                s, opened, events, opened_h, scan, at, first, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE,
-                False,
-            )  # fmt: skip
             after = first + WORD
+            ahead = word
+            if EVENTS:
+                ahead = get_whole(events, word_row(scan, at, tl.minimum(after, at.end - 1)), at)
+            s = forward_word(
+                s, word, opened, opened_h, scan, at, first, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE, False
+            )
+            word = ahead
             if (scan.saved != 0) & (after % CHUNK == 0) & (after < at.length):
                 put(checkpoints, checkpoint_row(scan, at, after, CHUNK), at, s, at.mask)
         if whole < at.end:
             s = forward_word(
-                s, opened, events, opened_h, scan, at, whole, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE, True
+                s, word, opened, opened_h, scan, at, whole, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE, True
             )
         if scan.segment == 0:
             put(final_state, at.index, at, s, at.mask)
@@ -389,32 +438,39 @@ def power(base, n, at):
 
 @triton.jit
 def summarize_word(
-    factor, writes, offset, opened, events, scan, at, first, eps, STEP: tl.constexpr, PUSH: tl.constexpr,
+    ahead, factor, writes, offset, opened, events, scan, at, first, whole, eps, STEP: tl.constexpr, PUSH: tl.constexpr,
     ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr, STEP_WORD: tl.constexpr, EVENTS: tl.constexpr,
-    CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The map of a segment's steps so far and of another word's. If EVENTS, the writes are counted, of which the factor
     is a power; and the offset takes a word at once if a write forgets all or nothing.
     """
+    ELEMENT: tl.constexpr = opened[0][0].dtype.element_ty
     left = left_of(at, first, WORD)
     word = tl.zeros_like(writes)
-    for j in range(0, WORD, TILE):
-        tile = load_tile(opened, at, first + j, left - j, offset.dtype, CHANNELS, TILE, MASKED)
-        of_tile = tl.zeros_like(writes)
-        for i in tl.static_range(TILE):
-            x = inputs_at(tile, i)
-            if EVENTS:
-                event = ENCODE(x)
-                if MASKED:
-                    event = tl.where(j + i < left, event, 0)
-                of_tile = of_tile | (event << (2 * i))
-            elif MASKED:
-                offset = tl.where(j + i < left, STEP(x, offset, eps), offset)
-                factor = tl.where(j + i < left, PUSH(x, factor, eps), factor)
-            else:
-                offset = STEP(x, offset, eps)
-                factor = PUSH(x, factor, eps)
-        word = word | (of_tile << (2 * j))
+    steps = tl.minimum(whole - first, WORD).to(tl.int32)  # LLVM would unroll the loop if it knew
+    for j in range(0, steps, TILE):
+        if ELEMENT.primitive_bitwidth == 16 and not MASKED:
+            tile = widened(ahead, ELEMENT, offset.dtype)
+            ahead = load_ahead(opened, at, tl.minimum(first + j + TILE, whole - TILE), CHANNELS, ALIGN, TILE)
+        else:
+            tile = load_tile(opened, at, first + j, left - j, offset.dtype, CHANNELS, TILE, MASKED)
+        if MASKED or left > j:  # which it is, see fold
+            of_tile = tl.zeros_like(writes)
+            for i in tl.static_range(TILE):
+                x = inputs_at(tile, i)
+                if EVENTS:
+                    event = ENCODE(x)
+                    if MASKED:
+                        event = tl.where(j + i < left, event, 0)
+                    of_tile = of_tile | (event << (2 * i))
+                elif MASKED:
+                    offset = tl.where(j + i < left, STEP(x, offset, eps), offset)
+                    factor = tl.where(j + i < left, PUSH(x, factor, eps), factor)
+                else:
+                    offset = STEP(x, offset, eps)
+                    factor = PUSH(x, factor, eps)
+            word = word | (of_tile << (2 * j))
     if EVENTS:
         put(events, word_row(scan, at, first), at, word, at.mask)
         writes += count_pairs(word & PAIRS)
@@ -423,7 +479,7 @@ def summarize_word(
         else:
             for i in tl.static_range(WORD):
                 offset = STEP_EVENT(word, i, offset, eps)
-    return factor, writes, offset
+    return ahead, factor, writes, offset
 
 
 @triton.jit
@@ -435,6 +491,7 @@ def summarize(
 ):  # fmt: skip
     """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
     STATE: tl.constexpr = alpha.dtype.element_ty
+    HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
@@ -445,15 +502,17 @@ def summarize(
         offset = tl.zeros((BD,), STATE)
         writes = tl.zeros((BD,), tl.int32)
         whole = at.end - (at.end - at.begin) % WORD
-        for first in range(at.begin, whole, WORD):
-            factor, writes, offset = summarize_word(
-                factor, writes, offset, opened, events, scan, at, first, eps, STEP, PUSH, ENCODE, STEP_EVENT,
-                STEP_WORD, EVENTS, CHANNELS, TILE, False,
-            )  # fmt: skip
+        if at.begin < whole:
+            ahead = load_ahead(opened, at, at.begin, CHANNELS, ALIGN, TILE) if HALF else ()
+            for first in range(at.begin, whole, WORD):
+                ahead, factor, writes, offset = summarize_word(
+                    ahead, factor, writes, offset, opened, events, scan, at, first, whole, eps, STEP, PUSH,
+                    ENCODE, STEP_EVENT, STEP_WORD, EVENTS, CHANNELS, ALIGN, TILE, False,
+                )  # fmt: skip
         if whole < at.end:
-            factor, writes, offset = summarize_word(
-                factor, writes, offset, opened, events, scan, at, whole, eps, STEP, PUSH, ENCODE, STEP_EVENT,
-                STEP_WORD, EVENTS, CHANNELS, TILE, True,
+            _, factor, writes, offset = summarize_word(
+                (), factor, writes, offset, opened, events, scan, at, whole, at.end, eps, STEP, PUSH, ENCODE,
+                STEP_EVENT, STEP_WORD, EVENTS, CHANNELS, ALIGN, TILE, True,
             )  # fmt: skip
         if EVENTS:
             factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
@@ -470,14 +529,13 @@ def map_row(base, k, count, flip):
 
 
 @triton.jit
-def load_maps(factors, sums, at, base, k, end, count, flip, ONE: tl.constexpr, TILE: tl.constexpr):
-    """TILE affine maps from the k-th of `count` on, in the order of the walk; the identity from `end` on."""
+def load_maps(factors, sums, at, row, step, left, TILE: tl.constexpr):
+    """TILE affine maps, the first in `row` and one a step from the next; for what is not left, the last again."""
     maps = ()
-    one = ONE(at.d).to(factors.dtype.element_ty)
+    place = row * at.width + (at.first + at.d)
     for i in tl.static_range(TILE):
-        row = map_row(base, k + i, count, flip)
-        mask = when(k + i < end, at.mask)
-        maps = maps + ((get(factors, row, at, mask, one), get(sums, row, at, mask, 0.0)),)
+        maps = maps + ((tl.load(factors + place), tl.load(sums + place)),)
+        place += tl.where(i + 1 < left, step * at.width, 0)
     return maps
 
 
@@ -498,11 +556,14 @@ def fold(
         end = tl.minimum(begin + size(walk.per_group), count)
         factor = ONE(at.d).to(factors.dtype.element_ty)
         offset = tl.zeros((BD,), factors.dtype.element_ty)
+        flip = size(walk.flip)
         for k in range(begin, end, TILE):
-            maps = load_maps(factors, sums, at, base, k, end, count, size(walk.flip), ONE, TILE)
-            for i in tl.static_range(TILE):
-                offset = TIMES(maps[i][0], offset) + maps[i][1]
-                factor = TIMES(maps[i][0], factor)
+            left = tl.minimum(end - k, TILE).to(tl.int32)
+            maps = load_maps(factors, sums, at, map_row(base, k, count, flip), 1 - 2 * flip, left, TILE)
+            if left > 0:  # which it is; but ptxas does not put off loads until after a branch
+                for i in tl.static_range(TILE):
+                    offset = tl.where(i < left, TIMES(maps[i][0], offset) + maps[i][1], offset)
+                    factor = tl.where(i < left, TIMES(maps[i][0], factor), factor)
         put(group_factors, item, at, factor, at.mask)
         put(group_sums, item, at, offset, at.mask)
 
@@ -510,7 +571,7 @@ def fold(
 @triton.jit
 def carry(
     scan, walk, offsets, alpha, initial, factors, sums, group_factors, group_sums, entries, final_state,
-    ONE: tl.constexpr, TIMES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    TIMES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state that enters each segment, and the one that leaves the last.
 
@@ -535,14 +596,19 @@ def carry(
             scale = load_alpha(alpha, scan, at)
             s = tl.where(when(length > 0, scale != scale), scale, s)
         for k in range(0, group, TILE):
-            maps = load_maps(group_factors, group_sums, at, n * groups, k, group, groups, 0, ONE, TILE)
-            for i in tl.static_range(TILE):
-                s = TIMES(maps[i][0], s) + maps[i][1]
+            left = tl.minimum(group - k, TILE).to(tl.int32)
+            maps = load_maps(group_factors, group_sums, at, n * groups + k, 1, left, TILE)
+            if left > 0:  # see fold
+                for i in tl.static_range(TILE):
+                    s = tl.where(i < left, TIMES(maps[i][0], s) + maps[i][1], s)
         for k in range(begin, end, TILE):
-            maps = load_maps(factors, sums, at, base, k, end, count, flip, ONE, TILE)
+            left = tl.minimum(end - k, TILE).to(tl.int32)
+            row = map_row(base, k, count, flip)
+            maps = load_maps(factors, sums, at, row, 1 - 2 * flip, left, TILE)
             for i in tl.static_range(TILE):
-                put(entries, map_row(base, k + i, count, flip), at, s, when(k + i < end, at.mask))
-                s = TIMES(maps[i][0], s) + maps[i][1]
+                put(entries, row, at, s, when(i < left, at.mask))
+                row += 1 - 2 * flip
+                s = tl.where(i < left, TIMES(maps[i][0], s) + maps[i][1], s)
         if end == count:
             put(final_state, index, at, s, at.mask)
 
@@ -564,21 +630,22 @@ def adjoint_word(
         grads = load_tile(opened_grad, at, first + j, left - j, m.dtype, 0, TILE, MASKED)
         if not EVENTS:
             tile = load_tile(opened, at, first + j, left - j, m.dtype, CHANNELS, TILE, MASKED)
-        for i in tl.static_range(TILE - 1, -1, -1):
-            lam = scale * grads[0][i] + m
-            if EVENTS:
-                before = PULL_EVENT(word, j + i, lam, eps)
-                product = factor
-            else:
-                x = inputs_at(tile, i)
-                before = PULL(x, lam, eps)
-                product = PULL(x, factor, eps)
-            if MASKED:
-                m = tl.where(j + i < left, before, m)
-                factor = tl.where(j + i < left, product, factor)
-            else:
-                m = before
-                factor = product
+        if MASKED or not EVENTS or left > j:  # which it is, see fold
+            for i in tl.static_range(TILE - 1, -1, -1):
+                lam = scale * grads[0][i] + m
+                if EVENTS:
+                    before = PULL_EVENT(word, j + i, lam, eps)
+                    product = factor
+                else:
+                    x = inputs_at(tile, i)
+                    before = PULL(x, lam, eps)
+                    product = PULL(x, factor, eps)
+                if MASKED:
+                    m = tl.where(j + i < left, before, m)
+                    factor = tl.where(j + i < left, product, factor)
+                else:
+                    m = before
+                    factor = product
     return factor, writes, m
 
 
@@ -628,9 +695,9 @@ def replay(
     if EVENTS:
         word = get_whole(events, word_row(scan, at, step), at) >> (2 * (step % WORD)).to(tl.int32)
     for j in tl.static_range(TILES):
-        put(states, row + j, at, s, at.mask)
+        put(states, row + j, at, s, at.mask, KEPT)
         if not EVENTS:
-            tile = load_tile(opened, at, step + j * TILE, TILE, s.dtype, CHANNELS, TILE, False)
+            tile = load_tile(opened, at, step + j * TILE, TILE, s.dtype, CHANNELS, TILE, False, USUAL)
         for i in tl.static_range(TILE):
             if EVENTS:
                 s = REPLAY_EVENT(word, j * TILE + i, s, eps)
@@ -641,13 +708,12 @@ def replay(
 
 @triton.jit
 def backward_tile(
-    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, first, scale, eps, k_scale, REPLAY: tl.constexpr,
-    PULL: tl.constexpr, VJP: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps, k_scale,
+    REPLAY: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradients at TILE steps, of which some lie beyond the end if MASKED; and what they add to the sums."""
     left = left_of(at, first, TILE)
-    inputs_tile = load_tile(opened, at, first, left, s.dtype, CHANNELS, TILE, MASKED)
-    grad_tile = load_tile(opened_grad, at, first, left, s.dtype, 0, TILE, MASKED)
     within = (s,)
     for i in tl.static_range(TILE):
         within = within + (REPLAY(inputs_at(inputs_tile, i), within[i], eps),)
@@ -677,11 +743,20 @@ def backward_tile(
             else:
                 totals = totals + (sums[k],)
                 mask = when(i < left, at.mask) if MASKED else at.mask
-                tl.store(rows[k], dx[k], mask=mask)
+                tl.store(rows[k], dx[k], mask=mask, eviction_policy=STREAMED)
             rows_before = rows_before + (rows[k] - opened_dx[k][1],)
         sums = totals
         rows = rows_before
     return m, sum_alpha, sums
+
+
+@triton.jit
+def load_backward(
+    opened, opened_grad, states, row, at, step, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr
+):
+    """What `backward_tile` works on at a whole tile, not widened yet."""
+    inputs = load_ahead(opened, at, step, CHANNELS, ALIGN, TILE)
+    return get_whole(states, row, at, KEPT), inputs, load_ahead(opened_grad, at, step, 0, ALIGN, TILE)
 
 
 @triton.jit
@@ -703,8 +778,10 @@ def backward(
     each of these the states within the tile.
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
-    # As many bytes of each stream are on the way whatever its dtype.
-    TILES: tl.constexpr = 2 if inputs[0].data.dtype.element_ty.primitive_bitwidth == 16 else 1
+    ELEMENT: tl.constexpr = inputs[0].data.dtype.element_ty
+    HALF: tl.constexpr = ELEMENT.primitive_bitwidth == 16
+    AHEAD: tl.constexpr = HALF and EVENTS
+    TILES: tl.constexpr = 2 if HALF else 1  # as many bytes of each stream are on the way whatever its dtype
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
     if slot < scan.slots:
@@ -746,18 +823,37 @@ def backward(
                 )  # fmt: skip
             last = chunk + tiles * TILE
             if last < end:
+                inputs_tile = load_tile(opened, at, last, left_of(at, last, TILE), STATE, CHANNELS, TILE, True)
+                grad_tile = load_tile(opened_grad, at, last, left_of(at, last, TILE), STATE, 0, TILE, True)
                 m, sum_alpha, sums = backward_tile(
-                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, last, scale, eps, k_scale, REPLAY, PULL,
-                    VJP, CHANNELS, TILE, True,
+                    s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, last, scale, eps, k_scale,
+                    REPLAY, PULL, VJP, CHANNELS, TILE, True,
                 )  # fmt: skip
-            for from_right in range(0, tiles):
-                tile = tiles - 1 - from_right
-                row -= 1
-                s = get_whole(states, row, at)
-                m, sum_alpha, sums = backward_tile(
-                    s, m, sum_alpha, sums, opened, opened_grad, opened_dx, at, chunk + tile * TILE, scale, eps, k_scale,
-                    REPLAY, PULL, VJP, CHANNELS, TILE, False,
-                )  # fmt: skip
+            if not AHEAD or tiles > 0:
+                ahead = ()
+                if AHEAD:
+                    ahead = load_backward(opened, opened_grad, states, row - 1, at, last - TILE, CHANNELS, ALIGN, TILE)
+                for from_right in range(0, tiles):
+                    row -= 1
+                    first = last - (from_right + 1) * TILE
+                    if AHEAD:
+                        s = ahead[0]
+                        inputs_tile = widened(ahead[1], ELEMENT, STATE)
+                        grad_tile = widened(ahead[2], ELEMENT, STATE)
+                        next_row = tl.where(first > chunk, row - 1, row)
+                        next_first = tl.maximum(first - TILE, chunk)
+                        ahead = load_backward(
+                            opened, opened_grad, states, next_row, at, next_first, CHANNELS, ALIGN, TILE
+                        )
+                    else:
+                        s = get_whole(states, row, at, KEPT)
+                        inputs_tile = load_tile(opened, at, first, 0, STATE, CHANNELS, TILE, False)
+                        grad_tile = load_tile(opened_grad, at, first, 0, STATE, 0, TILE, False)
+                    if not AHEAD or left_of(at, first, TILE) > 0:  # which it is, see fold
+                        m, sum_alpha, sums = backward_tile(
+                            s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps,
+                            k_scale, REPLAY, PULL, VJP, CHANNELS, TILE, False,
+                        )  # fmt: skip
             chunk -= CHUNK
             saved -= 1
             left -= 1

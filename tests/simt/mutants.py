@@ -47,9 +47,7 @@ _AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
 _WAIT = "      wait_for_copies<1>();\n"
 _EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);\n"
 _CARRY = "  run.carry_over(1);\n"
-_SUMMARIZE = (
-    "  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, TilesAhead<F, kJobTile<F>>::bytes(kJobThreads));\n"
-)
+_SUMMARIZE = "  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, ahead);\n"
 
 _KERNELS = (
     ("dropped barrier in carry", _AFTER_CARRY + "  " + _BARRIER, _AFTER_CARRY),
