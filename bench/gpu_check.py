@@ -54,7 +54,8 @@ DEADLINES = {"build": 100, "checks": 300, "times": 460, "sanitizers": 520}
 WORKS = (work.FORWARD, work.BACKWARD, work.BOTH)
 _COPIED = 2**30  # bytes, both read and written, by the copy that bandwidth is measured by
 _PER_SUBJECT = 0.4  # seconds
-_GRACE = 30  # seconds between the last peer's begin and the end of the times: it may have to be compiled
+_GRACE = 30  # seconds between the last peer's begin and the end of the times
+_COMPILING = 60  # more of them, for a peer that is compiled first
 _GOODBYE = 5  # seconds to say what it has found, for what takes too long
 _LAST_CASE = 20  # seconds between the begin of a comparison's last case and the end of the checks, likewise
 
@@ -361,7 +362,9 @@ class Timing:
 def time_all(
     timing: Timing, shapes: Sequence[Shape], backends: Sequence[str], deadline: float, peers: Sequence[str]
 ) -> None:
-    """Time backends on all shapes, then peers; no peer is begun when `time.monotonic()` is past the deadline."""
+    """Time backends on all shapes, then peers; none is begun when `time.monotonic()` is past the deadline, and one that
+    is compiled first not shortly before it.
+    """
 
     def attempt(kind: str, what: str, run: Callable[..., None], *arguments: object) -> None:
         try:
@@ -376,7 +379,7 @@ def time_all(
     for name in peers:
         for shape in shapes:
             reason = PEERS[name].why_not(_case(shape), timing.device)
-            if reason is None and time.monotonic() > deadline:
+            if reason is None and time.monotonic() > deadline - _COMPILING * PEERS[name].slow_at_first:
                 reason = "no time was left"
             if reason is None:
                 attempt("left out", f"{name} on {shape}", timing.peer, name, shape)  # its limits are none of ours

@@ -244,7 +244,7 @@ class Peer:
     @property
     def slow_at_first(self) -> bool:
         """Whether the first call on a shape compiles, which is no time of its calls."""
-        return self.compiled or "jax" in self.needs
+        return self.compiled or bool({"jax", "ninja"} & set(self.needs))
 
 
 @cache

@@ -92,7 +92,7 @@ def per_call(subject: Callable[[], object], calls: int = 2000) -> float:
 
 def machine(device: torch.device) -> dict[str, object]:
     """What the figures were measured on."""
-    commit = output_of("git", "rev-parse", "--short", "HEAD")
+    commit = output_of("git", "describe", "--always", "--dirty", "--exclude=*")
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
