@@ -19,9 +19,10 @@ namespace mru::cuda {
 constexpr int kJobThreads = 128, kJobBlocks = 3;  // a thread a job; blocks that a multiprocessor has registers for
 template <class F>
 constexpr int kJobTile = F::W == 8 ? 4 : 8;
-constexpr int kCarryLanes = 8, kCarryGroups = 64;  // threads of `carry`: channels, runs of jobs at once
+constexpr int kCarryLanes = 4, kCarryGroups = 128;  // threads of `carry`: channels, runs of jobs at once
 template <class S>
 constexpr int kCarryRun = 64 / sizeof(S);  // jobs of a run, at most
+constexpr int kCarryPart = 8;              // runs that are walked over side by side with other parts
 constexpr int kLanes = 32, kGroups = 32;   // of `reduce`: channels, rows at once
 
 // The factor of a job in which a sequence begins (for the adjoint: ends): what came before is forgotten, NaN included.
@@ -739,44 +740,65 @@ __device__ __forceinline__ S walk(const S* factors, S* values, int stride, int c
 
 // Chunked, between: the entry state of every job of a row, from the left; for the adjoint (direction -1) m from the
 // right. A block takes kCarryLanes channels of a row and goes through its jobs in turns: each group of its threads composes
-// a run of jobs, a walk over these gives what enters each run. The order depends on sizes only.
+// a run of jobs, some groups each a part of the runs, and walks over the parts and then over the runs of each give what
+// enters a run. The order depends on sizes only.
 template <class S>
 __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
     carry(Workspace<S> work, int64_t segments, int run, int64_t channels, int direction) {
-  S* const run_factor = reinterpret_cast<S*>(shared_memory());  // [groups, kCarryLanes]
-  S* const run_offset = run_factor + blockDim.y * kCarryLanes;
+  const int group = int(threadIdx.y), groups = int(blockDim.y), parts = (groups + kCarryPart - 1) / kCarryPart;
+  S* const factors = reinterpret_cast<S*>(shared_memory()) + threadIdx.x;  // [groups, kCarryLanes], of runs
+  S* const offsets = factors + groups * kCarryLanes;
+  S* const part_factors = offsets + groups * kCarryLanes;  // [parts, kCarryLanes]
+  S* const part_offsets = part_factors + parts * kCarryLanes;
   const unsigned blocks = unsigned((channels + kCarryLanes - 1) / kCarryLanes);
   const int64_t row = blockIdx.x / blocks, d = int64_t(blockIdx.x % blocks) * kCarryLanes + threadIdx.x;
-  const int own = threadIdx.y * kCarryLanes + threadIdx.x;
+  const int own = group * kCarryLanes;
+  const int first = own * kCarryPart, after = groups - group * kCarryPart;
+  const int of_part = after < kCarryPart ? after : kCarryPart;  // if the group has a part
+  const int64_t step = direction * channels;
   S left = 0;  // of the first group's threads: what the jobs before a turn leave
-  for (int64_t turn = 0; turn < segments; turn += int64_t(blockDim.y) * run) {
-    const int64_t begin = turn + int64_t(threadIdx.y) * run;
+  for (int64_t turn = 0; turn < segments; turn += int64_t(groups) * run) {
+    const int64_t begin = turn + int64_t(group) * run;
     const int64_t more = d < channels ? segments - begin : 0;
     const int count = int(more < run ? (more > 0 ? more : 0) : run);
-    const int64_t step = direction * channels;
     const int64_t at = (row * segments + (direction > 0 ? begin : segments - 1 - begin)) * channels + d;
+    const S *next_factor = work.factor + at, *next_offset = work.offset + at;
     S factor[kCarryRun<S>], offset[kCarryRun<S>];
 #pragma unroll
-    for (int j = 0; j < kCarryRun<S>; ++j)
+    for (int j = 0; j < kCarryRun<S>; ++j) {
       if (j < count) {
-        factor[j] = load<Traffic::kState, 1>(work.factor + at + j * step).at[0];
-        offset[j] = load<Traffic::kState, 1>(work.offset + at + j * step).at[0];
+        factor[j] = load<Traffic::kState, 1>(next_factor).at[0];
+        offset[j] = load<Traffic::kState, 1>(next_offset).at[0];
       }
+      next_factor = advance(next_factor, step), next_offset = advance(next_offset, step);
+    }
     S a = 1, u = 0;
 #pragma unroll
     for (int j = 0; j < kCarryRun<S>; ++j)
       if (j < count) u = apply(factor[j], offset[j], u), a = factor[j] * a;
-    run_factor[own] = a;
-    run_offset[own] = u;
+    factors[own] = a;
+    offsets[own] = u;
     __syncthreads();
-    if (threadIdx.y == 0)
-      left = walk(run_factor + threadIdx.x, run_offset + threadIdx.x, kCarryLanes, int(blockDim.y), left);
+    if (group < parts) {
+      a = 1, u = 0;
+      for (int i = 0; i < of_part; ++i) {
+        const int at = first + i * kCarryLanes;
+        u = apply(factors[at], offsets[at], u), a = factors[at] * a;
+      }
+      part_factors[own] = a;
+      part_offsets[own] = u;
+    }
     __syncthreads();
-    S s = run_offset[own];
+    if (group == 0) left = walk(part_factors, part_offsets, kCarryLanes, parts, left);
+    __syncthreads();
+    if (group < parts) walk(factors + first, offsets + first, kCarryLanes, of_part, part_offsets[own]);
+    __syncthreads();
+    S s = offsets[own];
+    S* entry = work.entry + at;
 #pragma unroll
-    for (int j = 0; j < kCarryRun<S>; ++j)
+    for (int j = 0; j < kCarryRun<S>; ++j, entry = advance(entry, step))
       if (j < count) {
-        store<Traffic::kState>(work.entry + at + j * step, Vector<S, 1>{{s}});
+        store<Traffic::kState>(entry, Vector<S, 1>{{s}});
         s = apply(factor[j], offset[j], s);
       }
   }

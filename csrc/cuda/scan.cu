@@ -95,8 +95,9 @@ struct Run {
   void carry_over(int direction) {
     const int64_t runs = ceil_div(plan.segments, kCarryRun<S>), turns = ceil_div(runs, kCarryGroups);
     const int64_t groups = ceil_div(runs, turns), run = ceil_div(plan.segments, groups * turns);
+    const int64_t maps = groups + ceil_div(groups, kCarryPart);
     launch(carry<S>, scan.batch * ceil_div(scan.channels, kCarryLanes), dim3(kCarryLanes, groups),
-           2 * groups * kCarryLanes * sizeof(S), work, plan.segments, int(run), scan.channels, direction);
+           2 * maps * kCarryLanes * sizeof(S), work, plan.segments, int(run), scan.channels, direction);
   }
 };
 

@@ -13,7 +13,8 @@ A program is one warp that holds BD channels, 16 bytes of a stream a lane, and w
 no lane needs the values of another. A complex channel counts as two, its real and its imaginary part, in one lane.
 Without a split that is all. With one, a sequence takes summaries of its segments, a walk over these summaries (`fold`,
 `carry`), and the segments again from their entry states; where steps fit events these are packed on the way, and the
-streams are not read again.
+streams are not read again. The summaries issue all loads of a tile before its first use; in half precision, whose rows
+take half the registers, `summarize` and `backward` issue those of the next tile too.
 
 Offsets are 64-bit. Every sum and product is taken in a fixed order.
 """
@@ -298,6 +299,7 @@ def load_tile(
     opened, at, step, left, STATE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
     POLICY: tl.constexpr = STREAMED,
 ):  # fmt: skip
+    """The same in the state dtype."""
     rows = load_rows(opened, at, step, left, CHANNELS, False, TILE, MASKED, POLICY)
     return widened(rows, STATE, STATE)
 

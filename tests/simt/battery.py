@@ -78,7 +78,7 @@ def check_numbers(dtype: torch.dtype) -> None:
 def check_many_jobs(dtype: torch.dtype) -> None:
     """More segments than `carry` takes in a turn; more sequences than rows of sums."""
     parameters = {"threshold": "channel", "alpha": True, "epsilon": 0.5, "initial_state": "real"}
-    in_a_turn = 64 * 64 // errors.state_dtype(dtype).itemsize
+    in_a_turn = 128 * 64 // errors.state_dtype(dtype).itemsize
     for reverse, segment_count, channels in ((False, 70, 3), (True, 70, 3), (False, in_a_turn + 70, 1)):
         time = segment_count * CHUNK + 5
         case = inputs.case("bmru", dtype, time=time, batch=2, channels=channels, reverse=reverse, **parameters)

@@ -41,7 +41,8 @@ class Mutant:
 
 
 _BARRIER = "  __syncthreads();\n"
-_AFTER_CARRY = "    run_offset[own] = u;\n"
+_AFTER_CARRY = "    offsets[own] = u;\n"
+_AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own]);\n"
 _AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum;\n"
 _AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
 _WAIT = "      wait_for_copies<1>();\n"
@@ -53,8 +54,9 @@ _KERNELS = (
     ("dropped barrier in carry", _AFTER_CARRY + "  " + _BARRIER, _AFTER_CARRY),
     ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER, _AFTER_REDUCE),
     # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
-    ("exchange off by one", "int(blockDim.y), left);", "int(blockDim.y) - 1, left);"),
-    ("turns of carry apart", "left = walk(run_factor", "walk(run_factor"),
+    ("exchange off by one", "kCarryLanes, parts, left);", "kCarryLanes, parts - 1, left);"),
+    ("dropped barrier after the parts", _AFTER_PARTS + "  " + _BARRIER, _AFTER_PARTS),
+    ("turns of carry apart", "left = walk(part_factors", "walk(part_factors"),
     ("tile ahead not waited for", "    wait_for_copies<1>();\n    Tile", "    Tile"),
     ("word ahead is the last one", "if (begin_ <= next && next < end_) ahead_ =", "if (next < begin_) ahead_ ="),
     ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
