@@ -108,6 +108,7 @@ void run_forward(Run& run) {
   if (!run.plan.chunked()) return from_streams();
   if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
   constexpr int64_t ahead = TilesAhead<F, kJobTile<F>>::bytes(kJobThreads);
+  static_assert(ahead <= 99 << 10);  // what a block may have on every device from compute capability 8.0 on
   run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, ahead);
   run.carry_over(1);
   if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);

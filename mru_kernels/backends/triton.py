@@ -20,8 +20,9 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LANES = 64 if torch.version.hip else 32
 _VECTOR_BYTES = 16  # that a lane loads or stores at once
 CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
-#: Programs, a warp each, that a multiprocessor is given where time is cut, by the bytes of an element: about as many as it
-#: has registers for at once, and of float32 forward and of half precision backward up to twice as many, which are faster.
+#: Programs, a warp each, that a multiprocessor is given where time is cut, by the bytes of an element: about as many as
+#: it has registers for at once, and of float32 forward and of half precision backward up to twice as many, which is
+#: faster.
 _WARPS = {2: 18, 4: 32, 8: 18, 16: 18}
 _BACKWARD_WARPS = {2: 16, 4: 12, 8: 12, 16: 12}
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
