@@ -25,6 +25,7 @@ CHUNK_SIZES = (CHUNK, CHUNK)  # each would be a set of kernels more
 #: faster.
 _WARPS = {2: 18, 4: 32, 8: 18, 16: 18}
 _BACKWARD_WARPS = {2: 16, 4: 12, 8: 12, 16: 12}
+_WHOLE = 9  # of them from which on time is not cut
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
 _START = 16  # steps in the time of which a program of `backward` begins and ends
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
@@ -48,29 +49,29 @@ def load() -> None:
 def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
     """Steps of a segment, from sizes and the number of multiprocessors only.
 
-    A sequence is scanned whole where half of what fills the device, or more, runs at once; else time is cut so that
-    as many programs as run at once are about enough, since a second round of them would be nearly empty.
+    Sequences are scanned whole where they alone give a multiprocessor `_WHOLE` programs; else time is cut so that it is
+    given about `_WARPS`.
     """
-    at_once = _WARPS[itemsize] * _multiprocessors(device)
+    multiprocessors = _multiprocessors(device)
     programs = sequences * _blocks(channels, itemsize)  # if time were not cut
-    if programs == 0 or 2 * programs >= at_once or steps < _FEW * sequences:
+    if programs == 0 or programs >= _WHOLE * multiprocessors or steps < _FEW * sequences:
         return 0
-    return _ceil_div(_ceil_div(steps, sequences * (at_once // programs)), CHUNK) * CHUNK
+    return _ceil_div(_ceil_div(steps, sequences * (_WARPS[itemsize] * multiprocessors // programs)), CHUNK) * CHUNK
 
 
 def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
     """Steps of a segment in the backward pass, where the forward pass cuts time.
 
-    All programs take about as long, so a round of as many as run at once should not be left half empty. Of a few
+    All programs take about as long, so few of the places that multiprocessors have for them should stay empty. Of a few
     numbers of rounds it is the one that takes the least time, counted in steps.
     """
-    at_once = _BACKWARD_WARPS[itemsize] * _multiprocessors(device)
+    given = _BACKWARD_WARPS[itemsize] * _multiprocessors(device)
     programs = sequences * _blocks(channels, max(itemsize, 4))  # by the bytes of states
     length = _ceil_div(steps, sequences)
     lengths: dict[int, int] = {}
     for rounds in range(1, 5):
-        segment = _ceil_div(_ceil_div(length, max(rounds * at_once // programs, 1)), CHUNK) * CHUNK
-        taken = _ceil_div(programs * _ceil_div(length, segment), at_once)
+        segment = _ceil_div(_ceil_div(length, max(rounds * given // programs, 1)), CHUNK) * CHUNK
+        taken = _ceil_div(programs * _ceil_div(length, segment), given)
         lengths.setdefault(taken * (segment + _START), segment)
     return lengths[min(lengths)]
 
