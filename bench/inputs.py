@@ -241,18 +241,25 @@ class Cell:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=lambda: DTYPES, repr=False)
 
 
+#: Of the bistable cells: how widely candidates are spread, and the share of steps that tie.
+_WRITES = {"often": (1.0, 0.05), "seldom": (0.3, 0.001)}
+
+
 def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A third of the steps write: candidates are standard normal, thresholds 0.8 to 1.2 in size; some tie."""
+    """A third of the steps write: candidates are standard normal, thresholds 0.8 to 1.2 in size; some tie. Or one step
+    in three hundred.
+    """
     shape = draw.shape
+    deviation, share = _WRITES[options["writes"]]
     per_channel = options["threshold"] == "channel"
     b_shape = shape[2:] if per_channel else shape
     b = draw.signs(b_shape) * draw.uniform(b_shape, 0.8, 1.2)
-    b[draw.some(b_shape, 0.02)] = -0.0
+    b[draw.some(b_shape, 0.4 * share)] = -0.0
     b = draw.parameter(b) if per_channel else draw.stream(b)
-    c = draw.normal(shape)
+    c = draw.normal(shape, deviation=deviation)
     c[draw.some(shape, 0.02)] = 0.0
     c[draw.some(shape, 0.02)] = -0.0
-    tie = draw.some(shape, 0.05)
+    tie = draw.some(shape, share)
     c = torch.where(tie & ~b.isnan(), draw.signs(shape) * b, c)
     if options["nonfinite"]:
         c = torch.where(draw.some(shape, 0.02), draw.signs(shape) * float("inf"), c)
@@ -263,15 +270,22 @@ def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _schmitt(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """About half of the steps hold: candidates are normal around 1/2, low about 0.15, width about 0.7; some tie."""
+    """A quarter of the steps hold: candidates are normal around 1/2, low about 0.15, width about 0.7; some tie. Or nearly
+    all in most channels: candidates lie close to the middle between low and high.
+    """
     shape = draw.shape
+    deviation, share = _WRITES[options["writes"]]
     low = draw.uniform(shape[2:], -0.1, 0.4)
     high = low + draw.uniform(shape[2:], 0.5, 0.9)
     crossed = draw.some(shape[2:], 0.1)  # high < low is allowed
+    middle = (low + high) / 2
     low, high = draw.parameter(torch.where(crossed, high, low)), draw.parameter(torch.where(crossed, low, high))
-    c = draw.normal(shape, mean=0.5)
+    if options["writes"] == "often":
+        c = draw.normal(shape, mean=0.5)
+    else:
+        c = middle + draw.normal(shape, deviation=deviation / 4)
     for edge in (low, high):
-        tie = draw.some(shape, 0.05) & ~edge.isnan()
+        tie = draw.some(shape, share) & ~edge.isnan()
         c = torch.where(tie, edge.double(), c)
     if options["nonfinite"]:
         c = torch.where(draw.some(shape, 0.02), draw.signs(shape) * float("inf"), c)
@@ -302,11 +316,17 @@ CELLS = {
             "amplitude": (False, True),
             "alpha": (False, True),
             "surrogate_scale": (1.0, 2.5),
+            "writes": tuple(_WRITES),
         },
         draw=_bmru,
     ),
     "schmitt": Cell(
-        factors={"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "surrogate_scale": (1.0, 2.5)},
+        factors={
+            "epsilon": (0.0, 0.5, 1.0),
+            "alpha": (False, True),
+            "surrogate_scale": (1.0, 2.5),
+            "writes": tuple(_WRITES),
+        },
         draw=_schmitt,
     ),
     "linear_recurrence": Cell(

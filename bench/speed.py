@@ -304,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--epsilon", type=float, help="default: 0, for the cells that have one")
+    parser.add_argument("--writes", choices=("often", "seldom"), help="default: often, for the cells that write")
     parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
     parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -317,10 +318,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dtype not in inputs.CELLS[cell].dtypes:
             parser.error(f"--dtype: expected one of {', '.join(inputs.CELLS[cell].dtypes)} for {cell}, got {dtype}")
     options = {}
-    if "epsilon" in inputs.CELLS[cell].factors:
-        options["epsilon"] = arguments.epsilon or 0.0
-    elif arguments.epsilon is not None:
-        parser.error(f"--epsilon: {cell} has none")
+    for name, given, default in (("epsilon", arguments.epsilon, 0.0), ("writes", arguments.writes, "often")):
+        if name in inputs.CELLS[cell].factors:
+            options[name] = default if given is None else given
+        elif given is not None:
+            parser.error(f"--{name}: {cell} has none")
     backend = resolve(arguments.backend, device).name
     figures: list[Figure] = []
     failed: list[str] = []

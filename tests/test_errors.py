@@ -190,7 +190,7 @@ def test_cases_cover_every_two_values_of_two_factors(cell, dtype):
 def test_brief_cases_cover_every_two_values_but_of_time(cell, dtype):
     factors = inputs.COMMON_FACTORS | inputs.CELLS[cell].factors | {"channels": (17, 1, 64, 100)}
     cases = inputs.brief_cases(cell, inputs.CELLS[cell].dtypes[dtype])
-    assert len(cases) < 20
+    assert len(cases) <= 20
     met = {pair for case in cases for pair in combinations(case.options.items(), 2)}
     for a, b in combinations(factors.keys() - {"time"}, 2):
         assert all({((a, x), (b, y)), ((b, y), (a, x))} & met for x in factors[a] for y in factors[b])

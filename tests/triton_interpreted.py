@@ -76,8 +76,10 @@ def recorded():
         builder.create_masked_load, builder.create_masked_store, executor.__call__ = before
 
 
-def arguments_of(streams, segment, *, cu_seqlens=None, alpha=None, initial_state=None, channel=(), reverse=False):
-    epsilon = torch.tensor(0.5, dtype=torch.float64)
+def arguments_of(
+    streams, segment, *, cu_seqlens=None, alpha=None, initial_state=None, channel=(), reverse=False, epsilon=0.5
+):
+    epsilon = torch.tensor(epsilon, dtype=torch.float64)
     return (streams, list(channel), alpha, initial_state, cu_seqlens, epsilon, 1.0, reverse, 0, CHUNK, segment)
 
 
@@ -136,6 +138,24 @@ def test_traffic_is_the_budget(segment, cell, dtype, gates, fit):
     tiles = CHUNK // backend.tile("backward", gates, bool(segment and fit), 0, part)
     states += 2 * tiles * (slots or batch) * row  # those before the tiles of a chunk, which are written and read again
     assert 0 <= backward.all_bytes() - floor - 2 * once <= states
+
+
+@pytest.mark.parametrize("gates", [2, 3])
+def test_the_adjoint_is_summarized_up_to_a_write_that_forgets(gates):
+    """With epsilon 0, word by word until all channels of a program have written: one holds longer than the others."""
+    segments, channels, last = (64, 64, 21), 40, 7
+    time = sum(segments)
+    for first_write, words in ((15, 1), (16, 2), (time, 4)):
+        streams = [torch.ones(1, time, channels) for _ in range(gates)]
+        holds = torch.tensor([step % 64 < first_write for step in range(time)])
+        streams[1][0, holds, last] = 2
+        grad_h, grad_final = torch.randn(1, time, channels), torch.randn(1, channels)
+        _, grads, _, backward = run(arguments_of(streams, 64, epsilon=0.0), grad_h, grad_final)
+        _, whole, _, _ = run(arguments_of(streams, 0, epsilon=0.0), grad_h, grad_final)
+        steps = time + sum(min(16 * words, length) for length in segments)
+        assert backward.bytes_in("load", grad_h) == steps * channels * grad_h.element_size()
+        for a, b in zip(grads, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("segment", [0, 64])

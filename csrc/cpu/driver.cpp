@@ -175,10 +175,13 @@ const char* isa_name() {
 
 namespace {
 
+constexpr int64_t kFirstLook = 64;  // steps; then twice as many, and so on
+
+bool writes_forget(const Scan& scan, const Kernels& k) { return scan.epsilon == 0 && k.behind; }
+
 // The map of a piece whose writes forget: seen from its end, no further back than its channels hold.
 void look_back(const Scan& scan, const Kernels& k, const Piece& piece, int64_t d0, int64_t d1, void* factor,
                void* offset) {
-  constexpr int64_t kFirstLook = 64;
   Scan reads = scan;
   reads.events = nullptr;
   Rows part_factor(scan, 1), part_offset(scan, 1);
@@ -190,6 +193,21 @@ void look_back(const Scan& scan, const Kernels& k, const Piece& piece, int64_t d
     part.begin = std::max(piece.begin, part.end - steps);
     k.summarize(reads, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0));
     if (!k.behind(d1 - d0, part_factor.at(0, d0), part_offset.at(0, d0), factor, offset)) break;
+  }
+}
+
+// The same of the adjoint: seen from its begin, no further than its channels hold.
+void look_ahead(const Scan& scan, const Kernels& k, const Piece& piece, int64_t d0, int64_t d1, void* factor,
+                void* offset) {
+  Rows part_factor(scan, 1), part_offset(scan, 1);
+  Piece part = piece;
+  part.end = piece.begin;
+  k.summarize_adjoint(scan, part, d0, d1, factor, offset);  // of no steps: the identity
+  for (int64_t steps = kFirstLook; part.end < piece.end; steps *= 2) {
+    part.begin = part.end;
+    part.end = std::min(piece.end, part.begin + steps);
+    k.summarize_adjoint(scan, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0));
+    if (!k.ahead(d1 - d0, part_factor.at(0, d0), part_offset.at(0, d0), factor, offset)) break;
   }
 }
 
@@ -274,7 +292,7 @@ void forward(Scan scan) {
     const bool empty = pieces.first[n] == pieces.first[n + 1];
     k.enter(scan, n, /*poison=*/!empty, row(scan.final_state, scan, n));
   }
-  const bool forgets = scan.epsilon == 0 && k.behind;
+  const bool forgets = writes_forget(scan, k);
   const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
   if (forgets && (scan.segment > 0 || (few && !is_serial(scan)))) {
     forward_looking_back(scan, k);
@@ -306,7 +324,10 @@ void backward(Scan scan) {
   if (scan.segment > 0) {
     Rows factor(scan, count), offset(scan, count);
     for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
-      k.summarize_adjoint(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
+      void* const a = factor.at(i, d0);
+      void* const u = offset.at(i, d0);
+      if (writes_forget(scan, k)) look_ahead(scan, k, pieces.list[i], d0, d1, a, u);
+      else k.summarize_adjoint(scan, pieces.list[i], d0, d1, a, u);
     });
     for (int64_t n = 0; n < scan.sequences; ++n) {
       void* const m = row(scan.grad_initial, scan, n);

@@ -435,6 +435,21 @@ struct Kernel {
     return holds;
   }
 
+  static bool ahead(int64_t n, const void* later_factor, const void* later_offset, void* factor, void* offset) {
+    const S* const later_a = static_cast<const S*>(later_factor);
+    const S* const later_u = static_cast<const S*>(later_offset);
+    S* const a = static_cast<S*>(factor);
+    S* const u = static_cast<S*>(offset);
+    bool holds = false;
+    for (int64_t j = 0; j < n; ++j) {
+      if (a[j] == S(0)) continue;
+      u[j] = u[j] + later_u[j];
+      a[j] = later_a[j];
+      holds |= !(a[j] == S(0));
+    }
+    return holds;
+  }
+
   static bool absorb(int64_t n, const void* earlier, void* state) {
     const S* const from = static_cast<const S*>(earlier);
     S* const s = static_cast<S*>(state);
@@ -477,6 +492,7 @@ struct Kernel {
                                     &backward,
                                     &apply,
                                     Cell::kForgets ? &behind : nullptr,
+                                    Cell::kForgets ? &ahead : nullptr,
                                     &absorb,
                                     &enter,
                                     &reduce};

@@ -32,6 +32,8 @@ struct Kernels {
   // For maps that hold (factor 1) or forget (0): looks through a map, where it holds, at the one before it. Returns
   // whether a channel still holds. Null for cells without such maps.
   bool (*behind)(int64_t n, const void* earlier_factor, const void* earlier_offset, void* factor, void* offset);
+  // The same for those of the adjoint, at the map after it.
+  bool (*ahead)(int64_t n, const void* later_factor, const void* later_offset, void* factor, void* offset);
   // A state becomes NaN where an earlier one is. Returns whether it changed.
   bool (*absorb)(int64_t n, const void* earlier, void* state);
   // The state that enters a sequence; where `poison`, NaN in a channel whose alpha is NaN.

@@ -208,6 +208,16 @@ __device__ __forceinline__ void for_tiles(int64_t begin, int64_t end, Each each)
     else each.template operator()<1>(position), position += 1;
   }
 }
+// The same until one returns false, which it then does too.
+template <int U, class Each>
+__device__ __forceinline__ bool for_tiles_while(int64_t begin, int64_t end, Each each) {
+  for (int64_t position = begin; position < end;) {
+    const bool is_tile = position % U == 0 && position + U <= end;
+    if (!(is_tile ? each.template operator()<U>(position) : each.template operator()<1>(position))) return false;
+    position += is_tile ? U : 1;
+  }
+  return true;
+}
 template <int U, class Each>
 __device__ __forceinline__ void for_tiles_from_right(int64_t begin, int64_t end, Each each) {
   for (int64_t position = end; position > begin;) {
@@ -824,6 +834,22 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 
 // ------------------------------------------------------------------------------------------------ backward
 
+// Maps of steps side by side as one, where a write forgets: of those on the left, and of others to their right. Whether a
+// channel holds.
+template <class F>
+__device__ __forceinline__ bool append(const typename F::States& right_a, const typename F::States& right_m,
+                                       typename F::States& a, typename F::States& m) {
+  bool holds = false;
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) {
+    const bool held = a.at[w] != 0;
+    m.at[w] = held ? m.at[w] + right_m.at[w] : m.at[w];
+    a.at[w] = held ? right_a.at[w] : a.at[w];
+    holds |= a.at[w] != 0;
+  }
+  return holds;
+}
+
 // Chunked, first: each job as one map of m, from the right. From the events, or from the streams again.
 template <class F, bool kFromEvents>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
@@ -834,39 +860,57 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
-  typename F::States a = all<F>(1), m = all<F>(0);
+  using States = typename F::States;
+  constexpr int kTile = kFromEvents ? 8 : kJobTile<F>;
+  States a = all<F>(1), m = all<F>(0);
   bool forget = false;
-  Events<F> events(scan, plan, job, d, -1);
-  Spans spans(scan, plan, job, -1);
-  with_cell<typename F::Cell>(scan, [&]<bool>(const typename F::Cell& cell) {
-    for (Span span; spans.next(span);) {
-      if (span.last) m = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), forget = true;
+  with_cell<typename F::Cell>(scan, [&]<bool kForgets>(const typename F::Cell& cell) {
+    constexpr int kDirection = kForgets ? 1 : -1;
+    Events<F> events(scan, plan, job, d, kDirection);
+    Spans spans(scan, plan, job, kDirection);
+    Span span;
+    // The map of steps to the right, of U steps with it.
+    const auto pull = [&]<int U>(int64_t position, States& a, States& m) {
       const Row<const typename F::T> g(scan, scan.grad_h, span.row, d);
-      for_tiles_from_right<kFromEvents ? 8 : kJobTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
-        Vector<typename F::T, F::W> grad[U];
-        load_steps<F, U>(g, position, grad);
-        [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;
-        [[maybe_unused]] Vector<int32_t, F::W> codes;
-        if constexpr (kFromEvents) codes = events.at(position);
-        else tile = Tile<F, U>(scan, span.row, d, position);
+      Vector<typename F::T, F::W> grad[U];
+      load_steps<F, U>(g, position, grad);
+      [[maybe_unused]] Tile<F, kFromEvents ? 1 : U> tile;
+      [[maybe_unused]] Vector<int32_t, F::W> codes;
+      if constexpr (kFromEvents) codes = events.at(position);
+      else tile = Tile<F, U>(scan, span.row, d, position);
 #pragma unroll
-        for (int t = U - 1; t >= 0; --t) {
+      for (int t = U - 1; t >= 0; --t) {
 #pragma unroll
-          for (int w = 0; w < F::W; ++w) {
-            const typename F::S lambda = product_sum(real(alpha.at[w]), widen(grad[t], w), m.at[w]);
-            if constexpr (kFromEvents) {
-              const int code = codes.at[w] >> t & kEventMask;
-              m.at[w] = cell.pull_event(code, lambda);
-              a.at[w] = cell.pull_event(code, a.at[w]);
-            } else {
-              typename F::S x[F::kInputs];
-              tile.inputs(t, w, channel, x);
-              m.at[w] = cell.pull(x, lambda);
-              a.at[w] = cell.pull(x, a.at[w]);
-            }
+        for (int w = 0; w < F::W; ++w) {
+          const typename F::S lambda = product_sum(real(alpha.at[w]), widen(grad[t], w), m.at[w]);
+          if constexpr (kFromEvents) {
+            const int code = codes.at[w] >> t & kEventMask;
+            m.at[w] = cell.pull_event(code, lambda);
+            a.at[w] = cell.pull_event(code, a.at[w]);
+          } else {
+            typename F::S x[F::kInputs];
+            tile.inputs(t, w, channel, x);
+            m.at[w] = cell.pull(x, lambda);
+            a.at[w] = cell.pull(x, a.at[w]);
           }
         }
+      }
+    };
+    if constexpr (kForgets) {  // from the left: what comes after a write has no part in what leaves
+      if (!spans.next(span)) return;
+      const bool holds = for_tiles_while<kTile>(span.begin, span.end, [&]<int U>(int64_t position) {
+        States of_tile = all<F>(1), passed = all<F>(0);
+        pull.template operator()<U>(position, of_tile, passed);
+        return append<F>(of_tile, passed, a, m);
       });
+      if (holds && span.last) append<F>(a, load_states<F>(scan.grad_final, span.sequence, scan.channels, d), a, m);
+      forget = span.last;
+    } else {
+      while (spans.next(span)) {
+        if (span.last) m = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), forget = true;
+        for_tiles_from_right<kTile>(span.begin, span.end,
+                                    [&]<int U>(int64_t position) { pull.template operator()<U>(position, a, m); });
+      }
     }
   });
   store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);

@@ -103,14 +103,14 @@ def options(
     """
     common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
     single = ops.state_dtype(dtype) == torch.float32
-    most = {"forward": 168 if single else 255, "summarize": 255, "backward": 168 if single else 255}
+    most = {"forward": 168 if single else 255, "summarize": 255, "fold": 255, "backward": 168 if single else 255}
     if events:
         del most["forward"]  # it would take more
     if events and per_channel == 0:
         del most["summarize"]
     if events and single:
         most |= {"summarize_adjoint": 168} | ({"summarize": 112} if per_channel == 0 else {})
-    if events and dtype.itemsize == 2:
+    if dtype.itemsize == 2:
         most["backward"] = 255  # two tiles at once
     limit = None if amd else most.get(kernel)
     return common | ({} if limit is None else {"maxnreg": limit})

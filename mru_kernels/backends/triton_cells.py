@@ -133,13 +133,13 @@ def pull_event(word, i: tl.constexpr, m, epsilon):
 
 @triton.jit
 def surrogate(k):
-    """Of the surrogate scale k, what the slope of the unit step takes, and what that of the sign takes."""
-    return (PI * tl.sqrt(k), 1.0 / k), (PI * tl.sqrt(0.5 * k), 0.5 / k)
+    """Of the surrogate scale k, what `slope` takes."""
+    return PI * tl.sqrt(k), 1.0 / k
 
 
 @triton.jit
 def slope(x, scale):
-    """Surrogate derivative of the unit step, k / (1 + (pi k x)^2), or of the sign, twice that."""
+    """Surrogate derivative of the unit step, k / (1 + (pi k x)^2); that of the sign is twice that."""
     y = x * scale[0]
     y = y * y + scale[1]
     if x.dtype == tl.float64:
@@ -196,11 +196,11 @@ def bmru_vjp(x, s, lam, epsilon, scale):
     sgn = tl.where(x[0] >= 0, 1.0, -1.0).to(s.dtype)  # not as in replay: the compiler would keep predicates until here
     written = tl.where(bmru_writes(x), lam, 0.0)
     value = sgn
-    dc = slope(x[0], scale[1]) * written
+    dc = slope(x[0], scale) * (written + written)
     if len(x) == 3:
         value = sgn * x[2]
         dc = dc * x[2]
-    dgate = lam * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale[0])
+    dgate = lam * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale)
     dc += tl.where(x[0] == 0, 0.0, dgate) * sgn
     db = tl.where(x[1] == 0, 0.0, tl.where(x[1] < 0, dgate, -dgate))
     if len(x) == 3:
@@ -267,8 +267,8 @@ def schmitt_pull(x, m, epsilon):
 def schmitt_vjp(x, s, lam, epsilon, scale):
     dhold = lam * ((1.0 - epsilon) * s - schmitt_upper(x))
     written = tl.where(schmitt_writes(x), lam, 0.0)
-    dupper = tl.where(x[0] >= x[1], written - dhold, written) * slope(x[0] - x[2], scale[0])
-    dlower = tl.where(x[0] >= x[2], 0.0, dhold) * slope(x[0] - x[1], scale[0])
+    dupper = tl.where(x[0] >= x[1], written - dhold, written) * slope(x[0] - x[2], scale)
+    dlower = tl.where(x[0] >= x[2], 0.0, dhold) * slope(x[0] - x[1], scale)
     return (dupper + dlower, -dlower, -dupper)
 
 

@@ -237,9 +237,15 @@ def left_of(at, step, N: tl.constexpr):
 
 
 @triton.jit
-def row_at(opened, at, step):
-    """Pointers to the row of a step. What it hides from LLVM is that rows are a progression: it would hold them all."""
-    return opened[0] + tl.minimum(step, at.end) * opened[1]
+def hidden(step, at):
+    """A step of a segment, or its end. LLVM does not see that it is one of a progression: it would hold all addresses."""
+    return tl.minimum(step, at.end)
+
+
+@triton.jit
+def row_at(opened, step):
+    """Pointers to the row of a step."""
+    return opened[0] + step * opened[1]
 
 
 @triton.jit
@@ -263,7 +269,7 @@ def load_rows(
         if CHANNELS >> k & 1:
             values = repeated(opened[k][0], TILE)
         else:
-            row = row_at(opened[k], at, tl.minimum(step, at.end - 1) if MASKED else step)
+            row = row_at(opened[k], tl.minimum(step, at.end - 1) if MASKED else step)
             for i in tl.static_range(TILE):
                 value = tl.load(row, eviction_policy=POLICY)
                 values = values + (packed(value) if PACKED else value,)
@@ -360,8 +366,8 @@ def forward_word(
     left = left_of(at, first, WORD)
     for j in range(0, WORD, TILE):
         if not EVENTS:
-            tile = load_tile(opened, at, first + j, left - j, s.dtype, CHANNELS, TILE, MASKED)
-        row = row_at(opened_h, at, first + j)
+            tile = load_tile(opened, at, hidden(first + j, at), left - j, s.dtype, CHANNELS, TILE, MASKED)
+        row = row_at(opened_h, hidden(first + j, at))
         for i in tl.static_range(TILE):
             if EVENTS:
                 after = STEP_EVENT(word, i, s, eps)
@@ -456,7 +462,7 @@ def summarize_word(
             tile = widened(ahead, ELEMENT, offset.dtype)
             ahead = load_ahead(opened, at, tl.minimum(first + j + TILE, whole - TILE), CHANNELS, ALIGN, TILE)
         else:
-            tile = load_tile(opened, at, first + j, left - j, offset.dtype, CHANNELS, TILE, MASKED)
+            tile = load_tile(opened, at, hidden(first + j, at), left - j, offset.dtype, CHANNELS, TILE, MASKED)
         if MASKED or left > j:  # which it is, see fold
             of_tile = tl.zeros_like(writes)
             for i in tl.static_range(TILE):
@@ -629,9 +635,9 @@ def adjoint_word(
         word = get_whole(events, word_row(scan, at, first), at)
         writes += count_pairs(word & PAIRS)
     for j in tl.static_range(WORD - TILE, -1, -TILE):
-        grads = load_tile(opened_grad, at, first + j, left - j, m.dtype, 0, TILE, MASKED)
+        grads = load_tile(opened_grad, at, hidden(first + j, at), left - j, m.dtype, 0, TILE, MASKED)
         if not EVENTS:
-            tile = load_tile(opened, at, first + j, left - j, m.dtype, CHANNELS, TILE, MASKED)
+            tile = load_tile(opened, at, hidden(first + j, at), left - j, m.dtype, CHANNELS, TILE, MASKED)
         if MASKED or not EVENTS or left > j:  # which it is, see fold
             for i in tl.static_range(TILE - 1, -1, -1):
                 lam = scale * grads[0][i] + m
@@ -649,6 +655,22 @@ def adjoint_word(
                     m = before
                     factor = product
     return factor, writes, m
+
+
+@triton.jit
+def append_word(
+    factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr, PULL_EVENT: tl.constexpr,
+    EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The map of a segment's steps so far, from the left, and of another word's, where a write forgets what is right."""
+    zeros = tl.zeros_like(m)
+    of_word, writes, passed = adjoint_word(
+        zeros + 1.0, zeros.to(tl.int32), zeros, opened, opened_grad, events, scan, at, first, scale, eps, PULL,
+        PULL_EVENT, EVENTS, CHANNELS, TILE, MASKED,
+    )  # fmt: skip
+    if EVENTS:
+        of_word = tl.where(writes == 0, 1.0, 0.0).to(m.dtype)
+    return tl.where(factor == 0, factor, of_word), tl.where(factor == 0, m, m + passed)
 
 
 @triton.jit
@@ -672,18 +694,35 @@ def summarize_adjoint(
         writes = tl.zeros((BD,), tl.int32)
         words = (at.end - at.begin) // WORD
         whole = at.begin + words * WORD
-        if whole < at.end:
-            factor, writes, m = adjoint_word(
-                factor, writes, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, PULL_EVENT, EVENTS,
-                CHANNELS, TILE, True,
-            )  # fmt: skip
-        for w in range(0, words):
-            factor, writes, m = adjoint_word(
-                factor, writes, m, opened, opened_grad, events, scan, at, whole - (w + 1) * WORD, scale, eps, PULL,
-                PULL_EVENT, EVENTS, CHANNELS, TILE, False,
-            )  # fmt: skip
-        if EVENTS:
-            factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
+        if FORGETS:
+            # From the left, until every channel has written: what comes after has no part in what leaves.
+            first = at.begin
+            holds = 1
+            while (holds != 0) & (first < whole):
+                factor, m = append_word(
+                    factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL, PULL_EVENT, EVENTS,
+                    CHANNELS, TILE, False,
+                )  # fmt: skip
+                holds = tl.max(tl.where(factor != 0, 1, 0), 0)
+                first += WORD
+            if (holds != 0) & (whole < at.end):
+                factor, m = append_word(
+                    factor, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, PULL_EVENT, EVENTS,
+                    CHANNELS, TILE, True,
+                )  # fmt: skip
+        else:
+            if whole < at.end:
+                factor, writes, m = adjoint_word(
+                    factor, writes, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, PULL_EVENT,
+                    EVENTS, CHANNELS, TILE, True,
+                )  # fmt: skip
+            for w in range(0, words):
+                factor, writes, m = adjoint_word(
+                    factor, writes, m, opened, opened_grad, events, scan, at, whole - (w + 1) * WORD, scale, eps, PULL,
+                    PULL_EVENT, EVENTS, CHANNELS, TILE, False,
+                )  # fmt: skip
+            if EVENTS:
+                factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, m, at.mask)
 
@@ -699,13 +738,13 @@ def replay(
     for j in tl.static_range(TILES):
         put(states, row + j, at, s, at.mask, KEPT)
         if not EVENTS:
-            tile = load_tile(opened, at, step + j * TILE, TILE, s.dtype, CHANNELS, TILE, False, USUAL)
+            tile = load_tile(opened, at, hidden(step + j * TILE, at), TILE, s.dtype, CHANNELS, TILE, False, USUAL)
         for i in tl.static_range(TILE):
             if EVENTS:
                 s = REPLAY_EVENT(word, j * TILE + i, s, eps)
             else:
                 s = REPLAY(inputs_at(tile, i), s, eps)
-    return s, row + TILES
+    return s
 
 
 @triton.jit
@@ -721,10 +760,7 @@ def backward_tile(
         within = within + (REPLAY(inputs_at(inputs_tile, i), within[i], eps),)
     rows = ()
     for k in tl.static_range(len(opened)):
-        if MASKED:
-            rows = rows + (row_at(opened_dx[k], at, first) + (TILE - 1) * opened_dx[k][1],)
-        else:
-            rows = rows + (row_at(opened_dx[k], at, first + (TILE - 1)),)
+        rows = rows + (row_at(opened_dx[k], first) + (TILE - 1) * opened_dx[k][1],)
     for i in tl.static_range(TILE - 1, -1, -1):
         x = inputs_at(inputs_tile, i)
         g = grad_tile[0][i]
@@ -782,7 +818,6 @@ def backward(
     STATE: tl.constexpr = alpha.dtype.element_ty
     ELEMENT: tl.constexpr = inputs[0].data.dtype.element_ty
     HALF: tl.constexpr = ELEMENT.primitive_bitwidth == 16
-    AHEAD: tl.constexpr = HALF and EVENTS
     TILES: tl.constexpr = 2 if HALF else 1  # as many bytes of each stream are on the way whatever its dtype
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
@@ -802,7 +837,7 @@ def backward(
         m = get(grad_final, tl.where(scan.segment != 0, slot, at.index), at, at.mask, 0.0)
         sum_alpha = tl.zeros((BD,), STATE)
         sums = repeated(sum_alpha, len(inputs))
-        row = slot * (tl.minimum(scan.time, CHUNK) // TILE)
+        room = slot * (tl.minimum(scan.time, CHUNK) // TILE)
         chunks = (at.end - at.begin + CHUNK - 1) // CHUNK
         chunk = at.begin + (chunks - 1) * CHUNK
         saved = checkpoint_row(scan, at, chunk, CHUNK)
@@ -814,14 +849,14 @@ def backward(
             s = get(data, tl.where(chunk > 0, saved, at.index), at, known, 0.0)
             tiles = ((end - chunk) // TILE).to(tl.int32)
             for tile in range(0, tiles - TILES + 1, TILES):
-                s, row = replay(
-                    s, row, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY, REPLAY_EVENT, EVENTS,
-                    CHANNELS, TILES, TILE,
+                s = replay(
+                    s, room + tile, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY, REPLAY_EVENT,
+                    EVENTS, CHANNELS, TILES, TILE,
                 )  # fmt: skip
             if tiles % TILES != 0:
-                s, row = replay(
-                    s, row, opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps, REPLAY, REPLAY_EVENT,
-                    EVENTS, CHANNELS, 1, TILE,
+                s = replay(
+                    s, room + (tiles - 1), opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps, REPLAY,
+                    REPLAY_EVENT, EVENTS, CHANNELS, 1, TILE,
                 )  # fmt: skip
             last = chunk + tiles * TILE
             if last < end:
@@ -831,27 +866,26 @@ def backward(
                     s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, last, scale, eps, k_scale,
                     REPLAY, PULL, VJP, CHANNELS, TILE, True,
                 )  # fmt: skip
-            if not AHEAD or tiles > 0:
+            if not HALF or tiles > 0:
                 ahead = ()
-                if AHEAD:
-                    ahead = load_backward(opened, opened_grad, states, row - 1, at, last - TILE, CHANNELS, ALIGN, TILE)
-                for from_right in range(0, tiles):
-                    row -= 1
-                    first = last - (from_right + 1) * TILE
-                    if AHEAD:
+                if HALF:
+                    row = room + (tiles - 1)
+                    ahead = load_backward(opened, opened_grad, states, row, at, last - TILE, CHANNELS, ALIGN, TILE)
+                first = last
+                while first > chunk:
+                    first = tl.maximum(first - TILE, chunk)  # hidden
+                    if HALF:
                         s = ahead[0]
                         inputs_tile = widened(ahead[1], ELEMENT, STATE)
                         grad_tile = widened(ahead[2], ELEMENT, STATE)
-                        next_row = tl.where(first > chunk, row - 1, row)
-                        next_first = tl.maximum(first - TILE, chunk)
-                        ahead = load_backward(
-                            opened, opened_grad, states, next_row, at, next_first, CHANNELS, ALIGN, TILE
-                        )
+                        following = tl.maximum(first - TILE, chunk)
+                        row = room + (following - chunk) // TILE
+                        ahead = load_backward(opened, opened_grad, states, row, at, following, CHANNELS, ALIGN, TILE)
                     else:
-                        s = get_whole(states, row, at, KEPT)
+                        s = get_whole(states, room + (first - chunk) // TILE, at, KEPT)
                         inputs_tile = load_tile(opened, at, first, 0, STATE, CHANNELS, TILE, False)
                         grad_tile = load_tile(opened_grad, at, first, 0, STATE, 0, TILE, False)
-                    if not AHEAD or left_of(at, first, TILE) > 0:  # which it is, see fold
+                    if not HALF or chunk >= 0:  # which it is, see fold
                         m, sum_alpha, sums = backward_tile(
                             s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps,
                             k_scale, REPLAY, PULL, VJP, CHANNELS, TILE, False,

@@ -94,6 +94,36 @@ def check_many_jobs(dtype: torch.dtype) -> None:
     require(row.passed, compare.table([row]))
 
 
+def check_held(dtype: torch.dtype) -> None:
+    """Where a write forgets and few steps write, gradients pass the ends of many jobs, and of sequences none."""
+    batch, time, channels = 2, 6 * CHUNK + 3, 20
+    for offsets in (None, [0, 0, 40, 41, 3 * CHUNK, time]):
+        rows, n = (batch, batch) if offsets is None else (1, len(offsets) - 1)
+        threshold = torch.full((channels,), 2.5)
+        threshold[7] = 9.0  # never writes
+        tensors = {
+            "candidate": torch.randn(rows, time, channels).to(dtype),
+            "threshold": threshold.to(errors.state_dtype(dtype)),
+            "initial_state": torch.randn(n, channels).to(errors.state_dtype(dtype)),
+            "alpha": torch.randn(channels).to(errors.state_dtype(dtype)),
+        }
+        for gate, reverse in product(("stream", "channel", "amplitude"), (False, True)):
+            settings = {"epsilon": 0.0, "reverse": reverse}
+            if offsets is not None:
+                settings["cu_seqlens"] = torch.tensor(offsets)
+            more = {}
+            if gate != "channel":
+                more["threshold"] = threshold.to(dtype).expand(rows, time, channels).contiguous()
+            if gate == "amplitude":
+                more["amplitude"] = torch.randn(rows, time, channels).to(dtype)
+            call = inputs.call("bmru", tensors | more, settings)
+            whole, cut = results(call, 0), results(call, CHUNK)
+            for name, values in whole.items():
+                expected = errors.wide(values)
+                error = errors.relative_error(cut[name], expected, expected.abs())
+                require(error <= errors.LIMITS[dtype], f"{name} depends on segments: {error}, {gate} {settings}")
+
+
 def check_little_shared_memory(dtype: torch.dtype) -> None:
     """Tiles are cut to the shared memory that a block may have, here less than on any device that is compiled for."""
     simt.control().configure(most_shared=64 << 10)
@@ -161,13 +191,17 @@ def check_traffic(dtype: torch.dtype) -> None:
     """Bytes of streams and events equal the budget; what else is moved is a few states a job."""
     e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
     batch, time, epsilon = 2, 4 * CHUNK, torch.zeros((), dtype=torch.float64)
-    forms = [(LINEAR, 2)] if dtype.is_complex else [(BMRU, 2), (BMRU, 3), (LINEAR, 2)]
-    for channels, (cell, n_inputs), per_channel, reverse, steps in product(
+    forms = [(LINEAR, 2, 0.0)]
+    if not dtype.is_complex:
+        forms += [(BMRU, n_inputs, threshold) for n_inputs in (2, 3) for threshold in (0.0, torch.inf)]
+    for channels, (cell, n_inputs, second), per_channel, reverse, steps in product(
         (16, 3), forms, (False, True), (False, True), (0, CHUNK)
     ):
         shape = (batch, time, channels)
         streams = [torch.randn(shape).to(dtype) for _ in range(n_inputs - per_channel)]
-        channel = [torch.randn(channels).to(errors.state_dtype(dtype))] if per_channel else []
+        channel = [torch.full((channels,), second, dtype=errors.state_dtype(dtype))] if per_channel else []
+        if not per_channel:
+            streams[1].fill_(second)
         alpha = None if dtype.is_complex else torch.randn(channels)
         call = (streams, channel, alpha, None, None, epsilon, 1.0, reverse, 0, CHUNK, steps)
         n = batch * time * channels
@@ -176,7 +210,7 @@ def check_traffic(dtype: torch.dtype) -> None:
         packs = chunked and events_fit
         (h, final_state, checkpoints, events), moved = measure(cell.forward["simt"], *call, True)
         states = checkpoints.nbytes + final_state.nbytes
-        form = f"{cell.name} of {n_inputs}, {channels=} {per_channel=} {reverse=} {steps=}"
+        form = f"{cell.name} of {n_inputs}, {second=} {channels=} {per_channel=} {reverse=} {steps=}"
         where = f"{form} {moved}"
         rereads = 2 if chunked and not events_fit else 1
         require(moved["stream"] == [rereads * len(streams) * n * e, n * e], f"forward, streams: {where}")
@@ -191,9 +225,13 @@ def check_traffic(dtype: torch.dtype) -> None:
 
         _, moved = measure(cell.backward["simt"], h, final_state, *call, checkpoints, events)
         where = f"{form} {moved}"
-        reads = len(streams) + 1 + ((1 + len(streams) * (not events_fit)) if chunked else 0)
-        require(moved["stream"] == [reads * n * e, len(streams) * n * e], f"backward, streams: {where}")
-        require(moved["events"] == [n // 4 * packs, 0], f"backward, events: {where}")
+        again = n if chunked else 0  # steps whose map is made first
+        if chunked and cell is BMRU and second == 0:  # all write: of each job the first that are loaded together
+            again = jobs * channels * (4 if channels == 16 and e == 2 and not events_fit else 8)
+        reads = (len(streams) + 1) * n + (1 + len(streams) * (not events_fit)) * again
+        require(moved["stream"] == [reads * e, len(streams) * n * e], f"backward, streams: {where}")
+        words = 2 * jobs if again < n else time * batch // 16  # and the word after it
+        require(moved["events"] == [4 * words * channels * packs, 0], f"backward, events: {where}")
         totals = (alpha is not None) + per_channel
         sums = (1 + per_channel) * carries * (totals > 0) + totals * channels * s
         states = final_state.nbytes + sums
@@ -264,6 +302,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
 
 CHECKS = (
     check_copies,
+    check_held,
     check_traffic,
     check_any_order,
     check_far_strides,

@@ -66,6 +66,9 @@ _KERNELS = (
     ("carry across sequences", "(a == S(0) && s == s) || a != a;", "a == S(0) && s == s;"),
     ("event shifted", "words.at[w] |= codes << before;", "words.at[w] |= codes << before / 2;"),
     ("adjoint carried from the left", "(direction > 0 ? begin : segments - 1 - begin)", "begin"),
+    ("adjoint past a write", "held ? m.at[w] + right_m.at[w] : m.at[w];", "m.at[w] + right_m.at[w];"),
+    ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
+    ("end of a sequence passed over", "if (holds && span.last) append", "if (false) append"),
     ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
 )
 _TILES = (
