@@ -270,8 +270,8 @@ def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _schmitt(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A quarter of the steps hold: candidates are normal around 1/2, low about 0.15, width about 0.7; some tie. Or nearly
-    all in most channels: candidates lie close to the middle between low and high.
+    """A quarter of the steps hold: candidates are normal around 1/2, low about 0.15, width about 0.7; some tie. Or
+    nearly all in most channels: candidates lie close to the middle between low and high.
     """
     shape = draw.shape
     deviation, share = _WRITES[options["writes"]]

@@ -238,7 +238,7 @@ def left_of(at, step, N: tl.constexpr):
 
 @triton.jit
 def hidden(step, at):
-    """A step of a segment, or its end. LLVM does not see that it is one of a progression: it would hold all addresses."""
+    """A step of a segment. LLVM does not see that it is one of a progression, of which it would hold all addresses."""
     return tl.minimum(step, at.end)
 
 
@@ -662,7 +662,7 @@ def append_word(
     factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr, PULL_EVENT: tl.constexpr,
     EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The map of a segment's steps so far, from the left, and of another word's, where a write forgets what is right."""
+    """The map of a segment's steps so far, from the left, with another word to their right. A write forgets."""
     zeros = tl.zeros_like(m)
     of_word, writes, passed = adjoint_word(
         zeros + 1.0, zeros.to(tl.int32), zeros, opened, opened_grad, events, scan, at, first, scale, eps, PULL,
