@@ -69,6 +69,11 @@ class Variant:
         return bits if bits > 32 else None
 
     @property
+    def stops(self) -> bool:
+        """Whether it ends before its segment, which its lanes decide together."""
+        return self.kernel == "summarize_adjoint" and self.forgets
+
+    @property
     def is_main(self) -> bool:
         return not self.per_channel and self.kernel not in ("fold", "carry")
 

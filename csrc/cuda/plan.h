@@ -5,7 +5,8 @@
 //   forward   wide: `forward`, one pass over the streams.
 //             chunked: `summarize` each job and pack its events, `carry`, `expand` the events from the entry states;
 //             where steps do not fit events, `forward` from the entry states.
-//   backward  wide: `backward`, one pass. chunked: `summarize_adjoint`, `carry`, `backward` from the entry states of m.
+//   backward  wide: `backward`, one pass. chunked: `summarize_adjoint` each job, where a write forgets as far as to it;
+//             `carry`; `backward` from the entry states of m.
 #pragma once
 #include <algorithm>
 
