@@ -790,12 +790,14 @@ def backward_tile(
 
 
 @triton.jit
-def load_backward(
-    opened, opened_grad, states, row, at, step, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr
-):
-    """What `backward_tile` works on at a whole tile, not widened yet."""
-    inputs = load_ahead(opened, at, step, CHANNELS, ALIGN, TILE)
-    return get_whole(states, row, at, KEPT), inputs, load_ahead(opened_grad, at, step, 0, ALIGN, TILE)
+def load_both(
+    opened, opened_grad, at, step, left, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of the inputs and of the gradient, as a loop may carry it until its turn."""
+    PACKED: tl.constexpr = ALIGN > 1
+    inputs = load_rows(opened, at, step, left, CHANNELS, PACKED, TILE, MASKED)
+    return inputs, load_rows(opened_grad, at, step, left, 0, PACKED, TILE, MASKED)
 
 
 @triton.jit
@@ -843,57 +845,60 @@ def backward(
         chunk = at.begin + (chunks - 1) * CHUNK
         saved = checkpoint_row(scan, at, chunk, CHUNK)
         left = chunks.to(tl.int32)
-        while left > 0:
-            end = tl.minimum(chunk + CHUNK, at.end)
-            data = tl.where(chunk > 0, checkpoints, initial)
-            known = when((chunk > 0) | (scan.has_initial != 0), at.mask)
-            s = get(data, tl.where(chunk > 0, saved, at.index), at, known, 0.0)
-            tiles = ((end - chunk) // TILE).to(tl.int32)
-            for tile in range(0, tiles - TILES + 1, TILES):
-                s = replay(
-                    s, room + tile, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY, REPLAY_EVENT,
-                    EVENTS, CHANNELS, TILES, TILE,
-                )  # fmt: skip
-            if tiles % TILES != 0:
-                s = replay(
-                    s, room + (tiles - 1), opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps, REPLAY,
-                    REPLAY_EVENT, EVENTS, CHANNELS, 1, TILE,
-                )  # fmt: skip
-            last = chunk + tiles * TILE
-            if last < end:
-                inputs_tile = load_tile(opened, at, last, left_of(at, last, TILE), STATE, CHANNELS, TILE, True)
-                grad_tile = load_tile(opened_grad, at, last, left_of(at, last, TILE), STATE, 0, TILE, True)
-                m, sum_alpha, sums = backward_tile(
-                    s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, last, scale, eps, k_scale,
-                    REPLAY, PULL, VJP, CHANNELS, TILE, True,
-                )  # fmt: skip
-            if not HALF or tiles > 0:
-                ahead = ()
-                if HALF:
-                    row = room + (tiles - 1)
-                    ahead = load_backward(opened, opened_grad, states, row, at, last - TILE, CHANNELS, ALIGN, TILE)
-                first = last
-                while first > chunk:
-                    first = tl.maximum(first - TILE, chunk)  # hidden
+        if left > 0:
+            ahead = ()
+            if HALF:
+                first = tl.maximum(at.end - (at.end - at.begin) % TILE - TILE, at.begin)
+                ahead = load_both(opened, opened_grad, at, first, left_of(at, first, TILE), CHANNELS, ALIGN, TILE, True)
+            while left > 0:
+                end = tl.minimum(chunk + CHUNK, at.end)
+                data = tl.where(chunk > 0, checkpoints, initial)
+                known = when((chunk > 0) | (scan.has_initial != 0), at.mask)
+                s = get(data, tl.where(chunk > 0, saved, at.index), at, known, 0.0)
+                tiles = ((end - chunk) // TILE).to(tl.int32)
+                for tile in range(0, tiles - TILES + 1, TILES):
+                    s = replay(
+                        s, room + tile, opened, events, states, scan, at, chunk + tile * TILE, eps, REPLAY,
+                        REPLAY_EVENT, EVENTS, CHANNELS, TILES, TILE,
+                    )  # fmt: skip
+                if tiles % TILES != 0:
+                    s = replay(
+                        s, room + (tiles - 1), opened, events, states, scan, at, chunk + (tiles - 1) * TILE, eps,
+                        REPLAY, REPLAY_EVENT, EVENTS, CHANNELS, 1, TILE,
+                    )  # fmt: skip
+                last = chunk + tiles * TILE
+                if last < end:
+                    inputs_tile = load_tile(opened, at, last, left_of(at, last, TILE), STATE, CHANNELS, TILE, True)
+                    grad_tile = load_tile(opened_grad, at, last, left_of(at, last, TILE), STATE, 0, TILE, True)
+                    m, sum_alpha, sums = backward_tile(
+                        s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, last, scale, eps,
+                        k_scale, REPLAY, PULL, VJP, CHANNELS, TILE, True,
+                    )  # fmt: skip
+                if not HALF or tiles > 0:
                     if HALF:
-                        s = ahead[0]
-                        inputs_tile = widened(ahead[1], ELEMENT, STATE)
-                        grad_tile = widened(ahead[2], ELEMENT, STATE)
-                        following = tl.maximum(first - TILE, chunk)
-                        row = room + (following - chunk) // TILE
-                        ahead = load_backward(opened, opened_grad, states, row, at, following, CHANNELS, ALIGN, TILE)
-                    else:
-                        s = get_whole(states, room + (first - chunk) // TILE, at, KEPT)
-                        inputs_tile = load_tile(opened, at, first, 0, STATE, CHANNELS, TILE, False)
-                        grad_tile = load_tile(opened_grad, at, first, 0, STATE, 0, TILE, False)
-                    if not HALF or chunk >= 0:  # which it is, see fold
-                        m, sum_alpha, sums = backward_tile(
-                            s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps,
-                            k_scale, REPLAY, PULL, VJP, CHANNELS, TILE, False,
-                        )  # fmt: skip
-            chunk -= CHUNK
-            saved -= 1
-            left -= 1
+                        before = get_whole(states, room + (tiles - 1), at, KEPT)
+                    first = last
+                    while first > chunk:
+                        first = tl.maximum(first - TILE, chunk)  # hidden
+                        if HALF:
+                            s = before
+                            both = ahead
+                            row = room + (tl.maximum(first - TILE, chunk) - chunk) // TILE
+                            before = get_whole(states, row, at, KEPT)
+                            following = tl.maximum(first - TILE, at.begin)
+                            ahead = load_both(opened, opened_grad, at, following, 0, CHANNELS, ALIGN, TILE, False)
+                        else:
+                            s = get_whole(states, room + (first - chunk) // TILE, at, KEPT)
+                            both = load_both(opened, opened_grad, at, first, 0, CHANNELS, ALIGN, TILE, False)
+                        if not HALF or chunk >= 0:  # which it is, see fold
+                            m, sum_alpha, sums = backward_tile(
+                                s, widened(both[0], ELEMENT, STATE), widened(both[1], ELEMENT, STATE), m, sum_alpha,
+                                sums, opened, opened_dx, at, first, scale, eps, k_scale, REPLAY, PULL, VJP, CHANNELS,
+                                TILE, False,
+                            )  # fmt: skip
+                chunk -= CHUNK
+                saved -= 1
+                left -= 1
         if scan.segment == 0:
             # Always the index; but as LLVM cannot tell, it does not keep the row's address from the start on.
             put(grad_initial, tl.where(chunk < 0, at.index, slot), at, m, at.mask)
