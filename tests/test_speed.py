@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from bench import inputs, peers, report, speed, work
+from mru_kernels import backends
 
 CPU = torch.device("cpu")
+overhead = speed.overhead
 CELLS = [("bmru", 0.0), ("bmru", 1.0), ("schmitt", 0.0), ("schmitt", 1.0), ("linear_recurrence", None)]
 
 
@@ -30,6 +32,11 @@ def short(monkeypatch):
 def run(capsys, *arguments: str) -> tuple[int, str]:
     status = speed.main(arguments)
     return status, capsys.readouterr().out
+
+
+def test_what_calls_cost_is_of_the_backend_that_is_named():
+    with patch.object(backends, "_CHOSEN", "cuda"), patch.object(speed, "per_call", lambda f: f() is None):
+        assert len(overhead(CPU, "cpu")) == 4
 
 
 @pytest.mark.parametrize(("cell", "epsilon"), CELLS)
