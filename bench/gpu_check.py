@@ -48,6 +48,7 @@ SHAPES: tuple[Shape, ...] = (
     (1, 1048576, 64, "fp32"),
     (256, 512, 64, "fp32"),
     (256, 256, 2048, "bf16"),
+    (512, 256, 512, "fp32"),
 )
 SELDOM = ", seldom writes"  # after a backend's name: where one step in three hundred writes, not one in two
 #: Stage: seconds from the start by which it ends. One that ends early leaves the rest to the next.

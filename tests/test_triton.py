@@ -33,9 +33,9 @@ OF_EVERY_BACKEND = [
 
 # Of a lane, the most that Triton 3.9 or 3.6 takes. An NVIDIA multiprocessor's 65536 are for 12 warps with up to 168,
 # else for 8.
-REGISTERS = {"forward": 168, "summarize": 200, "summarize_adjoint": 176, "fold": 168, "carry": 192, "backward": 168}
+REGISTERS = {"forward": 168, "summarize": 168, "summarize_adjoint": 168, "fold": 168, "carry": 192, "backward": 168}
 REGISTERS_HALF = 255  # of `backward`, which holds two tiles: all there are, so only spills can fail
-REGISTERS_FP64 = 214
+REGISTERS_FP64 = 208
 REGISTERS_AMD = 168
 
 
