@@ -37,6 +37,7 @@ class Variant:
     events: bool = False
     aligned: bool = True
     forgets: bool = False  # epsilon is 0
+    narrow: bool = False  # at most 64 channels, which leave two to a lane
 
     @property
     def element(self) -> str:
@@ -58,7 +59,8 @@ class Variant:
         from mru_kernels.backends import triton as backend
 
         parts = 1 + (self.dtype in REAL)
-        return backend.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
+        most = backend.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
+        return min(most, 2) if self.narrow else most
 
     @property
     def row_bits(self) -> int | None:
@@ -83,7 +85,8 @@ class Variant:
         if self.kernel not in ("fold", "carry"):
             words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
             words += [f"{self.per_channel} per channel"] * (self.per_channel > 0)
-        return " ".join(words + ["epsilon 0"] * self.forgets + ["unaligned"] * (not self.aligned))
+        words += ["epsilon 0"] * self.forgets + ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,14 @@ class Report:
 
 
 def variants() -> list[Variant]:
-    """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, and of unaligned rows; and for
-    each other architecture the main ones of bf16 and fp32.
+    """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, of unaligned rows and of few
+    channels (bf16 and fp32); and for each other architecture the main ones of bf16 and fp32.
     """
     main = [v for v in _of_dtype("bf16") if v.inputs == 2 and v.is_main]
     every = [v for dtype in ("bf16", "fp32", "fp64") for v in _of_dtype(dtype)]
     every += [v for dtype in ("bf16", "fp32", "fp64") for v in _of_schmitt(dtype)]
     every += [replace(v, dtype="fp16") for v in main] + [replace(v, aligned=False) for v in main]
+    every += [replace(v, dtype=dtype, narrow=True) for dtype in ("bf16", "fp32") for v in main]
     every += [v for dtype in ("bf16", "fp32", "fp64", "c64", "c128") for v in _of_linear(dtype)]
     complex_main = [v for v in _of_linear("c64") if v.is_main]
     every += [replace(v, aligned=False) for v in complex_main]
@@ -336,3 +340,4 @@ if __name__ == "__main__":
         raise SystemExit("TRITON_INTERPRET is set: kernels are not compiled then")
     examined = reports()
     print(f"{table(examined)}\n\n{summary(examined)}")
+    raise SystemExit(any(r.spilled for r in examined))
