@@ -242,7 +242,7 @@ class Cell:
 
 
 #: Of the bistable cells: how widely candidates are spread, and the share of steps that tie.
-_WRITES = {"often": (1.0, 0.05), "seldom": (0.3, 0.001)}
+WRITES = {"often": (1.0, 0.05), "seldom": (0.3, 0.001)}
 
 
 def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -250,7 +250,7 @@ def _bmru(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str, An
     in three hundred.
     """
     shape = draw.shape
-    deviation, share = _WRITES[options["writes"]]
+    deviation, share = WRITES[options["writes"]]
     per_channel = options["threshold"] == "channel"
     b_shape = shape[2:] if per_channel else shape
     b = draw.signs(b_shape) * draw.uniform(b_shape, 0.8, 1.2)
@@ -274,7 +274,7 @@ def _schmitt(draw: Draw, options: Options) -> tuple[dict[str, Tensor], dict[str,
     nearly all in most channels: candidates lie close to the middle between low and high.
     """
     shape = draw.shape
-    deviation, share = _WRITES[options["writes"]]
+    deviation, share = WRITES[options["writes"]]
     low = draw.uniform(shape[2:], -0.1, 0.4)
     high = low + draw.uniform(shape[2:], 0.5, 0.9)
     crossed = draw.some(shape[2:], 0.1)  # high < low is allowed
@@ -316,7 +316,7 @@ CELLS = {
             "amplitude": (False, True),
             "alpha": (False, True),
             "surrogate_scale": (1.0, 2.5),
-            "writes": tuple(_WRITES),
+            "writes": tuple(WRITES),
         },
         draw=_bmru,
     ),
@@ -325,7 +325,7 @@ CELLS = {
             "epsilon": (0.0, 0.5, 1.0),
             "alpha": (False, True),
             "surrogate_scale": (1.0, 2.5),
-            "writes": tuple(_WRITES),
+            "writes": tuple(WRITES),
         },
         draw=_schmitt,
     ),

@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--epsilon", type=float, help="default: 0, for the cells that have one")
-    parser.add_argument("--writes", choices=("often", "seldom"), help="default: often, for the cells that write")
+    parser.add_argument("--writes", choices=inputs.WRITES, help="default: often, for the cells that write")
     parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
     parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -159,16 +159,16 @@ def test_the_adjoint_is_summarized_up_to_a_write_that_forgets(gates):
 
 
 @pytest.mark.parametrize("segment", [0, 64])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_offsets_are_not_trusted(segment, reverse):
+@pytest.mark.parametrize(("reverse", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_offsets_are_not_trusted(segment, reverse, dtype):
     """Where offsets are wrong, so are results; but no load or store leaves the tensors."""
     time, channels = 100, 8
     for offsets in ([5, -3, 1000, 2], [0, 90, 20, 100], [2**40, -(2**40)]):
         cu_seqlens = torch.tensor(offsets)
         n = len(offsets) - 1
-        streams = [torch.randn(1, time, channels) for _ in range(2)]
+        streams = [torch.randn(1, time, channels).to(dtype) for _ in range(2)]
         alpha, initial_state = torch.ones(channels), torch.zeros(n, channels)
-        grad_h, grad_final = torch.randn(1, time, channels), torch.randn(n, channels)
+        grad_h, grad_final = torch.randn(1, time, channels).to(dtype), torch.randn(n, channels)
         arguments = arguments_of(
             streams, segment, cu_seqlens=cu_seqlens, alpha=alpha, initial_state=initial_state, reverse=reverse
         )

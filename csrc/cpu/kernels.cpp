@@ -420,31 +420,17 @@ struct Kernel {
     }
   }
 
-  static bool behind(int64_t n, const void* earlier_factor, const void* earlier_offset, void* factor, void* offset) {
-    const S* const earlier_a = static_cast<const S*>(earlier_factor);
-    const S* const earlier_u = static_cast<const S*>(earlier_offset);
+  template <bool kAdjoint>
+  static bool beyond(int64_t n, const void* far_factor, const void* far_offset, void* factor, void* offset) {
+    const S* const far_a = static_cast<const S*>(far_factor);
+    const S* const far_u = static_cast<const S*>(far_offset);
     S* const a = static_cast<S*>(factor);
     S* const u = static_cast<S*>(offset);
     bool holds = false;
     for (int64_t j = 0; j < n; ++j) {
       if (a[j] == S(0)) continue;
-      u[j] = earlier_u[j];
-      a[j] = u[j] == u[j] ? earlier_a[j] : S(0);
-      holds |= !(a[j] == S(0));
-    }
-    return holds;
-  }
-
-  static bool ahead(int64_t n, const void* later_factor, const void* later_offset, void* factor, void* offset) {
-    const S* const later_a = static_cast<const S*>(later_factor);
-    const S* const later_u = static_cast<const S*>(later_offset);
-    S* const a = static_cast<S*>(factor);
-    S* const u = static_cast<S*>(offset);
-    bool holds = false;
-    for (int64_t j = 0; j < n; ++j) {
-      if (a[j] == S(0)) continue;
-      u[j] = u[j] + later_u[j];
-      a[j] = later_a[j];
+      u[j] = kAdjoint ? u[j] + far_u[j] : far_u[j];
+      a[j] = u[j] == u[j] ? far_a[j] : S(0);
       holds |= !(a[j] == S(0));
     }
     return holds;
@@ -491,8 +477,8 @@ struct Kernel {
                                     &summarize_adjoint,
                                     &backward,
                                     &apply,
-                                    Cell::kForgets ? &behind : nullptr,
-                                    Cell::kForgets ? &ahead : nullptr,
+                                    Cell::kForgets ? &beyond<false> : nullptr,
+                                    Cell::kForgets ? &beyond<true> : nullptr,
                                     &absorb,
                                     &enter,
                                     &reduce};

@@ -850,7 +850,8 @@ __device__ __forceinline__ bool append(const typename F::States& right_a, const 
   return holds;
 }
 
-// Chunked, first: each job as one map of m, from the right. From the events, or from the streams again.
+// Chunked, first: each job as one map of m, from the right; where a write forgets, from the left as far as to it. From the
+// events, or from the streams again.
 template <class F, bool kFromEvents>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {

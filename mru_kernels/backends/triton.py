@@ -1,7 +1,8 @@
 """Triton kernels for CUDA and ROCm devices, and for CPU tensors under Triton's interpreter.
 
 The kernels are in triton_kernels.py, the cells in triton_cells.py. A kernel is compiled per dtype, set of inputs, kind
-of layout (aligned to 16 bytes or not) and whether epsilon is 0, and not for sizes.
+of layout (aligned to 16 bytes or not), whether epsilon is 0, and width of a block of channels, which is one unless
+they are few; and not for sizes.
 """
 
 from __future__ import annotations

@@ -750,11 +750,13 @@ def replay(
 
 @triton.jit
 def backward_tile(
-    s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps, k_scale,
-    REPLAY: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr,
+    s, both, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps, k_scale, REPLAY: tl.constexpr,
+    PULL: tl.constexpr, VJP: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradients at TILE steps, of which some lie beyond the end if MASKED; and what they add to the sums."""
+    ELEMENT: tl.constexpr = opened[0][0].dtype.element_ty
+    inputs_tile = widened(both[0], ELEMENT, s.dtype)
+    grad_tile = widened(both[1], ELEMENT, s.dtype)
     left = left_of(at, first, TILE)
     within = (s,)
     for i in tl.static_range(TILE):
@@ -819,8 +821,7 @@ def backward(
     each of these the states within the tile.
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
-    ELEMENT: tl.constexpr = inputs[0].data.dtype.element_ty
-    HALF: tl.constexpr = ELEMENT.primitive_bitwidth == 16
+    HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
     TILES: tl.constexpr = 2 if HALF else 1  # as many bytes of each stream are on the way whatever its dtype
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
@@ -868,11 +869,11 @@ def backward(
                     )  # fmt: skip
                 last = chunk + tiles * TILE
                 if last < end:
-                    inputs_tile = load_tile(opened, at, last, left_of(at, last, TILE), STATE, CHANNELS, TILE, True)
-                    grad_tile = load_tile(opened_grad, at, last, left_of(at, last, TILE), STATE, 0, TILE, True)
+                    some = left_of(at, last, TILE)
+                    both = load_both(opened, opened_grad, at, last, some, CHANNELS, ALIGN, TILE, True)
                     m, sum_alpha, sums = backward_tile(
-                        s, inputs_tile, grad_tile, m, sum_alpha, sums, opened, opened_dx, at, last, scale, eps,
-                        k_scale, REPLAY, PULL, VJP, CHANNELS, TILE, True,
+                        s, both, m, sum_alpha, sums, opened, opened_dx, at, last, scale, eps, k_scale, REPLAY, PULL,
+                        VJP, CHANNELS, TILE, True,
                     )  # fmt: skip
                 if not HALF or tiles > 0:
                     if HALF:
@@ -892,9 +893,8 @@ def backward(
                             both = load_both(opened, opened_grad, at, first, 0, CHANNELS, ALIGN, TILE, False)
                         if not HALF or chunk >= 0:  # which it is, see fold
                             m, sum_alpha, sums = backward_tile(
-                                s, widened(both[0], ELEMENT, STATE), widened(both[1], ELEMENT, STATE), m, sum_alpha,
-                                sums, opened, opened_dx, at, first, scale, eps, k_scale, REPLAY, PULL, VJP, CHANNELS,
-                                TILE, False,
+                                s, both, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps, k_scale, REPLAY,
+                                PULL, VJP, CHANNELS, TILE, False,
                             )  # fmt: skip
                 chunk -= CHUNK
                 saved -= 1
