@@ -15,6 +15,7 @@ Environment:
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -121,6 +122,11 @@ def gencode_flags():
     return flags
 
 
+def quoted(path):
+    """A path, which may hold spaces, as a word of a command in build.ninja."""
+    return ninja_syntax.escape(shlex.quote(str(path)))
+
+
 class NinjaBuild(build_ext):
     """One build.ninja: an object per row of the tables above, and the link."""
 
@@ -140,8 +146,9 @@ class NinjaBuild(build_ext):
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
 
     def write_ninja(self, n, target, cuda):
-        includes = [f"-isystem {path}" for path in cpp_extension.include_paths()]
-        link = [f"-L{path} -Wl,-rpath-link,{path}" for path in cpp_extension.library_paths()] + LINK_FLAGS
+        includes = [f"-isystem {quoted(path)}" for path in cpp_extension.include_paths()]
+        link = [f"-L{quoted(path)} {quoted(f'-Wl,-rpath-link,{path}')}" for path in cpp_extension.library_paths()]
+        link += LINK_FLAGS
         n.variable("cxx", os.environ.get("CXX", "g++"))
         n.variable("cxxflags", [*CXX_FLAGS, *includes])
         n.rule("cxx", "$cxx $cxxflags $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
@@ -150,11 +157,11 @@ class NinjaBuild(build_ext):
             objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})
         if cuda:
             objects += n.build("cuda_register.o", "cxx", str(ROOT / "csrc/cuda/register.cpp"))
-            n.variable("nvcc", [str(cuda / "bin/nvcc"), *NVCC_FLAGS, *gencode_flags()])
+            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *gencode_flags()])
             n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for name, (source, own) in CUDA_OBJECTS.items():
                 objects += n.build(f"{name}.o", "nvcc", str(ROOT / source), variables={"own": own})
-            link += [str(next(cuda.glob("lib*/libcudart_static.a"))), "-ldl", "-lrt", "-lpthread"]
+            link += [quoted(next(cuda.glob("lib*/libcudart_static.a"))), "-ldl", "-lrt", "-lpthread"]
         n.rule("link", "$cxx $in $link -o $out")
         n.build(str(target), "link", objects, variables={"link": link})
 
