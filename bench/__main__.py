@@ -7,6 +7,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+from . import allocator
+
 SUBCOMMANDS = {
     "compare": "errors of every backend against the float64 reference",
     "speed": "times against a pass over the same bytes",
@@ -16,9 +18,7 @@ SUBCOMMANDS = {
     "report": "tables and figures from recorded results",
 }
 
-#: Of glibc's allocator, for what measures time: memory that is freed stays with the process.
-PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": "0"}
-_TIMED = ("speed", "profile", "memory")
+_TIMED = ("speed", "profile", "memory")  # with the allocator pinned
 
 
 def _module(name: str) -> str:
@@ -28,8 +28,8 @@ def _module(name: str) -> str:
 def main(argv: list[str]) -> int:
     present = {name: what for name, what in SUBCOMMANDS.items() if find_spec(_module(name))}
     name, *rest = argv or [""]
-    if name in _TIMED and any(os.environ.get(key) != value for key, value in PINNED.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], {**os.environ, **PINNED})
+    if name in _TIMED and not allocator.is_pinned():
+        os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], allocator.pinned())
     if name in present:
         return importlib.import_module(_module(name)).main(rest) or 0
     print("usage: python -m bench NAME [--help]\n")

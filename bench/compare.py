@@ -17,12 +17,11 @@ from torch import Tensor
 
 import python_ref
 
-from . import errors, inputs
+from . import cli, errors, inputs
 from .inputs import Call, Case
 from .progress import tqdm
 
 FORWARD = ("h", "final_state")
-DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
 REFERENCE = "reference"  #: as a backend: the plain loop in the dtype that the kernels accumulate in
 
 
@@ -214,11 +213,11 @@ def to_json(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
     parser.add_argument("--backend", nargs="+", help="default: every backend that can run on the device")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=cli.DTYPES, default=list(cli.DTYPES))
+    parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
     parser.add_argument("--brief", action="store_true", help="half of the cases: pairs of all factors but time")
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
+    parser.add_argument("--part", type=cli.part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many; 1 if any is left")
     arguments = parser.parse_args(argv)
 
@@ -228,17 +227,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         available = mru_kernels.available_backends(arguments.device)
         names = names or [name for name, reason in available.items() if reason is None]
+        if not names:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in available.items())
+            parser.error(f"--backend: none can run on {arguments.device} ({reasons})")
         for name in names:
             reason = available.get(name, "there is none of this name") if name != REFERENCE else None
             if reason is not None:
-                parser.error(f"backend {name}: {reason}")
+                parser.error(f"--backend: {name}: {reason}")
     select = inputs.brief_cases if arguments.brief else inputs.covering_cases
     cases = [
         case
         for cell in inputs.CELLS
         for dtype in arguments.dtype
         if dtype in inputs.CELLS[cell].dtypes
-        for case in select(cell, DTYPES[dtype])
+        for case in select(cell, cli.DTYPES[dtype])
     ]
     cases = part_of(cases, *arguments.part)
     end = time.monotonic() + arguments.seconds
@@ -248,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = len(cases) * len(names) - len(rows)
     print(f"\n{len(rows)} calls, {failed} failed" + (f", no time for {left} more" if left else ""))
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(to_json(rows) + "\n")
     return 1 if failed or left or not rows else 0
 
@@ -259,10 +262,3 @@ def part_of(cases: list[Case], index: int, count: int) -> list[Case]:
     part = cases[index - 1 :: count]
     start = len(part) * (index - 1) // count
     return part[start:] + part[:start]
-
-
-def _part(text: str) -> tuple[int, int]:
-    index, count = map(int, text.split("/"))
-    if not 1 <= index <= count:
-        raise ValueError
-    return index, count

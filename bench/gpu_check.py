@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import torch
 
-from . import inputs, timing, work
+from . import cli, inputs, timing, work
 from .inputs import Call, Case
 from .peers import PEERS, job
 
@@ -611,8 +611,10 @@ def copy_out(paths: Sequence[Path], logs: Path, folder: Path) -> None:
 
 
 def _shape(text: str) -> Shape:
-    batch, steps, channels, dtype = text.split(",")
-    return int(batch), int(steps), int(channels), dtype
+    sizes, _, dtype = text.rpartition(",")
+    if dtype not in inputs.DTYPES:
+        raise argparse.ArgumentTypeError(f"expected B,T,D,dtype such as 8,4096,2048,bf16, got {text!r}")
+    return *cli.shape(sizes), dtype
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -350,12 +350,6 @@ def case(cell: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> Case:
     return Case(cell, dtype, {name: values[0] for name, values in factors.items()} | options, seed)
 
 
-def shape_of(text: str) -> tuple[int, int, int]:
-    """The sizes in "B,T,D"."""
-    batch, steps, channels = map(int, text.split(","))
-    return batch, steps, channels
-
-
 def covering_cases(cell: str, dtype: torch.dtype) -> list[Case]:
     """A short list of cases in which any two values of two factors meet (of time and channels, most)."""
     factors = COMMON_FACTORS | CELLS[cell].factors

@@ -21,12 +21,10 @@ import torch
 
 import mru_kernels as mk
 from mru_kernels import ops
-from mru_kernels.backends import CHUNK, TABLE, resolve
+from mru_kernels.backends import CHUNK, TABLE
 
-from . import inputs, timing
+from . import allocator, cli, inputs, timing
 
-#: Of glibc's allocator, for a process whose resident memory is to be what is in use: it returns what is freed.
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
 _MIB = 2**20
 
 
@@ -107,7 +105,7 @@ def observe(call: inputs.Call, chunk_size: int | None, backend: str) -> Memory:
 
 def in_own_process(argv: Sequence[str]) -> list[Memory]:
     """What `main(argv)` measures for its chunk sizes, in a process that gives back what it frees."""
-    environment = os.environ | RETURNED
+    environment = os.environ | allocator.RETURNED
     command = [sys.executable, "-m", "bench.memory", *argv, "--here"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
@@ -125,33 +123,27 @@ def table(rows: Sequence[tuple[int | None, Memory, float]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def chunk_size_of(text: str) -> int | None:
-    return None if text == "None" else int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
-    parser.add_argument("--shape", type=inputs.shape_of, default=(4, 4096, 2048), metavar="B,T,D")
-    parser.add_argument("--dtype", choices=inputs.DTYPES | inputs.COMPLEX_DTYPES, default="fp32")
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--shape", type=cli.shape, default=(4, 4096, 2048), metavar="B,T,D")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32")
+    parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
-    parser.add_argument("--chunk-size", nargs="+", type=chunk_size_of, metavar="N", help='multiples of 16, or "None"')
+    parser.add_argument("--chunk-size", nargs="+", type=cli.chunk_size, metavar="N", help='multiples of 16, or "None"')
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--here", action="store_true", help="print what is measured in this process as JSON")
     arguments = parser.parse_args(argv)
-    if arguments.dtype not in inputs.CELLS[arguments.cell].dtypes:
-        parser.error(f"--dtype: {arguments.cell} does not take {arguments.dtype}")
-    backend = resolve(arguments.backend, arguments.device).name
-    least, most = TABLE[backend].module.CHUNK_SIZES
+    cli.check_dtypes(parser, arguments.cell, [arguments.dtype])
+    row = cli.resolve(parser, arguments.backend, arguments.device)
+    backend, (least, most) = row.name, row.module.CHUNK_SIZES
     sizes = arguments.chunk_size or [n for n in (16, 64, 256, 1024) if least <= n <= most] + [None]
+    for size in sizes:
+        if size is not None and not least <= size <= most:
+            parser.error(f"--chunk-size: expected {least} to {most} for backend {backend}, got {size}")
     named = dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
-    call = (
-        inputs.case(arguments.cell, (inputs.DTYPES | inputs.COMPLEX_DTYPES)[arguments.dtype], **named)
-        .build()
-        .to(arguments.device)
-    )
+    call = inputs.case(arguments.cell, cli.DTYPES[arguments.dtype], **named).build().to(arguments.device)
     if arguments.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         parser.error("--device: memory of the CPU is read from /proc, which only Linux has")
     if arguments.here:

@@ -1,7 +1,7 @@
 """Where the time of a call goes: `python -m bench profile`.
 
 `torch.profiler` over some forward and backward passes of one cell on one shape: the time of every op or kernel, what
-the passes take together, and the percent of the floor, the time of a streaming pass over as many bytes (`bench speed`).
+the passes take together, and its ratio to the floor, the time of a streaming pass over as many bytes (`bench speed`).
 On a GPU it prints the command by which `ncu` looks into each kernel, launched once.
 """
 
@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 import mru_kernels as mk
-from mru_kernels.backends import resolve
 
-from . import inputs, timing
+from . import cli, inputs, timing
 from .work import BOTH, floor_bytes, passes
 
 _PASSES = 10
@@ -45,16 +44,17 @@ def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
-    parser.add_argument("--shape", type=inputs.shape_of, default=(4, 4096, 512), metavar="B,T,D")
-    parser.add_argument("--dtype", choices=inputs.DTYPES, default="fp32")
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--shape", type=cli.shape, default=(4, 4096, 512), metavar="B,T,D")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32")
+    parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing or Perfetto")
     parser.add_argument("--once", action="store_true", help="run one pass between the profiler's marks, for ncu")
     arguments = parser.parse_args(argv)
     device, shape = arguments.device, dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
-    backend = resolve(arguments.backend, device).name
-    call = inputs.case(arguments.cell, inputs.DTYPES[arguments.dtype], **shape).build().to(device)
+    cli.check_dtypes(parser, arguments.cell, [arguments.dtype])
+    backend = cli.resolve(parser, arguments.backend, device).name
+    call = inputs.case(arguments.cell, cli.DTYPES[arguments.dtype], **shape).build().to(device)
     run = passes(call, lambda **tensors: getattr(mk, call.cell)(**tensors, **call.settings, backend=backend)[0])[BOTH]
     moved = floor_bytes(call)[BOTH]
     for _ in range(3):
@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if on_gpu:
             torch.cuda.synchronize(device)
     seconds, _ = timing.measure({"pass": run}, device, seconds=1.0)["pass"]
-    share = floor(call, device) * moved / seconds
+    ratio = seconds / (floor(call, device) * moved)
     print(f"{arguments.cell}, {backend}, {arguments.dtype}, B, T, D = {', '.join(map(str, arguments.shape))}\n")
     print(table(profile, on_gpu))
-    print(f"\nA pass, forward and backward: {1e3 * seconds:.3g} ms, {moved / 2**20:.0f} MiB, {share:.0%} of the floor.")
+    print(f"\nA pass, forward and backward: {1e3 * seconds:.3g} ms, {moved / 2**20:.0f} MiB, {ratio:.2f} of the floor.")
     if arguments.trace:
         profile.export_chrome_trace(str(arguments.trace))
     if on_gpu:

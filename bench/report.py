@@ -1,7 +1,8 @@
 """Pages from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
 
 One record: a summary, a row a shape and dtype; with --plot also a plot of a sweep. Two: the second run beside the
-first, figure by figure; a change counts where it is more than the spreads of both runs together.
+first, figure by figure; a change counts where it is more than the spreads of both runs together. A value with a "?"
+comes from a figure whose spread is over 100 %.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .work import ADD, BACKWARD, BOTH, FORWARD, GRU, MODULES, PROJECTIONS
+from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, MODULES, NOISY, PROJECTIONS
 
 Record = dict[str, Any]
+Key = tuple[str, str]  # subject and work
 
 
 def load(file: Path) -> Record:
@@ -33,9 +35,9 @@ def load(file: Path) -> Record:
     raise ValueError(f"{file}: expected a record of this version's `python -m bench speed --json`")
 
 
-def _rows(record: Record) -> dict[tuple[str, str], dict[tuple[str, str], Record]]:
+def _rows(record: Record) -> dict[tuple[str, str], dict[Key, Record]]:
     """Figures by subject and work, for each shape and dtype."""
-    rows: dict[tuple[str, str], dict[tuple[str, str], Record]] = {}
+    rows: dict[tuple[str, str], dict[Key, Record]] = {}
     for figure in record["figures"]:
         shape = ", ".join(map(str, figure["shape"]))
         rows.setdefault((shape, figure["dtype"]), {})[figure["subject"], figure["work"]] = figure
@@ -57,30 +59,50 @@ def summary(record: Record) -> str:
 
     All of peers, and of the module, is for forward + backward.
     """
-    cell = record["machine"]["cell"]
-    module = MODULES[cell]
-    peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f["slower"] is not None]
-    columns: dict[str, tuple[tuple[str, str], str, str]] = {}  # by its heading: subject and work, value, form
-    for work in (FORWARD, BACKWARD, BOTH):
-        columns[f"{work}, ms"] = ((cell, work), "ms", "{:.3g}")
-        columns[f"{work} of floor"] = ((cell, work), "floor_ratio", "{:.2f}")
-    columns["peak, MiB"] = ((cell, BOTH), "peak_mib", "{:.1f}")
-    columns |= {f"faster than {name}": ((name, BOTH), "slower", "{:.3g}x") for name in peers if name != GRU}
-    columns[f"{module}, ms"] = ((module, BOTH), "ms", "{:.3g}")
-    columns[f"{module}, its projections"] = ((f"{module}{PROJECTIONS}", BOTH), "share", "{:.0%}")
-    columns[f"{module} faster than {GRU}"] = ((GRU, BOTH), "slower", "{:.3g}x")
+    columns = _columns(record)
     lines = []
     for key, figures in _rows(record).items():
         line = [*key]
-        for subject, name, form in columns.values():
-            value = figures.get(subject, {}).get(name)
-            line.append("" if value is None else form.format(value))
+        for subject, name, form, base in columns.values():
+            figure = figures.get(subject, {})
+            value = figure.get(name)
+            noisy = any(f.get("spread", 0.0) > NOISY for f in (figure, figures.get(base, {})))
+            line.append("" if value is None else form.format(value) + "?" * noisy)
         lines.append(line)
     head = ["B, T, D", "dtype", *columns]
     kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
     text = _table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], 2)
     calls = "; ".join(f"{name} {value:.0f}" for name, value in record["microseconds"].items())
-    return f"{text}\n\nMicroseconds of a call: {calls}."
+    return f"{text}\n\n{_floors(record)}\n\nMicroseconds of a call: {calls}."
+
+
+def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
+    """By its heading: the figure of a column, which of its values, the form, and the figure that it is a ratio to."""
+    cell = record["machine"]["cell"]
+    module = MODULES[cell]
+    peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f["slower"] is not None]
+    columns: dict[str, tuple[Key, str, str, Key | None]] = {}
+    for work in (FORWARD, BACKWARD, BOTH):
+        columns[f"{work}, ms"] = ((cell, work), "ms", "{:.3g}", None)
+        columns[f"{work}, default allocator, ms"] = ((cell + DEFAULT_ALLOCATOR, work), "ms", "{:.3g}", None)
+        columns[f"{work} of floor"] = ((cell, work), "floor_ratio", "{:.2f}", (ADD, FORWARD))
+    columns["peak, MiB"] = ((cell, BOTH), "peak_mib", "{:.1f}", None)
+    ratios = [((name, BOTH), "slower", "{:.3g}x", (cell, BOTH)) for name in peers if name != GRU]
+    columns |= {f"faster than {ratio[0][0]}": ratio for ratio in ratios}
+    columns[f"{module}, ms"] = ((module, BOTH), "ms", "{:.3g}", None)
+    columns[f"{module}, its projections"] = ((f"{module}{PROJECTIONS}", BOTH), "share", "{:.0%}", (module, BOTH))
+    columns[f"{module} faster than {GRU}"] = ((GRU, BOTH), "slower", "{:.3g}x", (module, BOTH))
+    return columns
+
+
+def _floors(record: Record) -> str:
+    """What the floors are scaled from, and what a ratio under 1 means."""
+    rates: dict[str, list[float]] = {}
+    for f in record["figures"]:
+        if (f["subject"], f["work"]) == (ADD, FORWARD):
+            rates.setdefault(f["dtype"], []).append(f["gb_per_s"])
+    ranges = "; ".join(f"{dtype} {min(values):.1f} to {max(values):.1f}" for dtype, values in rates.items())
+    return f"GB/s of {ADD}, by which a floor is reckoned: {ranges}. Under 1, an op moves bytes faster than it does."
 
 
 def comparison(before: Record, after: Record) -> tuple[str, bool]:
@@ -94,6 +116,8 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
                 continue
             ratio, band = new["ms"] / was["ms"], new["spread"] + was["spread"]
             change = "slower" if ratio > 1 + band else "faster" if ratio < 1 / (1 + band) else ""
+            if max(new["spread"], was["spread"]) > NOISY:
+                change = "?"
             slower |= change == "slower"
             times = (f"{was['ms']:.3g}", f"{new['ms']:.3g}", f"{ratio:.2f}", f"{band:.0%}")
             lines.append([*key, *subject, *times, change])
@@ -105,14 +129,14 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
 _PANELS: dict[str, Callable[[Record], float | None]] = {
     "time, ms": lambda f: f["ms"],
     "GB/s at the bytes of the floor, under torch.add's": lambda f: f["gb_per_s"],
-    "percent of the floor": lambda f: 100 / f["floor_ratio"] if f["floor_ratio"] else None,
+    "time over that of the floor": lambda f: f["floor_ratio"],
     "times faster than": lambda f: f["slower"],
 }
 _STYLES = {FORWARD: "--", BACKWARD: ":", BOTH: "-"}
 
 
 def plot(record: Record, file: Path) -> None:
-    """Draw a sweep, a row of panels a dtype: time, the roofline, percent of the floor, speed-up over each peer.
+    """Draw a sweep, a row of panels a dtype: time, the roofline, ratio to the floor, speed-up over each peer.
 
     Raises:
         ValueError: not just one of B, T and D varies.

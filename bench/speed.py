@@ -4,14 +4,17 @@ What is timed has first passed the comparison with the reference, and a peer tha
 the time that a streaming pass over as many bytes takes, scaled from `torch.add(out=)` measured in the same run; a pass
 is to move each of its streams once, in or out. Beside it stands `torch.add` that allocates its output, as the op does.
 On the CPU memory that is freed stays with the process (`python -m bench` pins the allocator's thresholds), so that an
-op's output costs no page faults and a given output and an allocated one are alike. The projections of a module are the
-same matrix products alone, forward and backward. What a call costs is measured apart.
+op's output costs no page faults and a given output and an allocated one are alike. The op is timed with glibc's default
+settings too, in a process of its own. The projections of a module are the same matrix products alone, forward and
+backward. What a call costs is measured apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,14 +26,14 @@ from torch import Tensor
 
 import mru_kernels as mk
 from mru_kernels import backends
-from mru_kernels.backends import CHUNK, resolve
+from mru_kernels.backends import CHUNK
 
-from . import compare, errors, inputs
+from . import allocator, cli, compare, errors, inputs
 from .inputs import Call, Case
 from .peers import PEERS, job
 from .progress import tqdm
 from .timing import machine, measure, per_call
-from .work import ADD, BOTH, FORWARD, GRU, MODULES, PROJECTIONS, Passes, floor_bytes, passes
+from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, MODULES, NOISY, PROJECTIONS, Passes, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # where the cost of a call shows
@@ -237,14 +240,39 @@ def _peer_subjects(name: str, call: Call) -> Subjects:
     return subjects
 
 
+def time_op(case: Case, backend: str, device: torch.device) -> list[Figure]:
+    """Time torch.add and the op alone, with the allocator as this process has it."""
+    call = case.build().to(device)
+    subjects, moved = _streaming(call)
+    subjects |= {(case.cell, work): run for work, run in passes(call, op(call, backend)).items()}
+    moved |= {(case.cell, work): count for work, count in floor_bytes(call).items()}
+    return _figures(case, measure(subjects, device), moved, {})
+
+
+def with_default_allocator(figures: list[Figure], case: Case, backend: str) -> list[Figure]:
+    """The figures, and those of `time_op` in a process whose allocator has glibc's default settings."""
+    options = {name: case.options[name] for name in ("epsilon", "writes") if name in case.options}
+    command = [sys.executable, "-m", "bench.speed", "--here", "--backend", backend, *_arguments(case)]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run(command, capture_output=True, text=True, env=allocator.default())
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    seen = [Figure(**fields | {"shape": tuple(fields["shape"])}) for fields in json.loads(done.stdout)]
+    return figures + [replace(f, subject=f.subject + DEFAULT_ALLOCATOR) for f in seen]
+
+
+def _arguments(case: Case) -> list[str]:
+    """The options of a command that name the cell, shape and dtype of a case."""
+    dtype = next(name for name, value in inputs.CELLS[case.cell].dtypes.items() if value == case.dtype)
+    return ["--cell", case.cell, "--shape", ",".join(map(str, case.shape)), "--dtype", dtype]
+
+
 def with_peak(figures: list[Figure], case: Case, backend: str, device: torch.device) -> list[Figure]:
     """The figures, with the peak memory of the op's forward + backward, measured in a process of its own."""
     from . import memory
 
-    dtype = next(name for name, value in inputs.CELLS[case.cell].dtypes.items() if value == case.dtype)
-    shape = ",".join(map(str, case.shape))
-    arguments = ["--cell", case.cell, "--shape", shape, "--dtype", dtype, "--device", str(device)]
-    (seen,) = memory.in_own_process([*arguments, "--backend", backend, "--chunk-size", str(CHUNK)])
+    arguments = [*_arguments(case), "--device", str(device), "--backend", backend, "--chunk-size", str(CHUNK)]
+    (seen,) = memory.in_own_process(arguments)
     peak = seen.peak_measured / _MIB
     return [replace(f, peak_mib=peak) if (f.subject, f.work) == (case.cell, BOTH) else f for f in figures]
 
@@ -274,14 +302,14 @@ def table(figures: Sequence[Figure]) -> str:
     head = ["B, T, D", "dtype", "subject", "work", "ms", "spread", "GB/s", "time / floor", "times slower than ours"]
     head += ["share of the module", "peak, MiB"]
 
-    def cell(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def cell(f: Figure, value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form) + "?" * (f.spread > NOISY)
 
     lines = [
         [
             *(", ".join(map(str, f.shape)), f.dtype, f.subject, f.work, f"{f.ms:.3g}", f"{f.spread:.0%}"),
-            *(cell(f.gb_per_s, ".1f"), cell(f.floor_ratio, ".2f"), cell(f.slower, ".3g")),
-            *(cell(f.share, ".0%"), cell(f.peak_mib, ".1f")),
+            *(cell(f, f.gb_per_s, ".1f"), cell(f, f.floor_ratio, ".2f"), cell(f, f.slower, ".3g")),
+            *(cell(f, f.share, ".0%"), cell(f, f.peak_mib, ".1f")),
         ]
         for f in figures
     ]
@@ -299,17 +327,17 @@ def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench speed", description=__doc__.split("\n")[0])
-    dtypes = inputs.DTYPES | inputs.COMPLEX_DTYPES
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
-    parser.add_argument("--shape", type=inputs.shape_of, nargs="+", default=list(SHAPES), metavar="B,T,D")
+    parser.add_argument("--shape", type=cli.shape, nargs="+", default=list(SHAPES), metavar="B,T,D")
     parser.add_argument("--sweep", choices="BTD", help="let this size of the one --shape grow to it in powers of 4")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["fp32", "bf16"])
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--dtype", nargs="+", choices=cli.DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
-    parser.add_argument("--epsilon", type=float, help="default: 0, for the cells that have one")
+    parser.add_argument("--epsilon", type=cli.epsilon, help="default: 0, for the cells that have one")
     parser.add_argument("--writes", choices=inputs.WRITES, help="default: often, for the cells that write")
     parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
     parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
+    parser.add_argument("--here", action="store_true", help="print the op's times in this process as JSON, no more")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     cell, device = arguments.cell, arguments.device
@@ -317,25 +345,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(arguments.shape) != 1:
             parser.error(f"--sweep: expected one --shape, got {len(arguments.shape)}")
         arguments.shape = sweep(arguments.shape[0], arguments.sweep)
-    for dtype in arguments.dtype:
-        if dtype not in inputs.CELLS[cell].dtypes:
-            parser.error(f"--dtype: expected one of {', '.join(inputs.CELLS[cell].dtypes)} for {cell}, got {dtype}")
+    cli.check_dtypes(parser, cell, arguments.dtype)
     options = {}
     for name, given, default in (("epsilon", arguments.epsilon, 0.0), ("writes", arguments.writes, "often")):
         if name in inputs.CELLS[cell].factors:
             options[name] = default if given is None else given
         elif given is not None:
             parser.error(f"--{name}: {cell} has none")
-    backend = resolve(arguments.backend, device).name
+    backend = cli.resolve(parser, arguments.backend, device).name
     figures: list[Figure] = []
     failed: list[str] = []
     left_out: list[str] = []
-    jobs = [(shape, dtypes[dtype]) for shape in arguments.shape for dtype in arguments.dtype]
-    for shape, dtype in tqdm(jobs, "shapes", leave=False):
-        named = dict(zip(("batch", "time", "channels"), shape, strict=True))
-        case = inputs.case(cell, dtype, **named, **options)
+    sizes = [dict(zip(("batch", "time", "channels"), shape, strict=True)) for shape in arguments.shape]
+    cases = [inputs.case(cell, cli.DTYPES[dtype], **named, **options) for named in sizes for dtype in arguments.dtype]
+    if arguments.here:
+        print(json.dumps([asdict(f) for case in cases for f in time_op(case, backend, device)]))
+        return 0
+    for case in tqdm(cases, "shapes", leave=False):
         timed, *told = time_case(case, backend, device, arguments.peer)
-        figures += with_peak(timed, case, backend, device) if arguments.memory and timed else timed
+        if arguments.memory and timed:
+            timed = with_peak(timed, case, backend, device)
+        if device.type == "cpu" and timed:
+            timed = with_default_allocator(timed, case, backend)
+        figures += timed
         failed += told[0]
         left_out += told[1]
         torch.compiler.reset()
@@ -352,3 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import torch
 
+from . import allocator
+
 Key = TypeVar("Key")
 
 _SECONDS = 1.5
@@ -107,7 +109,7 @@ def machine(device: torch.device) -> dict[str, object]:
     if device.type == "cpu":
         from mru_kernels.backends import cpu as backend
 
-        facts["isa"] = backend.isa()
+        facts |= {"isa": backend.isa(), "allocator": allocator.describe()}
     return facts
 
 

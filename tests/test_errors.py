@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mru_kernels
 import python_ref
 from bench import compare, errors, inputs
 
@@ -412,3 +413,18 @@ def test_command_names_a_backend_that_cannot_run(capsys):
         compare.main(["--backend", "abacus"])
     assert exit_.value.code == 2
     assert "abacus" in capsys.readouterr().err
+
+
+def test_no_backend_can_run(monkeypatch, capsys):
+    """As in a clone that is not built: an error with the reasons, not an empty table."""
+    monkeypatch.setattr(mru_kernels, "available_backends", lambda device: {"cpu": "it is not built"})
+    with pytest.raises(SystemExit):
+        compare.main([])
+    assert "--backend: none can run on cpu (cpu: it is not built)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["3", "0/2", "3/2", "1/x"])
+def test_what_is_no_part(part, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--part", part])
+    assert f"--part: expected I/N with 1 <= I <= N, got '{part}'" in capsys.readouterr().err

@@ -8,11 +8,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import inputs, peers, report, speed, work
+from bench import inputs, memory, peers, profile, report, speed, work
 from mru_kernels import backends
 
 CPU = torch.device("cpu")
-overhead = speed.overhead
+overhead, with_default_allocator = speed.overhead, speed.with_default_allocator
 CELLS = [("bmru", 0.0), ("bmru", 1.0), ("schmitt", 0.0), ("schmitt", 1.0), ("linear_recurrence", None)]
 
 
@@ -23,10 +23,11 @@ def case(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.flo
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Few turns, and no cost of calls."""
+    """Few turns, no cost of calls, one allocator."""
     measure = speed.measure
     monkeypatch.setattr(speed, "measure", lambda subjects, device: measure(subjects, device, seconds=0.0))
     monkeypatch.setattr(speed, "overhead", lambda *_: {"a call": 1.0})
+    monkeypatch.setattr(speed, "with_default_allocator", lambda figures, *_: figures)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str]:
@@ -145,12 +146,41 @@ def test_a_sweep_is_drawn(kind, tmp_path, capsys):
     [
         (["--dtype", "c64"], "--dtype: expected one of fp32, fp64, bf16, fp16 for bmru, got c64"),
         (["--cell", "linear_recurrence", "--epsilon", "0.5"], "--epsilon: linear_recurrence has none"),
+        (["--epsilon", "2"], "--epsilon: expected a number in [0, 1], got '2'"),
+        (["--shape", "4x5x6"], "--shape: expected three positive sizes B,T,D such as 4,4096,512, got '4x5x6'"),
+        (["--shape", "0,0,0"], "--shape: expected three positive sizes"),
+        (["--device", "cpuu"], "--device: expected a device such as cpu or cuda:0, got 'cpuu'"),
+        (["--backend", "none"], "--backend: expected None or one of 'cpu', 'cuda', 'triton', got 'none'"),
+        (["--backend", "triton", "--device", "meta"], "--backend: 'triton' cannot run this call"),
     ],
 )
-def test_what_a_cell_does_not_take(options, message, capsys):
+@pytest.mark.parametrize("command", [speed, profile, memory], ids=lambda command: command.__name__)
+def test_what_a_command_does_not_take(command, options, message, capsys):
+    if command is not speed and "--epsilon" in options:
+        pytest.skip("an option of speed")
     with pytest.raises(SystemExit):
-        speed.main(options)
+        command.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_chunk_sizes_that_memory_does_not_take(capsys):
+    for size, message in (("17", 'a positive multiple of 16 or "None"'), ("8192", "16 to 4096 for backend cpu")):
+        with pytest.raises(SystemExit):
+            memory.main(["--chunk-size", size])
+        assert f"--chunk-size: expected {message}, got" in capsys.readouterr().err
+
+
+@pytest.mark.check
+@pytest.mark.parametrize(("cell", "epsilon"), [("bmru", 0.5), ("linear_recurrence", None)])
+def test_the_default_allocator_is_timed_too(cell, epsilon):
+    figures = with_default_allocator([], case(cell, epsilon), "cpu")
+    subjects = {
+        f"{cell}{work.DEFAULT_ALLOCATOR}",
+        *(f"{add}{work.DEFAULT_ALLOCATOR}" for add in (work.ADD, "torch.add")),
+    }
+    assert {f.subject for f in figures} == subjects
+    assert {f.work for f in figures} == {work.FORWARD, work.SAVING, work.BACKWARD, work.BOTH}
+    assert {f.shape for f in figures} == {(2, 20, 5)}
 
 
 @pytest.mark.check

@@ -1,0 +1,67 @@
+"""Values of command-line options: each function raises what argparse reports under the option's name."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError
+
+import torch
+
+from mru_kernels import backends, checks
+
+from . import inputs
+
+DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """The sizes in "B,T,D"."""
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ArgumentTypeError(f"expected three positive sizes B,T,D such as 4,4096,512, got {text!r}")
+    batch, steps, channels = map(int, sizes)
+    return batch, steps, channels
+
+
+def device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
+
+
+def part(text: str) -> tuple[int, int]:
+    """The numbers in "I/N", 1 <= I <= N."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ArgumentTypeError(f"expected I/N with 1 <= I <= N, got {text!r}")
+    return int(index), int(count)
+
+
+def epsilon(text: str) -> float:
+    try:
+        return checks.epsilon(float(text)).item()
+    except ValueError:
+        raise ArgumentTypeError(f"expected a number in [0, 1], got {text!r}") from None
+
+
+def chunk_size(text: str) -> int | None:
+    try:
+        return checks.chunk_size(None if text == "None" else int(text))
+    except ValueError:
+        raise ArgumentTypeError(f'expected a positive multiple of 16 or "None", got {text!r}') from None
+
+
+def check_dtypes(parser: ArgumentParser, cell: str, names: list[str]) -> None:
+    """End the command unless the cell takes each dtype."""
+    taken = inputs.CELLS[cell].dtypes
+    for name in names:
+        if name not in taken:
+            parser.error(f"--dtype: expected one of {', '.join(taken)} for {cell}, got {name}")
+
+
+def resolve(parser: ArgumentParser, name: str | None, device: torch.device) -> backends.Backend:
+    """The backend that `--backend` names, or that None chooses. Ends the command where it cannot run on `--device`."""
+    try:
+        return backends.resolve(name, device)
+    except (RuntimeError, ValueError) as error:
+        parser.error(f"--{error}")
