@@ -2,6 +2,8 @@
 # make test    sets up, then the suite
 # make check   sets up, then what is slower: linters, sanitizers, several processes, the GPU kernels without a GPU
 # make examples   sets up, then trains what the examples show: what units remember, digits, speakers, text
+# make coverage   sets up, then the suite with the branches of mru_kernels that it does not take
+# make mutate   sets up, then mutation testing: MODULES="mru_kernels/checks.py" TESTS="tests/test_bad_input.py" COUNT=50
 # make gpu-check   on a machine with a GPU: build, tests, comparison, times, in nine minutes at most; installs nothing
 #
 # A machine needs Python 3.11 or newer with its headers, g++ and make. Everything is installed into .venv.
@@ -15,7 +17,7 @@ BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check examples gpu-check lint sanitize setup clean
+.PHONY: demo test check examples coverage mutate gpu-check lint sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -30,6 +32,14 @@ check: lint sanitize
 examples: setup
 	python -m pip install --no-deps aeon==1.6.0  # holds the data of `vowels`
 	for name in copy_first digits vowels charlm; do python -m examples.$$name || exit 1; done
+
+coverage: setup
+	python -m pip install pytest-cov==7.1.0
+	pytest -n 2 -m "not slow and not check" --cov=mru_kernels --cov-branch --cov-report=term-missing:skip-covered
+
+mutate: setup
+	python -m pip install cosmic-ray==8.7.0
+	python tests/mutate.py $(MODULES) $(if $(TESTS),--tests "$(TESTS)") --count $(or $(COUNT),50)
 
 gpu-check:  # by the Python in .venv where there is one, else by the machine's own
 	$(PYTHON) -m bench gpu-check
