@@ -14,6 +14,8 @@ from typing import Any, ClassVar, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, checks, ops
@@ -329,6 +331,16 @@ class MRUBase(torch.nn.Module):
 
     def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
         return stream, ops.state_dtype(stream)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside any nesting of `torch.compile` and DistributedDataParallel; another module is itself.
+
+    It is for checks only. Calls go to the wrapper, whose hooks synchronise gradients.
+    """
+    if isinstance(module, OptimizedModule):
+        return unwrapped(module._orig_mod)
+    return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
 
 
 def check_sizes(least: int = 1, **sizes: int) -> None:
