@@ -14,6 +14,8 @@ from typing import Any, ClassVar, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, checks, ops
@@ -49,8 +51,6 @@ class MRUBase(torch.nn.Module):
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
     """What the parameters may be in."""
-
-    weight_ih_l0: Tensor
 
     def __init__(
         self,
@@ -92,7 +92,9 @@ class MRUBase(torch.nn.Module):
 
         for layer, suffix in self._scans():
             width = input_size if layer == 0 else hidden_size * self.num_directions
-            for name, shape in self._shapes(width).items():
+            shapes = self._shapes(width)
+            self._names = tuple(shapes)
+            for name, shape in shapes.items():
                 parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name + suffix, parameter)
         self.reset_parameters()
@@ -117,6 +119,10 @@ class MRUBase(torch.nn.Module):
             shapes["initial_state"] = (self.hidden_size,)
         return shapes
 
+    def _read(self) -> list[dict[str, Tensor]]:
+        """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
+        return [{name: getattr(self, name + suffix) for name in self._names} for _, suffix in self._scans()]
+
     def _biases(self, suffix: str) -> dict[str, Tensor]:
         """The bias `[D]` of each gate that has one, as views."""
         names = list(self.gates)[self._bare_gates :]
@@ -140,6 +146,9 @@ class MRUBase(torch.nn.Module):
             if self.learn_initial_state:
                 low, high = self.initial_states
                 getattr(self, "initial_state" + suffix).bernoulli_(0.5).mul_(high - low).add_(low)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing. Code for `nn.GRU` calls this; the parameters here need no rearranging."""
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
@@ -178,15 +187,17 @@ class MRUBase(torch.nn.Module):
         """See `BMRU`."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
+        parameters = self._read()
         order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
-        self._check_input(input, (2, 3), f"{order} or [time, features]")
+        self._check_shape(input, (2, 3), f"{order} or [time, features]")
+        self._check_match(input, parameters[0]["weight_ih"])
         if input.dim() == 2:
             self._check_hx(hx, input, batch=())
-            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1)
+            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters)
             return output.squeeze(0), h_n.squeeze(1)
         batch = input.shape[0 if self.batch_first else 1]
         self._check_hx(hx, input, batch=(batch,))
-        return self._layers(input, hx, batch, time_first=not self.batch_first)
+        return self._layers(input, hx, batch, parameters, time_first=not self.batch_first)
 
     @torch.no_grad()
     def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -204,15 +215,19 @@ class MRUBase(torch.nn.Module):
             TypeError, ValueError: as `forward`.
         """
         if self.bidirectional:
-            raise RuntimeError("step: the second direction of a bidirectional module starts at the last step")
-        self._check_input(input, (2,), "[batch, features]")
+            raise RuntimeError(
+                "step: not supported by a bidirectional module, whose second direction starts at the last step"
+            )
+        self._check_shape(input, (2,), "[batch, features]")
         time = 1 if self.batch_first else 0
         output, h_n = self(input.unsqueeze(time), hx)
         return output.squeeze(time), h_n
 
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        self._check_input(data, (2,), "packed data [total, features]")
+        parameters = self._read()
+        self._check_shape(data, (2,), "packed data [total, features]")
+        self._check_match(data, parameters[0]["weight_ih"])
         order, cu_seqlens = _by_sequence(batch_sizes)
         order, cu_seqlens = order.to(data.device), cu_seqlens.to(data.device)
         sequences = cu_seqlens.shape[0] - 1
@@ -220,7 +235,7 @@ class MRUBase(torch.nn.Module):
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
         x = data.index_select(0, order).unsqueeze(0)
-        output, h_n = self._layers(x, hx, sequences, cu_seqlens=cu_seqlens)
+        output, h_n = self._layers(x, hx, sequences, parameters, cu_seqlens=cu_seqlens)
         output = output.squeeze(0)
         output = torch.empty_like(output).index_copy_(0, order, output)
         if unsorted_indices is not None:
@@ -232,6 +247,7 @@ class MRUBase(torch.nn.Module):
         x: Tensor,
         hx: Tensor | None,
         sequences: int,
+        parameters: list[dict[str, Tensor]],
         *,
         time_first: bool = False,
         cu_seqlens: Tensor | None = None,
@@ -239,45 +255,43 @@ class MRUBase(torch.nn.Module):
         """All scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output and `h_n`."""
         outputs: list[Tensor] = []
         finals: list[Tensor] = []
-        for layer, suffix in self._scans():
+        for (layer, suffix), p in zip(self._scans(), parameters, strict=True):
             reverse = suffix.endswith("_reverse")
             if layer > 0 and not reverse:
                 x, outputs = _side_by_side(outputs), []
                 if self.dropout > 0.0 and self.training:
                     x = F.dropout(x, self.dropout)
-            gates = self._project(x, suffix)
+            gates = self._project(x, p)
             h, final = self._scan(
                 gates.transpose(0, 1) if time_first else gates,
-                self._initial_state(None if hx is None else hx[len(finals)], sequences, suffix),
+                self._initial_state(None if hx is None else hx[len(finals)], sequences, p),
                 reverse=reverse,
                 cu_seqlens=cu_seqlens,
                 chunk_size=self.chunk_size,
-                **{name: getattr(self, name + suffix) for name in self.vectors},
+                **{name: p[name] for name in self.vectors},
             )
-            outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, suffix))
+            outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, p))
             finals.append(final)
         return _side_by_side(outputs), finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
 
-    def _project(self, x: Tensor, suffix: str) -> Tensor:
+    def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """All gates of one scan from one matrix product: `[*, gates * D]`."""
-        bias = None
-        if self._bare_gates < len(self.gates):
-            bias = getattr(self, "bias_ih" + suffix)
-            if self._bare_gates:
-                bias = F.pad(bias, (self._bare_gates * self.hidden_size, 0))
-        return F.linear(x, getattr(self, "weight_ih" + suffix), bias)
+        bias = p.get("bias_ih")
+        if bias is not None and self._bare_gates:
+            bias = F.pad(bias, (self._bare_gates * self.hidden_size, 0))
+        return F.linear(x, p["weight_ih"], bias)
 
-    def _output(self, h: Tensor, x: Tensor, suffix: str) -> Tensor:
+    def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """What one scan hands on, `[*, D]`, made from its result `h` and its input `x`."""
         return h
 
-    def _learned_state(self, suffix: str) -> Tensor:
-        return getattr(self, "initial_state" + suffix)
+    def _learned_state(self, p: dict[str, Tensor]) -> Tensor:
+        return p["initial_state"]
 
-    def _initial_state(self, given: Tensor | None, sequences: int, suffix: str) -> Tensor | None:
+    def _initial_state(self, given: Tensor | None, sequences: int, p: dict[str, Tensor]) -> Tensor | None:
         if not self.learn_initial_state:
             return given
-        learned = self._learned_state(suffix)
+        learned = self._learned_state(p)
         if given is None:
             return learned.expand(sequences, -1)
         if not torch.is_grad_enabled():
@@ -292,8 +306,7 @@ class MRUBase(torch.nn.Module):
             *names, last = (str(d).removeprefix("torch.") for d in self.dtypes)
             raise TypeError(f"dtype: expected {', '.join(names)} or {last}, got {dtype}")
 
-    def _check_input(self, input: Tensor, ranks: tuple[int, ...], expected: str) -> None:
-        self._check_dtype(self.weight_ih_l0.dtype)  # a move may have changed it
+    def _check_shape(self, input: Tensor, ranks: tuple[int, ...], expected: str) -> None:
         if not isinstance(input, Tensor):
             kinds = "a tensor or a PackedSequence" if 3 in ranks else f"a tensor {expected}"
             raise TypeError(f"input: expected {kinds}, got {type(input).__name__}")
@@ -301,13 +314,12 @@ class MRUBase(torch.nn.Module):
             raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
         if input.shape[-1] != self.input_size:
             raise ValueError(f"input: expected {self.input_size} features, got shape {list(input.shape)}")
-        weight = self.weight_ih_l0
+
+    def _check_match(self, input: Tensor, weight: Tensor) -> None:
+        self._check_dtype(weight.dtype)  # a move may have changed it
         if input.device != weight.device:
             raise ValueError(f"input: expected the module's device {weight.device}, got {input.device}")
-        dtypes = {input.dtype, weight.dtype}
-        autocasts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in dtypes
-        if len(dtypes) > 1 and not autocasts:
-            raise TypeError(f"input: expected the module's dtype {weight.dtype}, got {input.dtype}")
+        check_input_dtype(input, weight.dtype)
 
     def _check_hx(self, hx: Tensor | None, input: Tensor, batch: tuple[int, ...]) -> None:
         if hx is None:
@@ -331,6 +343,26 @@ class MRUBase(torch.nn.Module):
         return stream, ops.state_dtype(stream)
 
 
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside any nesting of `torch.compile` and DistributedDataParallel; another module is itself.
+
+    It is for checks only. Calls go to the wrapper, whose hooks synchronise gradients.
+    """
+    if isinstance(module, OptimizedModule):
+        return unwrapped(module._orig_mod)
+    return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
+
+
+def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless a module of `dtype` takes the input; autocast converts all floating dtypes but float64."""
+    if input.dtype == dtype:
+        return
+    dtypes = {input.dtype, dtype}
+    converts = dtypes <= set(checks.STREAM_DTYPES) and torch.float64 not in dtypes
+    if not converts or not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(f"input: expected the module's dtype {dtype}, got {input.dtype}")
+
+
 def check_sizes(least: int = 1, **sizes: int) -> None:
     """Raise for the first that is not an int of at least `least`, which is 1 or 0."""
     for name, size in sizes.items():
@@ -349,7 +381,7 @@ def _by_sequence(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
     Beside it the offsets `cu_seqlens [N + 1]` of the sequences in that order.
     """
-    sequence = torch.arange(int(batch_sizes[0])).unsqueeze(1)
+    sequence = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(1)
     here = sequence < batch_sizes  # [N, T]: sequence n has a step t
     order = (batch_sizes.cumsum(0) - batch_sizes + sequence)[here]
     return order, F.pad(here.sum(1).cumsum(0), (1, 0))
@@ -663,7 +695,7 @@ class LRU(MRUBase):
         """Draw the parameters as said above."""
         super().reset_parameters()
         for _, suffix in self._scans():
-            p = {name: getattr(self, name + suffix) for name in self._shapes(0)}
+            p = {name: getattr(self, name + suffix) for name in self._names}
             inputs = p["weight_ih"].shape[1]
             tiny, almost_one = torch.finfo(p["nu_log"].dtype).tiny, 1.0 - torch.finfo(p["nu_log"].dtype).eps
             square = p["nu_log"].uniform_(self.r_min**2, self.r_max**2).clamp_(tiny, almost_one)  # of the modulus
@@ -674,9 +706,8 @@ class LRU(MRUBase):
             p["weight_ho"].normal_(std=self.hidden_size**-0.5)
             p["skip"].normal_(std=1.0 if p["skip"].dim() == 1 else inputs**-0.5)
 
-    def _project(self, x: Tensor, suffix: str) -> Tensor:
-        gamma = getattr(self, "gamma_log" + suffix).exp()
-        weight = getattr(self, "weight_ih" + suffix)
+    def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        gamma, weight = p["gamma_log"].exp(), p["weight_ih"]
         return F.linear(x, gamma.repeat_interleave(2).unsqueeze(1) * weight).to(weight.dtype)  # autocast halves it
 
     def _scan(self, gates, initial_state, **options):
@@ -684,13 +715,13 @@ class LRU(MRUBase):
         update = torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
         return linear_recurrence(decay, update, initial_state, **options)
 
-    def _output(self, h: Tensor, x: Tensor, suffix: str) -> Tensor:
-        y = F.linear(torch.view_as_real(h).flatten(-2), getattr(self, "weight_ho" + suffix))
-        skip = getattr(self, "skip" + suffix)
+    def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        y = F.linear(torch.view_as_real(h).flatten(-2), p["weight_ho"])
+        skip = p["skip"]
         return y + (skip * x if skip.dim() == 1 else F.linear(x, skip)).to(y.dtype)  # autocast leaves products alone
 
-    def _learned_state(self, suffix: str) -> Tensor:
-        return torch.view_as_complex(getattr(self, "initial_state" + suffix))
+    def _learned_state(self, p: dict[str, Tensor]) -> Tensor:
+        return torch.view_as_complex(p["initial_state"])
 
     def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
         return (torch.complex128 if stream == torch.float64 else torch.complex64,)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .network import MRUBlock, MRUNetwork
-from .nn import MRUBase
+from .nn import MRUBase, unwrapped
 
 __all__ = ["Stream", "stream"]
 
@@ -21,7 +22,7 @@ class Stream:
             another process, on another device or backend; the next chunk goes on from it.
     """
 
-    def __init__(self, module: MRUBase | MRUBlock | MRUNetwork) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.state: State | None = None
 
@@ -36,7 +37,7 @@ class Stream:
         self.state = None
 
 
-def stream(module: MRUBase | MRUBlock | MRUNetwork) -> Stream:
+def stream(module: torch.nn.Module) -> Stream:
     """Feed a module sequences chunk by chunk, in memory that does not grow with time.
 
     The outputs are those of one pass over the whole, given the same gates (a matrix product over fewer steps may round
@@ -44,7 +45,9 @@ def stream(module: MRUBase | MRUBlock | MRUNetwork) -> Stream:
     backward pass after every chunk this is truncated back-propagation through time, with the exact state carried over.
 
     Args:
-        module: a recurrent module of one direction, an `MRUBlock` or an `MRUNetwork`.
+        module: a recurrent module of one direction, an `MRUBlock` or an `MRUNetwork`. It may be wrapped by
+            `torch.compile` or `DistributedDataParallel`: pass the wrapper, which every chunk then goes through, so that
+            its hooks run.
 
     Returns:
         `feed = stream(module)`, to be called as `output = feed(chunk)`; `feed.state` is the state after the last chunk,
@@ -54,13 +57,14 @@ def stream(module: MRUBase | MRUBlock | MRUNetwork) -> Stream:
         TypeError: the module is of another kind.
         ValueError: the module needs the whole sequence: it is bidirectional, or it pools over time by the mean.
     """
-    if not isinstance(module, (MRUBase, MRUBlock, MRUNetwork)):
-        kind = type(module).__name__
+    inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
+    if not isinstance(inner, (MRUBase, MRUBlock, MRUNetwork)):
+        kind = type(inner).__name__
         raise TypeError(f"module: expected a recurrent module, MRUBlock or MRUNetwork of this package, got {kind}")
-    if isinstance(module, MRUBase) and module.bidirectional:
+    if isinstance(inner, MRUBase) and inner.bidirectional:
         raise ValueError(
             "module: expected one direction, got a bidirectional one, whose second starts at the last step"
         )
-    if isinstance(module, MRUNetwork) and module.pool == "mean":
+    if isinstance(inner, MRUNetwork) and inner.pool == "mean":
         raise ValueError('module: expected no pool or pool="last", got pool="mean", which needs every step at once')
     return Stream(module)

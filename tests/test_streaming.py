@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
+from mru_kernels.nn import unwrapped
 
 CUTS = [1, 40, 0, 25, 34]  # steps of the chunks; an empty one is a chunk too
 
@@ -95,12 +97,52 @@ def test_a_state_that_does_not_fit_is_refused():
 
 
 def test_what_cannot_be_streamed_is_refused():
-    with pytest.raises(TypeError, match=r"^module: expected a recurrent module.*GRU"):
-        mk.stream(torch.nn.GRU(3, 4))
+    for other in (torch.nn.GRU(3, 4), torch.compile(torch.nn.GRU(3, 4)), "GRU"):
+        with pytest.raises(TypeError, match=r"^module: expected a recurrent module.*(GRU|str)"):
+            mk.stream(other)
     with pytest.raises(ValueError, match=r"^module: expected one direction"):
-        mk.stream(mk.BMRU(3, 4, bidirectional=True))
-    with pytest.raises(ValueError, match=r"^module: .*mean"):
-        mk.stream(mk.MRUNetwork(3, 4, width=4, num_blocks=1, pool="mean"))
+        mk.stream(torch.compile(mk.BMRU(3, 4, bidirectional=True)))
+    for wrap in (lambda m: m, torch.compile):
+        with pytest.raises(ValueError, match=r"^module: .*mean"):
+            mk.stream(wrap(mk.MRUNetwork(3, 4, width=4, num_blocks=1, pool="mean")))
+
+
+@pytest.fixture
+def group_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()  # as tests/processes.py
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["BMRU", "network"])
+def test_wrappers_are_called_and_looked_through(kind, group_of_one):
+    """Gradients of a stream over DistributedDataParallel are synchronised: its hook sees every backward pass."""
+    torch._dynamo.reset()
+    module = _module(kind)
+    x = torch.randn(3, 20, 5, dtype=torch.float64)
+    whole, _ = module(x)
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    synchronised = []
+
+    def hook(state, bucket):
+        synchronised.append(bucket.index())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    parallel.register_comm_hook(None, hook)
+    compiled = [(torch.compile(parallel, backend="eager"), 2), (torch.compile(module, backend="eager"), 0)]
+    for wrapper, times in [(parallel, 2), *compiled]:
+        assert unwrapped(wrapper) is module
+        synchronised.clear()
+        feed = mk.stream(wrapper)
+        assert feed.module is wrapper
+        for chunk, expected in zip(x.split(10, 1), whole.split(10, 1), strict=True):
+            output = feed(chunk)
+            torch.testing.assert_close(output, expected)
+            output.sum().backward()
+        assert len(synchronised) == times
 
 
 PROGRAM = """
