@@ -76,7 +76,7 @@ struct Schmitt {
   }
   template <class V, class Int>
   MRU_INLINE V pull_event(Int code, V m) const {
-    return code != kHold ? rule.scaled(m) : m;
+    return (code & kFirst) != 0 ? rule.scaled(m) : m;
   }
 };
 

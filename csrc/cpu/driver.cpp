@@ -257,23 +257,105 @@ void forward_looking_back(Scan scan, const Kernels& k) {
       std::memcpy(row(scan.final_state, scan, n), state.at(pieces.first[n + 1] - 1), row_bytes);
 }
 
-// Two passes: pieces as maps, which compose; then the pieces, each from the state that enters it.
-void forward_composing(const Scan& scan, const Kernels& k, const Pieces& pieces) {
-  const int64_t count = pieces.list.size();
-  Rows factor(scan, count), offset(scan, count), entry(scan, count);
-  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
-    k.summarize(scan, pieces.list[i], d0, d1, factor.at(i, d0), offset.at(i, d0));
-  });
-  for (int64_t n = 0; n < scan.sequences; ++n) {
-    void* const state = row(scan.final_state, scan, n);
-    for (int64_t i = pieces.first[n]; i < pieces.first[n + 1]; ++i) {
-      std::memcpy(entry.at(i), state, scan.channels * state_bytes(scan));
-      k.apply(scan.channels, factor.at(i), offset.at(i), /*absorb_nan=*/true, state);
+// Pieces as maps, and the state (for the adjoint: m) that enters and leaves each.
+struct Maps {
+  Rows factor, offset, entry, exit;
+  Maps(const Scan& scan, int64_t count)
+      : factor(scan, count), offset(scan, count), entry(scan, count), exit(scan, count) {}
+
+  // Composes the maps of each sequence, in scan order or (direction -1) against it, from rows of `states` [sequences, D].
+  void compose(const Scan& scan, const Kernels& k, const Pieces& pieces, int direction, void* states) {
+    for (int64_t n = 0; n < scan.sequences; ++n) {
+      void* const state = row(states, scan, n);
+      const int64_t first = pieces.first[n], end = pieces.first[n + 1];
+      for (int64_t i = direction > 0 ? first : end - 1; first <= i && i < end; i += direction) {
+        std::memcpy(entry.at(i), state, scan.channels * state_bytes(scan));
+        k.apply(scan.channels, factor.at(i), offset.at(i), writes_forget(scan, k), state);
+      }
     }
+    exit = entry;
   }
+  // After the pieces were scanned: the results of the last ones to `states`. False where a piece leaves something else
+  // than was handed to the next one: then the call must be scanned whole.
+  bool finish(const Scan& scan, const Kernels& k, const Pieces& pieces, int direction, void* states) {
+    bool all = true;
+    for (int64_t n = 0; n < scan.sequences; ++n) {
+      const int64_t first = pieces.first[n], end = pieces.first[n + 1];
+      for (int64_t i = direction > 0 ? first : end - 1; first <= i && i < end; i += direction) {
+        const int64_t next = i + direction;
+        if (first <= next && next < end)
+          all = all && k.consistent(scan.channels, writes_forget(scan, k), factor.at(i), offset.at(i), entry.at(i),
+                                    exit.at(i), entry.at(next));
+        else std::memcpy(row(states, scan, n), exit.at(i), scan.channels * state_bytes(scan));
+      }
+    }
+    return all;
+  }
+};
+
+// Two passes: pieces as maps, which compose; then the pieces, each from the state that enters it. Packs the events. False
+// where the call must be scanned whole.
+bool forward_composing(const Scan& scan, const Kernels& k, const Pieces& pieces) {
+  const int64_t count = pieces.list.size();
+  Maps maps(scan, count);
+  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
+    k.summarize(scan, pieces.list[i], d0, d1, maps.factor.at(i, d0), maps.offset.at(i, d0));
+  });
+  maps.compose(scan, k, pieces, 1, scan.final_state);
   const auto expand = scan.events ? k.forward_from_events : k.forward;
   for_blocks(scan, count,
-             [&](int64_t i, int64_t d0, int64_t d1) { expand(scan, pieces.list[i], d0, d1, entry.at(i, d0)); });
+             [&](int64_t i, int64_t d0, int64_t d1) { expand(scan, pieces.list[i], d0, d1, maps.exit.at(i, d0)); });
+  return maps.finish(scan, k, pieces, 1, scan.final_state);
+}
+
+// The states that enter the sequences, where their final states will be.
+void enter(const Scan& scan, const Kernels& k, const Pieces& pieces) {
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    const bool empty = pieces.first[n] == pieces.first[n + 1];
+    k.enter(scan, n, /*poison=*/!empty, row(scan.final_state, scan, n));
+  }
+}
+
+// False, and no sums, where the call must be scanned whole.
+bool differentiate(const Scan& scan, const Kernels& k) {
+  const Pieces pieces = cut(scan);
+  if (scan.channels == 0) return true;
+  const int64_t count = pieces.list.size();
+  const int64_t states_bytes = scan.sequences * scan.channels * state_bytes(scan);
+  if (states_bytes > 0) std::memcpy(scan.grad_initial, scan.grad_final, states_bytes);
+
+  const bool composes = scan.segment > 0;
+  Maps maps(scan, composes ? count : 0);
+  if (composes) {
+    for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
+      void* const a = maps.factor.at(i, d0);
+      void* const u = maps.offset.at(i, d0);
+      if (writes_forget(scan, k)) look_ahead(scan, k, pieces.list[i], d0, d1, a, u);
+      else k.summarize_adjoint(scan, pieces.list[i], d0, d1, a, u);
+    });
+    maps.compose(scan, k, pieces, -1, scan.grad_initial);
+  }
+
+  // Several pieces share a row of sums where there are very many.
+  const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)), groups = ceil_div(count, per_group);
+  const int sums_per_group = 1 + scan.inputs;
+  Rows sums(scan, groups * sums_per_group);
+  for_blocks(scan, groups, [&](int64_t group, int64_t d0, int64_t d1) {
+    thread_local std::vector<char> scratch;
+    scratch.resize(scratch_rows(scan.chunk) * (d1 - d0) * state_bytes(scan));
+    for (int64_t i = group * per_group; i < std::min((group + 1) * per_group, count); ++i) {
+      const Piece& piece = pieces.list[i];
+      void* const m = composes ? maps.exit.at(i, d0) : row(scan.grad_initial, scan, piece.sequence, d0);
+      k.backward(scan, piece, d0, d1, m, sums.at(group * sums_per_group, d0), scan.channels, scratch.data());
+    }
+  });
+  if (composes && !maps.finish(scan, k, pieces, -1, scan.grad_initial)) return false;
+  const auto reduce = [&](int which, void* total) {
+    if (total) k.reduce(groups, scan.channels, sums_per_group * scan.channels, sums.at(which), total);
+  };
+  reduce(0, scan.grad_alpha);
+  for (int i = 0; i < scan.inputs; ++i) reduce(1 + i, scan.grad_channel[i]);
+  return true;
 }
 
 }  // namespace
@@ -286,71 +368,29 @@ void forward(Scan scan) {
   }
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
-  const Pieces pieces = cut(scan);
+  Pieces pieces = cut(scan);
   if (scan.channels == 0) return;
-  for (int64_t n = 0; n < scan.sequences; ++n) {
-    const bool empty = pieces.first[n] == pieces.first[n + 1];
-    k.enter(scan, n, /*poison=*/!empty, row(scan.final_state, scan, n));
-  }
-  const bool forgets = writes_forget(scan, k);
+  enter(scan, k, pieces);
   const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
-  if (forgets && (scan.segment > 0 || (few && !is_serial(scan)))) {
-    forward_looking_back(scan, k);
-  } else if (scan.segment > 0) {
-    forward_composing(scan, k, pieces);
-  } else {  // one piece a sequence: its final state is the running state
-    for_blocks(scan, pieces.list.size(), [&](int64_t i, int64_t d0, int64_t d1) {
-      const Piece& piece = pieces.list[i];
-      k.forward(scan, piece, d0, d1, row(scan.final_state, scan, piece.sequence, d0));
-    });
+  if (writes_forget(scan, k) && (scan.segment > 0 || (few && !is_serial(scan)))) return forward_looking_back(scan, k);
+  if (scan.segment > 0) {
+    if (forward_composing(scan, k, pieces)) return;
+    scan.segment = 0;
+    pieces = cut(scan);
+    enter(scan, k, pieces);
   }
+  for_blocks(scan, pieces.list.size(), [&](int64_t i, int64_t d0, int64_t d1) {
+    const Piece& piece = pieces.list[i];  // a sequence: its final state is the running state
+    k.forward(scan, piece, d0, d1, row(scan.final_state, scan, piece.sequence, d0));
+  });
 }
 
 void backward(Scan scan) {
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
-  const Pieces pieces = cut(scan);
-  if (scan.channels == 0) return;
-  const int64_t count = pieces.list.size();
-  const int64_t row_bytes = scan.channels * state_bytes(scan);
-  if (scan.sequences * row_bytes > 0) std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * row_bytes);
-
-  // Several pieces share a row of sums where there are very many.
-  const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)), groups = ceil_div(count, per_group);
-  const int sums_per_group = 1 + scan.inputs;
-  Rows sums(scan, groups * sums_per_group);
-
-  Rows carry(scan, scan.segment > 0 ? count : 0);
-  if (scan.segment > 0) {
-    Rows factor(scan, count), offset(scan, count);
-    for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
-      void* const a = factor.at(i, d0);
-      void* const u = offset.at(i, d0);
-      if (writes_forget(scan, k)) look_ahead(scan, k, pieces.list[i], d0, d1, a, u);
-      else k.summarize_adjoint(scan, pieces.list[i], d0, d1, a, u);
-    });
-    for (int64_t n = 0; n < scan.sequences; ++n) {
-      void* const m = row(scan.grad_initial, scan, n);
-      for (int64_t i = pieces.first[n + 1]; i-- > pieces.first[n];) {
-        std::memcpy(carry.at(i), m, row_bytes);
-        k.apply(scan.channels, factor.at(i), offset.at(i), /*absorb_nan=*/false, m);
-      }
-    }
-  }
-  for_blocks(scan, groups, [&](int64_t group, int64_t d0, int64_t d1) {
-    thread_local std::vector<char> scratch;
-    scratch.resize(scratch_rows(scan.chunk) * (d1 - d0) * state_bytes(scan));
-    for (int64_t i = group * per_group; i < std::min((group + 1) * per_group, count); ++i) {
-      const Piece& piece = pieces.list[i];
-      void* const m = scan.segment > 0 ? carry.at(i, d0) : row(scan.grad_initial, scan, piece.sequence, d0);
-      k.backward(scan, piece, d0, d1, m, sums.at(group * sums_per_group, d0), scan.channels, scratch.data());
-    }
-  });
-  const auto reduce = [&](int which, void* total) {
-    if (total) k.reduce(groups, scan.channels, sums_per_group * scan.channels, sums.at(which), total);
-  };
-  reduce(0, scan.grad_alpha);
-  for (int i = 0; i < scan.inputs; ++i) reduce(1 + i, scan.grad_channel[i]);
+  if (differentiate(scan, k)) return;
+  scan.segment = 0;
+  differentiate(scan, k);
 }
 
 }  // namespace mru::cpu

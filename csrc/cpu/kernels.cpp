@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "../cells/bmru.h"
+#include "../cells/cut.h"
 #include "../cells/linear.h"
 #include "../cells/schmitt.h"
 #include "vector.h"
@@ -410,14 +411,20 @@ struct Kernel {
     }
   }
 
-  static void apply(int64_t n, const void* factor, const void* offset, bool absorb_nan, void* state) {
+  static void apply(int64_t n, const void* factor, const void* offset, bool forgets, void* state) {
     const S* const a = static_cast<const S*>(factor);
     const S* const u = static_cast<const S*>(offset);
     S* const s = static_cast<S*>(state);
-    for (int64_t j = 0; j < n; ++j) {
-      if (absorb_nan && s[j] != s[j]) continue;
-      s[j] = a[j] == S(0) ? u[j] : a[j] * s[j] + u[j];
-    }
+    for (int64_t j = 0; j < n; ++j) s[j] = forgets && a[j] == S(0) ? u[j] : a[j] * s[j] + u[j];
+  }
+
+  static bool consistent(int64_t n, bool forgets, const void* factor, const void* offset, const void* entry,
+                         const void* exit, const void* next) {
+    const auto at = [](const void* row, int64_t j) { return static_cast<const S*>(row)[j]; };
+    bool all = true;
+    for (int64_t j = 0; j < n; ++j)
+      all &= mru::consistent(at(factor, j), at(offset, j), at(entry, j), at(exit, j), at(next, j), forgets);
+    return all;
   }
 
   template <bool kAdjoint>
@@ -477,6 +484,7 @@ struct Kernel {
                                     &summarize_adjoint,
                                     &backward,
                                     &apply,
+                                    &consistent,
                                     Cell::kForgets ? &beyond<false> : nullptr,
                                     Cell::kForgets ? &beyond<true> : nullptr,
                                     &absorb,

@@ -27,8 +27,11 @@ struct Kernels {
   // time: alpha's gradient, then each per-channel input's. `scratch` holds scratch_rows(chunk) rows.
   void (*backward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
                    void* scratch);
-  // state -> factor state + offset over n channels; a NaN state stays where NaN is absorbed.
-  void (*apply)(int64_t n, const void* factor, const void* offset, bool absorb_nan, void* state);
+  // state -> factor state + offset over n channels; where a write forgets, nothing is multiplied by a factor 0.
+  void (*apply)(int64_t n, const void* factor, const void* offset, bool forgets, void* state);
+  // Whether the state `exit` that a piece leaves is the one that was handed to the next piece (csrc/cells/cut.h).
+  bool (*consistent)(int64_t n, bool forgets, const void* factor, const void* offset, const void* entry,
+                     const void* exit, const void* next);
   // For maps that hold (factor 1) or forget (0): looks through a map, where it holds, at the one before it. Returns
   // whether a channel still holds. Null for cells without such maps.
   bool (*behind)(int64_t n, const void* earlier_factor, const void* earlier_offset, void* factor, void* offset);
