@@ -9,8 +9,8 @@ streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
     segment    steps of a unit of time that is scanned in parallel with others; 0: none
     save       whether a backward pass may follow, so whether what it needs is a result
 
-Results of the forward op: `h` as `empty_like` of the first stream and the final state `[N, D]`; with `save` also the
-boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
+Results of the forward op: `h` in the layout that `dense_like` gives the first stream, as the gradient of a stream has
+that stream's, and the final state `[N, D]`; with `save` also the boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
 steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
 
@@ -135,6 +135,18 @@ def _unit_channels(t: Tensor) -> Tensor:
     return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
+def dense_like(t: Tensor) -> Tensor:
+    """An uninitialised tensor for a stream `t [B, T, D]` with unit channel stride, in the layout of every such result.
+
+    It is dense with unit stride on D, whatever the strides of `t`: time-major, as `[T, B, D]` in memory, where the
+    stride of `t` over time is larger than that over the batch and neither is 0; else batch-major, which is contiguous.
+    """
+    batch, time, channels = t.shape
+    if t.stride(1) > t.stride(0) > 0:
+        return t.new_empty((time, batch, channels)).transpose(0, 1)
+    return t.new_empty((batch, time, channels))
+
+
 def split_gates(gates: Tensor, packed: int) -> list[Tensor]:
     """The streams `[B, T, D]` that lie side by side in `gates [B, T, packed D]`, as views."""
     channels = gates.size(-1) // packed
@@ -161,7 +173,7 @@ def allocate(
     checkpoint_rows = max(time - 1, 0) // chunk if save else 0
     event_rows = time // _EVENTS_PER_WORD + (1 if cu_seqlens is None else sequences) if packs_events else 0
     return [
-        torch.empty_like(first),
+        dense_like(first),
         first.new_empty((sequences, channels), dtype=state),
         first.new_empty((batch, checkpoint_rows, channels), dtype=state),
         first.new_empty((batch, event_rows, channels), dtype=torch.int32),
@@ -197,7 +209,7 @@ def allocate_backward(
     vectors = [*channel, *((alpha,) if alpha is not None else ())]
     states = (initial_state,) if initial_state is not None else ()
     return [
-        *(torch.empty_like(_unit_channels(t)) for t in streams),
+        *(dense_like(_unit_channels(t)) for t in streams),
         *(t.new_empty(t.shape) for t in vectors),
         *(t.new_empty(t.shape) for t in states),
     ]
@@ -248,7 +260,7 @@ def _define(cell: Cell, backend: str) -> None:
 
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
     def _(first, second, third, alpha, state, epsilon):
-        return torch.empty_like(first), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
+        return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
 
     _library.impl(forward, _differentiable(cell, backend), "Autograd")
     _library.impl(backward, _once_differentiable(cell, backend), "Autograd")
