@@ -20,11 +20,12 @@ so it has few and simple arguments, the inputs in the cell's order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import backends, checks
@@ -109,13 +110,18 @@ def scan(
     )
     if compiling:
         results = cell.forward[row.name](*arguments)
-    elif torch._C._are_functorch_transforms_active():
-        results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
-    elif differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without the dispatcher's detours
-        results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = cell.forward[row.name](*arguments)
+        return results[0], results[1]
+    try:
+        if torch._C._are_functorch_transforms_active():
+            results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+        elif differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without a detour
+            results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = cell.forward[row.name](*arguments)
+    except RuntimeError as error:
+        _raise_as_torch(error, allocate, cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
+        raise
     return results[0], results[1]
 
 
@@ -126,6 +132,19 @@ def step(
     op = cell.step[backends.resolve(None, state.device).name]
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs, *(None,) * (_STEP_INPUTS - len(inputs)), alpha, state, epsilon)
+
+
+def _raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object], *arguments) -> None:
+    """Raise torch's own exception where a C++ kernel ran out of memory.
+
+    Torch's stable ABI reports an error without its type and, before torch 2.13, without its message; then the results
+    are allocated once more from Python.
+    """
+    message = str(error)
+    if "out of memory" in message and type(error) is RuntimeError:
+        raise torch.OutOfMemoryError(message) from error
+    if message.startswith("torch: "):
+        allocate_results(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -196,6 +215,31 @@ def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed
         raise ValueError("alpha: expected None with complex streams")
 
 
+def check_numbers(
+    cell: Cell, epsilon: float | Tensor, surrogate_scale: float, packed: int, chunk: int, segment: int | torch.SymInt,
+    chunk_sizes: tuple[int, int] = (_EVENTS_PER_WORD, 4096),
+) -> None:  # fmt: skip
+    """Raise unless the numbers of a call are such that the kernels may compute with them.
+
+    A fake epsilon has no value yet, and a symbolic segment comes from `scan`: these are not looked at.
+    """
+    if isinstance(epsilon, Tensor):
+        if epsilon.device.type != "cpu" or epsilon.dtype != torch.float64 or epsilon.numel() != 1:
+            came = f"{epsilon.dtype} of shape {list(epsilon.shape)} on {epsilon.device}"
+            raise ValueError(f"epsilon: expected one float64 value on the CPU, got {came}")
+        epsilon = 0.0 if isinstance(epsilon, FakeTensor) else epsilon.item()
+    if not 0.0 <= epsilon <= 1.0:
+        raise ValueError(f"epsilon: expected a value in [0, 1], got {epsilon}")
+    checks.surrogate_scale(surrogate_scale)
+    if not 0 <= packed <= cell.inputs[1]:
+        raise ValueError(f"packed: expected a number of gates from 0 to {cell.inputs[1]}, got {packed}")
+    least, most = chunk_sizes
+    if not least <= chunk <= most or chunk % _EVENTS_PER_WORD:
+        raise ValueError(f"chunk: expected a multiple of {_EVENTS_PER_WORD} from {least} to {most}, got {chunk}")
+    if isinstance(segment, int) and (not 0 <= segment <= checks.MOST_ELEMENTS or segment % chunk):
+        raise ValueError(f"segment: expected a multiple of the chunk {chunk} from 0 to 2^60, got {segment}")
+
+
 def returned(save: bool) -> int:
     """How many results the forward op has."""
     return 4 if save else 2
@@ -251,6 +295,8 @@ def _define(cell: Cell, backend: str) -> None:
     def _(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
           segment, save):  # fmt: skip
         check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
+        chunk_sizes = backends.TABLE[backend].module.CHUNK_SIZES
+        check_numbers(cell, epsilon, surrogate_scale, packed, chunk, segment, chunk_sizes)
         return allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)[: returned(save)]
 
     @torch.library.register_fake(backward, lib=_library)
@@ -348,7 +394,11 @@ class _Scan(torch.autograd.Function):
         if grad_final is None:
             sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
             grad_final = streams[0].new_zeros((sequences, channels), dtype=state_dtype(streams[0].dtype))
-        grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
+        try:
+            grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
+        except RuntimeError as error:
+            _raise_as_torch(error, allocate_backward, streams, channel, alpha, initial_state, packed)
+            raise
         if torch._C._are_functorch_transforms_active():  # where the op's own autograd kernel cannot refuse
             grads = _NoSecondDerivative.apply(cell.name, len(grads), *grads, grad_h, grad_final, *inputs)
         return None, None, None, *grads
