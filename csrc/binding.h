@@ -1,16 +1,35 @@
 // From a torch call to a Scan and back: the same for every backend that is registered from C++.
 // The schemas and the shapes of the results are stated in mru_kernels/ops.py.
 #pragma once
+#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "expect.h"
 
-// What torch's headers check with, which would put its message together by a stream. They leave out semicolons.
+// The message of the last error that torch reported in this thread. Torch has it from 2.13 on, so the symbol is weak.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace mru {
+
+// Raises torch's own words, which users and tools look for ("out of memory", "can't allocate memory").
+[[noreturn, gnu::cold, gnu::noinline]] inline void refuse_as_torch(const char* call) {
+  const auto words = torch_exception_get_what_without_backtrace;
+  const char* const said = words ? words() : nullptr;
+  if (said && *said) refuse(said);
+  refuse("torch: ", call, " failed");
+}
+
+}  // namespace mru
+
+// Replace the check macros of torch's headers, which format with iostreams (see expect.h). Call sites omit the semicolon.
 #undef TORCH_ERROR_CODE_CHECK
-#define TORCH_ERROR_CODE_CHECK(call)                                \
-  {                                                                 \
-    MRU_EXPECT((call) == TORCH_SUCCESS, "torch: " #call " failed"); \
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)          \
+  {                                           \
+    if ((call) != TORCH_SUCCESS) [[unlikely]] \
+      ::mru::refuse_as_torch(#call);          \
   }
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -62,6 +81,8 @@ inline Dtype dtype_of(ScalarType type) {
   }
 }
 
+constexpr int64_t kMostElements = int64_t(1) << 60;  // of a tensor: 64 bits address its bytes, whatever the dtype
+
 // Kernels take any strides on batch and time but a unit stride on channels: other layouts are copied once.
 inline Tensor unit_channels(const Tensor& t) {
   const int64_t last = t.dim() - 1;
@@ -99,13 +120,22 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
   return allocate(like, sizes.size(), sizes.begin(), strides, type);
 }
 
-inline Tensor allocate_like(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::empty_like(t);
-  return allocate(t, t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type());
+// For the stream `t`, [B, T, gates D] or [B, D], in the layout that mru_kernels/ops.py states (`dense_like`).
+inline Tensor allocate_like(const Tensor& t, int64_t gates = 1) {
+  if (t.dim() == 2) return allocate(t, {t.size(0), t.size(1)}, t.scalar_type());
+  const int64_t batch = t.size(0), time = t.size(1), channels = gates * t.size(2);
+  const bool time_major = t.stride(1) > t.stride(0) && t.stride(0) > 0;
+  if (!time_major) return allocate(t, {batch, time, channels}, t.scalar_type());
+  const int64_t row = std::max<int64_t>(channels, 1);
+  const int64_t sizes[] = {batch, time, channels}, strides[] = {row, std::max<int64_t>(batch, 1) * row, 1};
+  return allocate(t, 3, sizes, strides, t.scalar_type());
 }
 
-// Of a tensor [B, T, D], or [B, D] for a single step.
-inline Stream stream_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0}; }
+// Of a tensor [B, T, D], or [B, D] for a single step. The stride of a dimension of size 1 may be any number.
+inline Stream stream_of(const Tensor& t) {
+  const auto stride = [&](int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; };
+  return {t.data_ptr(), stride(0), t.dim() == 3 ? stride(1) : 0};
+}
 
 inline double epsilon_of(const Tensor& t) {
   MRU_EXPECT(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
@@ -129,9 +159,14 @@ class Bound {
   Tensors streams;  // one view per gate
   ScalarType type, state;
 
-  // `rank`: 3, or 2 for streams that are a single step.
-  Bound(CellKind cell, const Call& call, int64_t rank = 3) {
+  // `most_chunk`: the longest chunk that the backend takes. `rank`: 3, or 2 for streams that are a single step.
+  Bound(CellKind cell, int64_t most_chunk, const Call& call, int64_t rank = 3) {
     MRU_EXPECT(!call.streams.empty(), "streams: expected at least one tensor");
+    MRU_EXPECT(call.packed == 0 || (call.packed > 0 && call.packed <= kMaxInputs && call.streams.size() == 1),
+               "packed: expected the number of gates in one tensor, got ", call.packed, ", ", call.streams.size(),
+               " tensors");
+    const size_t inputs = (call.packed > 0 ? call.packed : call.streams.size()) + call.channel.size();
+    MRU_EXPECT(inputs <= kMaxInputs, "streams, channel: expected the inputs of the cell, got ", inputs);
     device_type_ = device_type(call.streams[0]), device_index_ = call.streams[0].get_device_index();
     streams.reserve(kMaxInputs);
     kept_.reserve(8);
@@ -141,16 +176,20 @@ class Bound {
       expect_device(t, "streams");
       streams.push_back(unit_channels(t));
     }
-    MRU_EXPECT(call.packed == 0 || (call.packed > 0 && streams.size() == 1 && streams[0].size(2) % call.packed == 0),
-               "packed: expected the number of gates in one tensor, got ", call.packed);
-    if (call.packed > 0) streams = split_gates(streams[0], call.packed);
+    if (call.packed > 0) {
+      MRU_EXPECT(streams[0].size(2) % call.packed == 0, "packed: expected to divide ", streams[0].size(2),
+                 " channels, got ", call.packed);
+      streams = split_gates(streams[0], call.packed);
+    }
     const Tensor& first = streams[0];
     type = first.scalar_type();
     state = state_type(type);
     scan.cell = cell;
     scan.dtype = dtype_of(type);
     scan.batch = first.size(0), scan.time = rank == 3 ? first.size(1) : 1, scan.channels = first.size(rank - 1);
-    MRU_EXPECT(double(scan.batch) * double(scan.time) * double(scan.channels) <= double(int64_t(1) << 60),
+    // Sizes of 0 count as 1: strides are products of the other sizes.
+    const auto size = [](int64_t n) { return double(std::max<int64_t>(n, 1)); };
+    MRU_EXPECT(size(scan.batch) * size(scan.time) * size(scan.channels) <= double(kMostElements),
                "streams: expected a size that 64 bits can address");
     MRU_EXPECT(call.surrogate_scale > 0 && call.surrogate_scale < std::numeric_limits<double>::infinity(),
                "surrogate_scale: expected a positive finite number, got ", call.surrogate_scale);
@@ -158,14 +197,15 @@ class Bound {
     scan.surrogate_scale = call.surrogate_scale;
     scan.epsilon = call.epsilon;
     MRU_EXPECT(scan.epsilon >= 0 && scan.epsilon <= 1, "epsilon: expected a value in [0, 1], got ", scan.epsilon);
-    MRU_EXPECT(
-        scan.chunk > 0 && scan.chunk % kEventsPerWord == 0 && scan.segment >= 0 && scan.segment % scan.chunk == 0,
-        "chunk, segment: expected multiples of 16 and of the chunk, got ", scan.chunk, ", ", scan.segment);
+    MRU_EXPECT(scan.chunk > 0 && scan.chunk <= most_chunk && scan.chunk % kEventsPerWord == 0,
+               "chunk: expected a positive multiple of 16 up to ", most_chunk, ", got ", scan.chunk);
+    MRU_EXPECT(scan.segment >= 0 && scan.segment <= kMostElements && scan.segment % scan.chunk == 0,
+               "segment: expected 0 or a positive multiple of the chunk ", scan.chunk, " up to 2^60, got ",
+               scan.segment);
 
     // Gate inputs in the cell's order: the first stream, the inputs that come per channel, the other streams.
-    const size_t inputs = streams.size() + call.channel.size();
-    const unsigned per_channel = ((1u << std::min<size_t>(call.channel.size(), kMaxInputs)) - 1) << 1;
-    MRU_EXPECT(inputs <= kMaxInputs && takes(cell, scan.dtype, int(inputs), per_channel),
+    const unsigned per_channel = ((1u << call.channel.size()) - 1) << 1;
+    MRU_EXPECT(takes(cell, scan.dtype, int(inputs), per_channel),
                "streams, channel: expected the inputs of the cell, got ", streams.size(), " and ", call.channel.size());
     MRU_EXPECT(!call.alpha || !is_complex(scan.dtype), "alpha: expected none with complex streams");
     scan.inputs = int(inputs);
@@ -189,6 +229,8 @@ class Bound {
                  "cu_seqlens: expected int32 or int64 [sequences + 1]");
       MRU_EXPECT(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
       scan.sequences = call.cu_seqlens->numel() - 1;
+      MRU_EXPECT(size(scan.sequences) * size(scan.channels) <= double(kMostElements),
+                 "cu_seqlens: expected a number of sequences that 64 bits can address");
       scan.offsets = static_cast<const int64_t*>(keep(as_state(*call.cu_seqlens, ScalarType::Long)));
     }
     if (call.initial_state) scan.initial = keep(sequence_states(*call.initial_state, "initial_state"));
@@ -217,6 +259,12 @@ class Bound {
     MRU_EXPECT(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
                ": expected the streams' device");
   }
+  void expect_like(const Tensor& t, const char* name) const {
+    expect_device(t, name);
+    const ScalarType own = t.scalar_type();
+    MRU_EXPECT(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
+               ": expected the streams' dtype, the state dtype or, beside real streams, float32");
+  }
 
   Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
   Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {scan.batch, rows, scan.channels}, as); }
@@ -232,10 +280,7 @@ class Bound {
     return parameter(t, name);
   }
   Tensor parameter(const Tensor& t, const char* name) const {
-    expect_device(t, name);
-    const ScalarType own = t.scalar_type();
-    MRU_EXPECT(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
-               ": expected the streams' dtype, the state dtype or, beside real streams, float32");
+    expect_like(t, name);
     return as_state(t, state);
   }
 
@@ -243,13 +288,15 @@ class Bound {
   Tensors kept_;
 };
 
-// A backend is a type with static void forward(Scan), static void backward(Scan) that launch on a tensor's device.
+// A backend is a type with static void forward(Scan), static void backward(Scan) that launch on a tensor's device, and
+// with kMostChunk, the longest chunk that they take.
 template <class Backend, CellKind kCell>
 Tensors forward(Tensors streams, Tensors channel, OptionalTensor alpha, OptionalTensor initial_state,
                 OptionalTensor cu_seqlens, Tensor epsilon, double surrogate_scale, bool reverse, int64_t packed,
                 int64_t chunk, int64_t segment, bool save) {
-  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon_of(epsilon), surrogate_scale, reverse,
-                      packed, chunk, segment});
+  Bound bound(kCell, Backend::kMostChunk,
+              {streams, channel, alpha, initial_state, cu_seqlens, epsilon_of(epsilon), surrogate_scale, reverse,
+               packed, chunk, segment});
   Scan& scan = bound.scan;
   const bool events = bound.packs_events(has_events(kCell, scan.inputs));
   Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
@@ -274,13 +321,14 @@ template <class Backend, CellKind kCell>
 Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors channel, OptionalTensor alpha,
                  OptionalTensor initial_state, OptionalTensor cu_seqlens, Tensor epsilon, double surrogate_scale,
                  bool reverse, int64_t packed, int64_t chunk, int64_t segment, Tensor checkpoints, Tensor events) {
-  Bound bound(kCell, {streams, channel, alpha, initial_state, cu_seqlens, epsilon_of(epsilon), surrogate_scale, reverse,
-                      packed, chunk, segment});
+  Bound bound(kCell, Backend::kMostChunk,
+              {streams, channel, alpha, initial_state, cu_seqlens, epsilon_of(epsilon), surrogate_scale, reverse,
+               packed, chunk, segment});
   Scan& scan = bound.scan;
   MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
                  grad_h.size(2) == scan.channels,
              "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
-  bound.expect_device(grad_h, "grad_h");
+  bound.expect_like(grad_h, "grad_h");
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);
   scan.grad_final = bound.keep(bound.sequence_states(grad_final, "grad_final"));
@@ -291,7 +339,7 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors streams, Tensors chan
 
   Tensors grads, views;
   if (packed > 0) {
-    grads.push_back(allocate_like(unit_channels(streams[0])));
+    grads.push_back(allocate_like(bound.streams[0], packed));
     views = split_gates(grads[0], packed);
   } else {
     for (const Tensor& t : bound.streams) grads.push_back(allocate_like(t));
@@ -334,7 +382,7 @@ std::tuple<Tensor, Tensor> step(Tensor first, OptionalTensor second, OptionalTen
                t->size(0), "]");
     (per_channel ? channel : streams).push_back(*t);
   }
-  Bound bound(kCell,
+  Bound bound(kCell, Backend::kMostChunk,
               {streams, channel, alpha, state, /*cu_seqlens=*/{}, epsilon, /*surrogate_scale=*/1, /*reverse=*/false,
                /*packed=*/0, /*chunk=*/kEventsPerWord, /*segment=*/0},
               /*rank=*/2);

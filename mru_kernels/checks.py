@@ -18,7 +18,7 @@ from .backends import Backend
 
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
-_MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
+MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
 
 
@@ -48,7 +48,7 @@ def streams(named: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> Non
             if dtype not in dtypes:
                 raise TypeError(f"{name}: expected a dtype of {_names(dtypes)}, got {dtype}")
             batch, time, channels = shape
-            if batch * time * channels > _MOST_ELEMENTS:
+            if batch * time * channels > MOST_ELEMENTS:
                 raise ValueError(f"{name}: expected a size that 64 bits can address, got shape {list(shape)}")
         elif value.dtype is not dtype:
             raise TypeError(f"{name}: expected {first_name}'s dtype {dtype}, got {value.dtype}")
@@ -163,11 +163,16 @@ def offsets(value: Tensor, total: int) -> None:
     """The values of `cu_seqlens`, where these are at hand."""
     if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
         numbers = value.tolist()
-        rises = all(a <= b for a, b in pairwise(numbers))
-        if numbers[0] != 0 or numbers[-1] != total or not rises:
-            raise ValueError(
-                f"cu_seqlens: expected offsets that rise from 0 to the total length {total}, got {numbers}"
-            )
+        wrong = None
+        if numbers[0] != 0:
+            wrong = f"{numbers[0]} at index 0"
+        elif any(a > b for a, b in pairwise(numbers)):
+            i = next(i for i, (a, b) in enumerate(pairwise(numbers)) if a > b)
+            wrong = f"{numbers[i]} and {numbers[i + 1]} at indices {i} and {i + 1}"
+        elif numbers[-1] != total:
+            wrong = f"{numbers[-1]} at index {len(numbers) - 1}, the last"
+        if wrong:
+            raise ValueError(f"cu_seqlens: expected offsets that rise from 0 to the total length {total}, got {wrong}")
 
 
 def chunk_size(value: int | None) -> int | None:

@@ -9,8 +9,8 @@ streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
     segment    steps of a unit of time that is scanned in parallel with others; 0: none
     save       whether a backward pass may follow, so whether what it needs is a result
 
-Results of the forward op: `h` as `empty_like` of the first stream and the final state `[N, D]`; with `save` also the
-boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
+Results of the forward op: `h` in the layout that `dense_like` gives the first stream, as the gradient of a stream has
+that stream's, and the final state `[N, D]`; with `save` also the boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
 steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
 
@@ -20,11 +20,12 @@ so it has few and simple arguments, the inputs in the cell's order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import backends, checks
@@ -109,13 +110,18 @@ def scan(
     )
     if compiling:
         results = cell.forward[row.name](*arguments)
-    elif torch._C._are_functorch_transforms_active():
-        results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
-    elif differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without the dispatcher's detours
-        results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = cell.forward[row.name](*arguments)
+        return results[0], results[1]
+    try:
+        if torch._C._are_functorch_transforms_active():
+            results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+        elif differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without a detour
+            results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = cell.forward[row.name](*arguments)
+    except RuntimeError as error:
+        _raise_as_torch(error, allocate, cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
+        raise
     return results[0], results[1]
 
 
@@ -128,11 +134,36 @@ def step(
         return op(*inputs, *(None,) * (_STEP_INPUTS - len(inputs)), alpha, state, epsilon)
 
 
+def _raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object], *arguments) -> None:
+    """Raise torch's own exception where a C++ kernel ran out of memory.
+
+    Torch's stable ABI reports an error without its type and, before torch 2.13, without its message; then the results
+    are allocated once more from Python.
+    """
+    message = str(error)
+    if "out of memory" in message and type(error) is RuntimeError:
+        raise torch.OutOfMemoryError(message) from error
+    if message.startswith("torch: "):
+        allocate_results(*arguments)
+
+
 # ------------------------------------------------------------------------------------------------ shapes
 
 
 def _unit_channels(t: Tensor) -> Tensor:
     return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def dense_like(t: Tensor) -> Tensor:
+    """An uninitialised tensor for a stream `t [B, T, D]` with unit channel stride, in the layout of every such result.
+
+    It is dense with unit stride on D, whatever the strides of `t`: time-major, as `[T, B, D]` in memory, where the
+    stride of `t` over time is larger than that over the batch and neither is 0; else batch-major, which is contiguous.
+    """
+    batch, time, channels = t.shape
+    if t.stride(1) > t.stride(0) > 0:
+        return t.new_empty((time, batch, channels)).transpose(0, 1)
+    return t.new_empty((batch, time, channels))
 
 
 def split_gates(gates: Tensor, packed: int) -> list[Tensor]:
@@ -161,7 +192,7 @@ def allocate(
     checkpoint_rows = max(time - 1, 0) // chunk if save else 0
     event_rows = time // _EVENTS_PER_WORD + (1 if cu_seqlens is None else sequences) if packs_events else 0
     return [
-        torch.empty_like(first),
+        dense_like(first),
         first.new_empty((sequences, channels), dtype=state),
         first.new_empty((batch, checkpoint_rows, channels), dtype=state),
         first.new_empty((batch, event_rows, channels), dtype=torch.int32),
@@ -184,6 +215,31 @@ def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed
         raise ValueError("alpha: expected None with complex streams")
 
 
+def check_numbers(
+    cell: Cell, epsilon: float | Tensor, surrogate_scale: float, packed: int, chunk: int, segment: int | torch.SymInt,
+    chunk_sizes: tuple[int, int] = (_EVENTS_PER_WORD, 4096),
+) -> None:  # fmt: skip
+    """Raise unless the numbers of a call are such that the kernels may compute with them.
+
+    A fake epsilon has no value yet, and a symbolic segment comes from `scan`: these are not looked at.
+    """
+    if isinstance(epsilon, Tensor):
+        if epsilon.device.type != "cpu" or epsilon.dtype != torch.float64 or epsilon.numel() != 1:
+            came = f"{epsilon.dtype} of shape {list(epsilon.shape)} on {epsilon.device}"
+            raise ValueError(f"epsilon: expected one float64 value on the CPU, got {came}")
+        epsilon = 0.0 if isinstance(epsilon, FakeTensor) else epsilon.item()
+    if not 0.0 <= epsilon <= 1.0:
+        raise ValueError(f"epsilon: expected a value in [0, 1], got {epsilon}")
+    checks.surrogate_scale(surrogate_scale)
+    if not 0 <= packed <= cell.inputs[1]:
+        raise ValueError(f"packed: expected a number of gates from 0 to {cell.inputs[1]}, got {packed}")
+    least, most = chunk_sizes
+    if not least <= chunk <= most or chunk % _EVENTS_PER_WORD:
+        raise ValueError(f"chunk: expected a multiple of {_EVENTS_PER_WORD} from {least} to {most}, got {chunk}")
+    if isinstance(segment, int) and (not 0 <= segment <= checks.MOST_ELEMENTS or segment % chunk):
+        raise ValueError(f"segment: expected a multiple of the chunk {chunk} from 0 to 2^60, got {segment}")
+
+
 def returned(save: bool) -> int:
     """How many results the forward op has."""
     return 4 if save else 2
@@ -197,7 +253,7 @@ def allocate_backward(
     vectors = [*channel, *((alpha,) if alpha is not None else ())]
     states = (initial_state,) if initial_state is not None else ()
     return [
-        *(torch.empty_like(_unit_channels(t)) for t in streams),
+        *(dense_like(_unit_channels(t)) for t in streams),
         *(t.new_empty(t.shape) for t in vectors),
         *(t.new_empty(t.shape) for t in states),
     ]
@@ -239,6 +295,8 @@ def _define(cell: Cell, backend: str) -> None:
     def _(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
           segment, save):  # fmt: skip
         check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
+        chunk_sizes = backends.TABLE[backend].module.CHUNK_SIZES
+        check_numbers(cell, epsilon, surrogate_scale, packed, chunk, segment, chunk_sizes)
         return allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)[: returned(save)]
 
     @torch.library.register_fake(backward, lib=_library)
@@ -248,7 +306,7 @@ def _define(cell: Cell, backend: str) -> None:
 
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
     def _(first, second, third, alpha, state, epsilon):
-        return torch.empty_like(first), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
+        return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
 
     _library.impl(forward, _differentiable(cell, backend), "Autograd")
     _library.impl(backward, _once_differentiable(cell, backend), "Autograd")
@@ -336,7 +394,11 @@ class _Scan(torch.autograd.Function):
         if grad_final is None:
             sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
             grad_final = streams[0].new_zeros((sequences, channels), dtype=state_dtype(streams[0].dtype))
-        grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
+        try:
+            grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
+        except RuntimeError as error:
+            _raise_as_torch(error, allocate_backward, streams, channel, alpha, initial_state, packed)
+            raise
         if torch._C._are_functorch_transforms_active():  # where the op's own autograd kernel cannot refuse
             grads = _NoSecondDerivative.apply(cell.name, len(grads), *grads, grad_h, grad_final, *inputs)
         return None, None, None, *grads

@@ -19,6 +19,7 @@ import mru_kernels as mk
 import python_ref
 from bench import compare, errors, inputs
 from mru_kernels import backends
+from mru_kernels.cells.bmru import bmru_packed
 
 CELLS = list(inputs.CELLS)
 SEGMENTS = st.sampled_from([0, 64])
@@ -444,63 +445,116 @@ def test_steps_equal_the_scan(backend, device, data):
 # ------------------------------------------------------------------------------------------------ strides
 
 
-def _relaid(kind: str, t: torch.Tensor) -> torch.Tensor:
-    """The values of a stream in another place in memory."""
-    if kind == "time-major":
-        return t.transpose(0, 1).contiguous().transpose(0, 1)
-    if kind == "channels not last":
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    if kind == "spread":  # every third step, every second row of a larger tensor, channels with an offset
-        wide = t.new_full((2 * t.shape[0] + 1, 3 * t.shape[1] + 1, t.shape[2] + 3), math.nan)
-        view = wide[1 : 1 + 2 * t.shape[0] : 2, 1 : 1 + 3 * t.shape[1] : 3, 2 : 2 + t.shape[2]]
-        view.copy_(t)
-        return view
-    assert kind == "every other channel"
-    wide = t.new_full((*t.shape[:2], 2 * t.shape[2]), math.nan)
-    wide[..., ::2] = t
-    return wide[..., ::2]
+@st.composite
+def odd_views(draw, t: torch.Tensor) -> torch.Tensor:
+    """A view of the shape and dtype of `t` with any strides, over values of `t`; most of them occur in users' code."""
+    order = draw(st.permutations(range(t.dim())))
+    steps = draw(st.tuples(*(st.sampled_from([0, 1, 1, 1, 2, 3]) for _ in order)))
+    overlaps = draw(st.sampled_from([False, False, True]))  # as those of unfold do
+    strides, extent = [0] * t.dim(), 1
+    for dim, step in zip(order, steps, strict=True):
+        strides[dim] = step * extent
+        if t.shape[dim] == 1 and draw(st.booleans()):
+            strides[dim] = draw(st.sampled_from([0, 1, 7, 2**40]))  # it is never taken
+        elif not overlaps:
+            extent *= max(t.shape[dim], 1) * max(step, 1)
+    offset = draw(st.integers(0, 3))
+    needed = offset + 1 + sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=True) if n > 0)
+    values = t.flatten() if t.numel() else t.new_zeros(1)
+    memory = values.repeat(max(-(-needed // values.numel()), 1))
+    view = memory.as_strided(t.shape, strides, offset)
+    if t.is_complex() and draw(st.booleans()):
+        view = view.conj()
+    return torch._neg_view(view) if draw(st.integers(0, 3)) == 0 else view
 
 
-LAYOUTS = st.sampled_from(["time-major", "channels not last", "spread", "every other channel"])
+def contiguous(t: torch.Tensor) -> torch.Tensor:
+    return t.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def assert_dense(result: torch.Tensor, stream: torch.Tensor) -> None:
+    """`result` lies in memory as the docstrings say of a result for `stream`."""
+    has_units = stream.shape[2] <= 1 or stream.stride(2) == 1
+    time_major = has_units and stream.stride(1) > stream.stride(0) > 0
+    assert result.stride(2) == 1
+    assert (result.transpose(0, 1) if time_major else result).is_contiguous()
 
 
 @given(st.data())
 def test_strides_do_not_change_a_bit(backend, device, largest, data):
+    """Neither in results nor in gradients, which are dense."""
     steps = data.draw(SEGMENTS)
     call = data.draw(cases(largest, layout="contiguous", nonfinite=False)).build().to(device)
-    moved = {name: _relaid(data.draw(LAYOUTS), t) if t.dim() == 3 else t for name, t in call.tensors.items()}
-    relaid = replace(call, tensors=moved, grad_h=_relaid(data.draw(LAYOUTS), call.grad_h))
+    odd = replace(
+        call,
+        tensors={name: data.draw(odd_views(t)) for name, t in call.tensors.items()},
+        grad_h=data.draw(odd_views(call.grad_h)),
+        grad_final=data.draw(odd_views(call.grad_final)),
+    )
+    plain = replace(
+        odd,
+        tensors={name: contiguous(t) for name, t in odd.tensors.items()},
+        grad_h=contiguous(odd.grad_h),
+        grad_final=contiguous(odd.grad_final),
+    )
     with segments(backend, steps):
-        assert_same_bits(run(relaid, op_of(relaid.cell, backend), device), run(call, op_of(call.cell, backend), device))
-        # h lies as empty_like of the first stream does
-        first = relaid.stream
-        h, _ = op_of(call.cell, backend)(**relaid.tensors, **relaid.settings)
-    if first.stride(2) == 1:
-        assert h.stride() == torch.empty_like(first).stride()
+        results = run(odd, op_of(call.cell, backend), device)
+        assert_same_bits(results, run(plain, op_of(call.cell, backend), device))
+    assert_dense(results["h"], odd.stream)
+    for name, t in odd.tensors.items():
+        if t.dim() == 3:
+            assert_dense(results[name], t)
+        else:
+            assert results[name].is_contiguous()
 
 
 @given(st.data())
-def test_expanded_streams_are_read_in_place(backend, device, largest, data):
-    """Stride 0 over batch or time, as in the gradient that `sum()` sends back."""
-    steps = data.draw(SEGMENTS)
-    call = data.draw(cases(largest, layout="contiguous", batch=3, nonfinite=False)).build().to(device)
-    dim = data.draw(st.integers(0, 1))
-    expand = {name: data.draw(st.booleans()) for name in (*call.tensors, "grad_h")}
+def test_strides_of_packed_gates_do_not_change_a_bit(backend, device, largest, data):
+    steps, gates = data.draw(SEGMENTS), data.draw(st.sampled_from([2, 3]))
+    case = data.draw(cases(largest, cell="bmru", layout="contiguous", nonfinite=False))
+    values = case.build().to(device).stream.repeat(1, 1, gates)
+    odd = data.draw(odd_views(values))
+    weight = odd.narrow(2, 0, values.shape[2] // gates)
+    results = []
+    for view in (odd, contiguous(odd)):
+        leaf = view.detach().requires_grad_()
+        with segments(backend, steps):
+            h, final_state = bmru_packed(leaf, epsilon=0.5, amplitude=gates == 3, backend=backend)
+            (grad,) = torch.autograd.grad((h, final_state), leaf, (weight, torch.ones_like(final_state)))
+        results.append({"h": h.detach().cpu(), "final_state": final_state.detach().cpu(), "gates": grad.cpu()})
+    assert_same_bits(*results)
+    assert_dense(results[0]["gates"], odd)
+    if odd.stride(2) == 1 or odd.shape[2] <= 1:
+        assert_dense(results[0]["h"], weight)
 
-    def expanded(name: str, t: torch.Tensor) -> torch.Tensor:
-        return t.narrow(dim, 0, min(1, t.shape[dim])).expand_as(t) if expand[name] and t.dim() == 3 else t
 
-    one = replace(
-        call,
-        tensors={name: expanded(name, t) for name, t in call.tensors.items()},
-        grad_h=expanded("grad_h", call.grad_h),
-    )
-    other = replace(
-        one, tensors={name: t.clone(memory_format=torch.contiguous_format) for name, t in one.tensors.items()},
-        grad_h=one.grad_h.clone(memory_format=torch.contiguous_format),
-    )  # fmt: skip
-    with segments(backend, steps):
-        assert_same_bits(run(one, op_of(one.cell, backend), device), run(other, op_of(other.cell, backend), device))
+@given(st.data())
+def test_strides_do_not_change_a_bit_of_a_step(backend, device, data):
+    call = data.draw(cases((1, 40), time=1, batch=data.draw(st.integers(1, 3)), nonfinite=False)).build().to(device)
+    odd = {name: data.draw(odd_views(t[:, 0] if t.dim() == 3 else t)) for name, t in call.tensors.items()}
+    odd["state"] = odd.pop("initial_state", None)
+    if odd["state"] is None:
+        odd["state"] = data.draw(odd_views(call.grad_final))
+    step = getattr(mk, f"{call.cell}_step")
+    with patch.object(backends, "_CHOSEN", backend):
+        results = step(**odd)
+        expected = step(**{name: contiguous(t) for name, t in odd.items()})
+    assert all(t.is_contiguous() for t in results)
+    assert_same_bits(*({"h": h.cpu(), "state": state.cpu()} for h, state in (results, expected)))
+
+
+@pytest.mark.parametrize("name", ["candidate", "threshold"])
+def test_windows_over_time(backend, device, name):
+    """They overlap, and have one stride over time and channels: `empty_like` would give channels another than 1."""
+    windows = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)).unfold(1, 80, 1).to(device)
+    assert torch.empty_like(windows).stride(2) != 1
+    odd = inputs.call("bmru", {"candidate": contiguous(windows), "threshold": contiguous(windows.flip(1))}, {})
+    odd = replace(odd, tensors=odd.tensors | {name: windows})
+    plain = replace(odd, tensors={name: contiguous(t) for name, t in odd.tensors.items()})
+    results = run(odd, op_of("bmru", backend), device)
+    assert_same_bits(results, run(plain, op_of("bmru", backend), device))
+    assert_dense(results["h"], odd.stream)
+    assert_dense(results[name], windows)
 
 
 # ------------------------------------------------------------------------------------------------ determinism

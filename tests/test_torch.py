@@ -27,6 +27,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device:
     return torch.randn(shape, generator=generator, dtype=wide).to(device, dtype)
 
 
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "time-major": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "windows": lambda t: t.flatten(1)[:, : t.shape[1] + t.shape[2] - 1].unfold(1, t.shape[2], 1),
+}
+
+
 def raw_arguments(variant: str, device: torch.device) -> tuple:
     """Arguments of the forward op."""
     words = variant.split()
@@ -49,8 +56,9 @@ def raw_arguments(variant: str, device: torch.device) -> tuple:
     packed = len(streams) if "packed" in words else 0
     if packed:
         streams = [torch.cat(streams, -1).detach().requires_grad_()]
-    if "transposed" in words:
-        streams = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in streams]
+    for word, relaid in LAYOUTS.items():
+        if word in words:
+            streams = [relaid(t.detach()).requires_grad_() for t in streams]
     offsets = torch.tensor([0, 0, 70, 70, 150], device=device) if "offsets" in words else None
     sequences = 4 if "offsets" in words else batch
     alpha = leaf(channels, seed=9) if "alpha" in words else None
@@ -72,6 +80,8 @@ VARIANTS = [
     "fp32 offsets state alpha reverse segments",
     "fp32 offsets packed",
     "fp32 transposed alpha",
+    "fp32 windows amplitude",
+    "bf16 packed time-major state",
     "schmitt fp32 alpha state reverse segments",
     "schmitt bf16 offsets",
     "linear fp32 state reverse segments",

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -28,6 +29,7 @@ namespace {
 constexpr int64_t kBlockBytes = 4096, kLeastBlockBytes = 256;
 constexpr int64_t kLeastSegment = 512;        // steps: to look back for a write should be little beside it
 constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
+constexpr int64_t kMostKept = 1 << 19;        // bytes of scratch that a thread keeps between calls
 constexpr int64_t kGroups = 256;              // at most so many rows of partial sums
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -59,12 +61,20 @@ struct Pieces {
   std::vector<int64_t> first;  // [sequences + 1]: the pieces of a sequence
 };
 
-Pieces cut(const Scan& scan) {
-  if (scan.offsets) {
-    const int64_t first = scan.offsets[0], last = scan.offsets[scan.sequences];
-    MRU_EXPECT(first == 0 && last == scan.time, "cu_seqlens: expected offsets that rise from 0 to the total length ",
-               scan.time, ", got ", first, " to ", last);
+void check_offsets(const Scan& scan) {
+  if (!scan.offsets) return;
+  constexpr const char* expected = "cu_seqlens: expected offsets that rise from 0 to the total length ";
+  const int64_t first = scan.offsets[0], last = scan.offsets[scan.sequences];
+  MRU_EXPECT(first == 0 && last == scan.time, expected, scan.time, ", got ", first, " to ", last);
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
+    MRU_EXPECT(0 <= begin && begin <= end && end <= scan.time, expected, scan.time, ", got ", begin, " and ", end,
+               " for sequence ", n);
   }
+}
+
+// Of offsets that are checked.
+Pieces cut(const Scan& scan) {
   Pieces pieces;
   pieces.first.reserve(scan.sequences + 1);
   for (int64_t n = 0; n < scan.sequences; ++n) {
@@ -72,9 +82,6 @@ Pieces cut(const Scan& scan) {
     Piece piece{n, n, 0, scan.time, 0, 0, 0};
     if (scan.offsets) {
       const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
-      MRU_EXPECT(0 <= begin && begin <= end && end <= scan.time,
-                 "cu_seqlens: expected offsets that rise from 0 to the total length ", scan.time, ", got ", begin,
-                 " and ", end, " for sequence ", n);
       piece.batch = 0;
       piece.start = scan.reverse ? scan.time - end : begin;
       piece.length = end - begin;
@@ -319,7 +326,6 @@ void enter(const Scan& scan, const Kernels& k, const Pieces& pieces) {
 // False, and no sums, where the call must be scanned whole.
 bool differentiate(const Scan& scan, const Kernels& k) {
   const Pieces pieces = cut(scan);
-  if (scan.channels == 0) return true;
   const int64_t count = pieces.list.size();
   const int64_t states_bytes = scan.sequences * scan.channels * state_bytes(scan);
   if (states_bytes > 0) std::memcpy(scan.grad_initial, scan.grad_final, states_bytes);
@@ -341,12 +347,15 @@ bool differentiate(const Scan& scan, const Kernels& k) {
   const int sums_per_group = 1 + scan.inputs;
   Rows sums(scan, groups * sums_per_group);
   for_blocks(scan, groups, [&](int64_t group, int64_t d0, int64_t d1) {
-    thread_local std::vector<char> scratch;
-    scratch.resize(scratch_rows(scan.chunk) * (d1 - d0) * state_bytes(scan));
+    thread_local std::vector<char> kept;
+    const int64_t bytes = scratch_rows(scan.chunk) * (d1 - d0) * state_bytes(scan);
+    const std::unique_ptr<char[]> own(bytes > kMostKept ? new char[bytes] : nullptr);
+    if (!own && int64_t(kept.size()) < bytes) kept.resize(bytes);
+    char* const scratch = own ? own.get() : kept.data();
     for (int64_t i = group * per_group; i < std::min((group + 1) * per_group, count); ++i) {
       const Piece& piece = pieces.list[i];
       void* const m = composes ? maps.exit.at(i, d0) : row(scan.grad_initial, scan, piece.sequence, d0);
-      k.backward(scan, piece, d0, d1, m, sums.at(group * sums_per_group, d0), scan.channels, scratch.data());
+      k.backward(scan, piece, d0, d1, m, sums.at(group * sums_per_group, d0), scan.channels, scratch);
     }
   });
   if (composes && !maps.finish(scan, k, pieces, -1, scan.grad_initial)) return false;
@@ -361,6 +370,8 @@ bool differentiate(const Scan& scan, const Kernels& k) {
 }  // namespace
 
 void forward(Scan scan) {
+  check_offsets(scan);
+  if (scan.channels == 0) return;
   if (scan.offsets) {  // sequences leave rows between them
     const int64_t rows = scan.batch * scan.channels;
     if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));
@@ -369,7 +380,6 @@ void forward(Scan scan) {
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
   Pieces pieces = cut(scan);
-  if (scan.channels == 0) return;
   enter(scan, k, pieces);
   const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
   if (writes_forget(scan, k) && (scan.segment > 0 || (few && !is_serial(scan)))) return forward_looking_back(scan, k);
@@ -386,6 +396,8 @@ void forward(Scan scan) {
 }
 
 void backward(Scan scan) {
+  check_offsets(scan);
+  if (scan.channels == 0) return;
   const Ones ones(scan);
   const Kernels& k = kernels(scan);
   if (differentiate(scan, k)) return;

@@ -5,6 +5,7 @@
 namespace {
 
 struct Cpu {
+  static constexpr int64_t kMostChunk = 4096;
   static void forward(const mru::Scan& scan, const mru::Tensor&) { mru::cpu::forward(scan); }
   static void backward(const mru::Scan& scan, const mru::Tensor&) { mru::cpu::backward(scan); }
 };

@@ -27,6 +27,7 @@ void launch(const Scan& scan, bool backward, const Tensor& like) {
 }
 
 struct Cuda {
+  static constexpr int64_t kMostChunk = mru::cuda::kMostChunk;
   static void forward(const Scan& scan, const Tensor& like) { launch(scan, false, like); }
   static void backward(const Scan& scan, const Tensor& like) { launch(scan, true, like); }
 };

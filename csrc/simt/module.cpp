@@ -49,6 +49,7 @@ void launch(const Scan& scan, bool backward) {
 }
 
 struct Simt {
+  static constexpr int64_t kMostChunk = mru::cuda::kMostChunk;
   static void forward(const Scan& scan, const Tensor&) { launch(scan, false); }
   static void backward(const Scan& scan, const Tensor&) { launch(scan, true); }
 };

@@ -52,9 +52,10 @@ def bmru(
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
-        `h [B, T, D]` in the candidate's dtype with the strides of `torch.empty_like(candidate)`, and the final state
-        `[B, D]` (`[N, D]`): the raw state s, float64 for float64 streams, else float32. Under autocast floating
-        streams are cast to the autocast dtype.
+        `h [B, T, D]` in the candidate's dtype, and the final state `[B, D]` (`[N, D]`): the raw state s, float64 for
+        float64 streams, else float32. Under autocast floating streams are cast to the autocast dtype. `h` is dense
+        with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory where the candidate has unit
+        stride on D and a larger stride over T than over B, else contiguous. Gradients follow their streams alike.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.

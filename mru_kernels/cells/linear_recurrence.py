@@ -51,9 +51,11 @@ def linear_recurrence(
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
-        The states `s [B, T, D]` in the update's dtype with the strides of `torch.empty_like(update)`, and the final
-        state `[B, D]` (`[N, D]`) in the state dtype: float32 for half-precision streams, else theirs. Under autocast
-        floating streams are cast to the autocast dtype.
+        The states `s [B, T, D]` in the update's dtype, and the final state `[B, D]` (`[N, D]`) in the state dtype:
+        float32 for half-precision streams, else theirs. Under autocast floating streams are cast to the autocast
+        dtype. `s` is dense with unit stride on D, whatever the update's strides: as `[T, B, D]` in memory where the
+        update has unit stride on D and a larger stride over T than over B, else contiguous. Gradients follow their
+        streams alike.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
