@@ -74,8 +74,7 @@ def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not isinstance(t, Tensor) or t.dim() == 1 or not t.is_floating_point() or t.dtype == torch.float64:
             return t
         kind = t.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
+        return t.to(torch.get_autocast_dtype(kind)) if checks.autocasts(kind) else t
 
     return {name: cast(t) for name, t in inputs.items()}
 
@@ -115,7 +114,7 @@ def step(
     refused = None
     try:
         if _is_plain():
-            number = epsilon if isinstance(epsilon, float) else checks.epsilon(epsilon).item()
+            number = epsilon if isinstance(epsilon, float) else checks.epsilon_value(epsilon)
             return ops.step(cell, list(inputs.values()), state, alpha, number)
         if isinstance(state, Tensor):  # None would be zeros
             h, after = call(cell, as_scan(), state, epsilon=epsilon, alpha=alpha)
