@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from .. import backends, checks, ops
@@ -113,7 +114,7 @@ def step(
 
     refused = None
     try:
-        if _is_plain():
+        if _is_plain() and not isinstance(epsilon, FakeTensor):
             number = epsilon if isinstance(epsilon, float) else checks.epsilon_value(epsilon)
             return ops.step(cell, list(inputs.values()), state, alpha, number)
         if isinstance(state, Tensor):  # None would be zeros
