@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends import Backend
 
@@ -20,11 +23,17 @@ STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for streams of `dtype`."""
     return dtype if dtype in (torch.float64, *COMPLEX_DTYPES) else torch.float32
+
+
+def has_value(t: Tensor) -> bool:
+    """Whether the elements of a tensor exist: on meta and under a FakeTensorMode there are shapes only."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def _names(dtypes) -> str:
@@ -100,36 +109,84 @@ _epsilons: dict[float, Tensor] = {}
 
 def epsilon(value: float | Tensor) -> Tensor:
     """`epsilon` as a 0-dim float64 CPU tensor, its value checked where it is known before the kernel runs."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.device.type != "cpu" or not value.is_floating_point():
-            came = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-            raise ValueError(f"epsilon: expected a float or a 0-dim floating CPU tensor, got {came}")
-        if value.requires_grad:
-            raise ValueError("epsilon: expected a schedule, not a trained parameter; got a tensor that requires grad")
-        value = value.to(torch.float64)
-        if not torch.compiler.is_compiling() and not _in_range(value.item()):
-            raise ValueError(f"epsilon: expected a value in [0, 1], got {value.item()}")
-        return value
     compiling = torch.compiler.is_compiling()
-    if isinstance(value, float) and not compiling:
+    if isinstance(value, Tensor) and (compiling or isinstance(value, FakeTensor)):
+        _epsilon_tensor(value)
+        return value.to(torch.float64)
+    plain = not compiling and torch._C._len_torch_dispatch_stack() == 0
+    if plain and isinstance(value, float):
         known = _epsilons.get(value)
         if known is not None:
             return known
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
-    if not _in_range(value):
-        raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
-    if compiling:
-        return torch.full((), float(value), dtype=torch.float64, device="cpu")
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
-        made = torch.full((), float(value), dtype=torch.float64, device="cpu")
-    if type(made) is Tensor and len(_epsilons) < 1024:
-        _epsilons[float(value)] = made
+    number = epsilon_value(value)
+    if compiling:  # a sum is not specialised on the number, as `torch.full` is
+        return torch.zeros((), dtype=torch.float64, device="cpu") + number
+    if isinstance(value, Tensor) and not _in_fake_mode():
+        return value.to(torch.float64)
+    if not plain:  # a constant of what is traced, or fake as the streams are
+        return torch.full((), number, dtype=torch.float64, device="cpu")
+    made = _constant(number)
+    if len(_epsilons) < 1024:
+        _epsilons[number] = made
     return made
 
 
-def _in_range(value: float) -> bool:
-    return 0.0 <= value <= 1.0
+def own_epsilon(value: float | Tensor) -> Tensor:
+    """`epsilon` as a new tensor, which a module keeps: a real one whatever mode or transform it is made under."""
+    if torch.compiler.is_compiling():
+        return epsilon(value).clone()
+    return _constant(epsilon_value(value))
+
+
+def epsilon_value(value: float | Tensor) -> float:
+    """`epsilon` as a number, checked; in compiled code the kernel checks its range."""
+    compiling = torch.compiler.is_compiling()
+    if isinstance(value, Tensor):
+        _epsilon_tensor(value)
+        if compiling:
+            return value.item()
+        if isinstance(value, FakeTensor):
+            raise ValueError("epsilon: expected a number, got a fake tensor, which has none")
+        with _disable_current_modes() if _in_fake_mode() else nullcontext():
+            value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
+    if not (compiling or 0.0 <= value <= 1.0):
+        raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
+    return float(value)
+
+
+def _epsilon_tensor(value: Tensor) -> None:
+    if value.dim() != 0 or value.device.type != "cpu" or not value.is_floating_point():
+        came = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+        raise ValueError(f"epsilon: expected a float or a 0-dim floating CPU tensor, got {came}")
+    if value.requires_grad:
+        raise ValueError("epsilon: expected a schedule, not a trained parameter; got a tensor that requires grad")
+
+
+def _in_fake_mode() -> bool:
+    """Whether ops refuse real tensors: a FakeTensorMode is active."""
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None
+
+
+def _constant(value: float) -> Tensor:
+    """A tensor that outlives what it is made under: no mode makes it fake or inference, no transform wraps it."""
+    with (
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+        torch._C._DisableFuncTorch(),
+        torch.inference_mode(False),
+    ):
+        return torch.full((), value, dtype=torch.float64, device="cpu")
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for devices of this type; some types, such as meta, have none."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+    )
 
 
 def surrogate_scale(value: float) -> float:
@@ -161,7 +218,7 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
 
 def offsets(value: Tensor, total: int) -> None:
     """The values of `cu_seqlens`, where these are at hand."""
-    if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
+    if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling() and has_value(value):
         numbers = value.tolist()
         wrong = None
         if numbers[0] != 0:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checks
 from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, WriteOrHold, check_sizes
 
 __all__ = ["UNITS", "MRUBlock", "MRUNetwork"]
@@ -45,7 +46,7 @@ class _Recurrent(torch.nn.Module):
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of all bistable and cumulative units, which a schedule may set at any time.
+        """Epsilon of all bistable and cumulative units, which a schedule may set at any time: see `BMRU`.
 
         Reading it where units differ is a ValueError; without such units there is no such attribute.
         """
@@ -297,7 +298,7 @@ def _check_input(input: Tensor, size: int, name: str, weight: Tensor, rank: int)
     if input.dim() != rank or input.shape[-1] != size or 0 in input.shape[1:]:
         expected = "[batch, time >= 1, " if rank == 3 else "[batch, "
         raise ValueError(f"input: expected shape {expected}{name}={size}], got {list(input.shape)}")
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+    if input.dtype != weight.dtype and not checks.autocasts(input.device.type):
         raise TypeError(f"input: expected the module's dtype {weight.dtype}, got {input.dtype}")
 
 

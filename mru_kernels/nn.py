@@ -333,7 +333,7 @@ class MRUBase(torch.nn.Module):
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
         stream = input.dtype
-        if torch.is_autocast_enabled(input.device.type) and stream != torch.float64:
+        if checks.autocasts(input.device.type) and stream != torch.float64:
             stream = torch.get_autocast_dtype(input.device.type)
         allowed = dict.fromkeys(self._state_dtypes(stream))
         if hx.dtype not in allowed:
@@ -359,7 +359,7 @@ def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
         return
     dtypes = {input.dtype, dtype}
     converts = dtypes <= set(checks.STREAM_DTYPES) and torch.float64 not in dtypes
-    if not converts or not torch.is_autocast_enabled(input.device.type):
+    if not converts or not checks.autocasts(input.device.type):
         raise TypeError(f"input: expected the module's dtype {dtype}, got {input.dtype}")
 
 
@@ -392,7 +392,8 @@ class WriteOrHold(MRUBase):
 
     `_epsilon` is a 0-dim float64 CPU tensor that no dtype or device move reaches, so that one compilation
     serves all its values and no launch waits for a device. It is extra state of the `state_dict`, no buffer:
-    DistributedDataParallel broadcasts buffers, which NCCL refuses for the CPU's, and FSDP moves them.
+    DistributedDataParallel broadcasts buffers, which NCCL refuses for the CPU's, and FSDP moves them. Every
+    assignment makes a new tensor, because a backward pass needs the value of its forward pass.
     """
 
     def __init__(
@@ -406,23 +407,41 @@ class WriteOrHold(MRUBase):
         **options: Any,
     ) -> None:
         super().__init__(input_size, hidden_size, num_layers, **options)
-        self._epsilon = checks.epsilon(epsilon).clone()
+        self.epsilon = epsilon
         self.surrogate_scale = checks.surrogate_scale(surrogate_scale)
 
     @property
     def epsilon(self) -> float:
-        """Share of the old state that a write keeps, in [0, 1]; a schedule may set it at any time."""
-        return self._epsilon.item()
+        """Share of the old state that a write keeps, in [0, 1]; a schedule may set it at any time.
+
+        A call uses the value of that time, and so does its backward pass. Activation checkpointing is the exception:
+        it computes the forward pass again with the value at that time, so set epsilon after the backward pass.
+        """
+        return checks.epsilon_value(self._epsilon)
 
     @epsilon.setter
     def epsilon(self, value: float | Tensor) -> None:
-        self._epsilon.fill_(checks.epsilon(value))
+        self._epsilon = checks.own_epsilon(value)
 
     def get_extra_state(self) -> Tensor:
-        return self._epsilon.clone()
+        return self._epsilon  # itself: torch.distributed.checkpoint loads into the tensors of a `state_dict`
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.epsilon = float(state)
+    def set_extra_state(self, state: float | Tensor) -> None:
+        if isinstance(state, Tensor) and not checks.has_value(state):
+            self._warn_of_no_value("a tensor without a value")
+        else:
+            self.epsilon = state.cpu() if isinstance(state, Tensor) else state
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, errors):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, errors)
+        key = prefix + "_extra_state"
+        if key not in state_dict:
+            if key in missing_keys:
+                missing_keys.remove(key)
+            self._warn_of_no_value(f"no {key!r}")
+
+    def _warn_of_no_value(self, found: str) -> None:
+        warnings.warn(f"epsilon: the state_dict has {found}; it stays {self.epsilon}", stacklevel=3)
 
     def extra_repr(self) -> str:
         scale = "" if self.surrogate_scale == 1.0 else f", surrogate_scale={self.surrogate_scale}"
@@ -466,6 +485,18 @@ class BMRU(WriteOrHold):
             continue the scan. float64 for float64 streams, else float32.
 
         `step(input, hx=None)` is one step of it, for streaming.
+
+    A schedule of epsilon:
+        `module.epsilon = value` acts from the next call on. Under activation checkpointing assign it after the backward
+        pass: the forward pass is computed again with the value at that time, without an error.
+
+        epsilon is saved in the `state_dict`. A `state_dict` without it leaves it as it is, with a warning. It is
+        neither a parameter nor a buffer, so tools that only know these leave it unchanged::
+
+            averaged.module.epsilon = model.epsilon  # after AveragedModel.update_parameters(model)
+            ddp.module.epsilon = value               # DistributedDataParallel: not `ddp.epsilon`
+            base.epsilon = value                     # stack_module_state: one for all members, from `base`, the
+                                                     # module that functional_call runs; not that of each member
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from . import backends, checks
@@ -91,7 +91,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Run `cell` on the backend that `backend` resolves to: (h, final state)."""
     first = streams[0]
-    row = backends.resolve(backend, first.device)
+    row = _backend(backend, first)
     chunk = checks.chunk_size(chunk_size) or backends.CHUNK
     if chunk != backends.CHUNK:
         checks.taken(chunk, row)
@@ -129,7 +129,7 @@ def step(
     cell: Cell, inputs: Sequence[Tensor], state: Tensor, alpha: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """`scan` of a single step, without gradients: streams are `[B, D]`, and so are the results."""
-    op = cell.step[backends.resolve(None, state.device).name]
+    op = cell.step[_backend(None, state).name]
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs, *(None,) * (_STEP_INPUTS - len(inputs)), alpha, state, epsilon)
 
@@ -145,6 +145,16 @@ def _raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object]
         raise torch.OutOfMemoryError(message) from error
     if message.startswith("torch: "):
         allocate_results(*arguments)
+
+
+def _backend(name: str | None, first: Tensor) -> backends.Backend:
+    try:
+        return backends.resolve(name, first.device)
+    except RuntimeError:
+        row = backends.resolve_fake(name, first.device) if is_fake(first) else None
+        if row is None:
+            raise
+        return row
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -227,7 +237,7 @@ def check_numbers(
         if epsilon.device.type != "cpu" or epsilon.dtype != torch.float64 or epsilon.numel() != 1:
             came = f"{epsilon.dtype} of shape {list(epsilon.shape)} on {epsilon.device}"
             raise ValueError(f"epsilon: expected one float64 value on the CPU, got {came}")
-        epsilon = 0.0 if isinstance(epsilon, FakeTensor) else epsilon.item()
+        epsilon = 0.0 if is_fake(epsilon) else epsilon.item()
     if not 0.0 <= epsilon <= 1.0:
         raise ValueError(f"epsilon: expected a value in [0, 1], got {epsilon}")
     checks.surrogate_scale(surrogate_scale)
@@ -306,6 +316,10 @@ def _define(cell: Cell, backend: str) -> None:
 
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
     def _(first, second, third, alpha, state, epsilon):
+        inputs = [t for t in (first, second, third) if t is not None]
+        streams = [t.unsqueeze(1) for t in inputs if t.dim() != 1]
+        check(cell, streams, [t for t in inputs if t.dim() == 1], alpha, state, None, 0)
+        checks.epsilon_value(epsilon)
         return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
 
     _library.impl(forward, _differentiable(cell, backend), "Autograd")

@@ -9,6 +9,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mru_kernels.network import UNITS, MRUBlock, MRUNetwork
 from mru_kernels.nn import BMRU, LRU, MinGRU, WriteOrHold
@@ -271,6 +272,21 @@ def test_checkpoints():
         elsewhere = MRUNetwork(5, 3, units=units, width=8, num_blocks=2, hidden_size=12, conv_size=3)
     elsewhere.load_state_dict(module.state_dict(), strict=True, assign=True)
     assert torch.equal(elsewhere(x)[0], expected)
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_on_meta_and_fake(where):
+    def shapes() -> list[torch.Size]:
+        torch.manual_seed(0)
+        module = MRUNetwork(5, 3, units=HYBRID, width=8, num_blocks=2, conv_size=3)
+        output, state = module(torch.ones(2, 9, 5))
+        output.sum().backward()
+        stepped, after = module.step(torch.ones(2, 5), [t.detach() for t in state])
+        return [t.shape for t in (output, *state, stepped, *after, *(p.grad for p in module.parameters()))]
+
+    expected = shapes()
+    with torch.device("meta") if where == "meta" else FakeTensorMode():
+        assert shapes() == expected
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -10,12 +10,16 @@ import itertools
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed.checkpoint
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, unpack_sequence
+from torch.optim.swa_utils import AveragedModel
 
 import mru_kernels as mk
 from tests import processes
@@ -404,6 +408,178 @@ def test_copies_and_checkpoints(cls):
         assert all(torch.equal(a, b) for a, b in zip(twin(x), expected, strict=True))
         twin.epsilon = 0.7
         assert module.epsilon == 0.3
+
+
+@pytest.mark.parametrize("cls", [mk.BMRU, mk.FirstQuadrantBMRU])
+@pytest.mark.parametrize("value", [0.5, 0.25])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_epsilon_may_change_before_the_backward_pass(cls, value, loaded):
+    """Gradients are those for the epsilon of the forward pass."""
+    module, x = make(cls, 4, 6, epsilon=0.5), torch.randn(2, 9, 4)
+    gradients = []
+    for change in (False, True):
+        module.zero_grad()
+        output, _ = module(x)
+        if change and loaded:
+            module.set_extra_state(torch.tensor(value))
+        elif change:
+            module.epsilon = value
+        output.sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert module.epsilon == value
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_epsilon_set_in_compiled_code(kind):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module, eager = make(mk.CMRU, 4, 6), make(mk.CMRU, 4, 6)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def run(x, epsilon):
+        module.epsilon = epsilon
+        return module(x)[0]
+
+    x, compilations = torch.randn(2, 9, 4), []
+    for i in range(20):
+        output = run(x, kind(i / 32))
+        module.epsilon = eager.epsilon = i / 32  # as a schedule outside would
+        assert torch.equal(output, eager(x)[0])
+        assert torch.equal(run(x, kind(1 - i / 32)), module(x)[0])
+        assert module.epsilon == 1 - i / 32
+        output.sum().backward()
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
+    with pytest.raises(RuntimeError, match=r"epsilon: expected a value in \[0, 1\], got 1.5"):
+        run(x, kind(1.5))
+
+
+def test_epsilon_set_under_a_mode_is_a_number_afterwards():
+    module, x = make(mk.BMRU, 4, 6), torch.randn(2, 9, 4)
+
+    def under_grad(scale):
+        module.epsilon = 0.75
+        return scale * module(x)[0].sum()
+
+    for number, mode in {0.1: FakeTensorMode(), 0.2: torch.inference_mode(), 0.3: torch.device("meta")}.items():
+        with mode:
+            module.epsilon = number
+            assert module.epsilon == mk.BMRU(1, 1, epsilon=number).epsilon == number
+            assert f"epsilon={number}" in repr(module)
+        module(x)[0].sum().backward()
+    torch.func.grad(torch.func.grad(under_grad))(torch.ones(()))
+    assert module.epsilon == 0.75
+    module(x)[0].sum().backward()
+    with FakeTensorMode(), pytest.raises(ValueError, match="epsilon: expected a number, got a fake tensor"):
+        module.epsilon = torch.tensor(0.5)
+
+
+def test_a_state_dict_without_epsilon():
+    module = torch.nn.Sequential(make(mk.BMRU, 4, 6, epsilon=0.3))
+    whole = module.state_dict()
+    missing = {name: value for name, value in whole.items() if not name.endswith("extra_state")}
+    for strict in (True, False):
+        with pytest.warns(UserWarning, match=r"epsilon: the state_dict has no '0._extra_state'; it stays 0.3"):
+            keys = module.load_state_dict(missing, strict=strict)
+        assert not keys.missing_keys
+    with pytest.warns(UserWarning, match="epsilon"), pytest.raises(RuntimeError, match=r"Missing.*: \"0.alpha_l0\"\."):
+        module.load_state_dict({name: value for name, value in missing.items() if name != "0.alpha_l0"})
+    with pytest.raises(ValueError, match=r"epsilon: expected a value in \[0, 1\], got 2.0"):
+        module.load_state_dict(whole | {"0._extra_state": torch.tensor(2.0)})
+    assert module[0].epsilon == 0.3
+
+
+def test_a_distributed_checkpoint_is_loaded_in_place(tmp_path):
+    module, loaded = make(mk.BMRU, 4, 6, epsilon=0.3), make(mk.BMRU, 4, 6, seed=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        torch.distributed.checkpoint.save(module.state_dict(), checkpoint_id=tmp_path)
+        torch.distributed.checkpoint.load(loaded.state_dict(), checkpoint_id=tmp_path)
+    x = torch.randn(2, 9, 4)
+    assert loaded.epsilon == 0.3
+    assert torch.equal(loaded(x)[0], module(x)[0])
+    assert mk.BMRU(4, 6, epsilon=0.0).epsilon == 0.0  # the tensor that was written is no other's
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_the_epsilon_of_an_averaged_model_and_of_an_ensemble(use_buffers):
+    """As the documentation says: assigned, because torch averages and stacks parameters and buffers alone."""
+    model, x = make(mk.CMRU, 4, 6), torch.randn(2, 9, 4)
+    averaged = AveragedModel(model, use_buffers=use_buffers)
+    for epsilon in (1.0, 0.5, 0.0):
+        model.epsilon = epsilon
+        averaged.update_parameters(model)
+        averaged.module.epsilon = model.epsilon
+    torch.testing.assert_close(averaged(x), model(x))
+    state = torch.func.stack_module_state([model, model])
+    base = make(mk.CMRU, 4, 6).to("meta")
+    base.epsilon = model.epsilon
+    output = torch.vmap(lambda *state: torch.func.functional_call(base, state, (x,))[0])(*state)
+    torch.testing.assert_close(output, model(x)[0].expand(2, -1, -1, -1))
+
+
+# -------------------------------------------------------------------------------- meta, fake
+
+UNITS = [*CLASSES, mk.MinGRU, mk.MinLSTM, mk.LRU]
+all_units = pytest.mark.parametrize("cls", UNITS)
+
+
+def run_all(module, like):
+    """The shapes of all that a module computes and of its gradients, for tensors such as `like`."""
+    x, hx = like.new_ones(2, 9, 4, requires_grad=True), module(like.new_ones(2, 9, 4))[1]
+    output, h_n = module(x, hx.detach())
+    (output.sum() + h_n.abs().sum()).backward()
+    stepped = module.step(x[:, 0], hx)
+    return [t.shape for t in (output, h_n, x.grad, *stepped, *(p.grad for p in module.parameters()))]
+
+
+@all_units
+def test_on_meta(cls):
+    expected = run_all(make(cls, 4, 6, 2), torch.ones(()))
+    module = cls(4, 6, 2, device="meta")
+    assert run_all(module, torch.empty((), device="meta")) == expected
+    with torch.autocast("cpu"), torch.device("meta"):
+        module = cls(4, 6, 2)
+        assert all(p.is_meta for p in module.parameters())
+        assert run_all(module, torch.ones(())) == expected
+    for lengths in ([5, 3, 2], [2, 5, 3]):
+        packed = pack_padded_sequence(torch.ones(3, 5, 4), torch.tensor(lengths), True, enforce_sorted=False)
+        output, h_n = module(packed.to("meta"))
+        assert (output.data.shape, h_n.shape, h_n.is_meta) == ((10, 6), (2, 3, 6), True)
+    with pytest.raises(ValueError, match="input: expected the module's device meta, got cpu"):
+        module(torch.ones(2, 9, 4))
+
+
+@all_units
+def test_fake(cls):
+    expected = run_all(make(cls, 4, 6, 2), torch.ones(()))
+    with FakeTensorMode():
+        assert run_all(cls(4, 6, 2), torch.ones(())) == expected
+    assert run_all(cls(4, 6, 2), torch.ones(())) == expected
+
+
+@all_units
+def test_from_meta_and_to_it(cls):
+    module, x = make(cls, 4, 6, 2), torch.randn(2, 9, 4)
+    options = {"epsilon": 0.3} if cls in CLASSES else {}
+    if options:
+        module.epsilon = 0.3
+    empty = cls(4, 6, 2, device="meta", **options).to_empty(device="cpu")
+    empty.reset_parameters()
+    empty.load_state_dict(module.state_dict())
+    assigned = cls(4, 6, 2, device="meta")
+    assigned.load_state_dict(module.state_dict(), assign=True)
+    for twin in (empty, assigned):
+        assert all(map(torch.equal, twin(x), module(x)))
+        assert not options or twin.epsilon == 0.3
+    assigned.load_state_dict(cls(4, 6, 2, device="meta", **options).state_dict(), assign=True)
+    assert assigned.weight_ih_l0.is_meta
+    shapes = {name: t.to("meta") for name, t in module.state_dict().items()}
+    with pytest.warns(UserWarning, match="without a value; it stays 0.3") if options else warnings.catch_warnings():
+        module.load_state_dict(shapes, assign=True)
+    assert module(x.to("meta"))[0].is_meta
+    assert not options or module.epsilon == 0.3
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mru_kernels as mk
 from mru_kernels import backends, checks, ops
@@ -194,15 +196,16 @@ def test_twenty_epsilons_with_one_compilation(backend, device, recompiling_fails
 
 
 @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
-def test_compiled_code_refuses_an_epsilon_out_of_range(backend, device, value):
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_compiled_code_refuses_an_epsilon_out_of_range(backend, device, kind, value):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def op(candidate, threshold, epsilon):
         return mk.bmru(candidate, threshold, epsilon=epsilon, backend=backend)
 
     x = draw(1, 3, 2, device=device)
-    op(x, x, torch.tensor(0.5))
+    op(x, x, kind(0.5))
     with pytest.raises(RuntimeError, match="epsilon: expected a value in"):
-        op(x, x, torch.tensor(value))
+        op(x, x, kind(value))
 
 
 @pytest.mark.parametrize(
@@ -502,6 +505,127 @@ def test_second_derivative_raises_under_torch_func(backend, device):
         torch.func.grad(lambda c: torch.func.grad(op_loss)(c).sum())(c)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.func.grad(op_loss)(c.requires_grad_()).sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------ fake, meta
+
+
+def _refused_second_derivative(op, x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(op)(x).sum())(x)
+
+
+def _nested_gradients(op, x: Tensor) -> None:
+    scale = torch.ones((), device=x.device)
+    second = torch.func.grad(lambda outer: torch.func.grad(lambda inner: inner * op(x))(outer))(scale)
+    assert second.item() == 0.0
+
+
+def _fake(op, x: Tensor) -> None:
+    with FakeTensorMode():
+        assert op(torch.empty(x.shape, device=x.device)).shape == ()
+
+
+def _traced(mode: str, transform=lambda op: op):
+    def trace(op, x: Tensor) -> None:
+        program = make_fx(transform(op), tracing_mode=mode)(x)
+        assert torch.equal(program(x), transform(op)(x))
+
+    return trace
+
+
+#: What a call may run under; none of it may change later calls.
+SURROUNDINGS = {
+    "nested grad": _nested_gradients,
+    "refused second derivative": _refused_second_derivative,
+    "jacrev": lambda op, x: torch.func.jacrev(op)(x),
+    "vmap": lambda op, x: torch.vmap(op)(x.expand(3, *x.shape)),
+    "FakeTensorMode": _fake,
+    "make_fx real": _traced("real"),
+    "make_fx fake": _traced("fake"),
+    "make_fx symbolic": _traced("symbolic"),
+    "make_fx of grad": _traced("fake", torch.func.grad),
+    "inference_mode": lambda op, x: torch.inference_mode()(op)(x),
+}
+
+
+@pytest.mark.parametrize("first", SURROUNDINGS)
+def test_a_call_leaves_nothing_of_what_it_runs_under(backend, device, first, monkeypatch):
+    """Every surrounding in turn makes the cached epsilon; then calls of every kind use it."""
+    monkeypatch.setattr(checks, "_epsilons", {})
+    x = draw(1, 5, 2, device=device)
+
+    def op(x):
+        return mk.bmru(x, 0.5 * x, epsilon=0.25, backend=backend)[0].sum()
+
+    SURROUNDINGS[first](op, x)
+    leaf = x.clone().requires_grad_()
+    op(leaf).backward()
+    assert torch.equal(torch.func.grad(op)(x), leaf.grad)
+    for surrounding in SURROUNDINGS.values():
+        surrounding(op, x)
+    assert all(type(t) is Tensor and t.item() == number for number, t in checks._epsilons.items())
+
+
+def _every_op(x: Tensor, vector: Tensor, **settings):
+    yield mk.bmru(x, vector, epsilon=0.5, **settings)
+    yield mk.bmru(x, x, alpha=vector, amplitude=x, epsilon=torch.tensor(0.5), chunk_size=None, **settings)
+    yield mk.schmitt(x, vector, vector, reverse=True, **settings)
+    yield mk.linear_recurrence(x, x, **settings)
+
+
+def _every_step(x: Tensor, vector: Tensor):
+    with torch.no_grad():
+        yield mk.bmru_step(x, vector, x, epsilon=0.5, amplitude=x)
+        yield mk.schmitt_step(x, vector, vector, x, epsilon=torch.tensor(0.5))
+        yield mk.linear_recurrence_step(vector, x, x)
+
+
+def _described(results) -> list[tuple]:
+    return [(t.shape, t.dtype, t.stride()) for pair in results for t in pair]
+
+
+@pytest.mark.parametrize("name", [None, *backends.TABLE])
+def test_meta(name):
+    """Every backend gives the shapes of its results and gradients for tensors on meta, without its kernels."""
+    real, vector = draw(2, 900, 4), draw(4)
+    x, on_meta = (t.to("meta").requires_grad_() for t in (real, vector))
+    assert _described(_every_op(x, on_meta, backend=name)) == _described(_every_op(real, vector))
+    for h, final in _every_op(x, on_meta, backend=name):
+        gradients = torch.autograd.grad(h.sum() + final.sum(), (x, on_meta), allow_unused=True)
+        assert gradients[0].shape == x.shape
+        assert all(t.is_meta for t in (h, final, gradients[0]))
+    assert _described(_every_step(x[:, 0], on_meta)) == _described(_every_step(real[:, 0], vector))
+    offsets = torch.tensor([0, 300, 900], device="meta")
+    h, final = mk.bmru(x[:1], x[:1], cu_seqlens=offsets, backend=name)
+    assert (h.shape, final.shape) == ((1, 900, 4), (2, 4))
+    assert set(mk.available_backends("meta").values()) == {None}
+
+
+def test_bad_input_on_meta():
+    x = torch.empty(2, 9, 4, device="meta")
+    with pytest.raises(ValueError, match=r"threshold: expected .*got \[2, 9, 3\]"):
+        mk.bmru(x, x[..., :3])
+    with pytest.raises(ValueError, match=r"threshold: expected .*got \[2, 3\]"):
+        mk.bmru_step(x[:, 0], x[:, 0, :3], x[:, 0])
+    for op, arguments in ((mk.bmru, (x, x)), (mk.bmru_step, x.unbind(1)[:3])):
+        with pytest.raises(ValueError, match=r"epsilon: expected a value in \[0, 1\], got 1.5"):
+            op(*arguments, epsilon=1.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_fake_tensors_on_a_device_that_is_not_there():
+    with FakeTensorMode(), torch.no_grad():
+        x, vector = torch.empty(2, 900, 4, device="cuda"), torch.empty(4, device="cuda")
+        for name in (None, "cuda", "triton"):
+            results = [t for pair in _every_op(x, vector, backend=name) for t in pair]
+            assert {t.device.type for t in results} == {"cuda"}
+        step = torch.empty(2, 4, device="cuda")
+        assert {t.device.type for pair in _every_step(step, vector) for t in pair} == {"cuda"}
+        with pytest.raises(RuntimeError, match="backend: 'cpu' cannot run this call: needs CPU tensors"):
+            mk.bmru(x, vector, backend="cpu")
+    with pytest.raises(RuntimeError, match="torch finds no CUDA"):
+        backends.resolve(None, torch.device("cuda"))
 
 
 # ------------------------------------------------------------------------------------------------ memory

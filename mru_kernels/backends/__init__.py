@@ -71,6 +71,8 @@ def _load_error(name: str) -> str | None:
 def why_not(name: str, device: torch.device) -> str | None:
     """Why backend `name` cannot run on `device`; None where it can."""
     backend = TABLE[name]
+    if device.type == "meta":
+        return None  # shapes need no kernels
     if device.type not in backend.device_types:
         return f"{backend.needs}, got a tensor on {device}"
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -79,7 +81,10 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Every backend's name, with None where it can run on `device`, else the reason why it cannot."""
+    """Every backend's name, with None where it can run on `device`, else the reason why it cannot.
+
+    On "meta" every backend runs: a call computes shapes, which needs no kernels.
+    """
     device = torch.device(device)
     return {name: why_not(name, device) for name in TABLE}
 
@@ -116,3 +121,10 @@ def resolve(name: str | None, device: torch.device) -> Backend:
         RuntimeError: the backend cannot run on `device`, with the reason.
     """
     return TABLE[_resolved(name, device)]
+
+
+def resolve_fake(name: str | None, device: torch.device) -> Backend | None:
+    """As `resolve` for fake tensors, which need neither the device nor its kernels; None where `resolve` is right."""
+    name = name or _CHOSEN
+    rows = (row for row in TABLE.values() if device.type in row.device_types)
+    return next((row for row in rows if name in (None, row.name)), None)

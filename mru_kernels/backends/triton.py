@@ -30,7 +30,7 @@ _WHOLE = 9  # of them from which on time is not cut
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
 _START = 16  # steps in the time of which a program of `backward` begins and ends
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
-_INTERPRETED_MULTIPROCESSORS = 132
+_MULTIPROCESSORS_ELSEWHERE = 132  #: interpreted, on meta, or fake tensors on a GPU that is not there
 
 _library = torch.library.Library("mru", "IMPL")
 
@@ -89,8 +89,8 @@ def _blocks(channels: int, itemsize: int) -> int:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _INTERPRETED_MULTIPROCESSORS
+    if device.type != "cuda" or not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+        return _MULTIPROCESSORS_ELSEWHERE
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -310,7 +310,7 @@ def _step(cell, first, second, third, alpha, state, epsilon):
     channel = [t for t in given if t.dim() == 1]
     if len(streams) > 1 and given[-1].dim() == 1:
         raise ValueError(f"third: expected [batch, channels] after another stream, got {list(given[-1].shape)}")
-    epsilon = torch.tensor(epsilon, dtype=torch.float64)
+    epsilon = torch.tensor(epsilon, dtype=torch.float64, device="cpu")
     h, after = _forward(cell, streams, channel, alpha, state, None, epsilon, 1.0, False, 0, CHUNK, 0, False)
     return h.squeeze(1), after
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from .. import backends, checks, ops
@@ -74,8 +75,7 @@ def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not isinstance(t, Tensor) or t.dim() == 1 or not t.is_floating_point() or t.dtype == torch.float64:
             return t
         kind = t.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
+        return t.to(torch.get_autocast_dtype(kind)) if checks.autocasts(kind) else t
 
     return {name: cast(t) for name, t in inputs.items()}
 
@@ -114,8 +114,8 @@ def step(
 
     refused = None
     try:
-        if _is_plain():
-            number = epsilon if isinstance(epsilon, float) else checks.epsilon(epsilon).item()
+        if _is_plain() and not isinstance(epsilon, FakeTensor):
+            number = epsilon if isinstance(epsilon, float) else checks.epsilon_value(epsilon)
             return ops.step(cell, list(inputs.values()), state, alpha, number)
         if isinstance(state, Tensor):  # None would be zeros
             h, after = call(cell, as_scan(), state, epsilon=epsilon, alpha=alpha)
