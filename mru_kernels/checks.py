@@ -107,7 +107,7 @@ def epsilon(value: float | Tensor) -> Tensor:
         if value.requires_grad:
             raise ValueError("epsilon: expected a schedule, not a trained parameter; got a tensor that requires grad")
         value = value.to(torch.float64)
-        if not torch.compiler.is_compiling() and not _in_range(value.item()):
+        if _has_values(value) and not _in_range(value.item()):
             raise ValueError(f"epsilon: expected a value in [0, 1], got {value.item()}")
         return value
     compiling = torch.compiler.is_compiling()
@@ -126,6 +126,11 @@ def epsilon(value: float | Tensor) -> Tensor:
     if type(made) is Tensor and len(_epsilons) < 1024:
         _epsilons[float(value)] = made
     return made
+
+
+def _has_values(t: Tensor) -> bool:
+    """Whether Python code can read `t`: not in compiled code, nor where vmap maps over it, which the ops refuse."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(t))
 
 
 def _in_range(value: float) -> bool:
@@ -161,7 +166,7 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
 
 def offsets(value: Tensor, total: int) -> None:
     """The values of `cu_seqlens`, where these are at hand."""
-    if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
+    if (value.device.type == "cpu" or _CHECK) and _has_values(value):
         numbers = value.tolist()
         rises = all(a <= b for a, b in pairwise(numbers))
         if numbers[0] != 0 or numbers[-1] != total or not rises:
