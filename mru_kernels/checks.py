@@ -27,6 +27,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float64, *COMPLEX_DTYPES) else torch.float32
 
 
+def has_value(t: Tensor) -> bool:
+    """Whether there is one value to look at: not where vmap maps over the tensor, which the ops refuse."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return False
+        t = torch._C._functorch.get_unwrapped(t)
+    return True
+
+
 def _names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
@@ -107,7 +116,7 @@ def epsilon(value: float | Tensor) -> Tensor:
         if value.requires_grad:
             raise ValueError("epsilon: expected a schedule, not a trained parameter; got a tensor that requires grad")
         value = value.to(torch.float64)
-        if _has_values(value) and not _in_range(value.item()):
+        if not torch.compiler.is_compiling() and has_value(value) and not _in_range(value.item()):
             raise ValueError(f"epsilon: expected a value in [0, 1], got {value.item()}")
         return value
     compiling = torch.compiler.is_compiling()
@@ -119,18 +128,13 @@ def epsilon(value: float | Tensor) -> Tensor:
         raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
     if not _in_range(value):
         raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
-    if compiling:
+    if compiling or torch._C._is_tracing():  # jit.trace records it, and compares the graph with that of a second call
         return torch.full((), float(value), dtype=torch.float64, device="cpu")
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
         made = torch.full((), float(value), dtype=torch.float64, device="cpu")
     if type(made) is Tensor and len(_epsilons) < 1024:
         _epsilons[float(value)] = made
     return made
-
-
-def _has_values(t: Tensor) -> bool:
-    """Whether Python code can read `t`: not in compiled code, nor where vmap maps over it, which the ops refuse."""
-    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(t))
 
 
 def _in_range(value: float) -> bool:
@@ -166,7 +170,7 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
 
 def offsets(value: Tensor, total: int) -> None:
     """The values of `cu_seqlens`, where these are at hand."""
-    if (value.device.type == "cpu" or _CHECK) and _has_values(value):
+    if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling() and has_value(value):
         numbers = value.tolist()
         rises = all(a <= b for a, b in pairwise(numbers))
         if numbers[0] != 0 or numbers[-1] != total or not rises:

@@ -107,7 +107,7 @@ def scan(
     tracing = not compiling and torch._C._is_tracing()
     if tracing and row.name != _TRACED_BACKEND:
         raise RuntimeError(
-            f"backend: torch.jit.trace does not record {row.name!r}, only {_TRACED_BACKEND!r}: trace a model on the CPU,"
+            f"backend: torch.jit.trace records {_TRACED_BACKEND!r} only, got {row.name!r}; trace the model on the CPU,"
             " or use torch.export"
         )
     # A recorded graph saves no boundary states: their number would pin T where it is 1, and jit.trace compares its
@@ -261,6 +261,7 @@ def _define(cell: Cell, backend: str) -> None:
 
     _library.impl(forward, _differentiable(cell, backend), "Autograd")
     _library.impl(backward, _once_differentiable(cell, backend), "Autograd")
+    _library.impl(f"mru::{cell.name}_step.{backend}", _not_differentiable(cell, backend), "Autograd")
     torch.library.register_vmap(forward, _fold_into_channels(cell.forward[backend]), lib=_library)
     torch.library.register_vmap(backward, _fold_into_channels(cell.backward[backend]), lib=_library)
     _library.impl(backward, _batch_of_gradients(cell.backward[backend]), "Batched")
@@ -282,9 +283,18 @@ def _once_differentiable(cell: Cell, backend: str):
         grad_h, grad_final, *rest = arguments
         inputs = (grad_h, grad_final, *_differentiable_inputs(rest))
         if _is_differentiated(*inputs):
-            return list(_apply(_ScanBackward, cell, backend, arguments, *inputs))
+            reason = _no_other_derivative(cell)
+            return list(_apply(_WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
         with torch._C._AutoDispatchBelowAutograd():
             return cell.backward[backend](*arguments)
+
+    return autograd_kernel
+
+
+def _not_differentiable(cell: Cell, backend: str):
+    def autograd_kernel(*arguments):
+        reason = f"mru::{cell.name}_step: there is no derivative; use mru::{cell.name} with T = 1"
+        return _apply(_WithoutDerivative, cell.step[backend], reason, arguments, *arguments[:-1])
 
     return autograd_kernel
 
@@ -298,7 +308,7 @@ def _apply(function: type[torch.autograd.Function], *arguments):
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _below_autograd(op: torch._ops.OpOverload, arguments) -> list[Tensor]:
@@ -363,26 +373,26 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *_):
-        raise _no_such_derivative(ctx.call[0])
+        raise NotImplementedError(_no_other_derivative(ctx.call[0]))
 
 
-class _ScanBackward(torch.autograd.Function):
-    """`mru::<cell>_backward` below autograd; asking for its derivative raises."""
+class _WithoutDerivative(torch.autograd.Function):
+    """`op` below autograd; asking for its derivative raises, for `reason`."""
 
     @staticmethod
-    def forward(ctx, cell, backend, arguments, *_inputs):
-        ctx.cell = cell
-        return tuple(_below_autograd(cell.backward[backend], arguments))
+    def forward(ctx, op, reason, arguments, *_inputs):
+        ctx.reason = reason
+        return tuple(_below_autograd(op, arguments))
 
     @staticmethod
     def backward(ctx, *_):
-        raise _no_such_derivative(ctx.cell)
+        raise NotImplementedError(ctx.reason)
 
     jvp = backward
 
 
-def _no_such_derivative(cell: Cell) -> NotImplementedError:
-    return NotImplementedError(
+def _no_other_derivative(cell: Cell) -> str:
+    return (
         f"mru::{cell.name}: there is a first derivative in reverse mode only, no second derivative and no forward-mode"
         " derivative (jvp, jacfwd, hessian)"
     )
