@@ -32,7 +32,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_value(t: Tensor) -> bool:
-    """Whether the elements of a tensor exist: on meta and under a FakeTensorMode there are shapes only."""
+    """Whether there is one value to look at: not on meta, under a FakeTensorMode, or where vmap maps over the tensor."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return False
+        t = torch._C._functorch.get_unwrapped(t)
     return not (t.is_meta or isinstance(t, FakeTensor))
 
 
@@ -110,10 +114,10 @@ _epsilons: dict[float, Tensor] = {}
 def epsilon(value: float | Tensor) -> Tensor:
     """`epsilon` as a 0-dim float64 CPU tensor, its value checked where it is known before the kernel runs."""
     compiling = torch.compiler.is_compiling()
-    if isinstance(value, Tensor) and (compiling or isinstance(value, FakeTensor)):
+    if isinstance(value, Tensor) and (compiling or not has_value(value)):
         _epsilon_tensor(value)
         return value.to(torch.float64)
-    plain = not compiling and torch._C._len_torch_dispatch_stack() == 0
+    plain = not (compiling or torch._C._is_tracing()) and torch._C._len_torch_dispatch_stack() == 0
     if plain and isinstance(value, float):
         known = _epsilons.get(value)
         if known is not None:

@@ -161,6 +161,13 @@ class MRUBase(torch.nn.Module):
                 parts.append(f"{name}={getattr(self, name)}")
         return ", ".join(parts)
 
+    def __prepare_scriptable__(self):
+        """What `torch.jit.script` asks a module for."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this module; use torch.jit.trace, torch.compile or"
+            " torch.export"
+        )
+
     def _scan(
         self,
         gates: Tensor,

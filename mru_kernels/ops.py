@@ -9,10 +9,11 @@ streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
     segment    steps of a unit of time that is scanned in parallel with others; 0: none
     save       whether a backward pass may follow, so whether what it needs is a result
 
-Results of the forward op: `h` in the layout that `dense_like` gives the first stream, as the gradient of a stream has
-that stream's, and the final state `[N, D]`; with `save` also the boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
-steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
-streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
+Results of the forward op: `h` in the layout that `dense_like` gives the first stream, and the final state `[N, D]`. With
+`save` also the boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]`
+(int32, 16 steps of 2 bits), which have no rows where there are no segments. The gradient of a stream has the layout that
+`dense_like` gives that stream. States have the state dtype: float64 for float64 streams, float32 for other real ones,
+and that of complex streams. N is B, or the number of packed sequences.
 
 A third, `mru::<cell>_step`, is one step without gradients, on streams `[B, D]`: the call costs more than the step does,
 so it has few and simple arguments, the inputs in the cell's order.
@@ -22,9 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
@@ -42,6 +45,8 @@ _STEP = "(Tensor first, Tensor? second, Tensor? third, Tensor? alpha, Tensor sta
 _BACKWARD = f"(Tensor grad_h, Tensor grad_final, {_INPUTS}, Tensor checkpoints, Tensor events) -> Tensor[]"
 
 _STEP_INPUTS = 3
+
+_TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and takes the first: that of this backend
 
 _library = torch.library.Library("mru", "DEF")
 _library.define("cpu_isa() -> str")
@@ -100,21 +105,26 @@ def scan(
     segment = row.module.segment(sequences, batch * time, channels // (packed or 1), first.itemsize, first.device)
     segment = -(-segment // chunk) * chunk
     differentiated = torch.is_grad_enabled() and _requires_grad(*streams, *channel, alpha, initial_state)
-    save = differentiated and chunk_size is not None
     compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
-        save = False  # the number of boundary states would pin T where it is 1; a backward pass makes up for it
+    tracing = not compiling and torch._C._is_tracing()
+    if tracing and row.name != _TRACED_BACKEND:
+        raise RuntimeError(
+            f"backend: torch.jit.trace records {_TRACED_BACKEND!r} only, got {row.name!r}; trace the model on the CPU,"
+            " or use torch.export"
+        )
+    # A recorded graph saves no boundary states: their number would pin T where it is 1, and jit.trace compares its
+    # graph with one made under no_grad. A backward pass makes up for it.
+    recorded = tracing or (compiling and torch.compiler.is_exporting())
+    save = differentiated and chunk_size is not None and not recorded
     arguments = (
         *(streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse),
         *(packed, chunk, segment, save),
     )
-    if compiling:
+    if compiling or tracing or torch._C._are_functorch_transforms_active():
         results = cell.forward[row.name](*arguments)
         return results[0], results[1]
     try:
-        if torch._C._are_functorch_transforms_active():
-            results = _TransformedScan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
-        elif differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without a detour
+        if differentiated or forward_ad._current_level >= 0:  # as the autograd kernel, without the dispatcher's detours
             results = _Scan.apply(cell, row.name, arguments, *_differentiable_inputs(arguments))
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -324,16 +334,17 @@ def _define(cell: Cell, backend: str) -> None:
 
     _library.impl(forward, _differentiable(cell, backend), "Autograd")
     _library.impl(backward, _once_differentiable(cell, backend), "Autograd")
+    _library.impl(f"mru::{cell.name}_step.{backend}", _not_differentiable(cell, backend), "Autograd")
     torch.library.register_vmap(forward, _fold_into_channels(cell.forward[backend]), lib=_library)
     torch.library.register_vmap(backward, _fold_into_channels(cell.backward[backend]), lib=_library)
+    _library.impl(backward, _batch_of_gradients(cell.backward[backend]), "Batched")
 
 
 def _differentiable(cell: Cell, backend: str):
     def autograd_kernel(*arguments):
         inputs = _differentiable_inputs(arguments)
-        differentiated = torch.is_grad_enabled() and _requires_grad(*inputs)
-        if differentiated or forward_ad._current_level >= 0:
-            return list(_Scan.apply(cell, backend, arguments, *inputs))
+        if _is_differentiated(*inputs):
+            return list(_apply(_Scan, cell, backend, arguments, *inputs))
         with torch._C._AutoDispatchBelowAutograd():
             return cell.forward[backend](*arguments)
 
@@ -343,15 +354,44 @@ def _differentiable(cell: Cell, backend: str):
 def _once_differentiable(cell: Cell, backend: str):
     def autograd_kernel(*arguments):
         grad_h, grad_final, *rest = arguments
-        with torch._C._AutoDispatchBelowAutograd():
-            grads = cell.backward[backend](*arguments)
         inputs = (grad_h, grad_final, *_differentiable_inputs(rest))
-        differentiated = torch.is_grad_enabled() and _requires_grad(*inputs)
-        if differentiated and not torch._C._are_functorch_transforms_active():
-            return list(_NoSecondDerivative.apply(cell.name, len(grads), *grads, *inputs))
-        return grads
+        if _is_differentiated(*inputs):
+            reason = _no_other_derivative(cell)
+            return list(_apply(_WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
+        with torch._C._AutoDispatchBelowAutograd():
+            return cell.backward[backend](*arguments)
 
     return autograd_kernel
+
+
+def _not_differentiable(cell: Cell, backend: str):
+    def autograd_kernel(*arguments):
+        reason = f"mru::{cell.name}_step: there is no derivative; use mru::{cell.name} with T = 1"
+        return _apply(_WithoutDerivative, cell.step[backend], reason, arguments, *arguments[:-1])
+
+    return autograd_kernel
+
+
+def _is_differentiated(*inputs: Tensor | None) -> bool:
+    return (torch.is_grad_enabled() and _requires_grad(*inputs)) or forward_ad._current_level >= 0
+
+
+def _apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply` in an autograd kernel, so for one level of torch.func, which the dispatcher has chosen."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _below_autograd(op: torch._ops.OpOverload, arguments) -> list[Tensor]:
+    """`op` in the forward of an autograd Function: the kernel, or the next level of torch.func."""
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    # The Function has turned gradients off; the next level has its own.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -371,13 +411,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, backend, arguments, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            results = cell.forward[backend](*arguments)
-        _Scan.keep(ctx, cell, backend, arguments, inputs, results)
-        return tuple(results)
-
-    @staticmethod
-    def keep(ctx, cell, backend, arguments, inputs, results):
+        results = _below_autograd(cell.forward[backend], arguments)
         streams, channel, alpha, initial_state, cu_seqlens, epsilon, *numbers, _save = arguments
         saved = results[2:]
         ctx.mark_non_differentiable(*saved)
@@ -385,12 +419,12 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(*inputs, cu_seqlens, epsilon, *saved)
         ctx.call = (cell, backend, len(streams), len(channel), alpha is not None, initial_state is not None)
         ctx.numbers = numbers
+        return tuple(results)
 
     @staticmethod
     def backward(ctx, grad_h, grad_final, *_):
         cell, backend, n_streams, n_channel, has_alpha, has_initial = ctx.call
         rest = list(ctx.saved_tensors)
-        inputs = rest[: n_streams + n_channel + has_alpha + has_initial]
         streams, rest = rest[:n_streams], rest[n_streams:]
         channel, rest = rest[:n_channel], rest[n_channel:]
         alpha = rest.pop(0) if has_alpha else None
@@ -413,53 +447,36 @@ class _Scan(torch.autograd.Function):
         except RuntimeError as error:
             _raise_as_torch(error, allocate_backward, streams, channel, alpha, initial_state, packed)
             raise
-        if torch._C._are_functorch_transforms_active():  # where the op's own autograd kernel cannot refuse
-            grads = _NoSecondDerivative.apply(cell.name, len(grads), *grads, grad_h, grad_final, *inputs)
         return None, None, None, *grads
 
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_no_other_derivative(ctx.call[0]))
 
-class _TransformedScan(torch.autograd.Function):
-    """`_Scan` in the form that the transforms of torch.func ask for, and that costs more."""
+
+class _WithoutDerivative(torch.autograd.Function):
+    """`op` below autograd; asking for its derivative raises, for `reason`."""
 
     @staticmethod
-    def forward(cell, backend, arguments, *_inputs):
-        return tuple(cell.forward[backend](*arguments))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        cell, backend, arguments, *tensors = inputs
-        _Scan.keep(ctx, cell, backend, arguments, tensors, output)
-
-    backward = _Scan.backward
-
-    @staticmethod
-    def vmap(info, in_dims, cell, backend, arguments, *_inputs):
-        def apply(*folded):
-            return _TransformedScan.apply(cell, backend, folded, *_differentiable_inputs(folded))
-
-        results, dims = _fold_into_channels(cell.forward[backend], apply)(info, in_dims[2], *arguments)
-        return tuple(results), tuple(dims)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """First gradients as they are; asking for a second derivative raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name, count, *tensors):
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]
+    def forward(ctx, op, reason, arguments, *_inputs):
+        ctx.reason = reason
+        return tuple(_below_autograd(op, arguments))
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"mru::{ctx.name}: there is a first derivative only, no second derivative")
+        raise NotImplementedError(ctx.reason)
+
+    jvp = backward
 
 
-def _fold_into_channels(op, call=None):
+def _no_other_derivative(cell: Cell) -> str:
+    return (
+        f"mru::{cell.name}: there is a first derivative in reverse mode only, no second derivative and no forward-mode"
+        " derivative (jvp, jacfwd, hessian)"
+    )
+
+
+def _fold_into_channels(op):
     """vmap: channels are independent, so the mapped dimension is folded into them."""
 
     def fold(size: int, t, dim: int | None):
@@ -485,7 +502,7 @@ def _fold_into_channels(op, call=None):
         for name, dims, value in zip(names, in_dims, arguments, strict=True):
             if name in ("epsilon", "cu_seqlens"):
                 if dims is not None:
-                    raise ValueError(f"{name}: cannot be mapped over by vmap")
+                    raise ValueError(f"{name}: expected one tensor for the whole batch, got one that vmap maps over")
                 folded.append(value)
             elif name == "streams":
                 folded.append([fold_streams(size, t, d, packed) for t, d in zip(value, dims, strict=True)])
@@ -493,7 +510,7 @@ def _fold_into_channels(op, call=None):
                 folded.append([fold(size, t, d) for t, d in zip(value, dims, strict=True)])
             else:
                 folded.append(fold(size, value, dims))
-        results = (call or op)(*folded)
+        results = op(*folded)
         unfolded = [unfold(size, t) for t in results]
         if packed and names[0] == "grad_h":  # the first is the gradient of the packed gates
             gates = results[0].unflatten(-1, (packed, size, results[0].shape[-1] // (packed * size)))
@@ -501,3 +518,24 @@ def _fold_into_channels(op, call=None):
         return tuple(map(list, zip(*unfolded, strict=True)))
 
     return rule
+
+
+def _batch_of_gradients(op):
+    """The backward op under the vmap of `is_grads_batched=True`, which is older than that of torch.func."""
+    rule, level = _fold_into_channels(op), 1  # torch does not nest this vmap
+
+    def kernel(*arguments):
+        in_dims: list[int | list[None] | None] = []
+        plain, size = [], 0
+        for value in arguments:
+            if isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value):
+                value = torch._remove_batch_dim(value, level, size, 0)
+                size = value.shape[0]
+                in_dims.append(0)
+            else:
+                in_dims.append([None] * len(value) if isinstance(value, list) else None)
+            plain.append(value)
+        results, dims = rule(SimpleNamespace(batch_size=size), in_dims, *plain)
+        return [torch._add_batch_dim(t, dim, level) for t, dim in zip(results, dims, strict=True)]
+
+    return kernel

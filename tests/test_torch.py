@@ -123,6 +123,20 @@ def test_raw_op_is_differentiable_by_itself(backend, device, variant):
         assert one.shape == other.shape
         assert torch.equal(one, other)
 
+    def op_loss(leaves):
+        streams, channel, alpha, state, *rest = arguments
+        given = iter(leaves)
+        inputs = [[next(given) for _ in streams], [next(given) for _ in channel]]
+        inputs += [None if t is None else next(given) for t in (alpha, state)]
+        h, final_state, *_ = cell_of(variant).forward[backend](*inputs, *rest, True)
+        return h.abs().float().square().sum() + final_state.abs().square().sum()
+
+    detached = [t.detach() for t in leaves]
+    assert_equal(torch.func.grad(op_loss)(detached), list(grads(True)))
+    mapped = torch.vmap(torch.func.grad(op_loss))([torch.stack([t, t]) for t in detached])
+    for one, other in zip(mapped, grads(True), strict=True):
+        torch.testing.assert_close(one[1], other)
+
 
 # ------------------------------------------------------------------------------------------------ compile, export
 
@@ -448,10 +462,22 @@ def test_vmap_of_packed_gates(backend, device):
     assert torch.equal(got, expected)
 
 
-def test_vmap_refuses_to_map_offsets(backend, device):
+def test_vmap_refuses_to_map_offsets_and_epsilons(backend, device):
     x, offsets = draw(1, 5, 2, device=device), torch.tensor([[0, 5], [0, 5]], device=device)
-    with pytest.raises((ValueError, RuntimeError)):
+    epsilons = torch.tensor([0.0, 0.5])
+
+    def grad(epsilon):
+        return torch.func.grad(lambda c: mk.bmru(c, c, epsilon=epsilon, backend=backend)[0].sum())(x)
+
+    with pytest.raises(ValueError, match="cu_seqlens: expected one tensor"):
         torch.vmap(lambda o: mk.bmru(x, x, cu_seqlens=o, backend=backend))(offsets)
+    with pytest.raises(ValueError, match="cu_seqlens: expected one tensor"):
+        torch.vmap(lambda o, y: mk.linear_recurrence(y, y, cu_seqlens=o, backend=backend))(offsets, torch.stack([x, x]))
+    for mapped in (epsilons, epsilons.double()):
+        with pytest.raises(ValueError, match="epsilon: expected one tensor"):
+            torch.vmap(lambda e: mk.bmru(x, x, epsilon=e, backend=backend))(mapped)
+        with pytest.raises(ValueError, match="epsilon: expected one tensor"):
+            torch.vmap(grad)(mapped)
 
 
 def test_gradients_outside_a_transform(backend, device):
@@ -473,26 +499,240 @@ def test_gradients_outside_a_transform(backend, device):
     assert torch.equal(torch.func.grad(inner)(weight.detach()), expected)
 
 
-def test_jacobian_by_rows(backend, device):
-    c, b = draw(1, 6, 2, device=device), draw(1, 6, 2, seed=1, device=device)
+#: By name: a call of every cell on inputs of these shapes, which end in [D] where they are per channel.
+CALLS = {
+    "bmru": (lambda c, b, s, **o: mk.bmru(c, b, s, epsilon=0.5, **o), [(2, 20, 3), (2, 20, 3), (2, 3)]),
+    "bmru channel alpha": (lambda c, b, a, **o: mk.bmru(c, b, alpha=a, **o), [(2, 20, 3), (3,), (3,)]),
+    "bmru amplitude": (
+        lambda c, b, m, **o: mk.bmru(c, b, amplitude=m, epsilon=1.0, reverse=True, **o),
+        [(2, 20, 3), (2, 20, 3), (2, 20, 3)],
+    ),
+    "schmitt": (
+        lambda c, low, high, a, s, **o: mk.schmitt(c, low, high, s, alpha=a, epsilon=0.5, **o),
+        [(2, 20, 3), (3,), (3,), (3,), (2, 3)],
+    ),
+    "linear": (mk.linear_recurrence, [(2, 20, 3), (2, 20, 3), (2, 3)]),
+    "linear channel": (mk.linear_recurrence, [(3,), (2, 20, 3), (2, 3)]),
+    "linear complex": (mk.linear_recurrence, [(2, 20, 3), (2, 20, 3), (2, 3)]),
+}
 
-    def op(c):
-        return mk.bmru(c, b, epsilon=0.5, backend=backend)[0]
 
-    expected = torch.autograd.functional.jacobian(op, c)
-    torch.testing.assert_close(torch.func.jacrev(op)(c), expected)
+@pytest.fixture(params=CALLS)
+def call(request, backend, device):
+    """A call of a cell, its loss, and four rows of its inputs."""
+    function, shapes = CALLS[request.param]
+    dtype = torch.complex64 if "complex" in request.param else torch.float32
+    rows = [draw(4, *shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
+    if "linear" in request.param:
+        rows[0] = 0.3 * rows[0]  # decays
+
+    def op(*inputs):
+        return function(*inputs, backend=backend)
+
+    def op_loss(*inputs):
+        h, final_state = op(*inputs)
+        return h.abs().square().sum() + final_state.abs().square().sum()
+
+    return op, op_loss, rows
 
 
-def test_forward_mode_raises(backend, device):
-    c, b = draw(2, 20, 3, device=device), draw(2, 20, 3, seed=1, device=device)
+def loop(op_loss, rows: list[Tensor]) -> list[Tensor]:
+    """The gradient of each row by itself, without torch.func."""
+    leaves = [[t.clone().requires_grad_() for t in row] for row in zip(*rows, strict=True)]
+    grads = [torch.autograd.grad(op_loss(*row), row) for row in leaves]
+    return [torch.stack(each) for each in zip(*grads, strict=True)]
 
-    def op(c):
-        return mk.bmru(c, b, backend=backend)[0]
 
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(op, (c,), (c,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        op(torch.autograd.forward_ad.make_dual(c, c))
+def assert_close(one, other) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_transforms_of_every_cell(call):
+    op, op_loss, rows = call
+    every = tuple(range(len(rows)))
+    expected = loop(op_loss, rows)
+    assert_close(torch.func.grad(op_loss, every)(*(t[0] for t in rows)), [t[0] for t in expected])
+    assert_close(torch.vmap(torch.func.grad(op_loss, every))(*rows), expected)
+    assert_close(torch.func.grad(lambda *x: torch.vmap(op_loss)(*x).sum(), every)(*rows), expected)
+    halves = [t.unflatten(0, (2, 2)) for t in rows]
+    nested = torch.vmap(torch.vmap(torch.func.grad(op_loss, every)))(*halves)
+    assert_close([t.flatten(0, 1) for t in nested], expected)
+    plain = [torch.stack(each) for each in zip(*(op(*row) for row in zip(*rows, strict=True)), strict=True)]
+    assert_equal(list(torch.vmap(op)(*rows)), plain)
+    assert_equal([t.flatten(0, 1) for t in torch.vmap(torch.vmap(op))(*halves)], plain)
+
+
+def test_a_batch_of_gradients_of_every_cell(call):
+    """`is_grads_batched`, also where one result has no gradient, against one call for each gradient."""
+    op, _, rows = call
+    leaves = [t[0].clone().requires_grad_() for t in rows]
+    results = op(*leaves)
+    weights = [draw(5, *t.shape, dtype=t.dtype, seed=i, device=t.device) for i, t in enumerate(results)]
+    for used in ([0, 1], [0], [1]):
+        outputs, given = [results[i] for i in used], [weights[i] for i in used]
+        one_by_one = [
+            torch.autograd.grad(outputs, leaves, list(each), retain_graph=True) for each in zip(*given, strict=True)
+        ]
+        batch = torch.autograd.grad(outputs, leaves, given, retain_graph=True, is_grads_batched=True)
+        assert_close(batch, [torch.stack(each) for each in zip(*one_by_one, strict=True)])
+
+
+def test_jacobians(backend, device):
+    c, b, m = (draw(1, 6, 2, seed=i, device=device) for i in range(3))
+    gates = torch.cat([c, b, m], -1)
+    for op, x in (
+        (lambda c: mk.bmru(c, b, epsilon=0.5, backend=backend)[0], c),
+        (lambda g: bmru_packed(g, amplitude=True, epsilon=0.5, backend=backend)[0], gates),
+    ):
+        expected = torch.autograd.functional.jacobian(op, x)
+        torch.testing.assert_close(torch.func.jacrev(op)(x), expected)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(op, x, vectorize=True), expected)
+
+
+@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+def test_compiled_and_exported_transforms(backend, device, cell):
+    function, shapes = CALLS[cell]
+    rows = [draw(4, *shape, seed=i, device=device) for i, shape in enumerate(shapes)]
+
+    class Loss(torch.nn.Module):
+        def forward(self, *inputs):
+            h, final_state = function(*inputs, backend=backend)
+            return h.square().sum() + final_state.square().sum()
+
+    def transforms(op_loss, rows):
+        every = tuple(range(len(rows)))
+        first = [t[0] for t in rows]
+        yield from torch.func.grad(op_loss, every)(*first)
+        yield from torch.vmap(torch.func.grad(op_loss, every))(*rows)
+        yield from torch.func.jacrev(op_loss, every)(*first)
+
+    expected = list(transforms(Loss(), rows))
+    assert_close(expected[len(rows) : 2 * len(rows)], loop(Loss(), rows))
+    compiled = torch.compile(lambda rows: list(transforms(Loss(), rows)), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(rows), expected)
+    exported = torch.export.export(Loss(), tuple(t[0] for t in rows)).module()
+    assert_close(list(transforms(exported, rows)), expected)
+
+
+@pytest.mark.parametrize("make", [mk.BMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.LRU, "network"], ids=str)
+def test_transforms_of_modules(device, make):
+    """Gradients per sample, of an ensemble and of a stack of networks, against autograd on each by itself."""
+
+    def module(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        made = mk.MRUNetwork(4, 2, width=6, num_blocks=1) if make == "network" else make(4, 6)
+        return made.to(device)
+
+    x = draw(2, 20, 4, device=device)
+    modules = [module(seed) for seed in range(2)]
+
+    def module_loss(parameters, buffers, x):
+        output, _ = torch.func.functional_call(modules[0], (parameters, buffers), (x.unsqueeze(0),))
+        return output.square().sum()
+
+    def by_autograd(module, x):
+        module.zero_grad()
+        module(x.unsqueeze(0))[0].square().sum().backward()
+        return {name: p.grad for name, p in module.named_parameters()}
+
+    def compare(got, expected):
+        for name in got:
+            torch.testing.assert_close(got[name], torch.stack([each[name] for each in expected]))
+
+    grad = torch.func.grad(module_loss)
+    parameters = {name: p.detach() for name, p in modules[0].named_parameters()}
+    buffers = dict(modules[0].named_buffers())
+    compare(torch.vmap(grad, (None, None, 0))(parameters, buffers, x), [by_autograd(modules[0], row) for row in x])
+    stacked = torch.func.stack_module_state(modules)
+    pairs = zip(modules, x, strict=True)
+    compare(torch.vmap(grad)(*stacked, x), [by_autograd(module, row) for module, row in pairs])
+    compare(torch.vmap(grad, (0, 0, None))(*stacked, x[0]), [by_autograd(module, x[0]) for module in modules])
+
+
+def test_transforms_in_other_modes(backend, device):
+    """Gradients are off, or inside; anomalies are looked for; tensors are functional, or saved elsewhere."""
+    x, b = draw(2, 20, 3, device=device), draw(2, 20, 3, seed=1, device=device)
+
+    def op_loss(c):
+        return loss(c, b, backend=backend)
+
+    def held(c):
+        with torch.no_grad():
+            h, _ = mk.bmru(c, b, backend=backend)
+        return (h * c).sum()
+
+    grad = torch.func.grad(op_loss)
+    expected = grad(x)
+    with torch.no_grad():
+        assert torch.equal(grad(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(grad(x), expected)
+    with warnings.catch_warnings(), torch.autograd.detect_anomaly():
+        warnings.simplefilter("ignore")
+        assert torch.equal(grad(x), expected)
+    assert torch.equal(torch.func.functionalize(grad)(x), expected)
+    assert torch.equal(torch.func.grad(torch.func.functionalize(op_loss))(x), expected)
+    assert torch.equal(torch.func.grad(held)(x), mk.bmru(x, b, backend=backend)[0])
+    _, pull = torch.func.vjp(op_loss, x)
+    assert torch.equal(pull(torch.ones((), device=device))[0], expected)  # outside of the transform
+    leaf = x.clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        mapped = torch.vmap(lambda c, b: loss(c[None], b[None], backend=backend))(leaf, b)
+        assert_close(torch.autograd.grad(mapped.sum(), leaf), [expected])
+
+
+FORWARD_MODE = {
+    "jvp": lambda op, x: torch.func.jvp(op, (x,), (x,)),
+    "jacfwd": lambda op, x: torch.func.jacfwd(op)(x),
+    "hessian": lambda op, x: torch.func.hessian(lambda x: op(x).sum())(x),
+    "vmap": lambda op, x: torch.vmap(lambda x: torch.func.jvp(op, (x,), (x,)))(torch.stack([x, x])),
+    "functional": lambda op, x: torch.autograd.functional.jvp(op, (x,), (x,)),
+    "vectorize": lambda op, x: torch.autograd.functional.jacobian(op, x, vectorize=True, strategy="forward-mode"),
+    "dual": lambda op, x: with_tangent(op, x),
+}
+
+
+def with_tangent(op, x):
+    with torch.autograd.forward_ad.dual_level():
+        return op(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_forward_mode_raises(backend, device, monkeypatch, way):
+    """Of ops, steps and modules; what comes afterwards is not disturbed."""
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
+    x, state, low = draw(2, 20, 3, device=device), draw(2, 3, device=device), draw(3, device=device)
+    module = mk.BMRU(3, 3).to(device)
+    ops = [
+        (lambda c: mk.bmru(c, c)[0], x),
+        (lambda c: mk.schmitt(c, low, low)[0], x),
+        (lambda c: mk.linear_recurrence(low, c)[0], x),
+        (lambda c: module(c)[0], x),
+    ]
+    if way not in ("functional", "hessian"):  # they have the first derivative taken, which a step refuses
+        ops.append((lambda c: mk.bmru_step(c, c, state)[0], state))
+    for op, inputs in ops:
+        with pytest.raises(NotImplementedError, match="no forward-mode"):
+            FORWARD_MODE[way](op, inputs)
+    expected = torch.autograd.functional.vjp(lambda c: mk.bmru(c, c)[0].sum(), x)[1]
+    assert torch.equal(torch.func.grad(lambda c: mk.bmru(c, c)[0].sum())(x), expected)
+    with torch.autograd.forward_ad.dual_level():  # without a tangent
+        mk.bmru(x, x)
+
+
+def test_the_op_of_a_step_has_no_derivative(backend, device):
+    x, state = draw(2, 2, 3, device=device)
+
+    def op(x):
+        return CELL.step[backend](x, x, None, None, state, 0.5)[0]
+
+    with pytest.raises(NotImplementedError, match="bmru_step: there is no derivative"):
+        op(x.clone().requires_grad_()).sum().backward()
+    with pytest.raises(NotImplementedError, match="bmru_step: there is no derivative"):
+        torch.func.grad(lambda x: op(x).sum())(x)
+    with pytest.raises(NotImplementedError, match="bmru_step: there is no derivative"):
+        torch.func.jvp(op, (x,), (x,))
 
 
 def test_second_derivative_raises_under_torch_func(backend, device):
@@ -504,7 +744,83 @@ def test_second_derivative_raises_under_torch_func(backend, device):
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.func.grad(lambda c: torch.func.grad(op_loss)(c).sum())(c)
     with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.jacrev(torch.func.jacrev(op_loss))(c)
+    with pytest.raises(RuntimeError, match="second derivative"):
         torch.func.grad(op_loss)(c.requires_grad_()).sum().backward()
+    (expected,) = torch.autograd.grad(op_loss(c), c)
+    assert torch.equal(torch.func.grad(op_loss)(c.detach()), expected)
+
+
+# ------------------------------------------------------------------------------------------------ torch.jit
+
+
+TRACED = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return mk.bmru(x * self.weight, 0.5 * x, epsilon=0.171828)  # used nowhere else
+
+
+TRACED_MODULES = {
+    "op": Scaled,
+    "bmru": lambda: mk.BMRU(4, 6, 2, bidirectional=True),
+    "schmitt": lambda: mk.FirstQuadrantBMRU(4, 6),
+    "lru": lambda: mk.LRU(4, 6),
+    "network": lambda: mk.MRUNetwork(4, 2, width=6, num_blocks=1),
+}
+
+
+@TRACED
+@pytest.mark.parametrize("make", TRACED_MODULES.values(), ids=TRACED_MODULES)
+def test_jit_trace(backend, device, monkeypatch, make):
+    """With gradients, and at other lengths than that which was traced; other backends refuse, by name."""
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
+    torch.manual_seed(0)
+    module = make().to(device, torch.float64)  # a cut of time, which a trace does not see, rounds differently
+    x = draw(2, 9, 4, dtype=torch.float64, device=device)
+    if backend != "cpu":
+        with pytest.raises(RuntimeError, match=r"backend: torch\.jit\.trace records 'cpu' only"):
+            torch.jit.trace(module, x)
+        return
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, x), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for shape in ((3, 150, 4), (1, 1500, 4)):
+        x = draw(*shape, dtype=torch.float64)
+        results = []
+        for run in (module, loaded):
+            output, _ = run(x)
+            grads = torch.autograd.grad(output.square().sum(), run.parameters(), allow_unused=True)
+            results.append([output.detach(), *(t for t in grads if t is not None)])
+        assert_close(*results)
+
+
+@TRACED
+def test_jit_trace_of_a_step(backend, device, monkeypatch):
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
+    x, y = draw(3, 2, 4, device=device), draw(3, 5, 4, device=device)
+
+    def op(c, b, s):
+        return mk.bmru_step(c, b, s, epsilon=0.271828)
+
+    if backend != "cpu":
+        with pytest.raises(RuntimeError, match=r"backend: torch\.jit\.trace records 'cpu' only"):
+            torch.jit.trace(op, tuple(x))
+        return
+    assert_equal(list(torch.jit.trace(op, tuple(x))(*y)), list(op(*y)))
+
+
+@TRACED
+def test_jit_script_raises(device):
+    for module in (mk.BMRU(4, 6), torch.nn.Sequential(torch.nn.Linear(4, 4), mk.LRU(4, 6))):
+        with pytest.raises(RuntimeError, match=r"(BMRU|LRU): torch\.jit\.script cannot compile this module"):
+            torch.jit.script(module)
 
 
 # ------------------------------------------------------------------------------------------------ fake, meta

@@ -85,6 +85,7 @@ def _is_plain() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
