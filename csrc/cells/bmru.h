@@ -26,9 +26,9 @@ struct Bmru {
   static constexpr int kFirstValue = 1, kSecondValue = -1;  // what events write
 
   WriteOrHold<S> rule;
-  S surrogate_scale;
+  Surrogate<S> surrogate;  // of `vjp` only
 
-  MRU_INLINE Bmru(S epsilon, S scale) : rule{epsilon}, surrogate_scale(scale) {}
+  MRU_INLINE explicit Bmru(S epsilon, const Surrogate<S>& surrogate = {}) : rule{epsilon}, surrogate(surrogate) {}
 
   // The gate compares, it does not subtract: a tie writes.
   template <class V>
@@ -61,13 +61,13 @@ struct Bmru {
   }
   template <class V>
   MRU_INLINE V vjp(const V* x, V s, V lambda, V* dx) const {
-    const V m = amplitude(x);
-    const V dz = lambda * multiply_add(splat<V>(rule.epsilon - 1), s, turned(m, x[0]));
-    const V dgate = dz * step_slope(Lanes<V>::abs(x[0]) - Lanes<V>::abs(x[1]), surrogate_scale);
-    const V written = writes(x) ? lambda : splat<V>(0);
-    dx[0] = multiply_add(written * m, sgn_slope(x[0], surrogate_scale), signed_as(dgate, x[0]));
+    const V m = amplitude(x), gained = lambda * splat<V>(surrogate.gain);
+    const V dz = gained * multiply_add(splat<V>(rule.epsilon - 1), s, turned(m, x[0]));
+    const V dgate = dz * step_slope(Lanes<V>::abs(x[0]) - Lanes<V>::abs(x[1]), surrogate);
+    const V written = writes(x) ? gained : splat<V>(0);
+    dx[0] = multiply_add(written * m, sgn_slope(x[0], surrogate), signed_as(dgate, x[0]));
     dx[1] = -signed_as(dgate, x[1]);
-    if constexpr (kAmplitude) dx[2] = turned(written, x[0]);
+    if constexpr (kAmplitude) dx[2] = turned(writes(x) ? lambda : splat<V>(0), x[0]);
     return pull(x, lambda);
   }
 

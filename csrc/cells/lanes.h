@@ -2,8 +2,11 @@
 // vector of lanes (CPU). `mask ? a : b`, `!` and `&&` mean the same for both, so only what C++ does not spell alike for
 // both stands here; csrc/cpu/vector.h specialises it for vectors.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <limits>
 
 #ifdef __CUDACC__
 #define MRU_INLINE __host__ __device__ __forceinline__
@@ -126,19 +129,42 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 #endif
 
-// Derivatives in the backward pass: of the unit step H, k / (1 + (pi k x)^2); of sgn, twice that.
+// The surrogate derivative of the unit step H, k / (1 + (pi k x)^2), in a form that is right for any finite k > 0:
+//
+//   gain / (tie + (bend x)^2)     tie = gain / k     bend = pi sqrt(k gain)     gain: a power of two
+//
+// `gain` is 1 where k and 1 / k are well within the range of S. Elsewhere it keeps `tie`, 1 / tie and `bend` normal numbers,
+// which a processor that flushes subnormals needs. Slopes below gain / 2^126 in float32 may become 0. In float32, k beyond
+// [2^-248, 2^186] counts as the nearest value in it, which gives 0 and infinity as k does, unless 0 < |x| < 2^-33.
+template <class S>
+struct Surrogate {
+  S gain = 1, tie = 1, bend = 1;
+
+  Surrogate() = default;
+  explicit Surrogate(double k) {
+    constexpr int kMost = std::numeric_limits<S>::max_exponent - 4;  // the exponent of k from which on gain is not 1
+    k = std::fmin(std::fmax(k, std::ldexp(1, -2 * kMost)), std::ldexp(1, kMost / 2 * 3));
+    const int exponent = std::ilogb(k), beyond = std::max(std::abs(exponent) - kMost, 0);
+    const double power = std::ldexp(1, exponent > 0 ? beyond : -beyond), least = std::numeric_limits<S>::min();
+    gain = S(power), tie = S(power / k);
+    bend = S(std::fmax(3.14159265358979323846 * std::sqrt(k) * std::sqrt(power), least));  // not 0: x may be infinite
+  }
+};
+
+// The slopes of H and of sgn, which is twice that of H, without their factor `gain`. The caller multiplies the gradient by
+// `gain` first: a slope alone may be out of range where its product with the gradient is not.
 template <class V, class S>
-MRU_INLINE V slope(V x, S k, S times) {
-  const S curvature = S(9.86960440108935861883) / times * k;  // pi^2
-  return reciprocal(multiply_add(x * splat<V>(curvature), x, splat<V>(reciprocal(times * k))));
+MRU_INLINE V slope(V x, S bend, S tie) {
+  const V bent = x * splat<V>(bend);
+  return reciprocal(multiply_add(bent, bent, splat<V>(tie)));
 }
 template <class V, class S>
-MRU_INLINE V step_slope(V x, S k) {
-  return slope(x, k, S(1));
+MRU_INLINE V step_slope(V x, const Surrogate<S>& surrogate) {
+  return slope(x, surrogate.bend, surrogate.tie);
 }
 template <class V, class S>
-MRU_INLINE V sgn_slope(V x, S k) {
-  return slope(x, k, S(2));
+MRU_INLINE V sgn_slope(V x, const Surrogate<S>& surrogate) {
+  return slope(x, surrogate.bend * S(0.70710678118654752440), surrogate.tie / 2);  // 1 / sqrt(2)
 }
 
 }  // namespace mru

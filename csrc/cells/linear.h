@@ -15,7 +15,7 @@ struct Linear {
   static constexpr bool kForgets = false;
 
   using Real = typename RealOf<S>::type;
-  MRU_INLINE Linear(Real /*epsilon*/, Real /*surrogate_scale*/) {}
+  MRU_INLINE explicit Linear(Real /*epsilon*/, const Surrogate<Real>& = {}) {}
 
   template <class V>
   MRU_INLINE V step(const V* x, V s) const {

@@ -16,9 +16,9 @@ struct Schmitt {
   static constexpr int kFirstValue = 1, kSecondValue = 0;
 
   WriteOrHold<S> rule;
-  S surrogate_scale;
+  Surrogate<S> surrogate;  // of `vjp` only
 
-  MRU_INLINE Schmitt(S epsilon, S scale) : rule{epsilon}, surrogate_scale(scale) {}
+  MRU_INLINE explicit Schmitt(S epsilon, const Surrogate<S>& surrogate = {}) : rule{epsilon}, surrogate(surrogate) {}
 
   template <class V>
   static MRU_INLINE auto lower(const V* x) {
@@ -52,10 +52,11 @@ struct Schmitt {
   template <class V>
   MRU_INLINE V vjp(const V* x, V s, V lambda, V* dx) const {
     const V zero = splat<V>(0), u = upper(x) ? splat<V>(1) : zero;
-    const V dhold = lambda * (splat<V>(1 - rule.epsilon) * s - u);
-    const V written = writes(x) ? lambda : zero;
-    const V dupper = (lower(x) ? written - dhold : written) * step_slope(x[0] - x[2], surrogate_scale);
-    const V dlower = (upper(x) ? zero : dhold) * step_slope(x[0] - x[1], surrogate_scale);
+    const V gained = lambda * splat<V>(surrogate.gain);
+    const V dhold = gained * (splat<V>(1 - rule.epsilon) * s - u);
+    const V written = writes(x) ? gained : zero;
+    const V dupper = (lower(x) ? written - dhold : written) * step_slope(x[0] - x[2], surrogate);
+    const V dlower = (upper(x) ? zero : dhold) * step_slope(x[0] - x[1], surrogate);
     dx[0] = dupper + dlower;
     dx[1] = -dlower;
     dx[2] = -dupper;

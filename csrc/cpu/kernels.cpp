@@ -111,7 +111,7 @@ struct Kernel {
   using Real = RealT<S>;  // of alpha
   using In = Inputs<Cell, T, kChannels>;
 
-  static Cell cell(const Scan& scan) { return Cell(Real(scan.epsilon), Real(scan.surrogate_scale)); }
+  static Cell cell(const Scan& scan) { return Cell(Real(scan.epsilon)); }
 
   // Calls f<steps>(), of steps that a group of lanes takes before the next group does. Few channels keep their state in
   // registers over a word of events, while all that lies in the first-level cache; many go row by row, as memory does.
@@ -314,7 +314,7 @@ struct Kernel {
   template <int kTile>
   static void backward_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* carry, void* sums,
                           int64_t stride, void* scratch) {
-    const Cell f = cell(scan);
+    const Cell f(Real(scan.epsilon), Surrogate<Real>(scan.surrogate_scale));
     const int64_t n = d1 - d0;
     S* const m = static_cast<S*>(carry);
     const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;

@@ -69,6 +69,7 @@ struct Call {
   Plan plan;
   Workspace<S> work;
   Divisor across;  // D / W: the threads of a job
+  Surrogate<typename RealOf<S>::type> surrogate;
 };
 
 // ------------------------------------------------------------------------------------------------ where a thread is
@@ -549,11 +550,11 @@ struct Writes {
 };
 
 // Calls each(cell); where a write forgets the state that is known to the compiler.
-template <class Cell, class Each>
-__device__ __forceinline__ void with_cell(const Scan& scan, Each each) {
+template <class Cell, class S, class Each>
+__device__ __forceinline__ void with_cell(const Call<S>& call, Each each) {
   if constexpr (Cell::kForgets)
-    if (scan.epsilon == 0) return each.template operator()<true>(Cell(0, scan.surrogate_scale));
-  each.template operator()<false>(Cell(scan.epsilon, scan.surrogate_scale));
+    if (call.scan.epsilon == 0) return each.template operator()<true>(Cell(0, call.surrogate));
+  each.template operator()<false>(Cell(call.scan.epsilon, call.surrogate));
 }
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -598,7 +599,7 @@ __device__ __forceinline__ bool summarize_pairs(const Tile<F, U>& tile, const Ch
 // Chunked, first: each job as one map of the state, and its events.
 template <class F>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __grid_constant__ Call<typename F::S> call) {
-  const auto& [scan, plan, work, across] = call;
+  const auto& [scan, plan, work, across, surrogate] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
@@ -609,7 +610,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
   Vector<int32_t, F::W> words = {};
   int64_t word = -1;  // position of the words' first step; a word may hold steps of several spans
   TilesAhead<F, kJobTile<F>> tiles(scan, d);
-  with_cell<typename F::Cell>(scan, [&]<bool kForgets>(const typename F::Cell& cell) {
+  with_cell<typename F::Cell>(call, [&]<bool kForgets>(const typename F::Cell& cell) {
     Spans spans(scan, plan, job, 1);
     for (Span span; spans.next(span);) {
       if (span.first) u = enter<F>(scan, span, d, alpha), forget = true;
@@ -667,10 +668,10 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
 template <class F>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_constant__ Call<typename F::S> call) {
   using S = typename F::S;
-  const auto& [scan, plan, work, across] = call;
+  const auto& [scan, plan, work, across, surrogate] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
-  const typename F::Cell cell(scan.epsilon, scan.surrogate_scale);
+  const typename F::Cell cell(scan.epsilon);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
   Events<F> events(scan, plan, job, d, 1);
@@ -855,7 +856,7 @@ __device__ __forceinline__ bool append(const typename F::States& right_a, const 
 template <class F, bool kFromEvents>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
-  const auto& [scan, plan, work, across] = call;
+  const auto& [scan, plan, work, across, surrogate] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
@@ -865,7 +866,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
   constexpr int kTile = kFromEvents ? 8 : kJobTile<F>;
   States a = all<F>(1), m = all<F>(0);
   bool forget = false;
-  with_cell<typename F::Cell>(scan, [&]<bool kForgets>(const typename F::Cell& cell) {
+  with_cell<typename F::Cell>(call, [&]<bool kForgets>(const typename F::Cell& cell) {
     constexpr int kDirection = kForgets ? 1 : -1;
     Events<F> events(scan, plan, job, d, kDirection);
     Spans spans(scan, plan, job, kDirection);

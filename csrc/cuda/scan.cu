@@ -79,18 +79,21 @@ struct Run {
     const auto states = [&](int k) { return reinterpret_cast<S*>(base + k * plan.states_bytes); };
     return {states(0), states(1), states(2), reinterpret_cast<S*>(base + plan.sums_offset())};
   }
+  Call<S> call_over(int64_t across) const {
+    return {scan, plan, work, Divisor(across), Surrogate<RealOf<S>::type>(scan.surrogate_scale)};
+  }
   // A thread for each of `rows` jobs and W channels.
   template <class F>
   void over_channels(void (*kernel)(Call<S>), int64_t rows, int threads, int64_t shared = 0) {
     const int64_t across = scan.channels / F::W;
-    launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, Call<S>{scan, plan, work, Divisor(across)});
+    launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, call_over(across));
   }
   // Blocks of tiles for each of `rows` jobs.
   template <class F, class Room>
   void over_tiles(void (*kernel)(Call<S>), int64_t rows) {
     const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>, launch.most_shared(), Room::bytes);
     launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
-           Call<S>{scan, plan, work, Divisor(tiling.across)});
+           call_over(tiling.across));
   }
   void carry_over(int direction) {
     const int64_t runs = ceil_div(plan.segments, kCarryRun<S>), turns = ceil_div(runs, kCarryGroups);

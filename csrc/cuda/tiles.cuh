@@ -136,13 +136,13 @@ __device__ __forceinline__ void with_part(const Span& span, int64_t tile, int64_
 }
 // Calls each(part, cell) for a tile.
 template <class F, class Each>
-__device__ __forceinline__ void with_part_and_cell(const Span& span, int64_t tile, int64_t tile_steps, const Scan& scan,
-                                                   Each each) {
+__device__ __forceinline__ void with_part_and_cell(const Span& span, int64_t tile, int64_t tile_steps,
+                                                   const Call<typename F::S>& call, Each each) {
   using Cell = typename F::Cell;
   with_part<F>(span, tile, tile_steps, [&]<bool kWhole>(const Part<F, kWhole>& part) {
     if constexpr (kWhole)
-      with_cell<Cell>(scan, [&]<bool kForgets>(const Cell& cell) { each.template operator()<kForgets>(part, cell); });
-    else each.template operator()<false>(part, Cell(scan.epsilon, scan.surrogate_scale));
+      with_cell<Cell>(call, [&]<bool kForgets>(const Cell& cell) { each.template operator()<kForgets>(part, cell); });
+    else each.template operator()<false>(part, Cell(call.scan.epsilon, call.surrogate));
   });
 }
 
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     forward(const __grid_constant__ Call<typename F::S> call) {
   using S = typename F::S;
   using Single = typename F::Single;
-  const auto& [scan, plan, work, across] = call;
+  const auto& [scan, plan, work, across, surrogate] = call;
   const TilePlace<F> at(call);
   const ForwardRoom<F> room;
   const ChannelInputs<F> channel(scan, at.d);
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     for (int64_t position = begin; position < span.end; position += at.tile_steps, ++tile) {
       stage_tile(tile + 1, position + at.tile_steps);
       wait_for_copies<1>();
-      with_part_and_cell<F>(span, position, at.tile_steps, scan, [&]<bool kForgets>(const auto&... given) {
+      with_part_and_cell<F>(span, position, at.tile_steps, call, [&]<bool kForgets>(const auto&... given) {
         scan_tile.template operator()<kForgets>(tile, given...);
       });
     }
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
   constexpr bool kComplex = RealOf<S>::is_complex;
   constexpr int kFactor = kComplex ? 3 : 0;
   using Single = typename F::Single;
-  const auto& [scan, plan, work, across] = call;
+  const auto& [scan, plan, work, across, surrogate] = call;
   const TilePlace<F> at(call);
   const BackwardRoom<F> room;
   const ChannelInputs<F> channel(scan, at.d);
@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
       for (int tile = 0; position + at.tile_steps > span.begin; position -= at.tile_steps, ++tile) {
         stage_tile(tile + 1, position - at.tile_steps);
         wait_for_copies<1>();
-        with_part_and_cell<F>(span, position, at.tile_steps, scan, [&]<bool kForgets>(const auto&... given) {
+        with_part_and_cell<F>(span, position, at.tile_steps, call, [&]<bool kForgets>(const auto&... given) {
           differentiate_tile.template operator()<kForgets>(tile, given...);
         });
       }
