@@ -104,7 +104,7 @@ FORMS = [
 @pytest.mark.parametrize(("segment", "cell", "dtype", "gates", "fit"), FORMS)
 def test_traffic_is_the_budget(segment, cell, dtype, gates, fit):
     """Streams in and out: the floor, plus one stream where time is cut (backward, as events replace the gates), plus
-    half a byte a step and channel of events; and states: of boundaries, at most eight rows a segment and pass, and
+    half a byte a step and channel of events; and states: of boundaries, at most twelve rows a segment and pass, and
     those of a chunk.
     """
     batch, time, channels = 1, 2 * 64 + 16, 40
@@ -130,7 +130,7 @@ def test_traffic_is_the_budget(segment, cell, dtype, gates, fit):
 
     row = channels * final_state.element_size()
     slots = batch * -(-time // segment) if segment else 0
-    states = 8 * slots * row + 2 * batch * row + batch * 2 * row + 16 * batch
+    states = 12 * slots * row + 2 * batch * row + batch * 2 * row + 16 * batch
     floor = stream * (passes * gates + 1)
     assert 0 <= forward.all_bytes() - floor - 2 * once <= states
     floor = stream * (passes * gates + (2 if segment else 1) + gates)

@@ -199,9 +199,10 @@ def compile_variant(variant: Variant):
         "scan": triton_kernels.Scan(*["i64"] * len(triton_kernels.Scan._fields)),
         "walk": triton_kernels.Walk(*["i64"] * len(triton_kernels.Walk._fields)),
         "epsilon": "fp64",
-        "surrogate_scale": "fp64",
+        **dict.fromkeys(("bend", "tie", "gain"), "fp64"),
         "events": "*i32",
         "offsets": "*i64",
+        "flag": "*i64",
         **dict.fromkeys(known, "constexpr"),
     }
     signature = {name: types.get(name, f"*{state}") for name in kernel.arg_names}

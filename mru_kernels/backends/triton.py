@@ -163,7 +163,7 @@ class _Call:
         self, cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed,
         chunk, segment, *, saved: bool = True, grad_h: Tensor | None = None,
     ):  # fmt: skip
-        from .triton_cells import CELLS, COMPLEX_CELLS
+        from .triton_cells import CELLS, COMPLEX_CELLS, surrogate
         from .triton_kernels import Scan, encode
 
         functions = (COMPLEX_CELLS if streams[0].is_complex() else CELLS)[cell.name]
@@ -182,7 +182,7 @@ class _Call:
         self.slots = self.sequences
         if self.split and cu_seqlens is None:
             self.slots *= _ceil_div(time, segment)
-        elif self.split:  # lengths are not known here: each sequence has a place more than its share
+        elif self.split and self.sequences > 0:  # lengths are not known: each has a place more than its share
             self.slots += time // segment
 
         element = first.element_size()
@@ -193,18 +193,23 @@ class _Call:
         self.align = vector if self.aligned else self.parts
         rows = max(time - 1, 0) // chunk if saved else 0
         flags = (reverse, cu_seqlens is not None, alpha is not None, initial_state is not None)
-        scan = (self.sequences, time, channels // self.align, segment, self.slots, *flags, rows)
+        scan = (self.sequences, time, channels // self.align, segment, self.slots, *flags, rows, False)
         nothing = self.rows(0)  # in the place of what is missing; a flag keeps it from being read
+        offsets = first.new_empty(0, dtype=torch.int64) if cu_seqlens is None else self._offsets(cu_seqlens)
+        bend, tie, gain = surrogate(surrogate_scale, self.state)
         self.arguments = {
             "inputs": tuple(map(self.stream, self.inputs)),
             "scan": Scan(*(encode(int(n)) for n in scan)),
-            "offsets": first.new_empty(0, dtype=torch.int64) if cu_seqlens is None else self._offsets(cu_seqlens),
+            "offsets": offsets,
+            "flag": offsets,  # likewise not read
             "alpha": nothing if alpha is None else self.vector(alpha),
             "initial": nothing if initial_state is None else self.vector(initial_state),
             "entries": nothing,
             "epsilon": epsilon.item(),
             "FORGETS": functions.encode is not None and epsilon.item() == 0,
-            "surrogate_scale": surrogate_scale,
+            "bend": bend,
+            "tie": tie,
+            "gain": gain,
             **{name.upper(): function for name, function in functions._asdict().items()},
             "EVENTS": self.packs,
             "CHANNELS": ((1 << len(channel)) - 1) << 1,
@@ -251,9 +256,36 @@ class _Call:
             with torch.cuda.device_of(self.first):
                 kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **self.options(name))
 
-    def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None = None) -> Tensor:
-        """What enters each segment, [slots, D], given the segments' affine maps; `final_state` takes what leaves the
-        last. It starts from the initial state or, from the right, with the gradient of the final state, `adjoint_of`.
+    def scan(self, name: str, own: dict, enters: str, leaves: str, adjoint_of: Tensor | None = None) -> None:
+        """Run the kernel `name` over time, and where time is cut over all segments at once.
+
+        `enters` and `leaves` name its arguments for what enters and leaves a segment, [slots, D], or else a sequence,
+        `adjoint_of` is what enters from the right in the backward pass.
+
+        Cutting time never changes what a whole scan says: where composed states leave the range of their dtype, the
+        call is scanned again whole. Whether it has to be is decided on the device.
+        """
+        from .triton_kernels import encode
+
+        if not self.split:
+            self.launch(name, self.sequences, **own)
+            return
+        factors, sums, exits = (self.rows(self.slots) for _ in range(3))
+        self.launch("summarize" if adjoint_of is None else "summarize_adjoint", self.slots, **own, factors=factors,
+                    sums=sums)  # fmt: skip
+        walked = self.walk(factors, sums, own[leaves], adjoint_of)
+        own = own | {"flag": walked["flag"]}
+        self.launch(name, self.slots, **own | {enters: walked["entries"], leaves: exits})
+        if adjoint_of is None and self.arguments["FORGETS"]:
+            return  # values were only copied
+        self.launch("check", self.slots, **walked, exits=exits)
+        whole = self.arguments["scan"]._replace(segment=encode(0), redo=encode(1))
+        self.launch(name, self.sequences, **own | {"scan": whole})
+
+    def walk(self, factors: Tensor, sums: Tensor, final_state: Tensor, adjoint_of: Tensor | None) -> dict:
+        """Compose the segments' affine maps: `entries` takes what enters each segment, [slots, D], and `final_state`
+        what leaves the last. It starts from the initial state or, from the right, with the gradient of the final state,
+        `adjoint_of`. Returns the arguments of `carry`.
         """
         from .triton_kernels import Walk, encode
 
@@ -261,13 +293,13 @@ class _Call:
         whole = self.packed or segments <= _WALK
         per_group = segments if whole else max(isqrt(segments // 2) // _WALK * _WALK, _WALK)
         groups = 1 if whole else _ceil_div(segments, per_group)
-        entries = self.rows(self.slots)
         own = {
             "walk": Walk(encode(groups), encode(per_group), encode(int(adjoint_of is not None))),
             "factors": factors,
             "sums": sums,
-            "entries": entries,
+            "entries": self.rows(self.slots),
             "final_state": final_state,
+            "flag": self.first.new_empty(1, dtype=torch.int64),
             "group_factors": self.rows(self.sequences * groups),
             "group_sums": self.rows(self.sequences * groups),
         }
@@ -276,7 +308,7 @@ class _Call:
         if groups > 1:
             self.launch("fold", self.sequences * groups, **own)
         self.launch("carry", self.sequences * groups, **own)
-        return entries
+        return own
 
 
 # ------------------------------------------------------------------------- the two ops
@@ -294,11 +326,7 @@ def _forward(
     results = ops.allocate(cell, streams, channel, cu_seqlens, packed, chunk, segment, save)
     h, final_state, checkpoints, events = map(_real, results)
     own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "events": events}
-    if call.split:
-        factors, sums = call.rows(call.slots), call.rows(call.slots)
-        call.launch("summarize", call.slots, **own, factors=factors, sums=sums)
-        own["entries"] = call.walk(factors, sums, final_state)
-    call.launch("forward", call.slots, **own)
+    call.scan("forward", own, "entries", "final_state")
     return results[: ops.returned(save)]
 
 
@@ -339,16 +367,12 @@ def _backward(
     own |= {"checkpoints": _real(checkpoints), "events": events, "grad_initial": grad_initial}
     own["states"] = call.rows(call.slots * (min(call.time, chunk) // call.tile("backward")))
     own["grads"] = tuple(map(call.stream, [views[0], *(partial.view(-1) for _ in channel), *views[1:]]))
-    if call.split:
-        factors, sums = call.rows(call.slots), call.rows(call.slots)
-        call.launch("summarize_adjoint", call.slots, **own, factors=factors, sums=sums)
-        own["grad_final"] = call.walk(factors, sums, grad_initial, adjoint_of=own["grad_final"])
-    call.launch("backward", call.slots, **own)
+    call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=own["grad_final"])
 
     of_channels = [partial[2 + i] for i in range(len(channel))]
     of_alpha = [partial[0]] if alpha is not None else []
     for grad, rows in zip(written[n_streams:], of_channels + of_alpha, strict=False):
-        grad.copy_(rows.sum(0))  # in a fixed order
+        grad.copy_(rows.sum(0, dtype=torch.float64))  # in a fixed order
     if initial_state is not None and not in_place:
         written[-1].copy_(grad_initial)
     return grads

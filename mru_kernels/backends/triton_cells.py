@@ -8,6 +8,7 @@ one step and `s` the state before it, blocks in the state dtype:
     pull(x, m, epsilon)                conj(a) m
     vjp(x, s, lam, epsilon, scale)     the gradients of x, with lam = dL/ds', and scale of surrogate()
     one(d), times(a, b)                the factor 1 for channels d, and a product of factors, or of one and a state
+    magnitude(a)                       |a|; of a complex channel the sum over its parts, in both
     replay(x, s, epsilon)              the state after, where no input was NaN
 
 Where events of 2 bits suffice for a step (hold, one of two writes, NaN), and a word holds those of 16:
@@ -22,8 +23,10 @@ A complex channel is two neighbours of a block, the real and the imaginary part,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -37,6 +40,7 @@ class Cell(NamedTuple):
     vjp: Any
     one: Any
     times: Any
+    magnitude: Any
     replay: Any
     encode: Any = None
     step_event: Any = None
@@ -46,7 +50,6 @@ class Cell(NamedTuple):
 
 
 PAIRS = tl.constexpr(0x55555555)  # the low bits of a word's events
-PI = tl.constexpr(3.14159265358979323846)
 
 # ------------------------------------------------------------------------- the step that the bistable cells share
 
@@ -54,6 +57,11 @@ PI = tl.constexpr(3.14159265358979323846)
 @triton.jit
 def one(d):
     return tl.where(d >= 0, 1.0, 0.0)
+
+
+@triton.jit
+def magnitude(a):
+    return tl.abs(a)
 
 
 @triton.jit
@@ -131,15 +139,28 @@ def pull_event(word, i: tl.constexpr, m, epsilon):
     return tl.where(low_bit(word, i), scaled(m, epsilon), m)
 
 
-@triton.jit
-def surrogate(k):
-    """Of the surrogate scale k, what `slope` takes."""
-    return PI * tl.sqrt(k), 1.0 / k
+def surrogate(k: float, state: torch.dtype) -> tuple[float, float, float]:
+    """(bend, tie, gain) of the surrogate scale k, any finite k > 0, for the dtype of states.
+
+    The surrogate derivative of the unit step, k / (1 + (pi k x)^2), is gain / (tie + (bend x)^2), where tie = gain / k
+    and bend = pi sqrt(k gain). `gain` is a power of two: 1 where k and 1 / k are well within the range of the dtype.
+    Elsewhere it keeps tie, 1 / tie and bend normal numbers, as devices flush subnormal ones. In float32, k beyond
+    [2^-240, 2^180] counts as the nearest in it: its products with gradients are 0 or infinite as those of k are.
+    """
+    finfo = torch.finfo(state)
+    most = math.frexp(finfo.max)[1] - 8  # the exponent of k from which on gain is not 1
+    k = min(max(k, 2.0 ** (-2 * most)), 2.0 ** min(3 * most // 2, 1023))
+    exponent = math.frexp(k)[1] - 1
+    gain = 2.0 ** math.copysign(max(abs(exponent) - most, 0), exponent)
+    return max(math.pi * math.sqrt(k) * math.sqrt(gain), finfo.tiny), gain / k, gain
 
 
 @triton.jit
 def slope(x, scale):
-    """Surrogate derivative of the unit step, k / (1 + (pi k x)^2); that of the sign is twice that."""
+    """The surrogate derivative of the unit step without its factor `gain`; that of the sign is twice that.
+
+    The caller multiplies the gradient by `gain` first: a slope alone may leave the range where the product does not.
+    """
     y = x * scale[0]
     y = y * y + scale[1]
     if x.dtype == tl.float64:
@@ -194,17 +215,18 @@ def bmru_pull(x, m, epsilon):
 @triton.jit
 def bmru_vjp(x, s, lam, epsilon, scale):
     sgn = tl.where(x[0] >= 0, 1.0, -1.0).to(s.dtype)  # not as in replay: the compiler would keep predicates until here
-    written = tl.where(bmru_writes(x), lam, 0.0)
+    gained = lam * scale[2]
+    written = tl.where(bmru_writes(x), gained, 0.0)
     value = sgn
     dc = slope(x[0], scale) * (written + written)
     if len(x) == 3:
         value = sgn * x[2]
         dc = dc * x[2]
-    dgate = lam * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale)
+    dgate = gained * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale)
     dc += tl.where(x[0] == 0, 0.0, dgate) * sgn
     db = tl.where(x[1] == 0, 0.0, tl.where(x[1] < 0, dgate, -dgate))
     if len(x) == 3:
-        grads = (dc, db, written * sgn)
+        grads = (dc, db, tl.where(bmru_writes(x), lam, 0.0) * sgn)
     else:
         grads = (dc, db)
     return grads
@@ -265,8 +287,9 @@ def schmitt_pull(x, m, epsilon):
 
 @triton.jit
 def schmitt_vjp(x, s, lam, epsilon, scale):
-    dhold = lam * ((1.0 - epsilon) * s - schmitt_upper(x))
-    written = tl.where(schmitt_writes(x), lam, 0.0)
+    gained = lam * scale[2]
+    dhold = gained * ((1.0 - epsilon) * s - schmitt_upper(x))
+    written = tl.where(schmitt_writes(x), gained, 0.0)
     dupper = tl.where(x[0] >= x[1], written - dhold, written) * slope(x[0] - x[2], scale)
     dlower = tl.where(x[0] >= x[2], 0.0, dhold) * slope(x[0] - x[1], scale)
     return (dupper + dlower, -dlower, -dupper)
@@ -334,6 +357,13 @@ def complex_one(d):
 
 
 @triton.jit
+def complex_magnitude(a):
+    a_re, a_im = parts(a)
+    total = tl.abs(a_re) + tl.abs(a_im)
+    return pairs(total, total)
+
+
+@triton.jit
 def complex_times(a, b):
     a_re, a_im = parts(a)
     b_re, b_im = parts(b)
@@ -342,10 +372,12 @@ def complex_times(a, b):
 
 @triton.jit
 def complex_times_conj(a, b):
-    """a conj(b). With conj(b) as a block of its own, Triton 3.6's ptxas spills in summarize_adjoint."""
+    """a conj(b), rounded alike in every kernel. With conj(b) as a block of its own, Triton 3.6's ptxas spills in
+    summarize_adjoint.
+    """
     a_re, a_im = parts(a)
     b_re, b_im = parts(b)
-    return pairs(a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im)
+    return pairs(tl.fma(a_re, b_re, a_im * b_im), tl.fma(a_im, b_re, -(a_re * b_im)))
 
 
 @triton.jit
@@ -371,18 +403,19 @@ def complex_vjp(x, s, lam, epsilon, scale):
 #: For real streams.
 CELLS = {
     "bmru": Cell(
-        bmru_step, bmru_pull, bmru_pull, bmru_vjp, one, times_or_zero, bmru_replay, bmru_encode, bmru_step_event,
-        bmru_replay_event, pull_event, bmru_step_word,
+        bmru_step, bmru_pull, bmru_pull, bmru_vjp, one, times_or_zero, magnitude, bmru_replay, bmru_encode,
+        bmru_step_event, bmru_replay_event, pull_event, bmru_step_word,
     ),
     "schmitt": Cell(
-        schmitt_step, schmitt_pull, schmitt_pull, schmitt_vjp, one, times_or_zero, schmitt_replay, schmitt_encode,
-        schmitt_step_event, schmitt_replay_event, pull_event, schmitt_step_word,
+        schmitt_step, schmitt_pull, schmitt_pull, schmitt_vjp, one, times_or_zero, magnitude, schmitt_replay,
+        schmitt_encode, schmitt_step_event, schmitt_replay_event, pull_event, schmitt_step_word,
     ),
-    "linear_recurrence": Cell(linear_step, linear_push, linear_push, linear_vjp, one, times, linear_step),
+    "linear_recurrence": Cell(linear_step, linear_push, linear_push, linear_vjp, one, times, magnitude, linear_step),
 }  # fmt: skip
 #: For complex streams.
 COMPLEX_CELLS = {
     "linear_recurrence": Cell(
-        complex_step, complex_push, complex_pull, complex_vjp, complex_one, complex_times, complex_step
+        complex_step, complex_push, complex_pull, complex_vjp, complex_one, complex_times, complex_magnitude,
+        complex_step,
     ),
 }

@@ -13,7 +13,8 @@ A program is one warp that holds BD channels, 16 bytes of a stream a lane, and w
 no lane needs the values of another. A complex channel counts as two, its real and its imaginary part, in one lane.
 Without a split that is all. With one, a sequence takes summaries of its segments, a walk over these summaries (`fold`,
 `carry`), and the segments again from their entry states; where steps fit events these are packed on the way, and the
-streams are not read again. Where a write forgets, the adjoint's summary of a segment ends where all channels have
+streams are not read again. A cut never changes what a whole scan says: where composed states leave the range of their
+dtype (`check`), the call is scanned again whole. Where a write forgets, the adjoint's summary of a segment ends where all channels have
 written. The summaries issue all loads of a tile before its first use; in half precision, whose rows take half the
 registers, `summarize` and `backward` issue those of the next tile too.
 
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_cells import PAIRS, count_pairs, pairs, parts, surrogate
+from .triton_cells import PAIRS, count_pairs, pairs, parts
 
 WORD = tl.constexpr(16)
 GRID = tl.constexpr(1 << 30)  # programs on the grid's x axis; more go to y
@@ -57,6 +58,7 @@ class Scan(NamedTuple):
     has_alpha: Any
     has_initial: Any
     saved: Any  # rows of boundary states; 0: none wanted
+    redo: Any  # whether sequences are scanned whole again, if `flag` is not 0; `slots` are those of the cut
 
 
 class Walk(NamedTuple):
@@ -102,6 +104,7 @@ def sizes(scan, ALIGN: tl.constexpr):
     return Scan(
         size(scan.sequences), size(scan.time), size(scan.channels) * ALIGN, size(scan.segment), size(scan.slots),
         size(scan.reverse), size(scan.packed), size(scan.has_alpha), size(scan.has_initial), size(scan.saved),
+        size(scan.redo),
     )  # fmt: skip
 
 
@@ -114,6 +117,13 @@ def program(scan, BD: tl.constexpr):
     unit = tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)
     blocks = (scan.channels + BD - 1) // BD
     return unit // blocks, unit % blocks
+
+
+@triton.jit
+def works(scan, slot, flag):
+    """Whether a program scans at all."""
+    programs = tl.where(scan.segment != 0, scan.slots, scan.sequences)
+    return (slot < programs) & (tl.load(flag, mask=scan.redo != 0, other=1) != 0)
 
 
 @triton.jit
@@ -329,6 +339,15 @@ def repeated(value, N: tl.constexpr):
 
 
 @triton.jit
+def added(totals, sums, CHANNELS: tl.constexpr):
+    """Sums of a chunk, those of inputs that come per channel, added to totals."""
+    out = ()
+    for k in tl.static_range(len(totals)):
+        out = out + (totals[k] + sums[k].to(tl.float64) if CHANNELS >> k & 1 else totals[k],)
+    return out
+
+
+@triton.jit
 def load_alpha(alpha, scan, at):
     return tl.load(alpha + at.first + at.d, mask=when(scan.has_alpha != 0, at.mask), other=1.0)
 
@@ -388,18 +407,19 @@ def forward_word(
 
 @triton.jit
 def forward(
-    inputs, scan, offsets, alpha, initial, entries, events, h, final_state, checkpoints, epsilon: tl.float64,
+    inputs, scan, flag, offsets, alpha, initial, entries, events, h, final_state, checkpoints, epsilon: tl.float64,
     STEP: tl.constexpr, STEP_EVENT: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr, CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """h, boundary states and (without a split) the final state, from streams or, if EVENTS, from events.
+    """h, boundary states and final states, from streams or, if EVENTS, from events.
 
-    Enters with `entries`, [slots, D], where there is a split; else with `initial`, [N, D].
+    Enters with `entries`, [slots, D], where there is a split, and leaves with `final_state`, [slots, D]; else with
+    `initial` and `final_state`, [N, D].
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
-    if slot < scan.slots:
+    if works(scan, slot, flag):
         at = place(scan, offsets, slot, block, ALIGN, BD)
         eps = factor_of_writes(epsilon, STATE, FORGETS)
         scale = load_alpha(alpha, scan, at)
@@ -428,8 +448,7 @@ def forward(
             s = forward_word(
                 s, word, opened, opened_h, scan, at, whole, scale, eps, STEP, STEP_EVENT, EVENTS, CHANNELS, TILE, True
             )
-        if scan.segment == 0:
-            put(final_state, at.index, at, s, at.mask)
+        put(final_state, tl.where(scan.segment != 0, slot, at.index), at, s, at.mask)
 
 
 @triton.jit
@@ -579,18 +598,20 @@ def fold(
 
 @triton.jit
 def carry(
-    scan, walk, offsets, alpha, initial, factors, sums, group_factors, group_sums, entries, final_state,
+    scan, walk, flag, offsets, alpha, initial, factors, sums, group_factors, group_sums, entries, final_state,
     TIMES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state that enters each segment, and the one that leaves the last.
 
     A program walks the maps of the groups before its own, then those of its own segments. A packed sequence is one
-    group. From the right (flip) it is the adjoint that is carried, and alpha has no part.
+    group. From the right (flip) it is the adjoint that is carried, and alpha has no part. Lowers the flag of `check`.
     """
     scan = sizes(scan, ALIGN)
     item, block = program(scan, BD)
     groups = size(walk.groups)
     n = item // groups
+    if (item == 0) & (block == 0):
+        tl.store(flag, 0)
     if n < scan.sequences:
         group = item % groups
         base = first_slot(scan, offsets, n)
@@ -622,6 +643,56 @@ def carry(
             put(final_state, index, at, s, at.mask)
 
 
+@triton.jit
+def consistent(factor, offset, entry, leaves, handed, MAGNITUDE: tl.constexpr, FORGETS: tl.constexpr):
+    """Whether what `leaves` a segment, scanned from `entry`, is what composing maps `handed` to the next segment.
+
+    Rounding must pass. It is at most ROUNDING of `entry` where factor entry and offset are both small by chance. Of a
+    factor that may have underflowed nothing else is left by chance, and few of its bits may be right. Where a write
+    forgets, factors are 0 or 1: none underflows.
+    """
+    ROUNDING: tl.constexpr = 2.0**-40 if entry.dtype == tl.float64 else 2.0**-16
+    error = MAGNITUDE(leaves - handed)
+    if FORGETS:
+        near = error < float("inf")
+    else:
+        size_of_factor = MAGNITUDE(factor)
+        before = MAGNITUDE(entry)
+        terms = size_of_factor * before + MAGNITUDE(offset)
+        bound = tl.where(size_of_factor < 2.0**-62, ROUNDING * terms, terms / 256 + ROUNDING * before)
+        near = (error <= bound) & (bound < float("inf"))
+    of_leaves = MAGNITUDE(leaves)
+    of_handed = MAGNITUDE(handed)
+    return (leaves == handed) | near | ((of_leaves != of_leaves) & (of_handed != of_handed))
+
+
+@triton.jit
+def check(
+    scan, walk, flag, offsets, factors, sums, entries, exits, final_state,
+    MAGNITUDE: tl.constexpr, FORGETS: tl.constexpr, ALIGN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Raise the flag where a segment is left with another state than the next was handed. `exits` are [slots, D].
+
+    Composing goes wrong where numbers leave the range of the dtype: a factor that overflows or underflows, an offset
+    that overflows alone.
+    """
+    scan = sizes(scan, ALIGN)
+    slot, block = program(scan, BD)
+    if slot < scan.slots:
+        at = place(scan, offsets, slot, block, ALIGN, BD)
+        if at.begin < at.end:
+            flip = size(walk.flip)
+            is_last = tl.where(flip != 0, at.begin == 0, at.end == at.length)
+            row = tl.where(is_last, at.index, slot + 1 - 2 * flip)
+            handed = get(tl.where(is_last, final_state, entries), row, at, at.mask, 0.0)
+            factor = get(factors, slot, at, at.mask, 0.0)
+            offset = get(sums, slot, at, at.mask, 0.0)
+            entry = get(entries, slot, at, at.mask, 0.0)
+            leaves = get(exits, slot, at, at.mask, 0.0)
+            right = consistent(factor, offset, entry, leaves, handed, MAGNITUDE, FORGETS)
+            tl.store(flag + tl.zeros_like(at.d), 1, mask=tl.where(right, False, at.mask))
+
+
 # ------------------------------------------------------------------------- backward
 
 
@@ -641,7 +712,7 @@ def adjoint_word(
             tile = load_tile(opened, at, hidden(first + j, at), left - j, m.dtype, CHANNELS, TILE, MASKED)
         if MASKED or not EVENTS or left > j:  # which it is, see fold
             for i in tl.static_range(TILE - 1, -1, -1):
-                lam = scale * grads[0][i] + m
+                lam = tl.fma(scale, grads[0][i], m)  # as in `backward`: rounded alike
                 if EVENTS:
                     before = PULL_EVENT(word, j + i, lam, eps)
                     product = factor
@@ -767,7 +838,7 @@ def backward_tile(
     for i in tl.static_range(TILE - 1, -1, -1):
         x = inputs_at(inputs_tile, i)
         g = grad_tile[0][i]
-        lam = scale * g + m
+        lam = tl.fma(scale, g, m)
         dx = VJP(x, within[i], lam, eps, k_scale)
         before = PULL(x, lam, eps)
         product = g * within[i + 1]
@@ -803,32 +874,43 @@ def load_both(
 
 
 @triton.jit
+def put_total(partial, scan, k, slot, at, total, STATE: tl.constexpr):
+    """What a segment sums up. The sum over a sequence takes the place of all segments' where they are scanned again."""
+    put(partial, k * scan.slots + slot, at, total.to(STATE), at.mask)
+    if scan.redo != 0:
+        for other in range(slot + scan.sequences, scan.slots, scan.sequences):
+            put(partial, k * scan.slots + other, at, tl.zeros_like(total).to(STATE), at.mask)
+
+
+@triton.jit
 def backward(
-    inputs, scan, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
-    states, epsilon: tl.float64, surrogate_scale: tl.float64,
+    inputs, scan, flag, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
+    states, epsilon: tl.float64, bend: tl.float64, tie: tl.float64, gain: tl.float64,
     REPLAY: tl.constexpr, PULL: tl.constexpr, VJP: tl.constexpr, REPLAY_EVENT: tl.constexpr, EVENTS: tl.constexpr,
     FORGETS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs; without a split also that of the initial state; and sums over the segment.
+    """Gradients of the inputs, what passes to the left of the segment, and sums over the segment.
 
     grad_final: what the right end receives, [slots, D] where there is a split, else [N, D].
+    grad_initial: what the left end passes on, alike.
     partial:    [1 + inputs, slots, D], row 0 of alpha and row 1 + i of input i if it comes per channel.
 
     states:     room for those before the tiles of a chunk, [slots * (min(T, CHUNK) // TILE), D].
 
     Chunk by chunk from the right. From the state saved at the chunk's start follow those before its tiles, and from
-    each of these the states within the tile.
+    each of these the states within the tile. Sums over a chunk are added up in float64: many equal terms, added one by
+    one, would lose more than rounding.
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
     HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
     TILES: tl.constexpr = 2 if HALF else 1  # as many bytes of each stream are on the way whatever its dtype
     scan = sizes(scan, ALIGN)
     slot, block = program(scan, BD)
-    if slot < scan.slots:
+    if works(scan, slot, flag):
         at = place(scan, offsets, slot, block, ALIGN, BD)
         eps = factor_of_writes(epsilon, STATE, FORGETS)
-        k_scale = surrogate(tl.full((), surrogate_scale, STATE))
+        k_scale = (tl.full((), bend, STATE), tl.full((), tie, STATE), tl.full((), gain, STATE))
         scale = load_alpha(alpha, scan, at)
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
@@ -839,8 +921,8 @@ def backward(
             else:
                 opened_dx = opened_dx + (rows_of(grads[k], scan, at, ALIGN),)
         m = get(grad_final, tl.where(scan.segment != 0, slot, at.index), at, at.mask, 0.0)
-        sum_alpha = tl.zeros((BD,), STATE)
-        sums = repeated(sum_alpha, len(inputs))
+        total_alpha = tl.zeros((BD,), tl.float64)
+        totals = repeated(total_alpha, len(inputs))
         room = slot * (tl.minimum(scan.time, CHUNK) // TILE)
         chunks = (at.end - at.begin + CHUNK - 1) // CHUNK
         chunk = at.begin + (chunks - 1) * CHUNK
@@ -852,6 +934,8 @@ def backward(
                 first = tl.maximum(at.end - (at.end - at.begin) % TILE - TILE, at.begin)
                 ahead = load_both(opened, opened_grad, at, first, left_of(at, first, TILE), CHANNELS, ALIGN, TILE, True)
             while left > 0:
+                sum_alpha = tl.zeros((BD,), STATE)
+                sums = repeated(sum_alpha, len(inputs))
                 end = tl.minimum(chunk + CHUNK, at.end)
                 data = tl.where(chunk > 0, checkpoints, initial)
                 known = when((chunk > 0) | (scan.has_initial != 0), at.mask)
@@ -896,14 +980,16 @@ def backward(
                                 s, both, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps, k_scale, REPLAY,
                                 PULL, VJP, CHANNELS, TILE, False,
                             )  # fmt: skip
+                total_alpha += sum_alpha.to(tl.float64)
+                totals = added(totals, sums, CHANNELS)
                 chunk -= CHUNK
                 saved -= 1
                 left -= 1
-        if scan.segment == 0:
-            # Always the index; but as LLVM cannot tell, it does not keep the row's address from the start on.
-            put(grad_initial, tl.where(chunk < 0, at.index, slot), at, m, at.mask)
+        # Without a split `chunk` is negative here; as LLVM cannot tell, it does not keep the row's address from the
+        # start on.
+        put(grad_initial, tl.where((scan.segment == 0) & (chunk < 0), at.index, slot), at, m, at.mask)
         if scan.has_alpha != 0:
-            put(partial, slot, at, sum_alpha, at.mask)
+            put_total(partial, scan, 0, slot, at, total_alpha, STATE)
         for k in tl.static_range(len(inputs)):
             if CHANNELS >> k & 1:
-                put(partial, (1 + k) * scan.slots + slot, at, sums[k], at.mask)
+                put_total(partial, scan, 1 + k, slot, at, totals[k], STATE)
