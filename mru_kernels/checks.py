@@ -32,7 +32,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_value(t: Tensor) -> bool:
-    """Whether there is one value to look at: not on meta, under a FakeTensorMode, or where vmap maps over the tensor."""
+    """Whether there is one value to look at: not on meta, of a fake tensor, or where vmap maps over the tensor."""
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
             return False
