@@ -17,6 +17,7 @@ from torch import Tensor
 from .backends import Backend
 
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
@@ -31,9 +32,27 @@ def _names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on `device`; None where it is off or there is none."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def dense(name: str, value: Tensor, instead: str) -> None:
+    """Raise for a nested or sparse tensor; `instead` is what takes sequences of different lengths."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; use {instead} for sequences of different lengths"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}; call to_dense() first")
+
+
 def tensor(name: str, value, rank: int, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    dense(name, value, "cu_seqlens")
     if value.dim() != rank:
         raise ValueError(f"{name}: expected {rank} dimensions {shape}, got shape {list(value.shape)}")
 

@@ -310,6 +310,7 @@ class MRUBase(torch.nn.Module):
         if not isinstance(input, Tensor):
             kinds = "a tensor or a PackedSequence" if 3 in ranks else f"a tensor {expected}"
             raise TypeError(f"input: expected {kinds}, got {type(input).__name__}")
+        checks.dense("input", input, "a PackedSequence")
         if input.dim() not in ranks:
             raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
         if input.shape[-1] != self.input_size:
@@ -326,6 +327,7 @@ class MRUBase(torch.nn.Module):
             return
         if not isinstance(hx, Tensor):
             raise TypeError(f"hx: expected a tensor or None, got {type(hx).__name__}")
+        checks.dense("hx", hx, "a PackedSequence")
         expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
         if hx.shape != expected:
             letters = f"[layers * directions, {'batch, ' * len(batch)}hidden_size]"
@@ -333,8 +335,8 @@ class MRUBase(torch.nn.Module):
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
         stream = input.dtype
-        if torch.is_autocast_enabled(input.device.type) and stream != torch.float64:
-            stream = torch.get_autocast_dtype(input.device.type)
+        if stream != torch.float64:
+            stream = checks.autocast_dtype(input.device) or stream
         allowed = dict.fromkeys(self._state_dtypes(stream))
         if hx.dtype not in allowed:
             raise TypeError(f"hx: expected dtype {' or '.join(map(str, allowed))}, got {hx.dtype}")
@@ -359,7 +361,7 @@ def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
         return
     dtypes = {input.dtype, dtype}
     converts = dtypes <= set(checks.STREAM_DTYPES) and torch.float64 not in dtypes
-    if not converts or not torch.is_autocast_enabled(input.device.type):
+    if not converts or checks.autocast_dtype(input.device) is None:
         raise TypeError(f"input: expected the module's dtype {dtype}, got {input.dtype}")
 
 
