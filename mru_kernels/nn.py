@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import OptimizedModule
+from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
@@ -185,6 +186,8 @@ class MRUBase(torch.nn.Module):
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
     def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         """See `BMRU`."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         parameters = self._read()
@@ -353,6 +356,16 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     if isinstance(module, OptimizedModule):
         return unwrapped(module._orig_mod)
     return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
+
+
+def fx_node(module: torch.nn.Module, input: Proxy, state: object) -> Any:
+    """A call under `torch.fx.symbolic_trace` as one node, like the call of a module of torch.nn."""
+    tracer: Any = input.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        kind = type(module).__name__
+        raise TypeError(f"input: expected a tensor, got a Proxy; for torch.fx {kind} is one node of a larger module")
+    return tracer.create_proxy("call_module", path, (input, state), {})
 
 
 def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
