@@ -111,6 +111,7 @@ class MRUBlock(_Recurrent):
         TypeError, ValueError: an argument is not as described; the message names it.
     """
 
+    @checks.constructor
     def __init__(
         self,
         width: int,
@@ -227,6 +228,7 @@ class MRUNetwork(_Recurrent):
         TypeError, ValueError: an argument is not as described; the message names it.
     """
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,

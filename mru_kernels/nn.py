@@ -53,6 +53,7 @@ class MRUBase(torch.nn.Module):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
     """What the parameters may be in."""
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,
@@ -410,6 +411,7 @@ class WriteOrHold(MRUBase):
     DistributedDataParallel broadcasts buffers, which NCCL refuses for the CPU's, and FSDP moves them.
     """
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,
@@ -504,6 +506,7 @@ class BMRU(WriteOrHold):
 class CMRU(BMRU):
     """Layers of cumulative memory recurrent units (arXiv 2605.11855): a `BMRU` with epsilon 1 by default."""
 
+    @checks.constructor
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, epsilon: float = 1.0, **options: Any
     ) -> None:
@@ -585,6 +588,7 @@ class MinGRU(MRUBase):
 
     gates = {"candidate": None, "update": 0.0}
 
+    @checks.constructor
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, max_time_scale: float = 2.0, **options: Any
     ) -> None:
@@ -676,6 +680,7 @@ class LRU(MRUBase):
     vectors = {"nu_log": 0.0, "theta_log": 0.0}
     dtypes = (torch.float32, torch.float64)
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,
