@@ -344,6 +344,16 @@ class MRUBase(torch.nn.Module):
         allowed = dict.fromkeys(self._state_dtypes(stream))
         if hx.dtype not in allowed:
             raise TypeError(f"hx: expected dtype {' or '.join(map(str, allowed))}, got {hx.dtype}")
+        if hx.dtype in checks.HALF_DTYPES and not torch.compiler.is_compiling() and self._accumulates():
+            warnings.warn(
+                f"hx: expected {ops.state_dtype(stream)}, the dtype of h_n, got {hx.dtype}, which rounds away what"
+                f" {type(self).__name__} accumulates; under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False)",
+                stacklevel=2,
+            )
+
+    def _accumulates(self) -> bool:
+        """Whether small steps add up in the state, so that rounding it at every call changes the result."""
+        return True
 
     def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
         return stream, ops.state_dtype(stream)
@@ -435,6 +445,9 @@ class WriteOrHold(MRUBase):
     def epsilon(self, value: float | Tensor) -> None:
         self._epsilon.fill_(checks.epsilon(value))
 
+    def _accumulates(self) -> bool:
+        return self.epsilon > 0.0
+
     def get_extra_state(self) -> Tensor:
         return self._epsilon.clone()
 
@@ -448,6 +461,9 @@ class WriteOrHold(MRUBase):
 
 class BMRU(WriteOrHold):
     """Layers of bistable memory recurrent units (arXiv 2601.09495), used like `torch.nn.GRU`.
+
+    Unlike in `nn.GRU`, `batch_first` is True by default: data `[T, B, features]` needs `batch_first=False`. Arguments
+    after `num_layers` are given by name. `hx` and `h_n` are the raw states, not the output of the last step.
 
     For each step, with per-channel parameters and the unit step H(0) = 1::
 
@@ -477,12 +493,18 @@ class BMRU(WriteOrHold):
         input: `[B, T, input_size]`, or `[T, B, input_size]` without `batch_first`; `[T, input_size]`
             unbatched; or a `PackedSequence`. In the module's dtype, save under autocast.
         hx: states before the first step, `[num_layers * directions, B, D]`, or `[num_layers * directions, D]`
-            unbatched, in the dtype of the streams or that of `h_n`. None takes the learned initial states.
+            unbatched, in the dtype of the streams or that of `h_n`. None takes the learned initial states. Eager calls
+            warn where `hx` comes in half precision and the state accumulates (epsilon > 0, minGRU and minLSTM).
         output: h of the last layer, `[B, T, directions * D]`, arranged as the input is.
         h_n: final states, shaped as `hx`: the raw states s, without alpha, so that given as `hx` they
             continue the scan. float64 for float64 streams, else float32.
 
         `step(input, hx=None)` is one step of it, for streaming.
+
+    Several processes:
+        FSDP2 in half precision casts `hx` by default, and a CMRU that counts one step at a time then stops at 257 in
+        bfloat16. `fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+        cast_forward_inputs=False))`, without `output_dtype`, keeps the states in float32; the caller casts the input.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -673,7 +695,8 @@ class LRU(MRUBase):
 
     The other arguments, call and errors are those of `BMRU`, without `bias`, `epsilon` and `surrogate_scale`. The
     output is real, `hx` and `h_n` are complex64, or complex128 for float64. Half precision is a TypeError: the states
-    have no such dtype. Under autocast only the matrix products are in half precision.
+    have no such dtype, so an FSDP2 policy must not have a half-precision `param_dtype` for it; shard it with a policy
+    of its own. Under autocast only the matrix products are in half precision.
     """
 
     gates = {"real": None, "imaginary": None}
