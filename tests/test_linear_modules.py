@@ -310,7 +310,8 @@ def test_autocast(cls):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, h_n = module(x)
         again, _ = module(x, h_n)
-        assert cls is not LRU or module._project(x, module._read()[0]).dtype == torch.float32  # there is no other complex dtype
+        # There is no other complex dtype.
+        assert cls is not LRU or module._project(x, module._read()[0]).dtype == torch.float32
     assert output.dtype == again.dtype == torch.bfloat16
     assert h_n.dtype == exact_h_n.dtype
     torch.testing.assert_close(output.float(), exact, rtol=0.1, atol=0.1)
