@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import mru_kernels as mk
 import python_ref
@@ -154,12 +156,12 @@ BAD_OFFSETS = [
     ("cu_seqlens", offsets(0, T).reshape(1, 2), ValueError, r"1 dimension.*\[1, 2\]"),
     ("cu_seqlens", offsets(0, T, dtype=torch.int16), TypeError, "int32 or int64.*int16"),
     ("cu_seqlens", torch.tensor([0.0, T]), TypeError, "int32 or int64.*float32"),
-    ("cu_seqlens", offsets(0), ValueError, rf"0 to the total length {T}.*\[0\]"),
-    ("cu_seqlens", offsets(1, T), ValueError, rf"0 to the total length {T}.*\[1, 5\]"),
-    ("cu_seqlens", offsets(0, T - 1), ValueError, rf"0 to the total length {T}.*\[0, 4\]"),
-    ("cu_seqlens", offsets(0, T + 1), ValueError, rf"0 to the total length {T}.*\[0, 6\]"),
-    ("cu_seqlens", offsets(0, 3, 2, T), ValueError, rf"0 to the total length {T}.*\[0, 3, 2, 5\]"),
-    ("cu_seqlens", offsets(0, -1, T), ValueError, rf"0 to the total length {T}.*\[0, -1, 5\]"),
+    ("cu_seqlens", offsets(0), ValueError, rf"0 to the total length {T}, got 0 at index 0, the last$"),
+    ("cu_seqlens", offsets(1, T), ValueError, rf"0 to the total length {T}, got 1 at index 0$"),
+    ("cu_seqlens", offsets(0, T - 1), ValueError, rf"0 to the total length {T}, got 4 at index 1, the last$"),
+    ("cu_seqlens", offsets(0, T + 1), ValueError, rf"0 to the total length {T}, got 6 at index 1, the last$"),
+    ("cu_seqlens", offsets(0, 3, 2, T), ValueError, rf"{T}, got 3 and 2 at indices 1 and 2$"),
+    ("cu_seqlens", offsets(0, -1, T), ValueError, rf"{T}, got 0 and -1 at indices 0 and 1$"),
     ("cu_seqlens", offsets(0, 2**40, T, dtype=torch.int64), ValueError, rf"0 to the total length {T}"),
     ("cu_seqlens", offsets(0, T).to("meta"), ValueError, "device cpu.*meta"),
 ]
@@ -424,15 +426,38 @@ def test_raw_op_checks_what_its_kernel_relies_on(backend, device, name, value):
 
 
 NUMBERS = [("epsilon", 1.5), ("epsilon", math.nan), ("surrogate_scale", 0.0), ("surrogate_scale", math.inf)]
-NUMBERS += [("chunk", 0), ("chunk", 8), ("segment", 65), ("segment", -64)]
+NUMBERS += [("chunk", value) for value in (0, -64, 8, 8192, 2**59, 2**63 - 64)]
+NUMBERS += [("segment", value) for value in (65, -64, 2**60 + 64, 2**63 - 64)]
+NUMBERS += [("packed", value) for value in (-1, 10**7, 2**63 - 1)]
 
 
 @pytest.mark.parametrize(("name", "value"), NUMBERS)
-def test_raw_op_of_a_cpp_backend_checks_its_numbers(name, value):
+def test_raw_op_checks_its_numbers(backend, device, name, value):
     value = torch.tensor(value, dtype=torch.float64) if name == "epsilon" else value
-    arguments = raw(torch.device("cpu")) | {name: value}
-    with pytest.raises(RuntimeError, match=name):
-        CELL.forward["cpu"](*(arguments[n] for n in NAMES))
+    arguments = raw(device)
+    if name == "packed":
+        arguments["streams"] = [arguments["streams"][0][..., :0]]  # any number divides 0 channels
+        arguments["alpha"] = arguments["initial_state"] = None
+    arguments[name] = value
+    with pytest.raises((RuntimeError, ValueError), match=name):
+        CELL.forward[backend](*(arguments[n] for n in NAMES))
+    with FakeTensorMode() as mode:
+        fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        if name != "epsilon":  # a fake one has no value
+            with pytest.raises((RuntimeError, ValueError), match=name):
+                CELL.forward[backend](*(fakes[n] for n in NAMES))
+
+
+def test_the_longest_chunk_and_segment(backend, device):
+    """Are taken, and change nothing but how much is saved."""
+    _, most = backends.TABLE[backend].module.CHUNK_SIZES
+    arguments = raw(device) | {"segment": 2**60, "chunk": most}
+    h, final, checkpoints, events = CELL.forward[backend](*(arguments[n] for n in NAMES))
+    expected, *_ = CELL.forward[backend](*((arguments | {"segment": 0})[n] for n in NAMES))
+    assert torch.equal(h, expected)
+    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
+    grads = CELL.backward[backend](*(arguments[n] for n in BACKWARD_NAMES))
+    assert [g.shape for g in grads] == [(B, 150, D), (B, 150, D), (D,), (B, D)]
 
 
 def test_the_extension_takes_the_standard_library_from_libstdcxx_alone():
@@ -452,6 +477,8 @@ SAVED = [
     ("checkpoints", (B, 2, D + 1)),
     ("events", (B, 9, D)),
 ]
+SAVED_DTYPES = [("grad_h", torch.int64), ("grad_h", torch.complex64), ("checkpoints", torch.float64)]
+SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]
 
 
 @pytest.mark.parametrize(("name", "shape"), SAVED)
@@ -463,6 +490,43 @@ def test_raw_backward_of_a_cpp_backend_checks_what_it_is_given(name, shape):
     arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype)
     with pytest.raises(RuntimeError, match=name):
         CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
+
+
+@pytest.mark.parametrize(("name", "dtype"), SAVED_DTYPES)
+def test_raw_backward_of_a_cpp_backend_checks_dtypes(name, dtype):
+    arguments = raw(torch.device("cpu"))
+    h, final, checkpoints, events = CELL.forward["cpu"](*(arguments[n] for n in NAMES))
+    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
+    arguments[name] = arguments[name].to(dtype)
+    with pytest.raises(RuntimeError, match=name):
+        CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is reset by way of /proc")
+def test_many_sequences_without_channels_take_no_memory():
+    def resident_kib(which: str) -> int:
+        return int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    none = torch.zeros(2**24, 3, 0)
+    arguments = raw(torch.device("cpu")) | {"streams": [none, none], "alpha": None, "initial_state": None}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_kib("VmRSS")
+    h, final, checkpoints, events = CELL.forward["cpu"](*(arguments[n] for n in NAMES))
+    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
+    CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
+    assert resident_kib("VmHWM") - before < 2**15
+
+
+def test_a_long_list_of_offsets_makes_a_short_message():
+    total = 300_000
+    cu_seqlens = torch.arange(total + 1)
+    cu_seqlens[1000] = 5
+    stream = torch.zeros(1, total, 1)
+    message = rf"^cu_seqlens: expected offsets .* {total}, got 999 and 5 at indices 999 and 1000$"
+    with pytest.raises(ValueError, match=message):
+        mk.bmru(stream, stream, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=rf"got {total} at index {total}, the last$"):
+        mk.bmru(stream[:, 1:], stream[:, 1:], cu_seqlens=torch.arange(total + 1))
 
 
 # ------------------------------------------------------------------------------------------------ fuzz

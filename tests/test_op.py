@@ -647,6 +647,35 @@ def poisoned(device: torch.device):
             torch.use_deterministic_algorithms(False)
 
 
+class Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")]
+
+
+def test_a_long_chunk_leaves_no_scratch():
+    """The scratch of a chunk of 4096 steps is 16 MiB a thread, and would stay with the thread."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("memory is counted by glibc")
+    mallinfo.restype = Mallinfo
+
+    def allocated() -> int:
+        info = mallinfo()
+        return info.uordblks + info.hblkhd
+
+    x = torch.randn(1, 20, 1024)
+    with threads(1):
+        before = allocated()
+        for chunk_size in (64, 4096):
+            leaf = x.clone().requires_grad_()
+            h, _ = mk.bmru(leaf, x, chunk_size=chunk_size, backend="cpu")
+            h.sum().backward()
+            del h, leaf
+        assert allocated() - before < 2**20
+
+
 @pytest.mark.parametrize("steps", [0, 64])
 @pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
 def test_every_element_of_every_result_is_written(backend, device, largest, cell, dtype, steps):
