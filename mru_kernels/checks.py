@@ -12,7 +12,6 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import ParamSpec
 
@@ -139,19 +138,19 @@ _epsilons: dict[float, Tensor] = {}
 def epsilon(value: float | Tensor) -> Tensor:
     """`epsilon` as a 0-dim float64 CPU tensor, its value checked where it is known before the kernel runs."""
     compiling = torch.compiler.is_compiling()
-    if isinstance(value, Tensor) and (compiling or not has_value(value)):
-        _epsilon_tensor(value)
-        return value.to(torch.float64)
     plain = not (compiling or torch._C._is_tracing()) and torch._C._len_torch_dispatch_stack() == 0
     if plain and isinstance(value, float):
         known = _epsilons.get(value)
         if known is not None:
             return known
+    if isinstance(value, Tensor) and (compiling or not has_value(value)):
+        _epsilon_tensor(value)
+        return _double(value)
     number = epsilon_value(value)
     if compiling:  # a sum is not specialised on the number, as `torch.full` is
         return torch.zeros((), dtype=torch.float64, device="cpu") + number
-    if isinstance(value, Tensor) and not _in_fake_mode():
-        return value.to(torch.float64)
+    if isinstance(value, Tensor) and (plain or not _in_fake_mode()):
+        return _double(value)
     if not plain:  # a constant of what is traced, or fake as the streams are
         return torch.full((), number, dtype=torch.float64, device="cpu")
     made = _constant(number)
@@ -176,13 +175,20 @@ def epsilon_value(value: float | Tensor) -> float:
             return value.item()
         if isinstance(value, FakeTensor):
             raise ValueError("epsilon: expected a number, got a fake tensor, which has none")
-        with _disable_current_modes() if _in_fake_mode() else nullcontext():
+        if _in_fake_mode():
+            with _disable_current_modes():
+                value = value.item()
+        else:
             value = value.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
     if not (compiling or 0.0 <= value <= 1.0):
         raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
     return float(value)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t if t.dtype is torch.float64 else t.to(torch.float64)  # which costs more where there is nothing to do
 
 
 def _epsilon_tensor(value: Tensor) -> None:
