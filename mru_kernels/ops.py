@@ -377,7 +377,7 @@ def _is_differentiated(*inputs: Tensor | None) -> bool:
 
 
 def _apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply` in an autograd kernel, so for one level of torch.func, which the dispatcher has chosen."""
+    """`function.apply` in an autograd kernel, which the dispatcher calls once for each level of torch.func."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():

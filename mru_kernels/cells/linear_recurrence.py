@@ -59,7 +59,7 @@ def linear_recurrence(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: the backend cannot run this call; a second derivative is taken.
+        RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
     """
     inputs = {"update": update, "decay": decay}
     return call(

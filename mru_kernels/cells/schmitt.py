@@ -58,7 +58,7 @@ def schmitt(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: the backend cannot run this call; a second derivative is taken.
+        RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
     """
     return call(
         CELL, {"candidate": candidate, "low": low, "high": high}, initial_state, epsilon=epsilon, alpha=alpha,
