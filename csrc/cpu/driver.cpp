@@ -317,7 +317,7 @@ void backward(Scan scan) {
 
   // Several pieces share a row of sums where there are very many.
   const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)), groups = ceil_div(count, per_group);
-  const int sums_per_group = 1 + scan.inputs;
+  const int sums_per_group = 2 * (1 + scan.inputs);
   Rows sums(scan, groups * sums_per_group);
 
   Rows carry(scan, scan.segment > 0 ? count : 0);

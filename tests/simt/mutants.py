@@ -43,7 +43,7 @@ class Mutant:
 _BARRIER = "  __syncthreads();\n"
 _AFTER_CARRY = "    offsets[own] = u;\n"
 _AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own]);\n"
-_AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum;\n"
+_AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum.total();\n"
 _AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
 _WAIT = "      wait_for_copies<1>();\n"
 _EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);\n"
