@@ -72,7 +72,7 @@ ANY_CELL = [
     [(check, dtype) for check in ANY_CELL for dtype in inputs.DTYPES | inputs.COMPLEX_DTYPES]
     + [
         (check, dtype)
-        for check in ("copies", "held", "many_jobs", "any_order", "far_strides", "offsets_are_clamped")
+        for check in ("copies", "held", "many_jobs", "sums", "slopes", "any_order", "far_strides", "offsets_are_clamped")
         for dtype in inputs.DTYPES
     ],
 )

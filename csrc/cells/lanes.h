@@ -25,6 +25,7 @@ struct Complex {
   MRU_INLINE constexpr Complex(V re, V im = V{}) : re(re), im(im) {}
 
   friend MRU_INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+  friend MRU_INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
   friend MRU_INLINE Complex operator*(Complex a, Complex b) {
     return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
   }
@@ -128,6 +129,31 @@ __device__ __forceinline__ float reciprocal(float x) {
   return r;
 }
 #endif
+
+// A sum of any number of terms to about the last place. `lost` is what the additions rounded away (two-sum); NaN once `sum`
+// is infinite or NaN. Terms may themselves be sums of up to kSummed terms, which a loop adds plainly.
+constexpr int kSummed = 32;
+template <class V>
+struct Sum {
+  V sum{}, lost{};
+
+  MRU_INLINE void add(V term) {
+    const V next = sum + term, added = next - sum;
+    lost += (sum - (next - added)) + (term - added);
+    sum = next;
+  }
+  MRU_INLINE V total() const { return total_of(sum, lost); }
+
+ private:
+  template <class R>
+  static MRU_INLINE R total_of(R sum, R lost) {
+    return lost == lost ? sum + lost : sum;
+  }
+  template <class R>
+  static MRU_INLINE Complex<R> total_of(Complex<R> sum, Complex<R> lost) {
+    return {total_of(sum.re, lost.re), total_of(sum.im, lost.im)};
+  }
+};
 
 // The surrogate derivative of the unit step H, k / (1 + (pi k x)^2), in a form that is right for any finite k > 0:
 //

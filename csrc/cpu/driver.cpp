@@ -344,7 +344,7 @@ bool differentiate(const Scan& scan, const Kernels& k) {
 
   // Several pieces share a row of sums where there are very many.
   const int64_t per_group = std::max<int64_t>(1, ceil_div(count, kGroups)), groups = ceil_div(count, per_group);
-  const int sums_per_group = 1 + scan.inputs;
+  const int sums_per_group = 2 * (1 + scan.inputs);
   Rows sums(scan, groups * sums_per_group);
   for_blocks(scan, groups, [&](int64_t group, int64_t d0, int64_t d1) {
     thread_local std::vector<char> kept;

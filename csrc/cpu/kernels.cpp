@@ -403,12 +403,25 @@ struct Kernel {
           for (int k = 0; k < kSums; ++k)
             if (sums_up(k)) carried_sum[k].put(lanes, chunk_sums + k * n + j, sum[k]);
         });
-      }
-      for (int i = 0; i < kSums; ++i) {
-        S* const total = static_cast<S*>(sums) + i * stride;
-        for (int64_t j = 0; j < n; ++j) total[j] += chunk_sums[i * n + j];
+        if ((right - begin) % kSummed != 0) continue;
+        for (int k = 0; k < kSums; ++k) {
+          if (!sums_up(k)) continue;
+          S* const sum = static_cast<S*>(sums) + k * stride;
+          add_up(n, chunk_sums + k * n, sum, sum + kSums * stride);
+          carried_sum[k] = {};
+        }
       }
     }
+  }
+  // Adds a row of partial sums to a row of sums and what they have lost, and clears it.
+  static void add_up(int64_t n, S* partial, S* sum, S* lost) {
+    for_lanes<S>(n, [&](auto lanes, int64_t j) {
+      Sum<Value> all{load(lanes, sum + j), load(lanes, lost + j)};
+      all.add(load(lanes, partial + j));
+      store(lanes, sum + j, all.sum);
+      store(lanes, lost + j, all.lost);
+      store(lanes, partial + j, Value{});
+    });
   }
 
   static void apply(int64_t n, const void* factor, const void* offset, bool forgets, void* state) {
@@ -466,10 +479,14 @@ struct Kernel {
   }
 
   static void reduce(int64_t rows, int64_t n, int64_t stride, const void* sums, void* total) {
-    S* const out = static_cast<S*>(total);
-    for (int64_t j = 0; j < n; ++j) out[j] = 0;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < n; ++j) out[j] += static_cast<const S*>(sums)[r * stride + j];
+    const int64_t to_lost = (1 + Cell::kInputs) * n;
+    for_lanes<S>(n, [&](auto lanes, int64_t j) {
+      Sum<Value> all;
+      const S* at = static_cast<const S*>(sums) + j;
+      for (int64_t r = 0; r < rows; ++r, at += stride)
+        all.add(Sum<Value>{load(lanes, at), load(lanes, at + to_lost)}.total());
+      store(lanes, static_cast<S*>(total) + j, all.total());
+    });
   }
 
   template <Events kEvents>

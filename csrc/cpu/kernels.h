@@ -23,8 +23,9 @@ struct Kernels {
   void (*summarize)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
   // The same for the adjoint, right to left: m -> factor m + offset, where m = a lambda of the step to the right.
   void (*summarize_adjoint)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
-  // Gradients; carry: m from the right -> m to the left. `sums` [1 + inputs][stride] collects what is summed over
-  // time: alpha's gradient, then each per-channel input's. `scratch` holds scratch_rows(chunk) rows.
+  // Gradients; carry: m from the right -> m to the left. `sums` [2 (1 + inputs)][stride] collects what is summed over
+  // time: alpha's gradient, then each per-channel input's; then what each of these sums has lost (Sum, lanes.h).
+  // `scratch` holds scratch_rows(chunk) rows.
   void (*backward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
                    void* scratch);
   // state -> factor state + offset over n channels; where a write forgets, nothing is multiplied by a factor 0.
@@ -41,7 +42,7 @@ struct Kernels {
   bool (*absorb)(int64_t n, const void* earlier, void* state);
   // The state that enters a sequence; where `poison`, NaN in a channel whose alpha is NaN.
   void (*enter)(const Scan&, int64_t sequence, bool poison, void* state);
-  // total[j] = the sum of sums[r stride + j] over r, in order.
+  // total[j] = the sum over r, in order, of the `sums` [2 (1 + inputs)][n] at r stride, of their first row.
   void (*reduce)(int64_t rows, int64_t n, int64_t stride, const void* sums, void* total);
 };
 

@@ -196,6 +196,9 @@ MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
 #endif
 
 // Conversions on N lanes of raw 16-bit patterns, N = 1 included: `U` holds them widened to 32 bits.
+// Subnormals are converted as IEEE 754 says, whether or not the processor flushes subnormals: those of float16 are normal
+// float32 numbers, and of bfloat16 the bits are copied. Arithmetic on float32 subnormals follows the processor's mode, on
+// every instruction set alike.
 template <int N, class T>
 struct Half;
 
@@ -215,11 +218,11 @@ template <int N>
 struct Half<N, Float16> {
   using F = Vector<float, N>;
   using U = Vector<uint32_t, N>;
-  // Scaling by powers of two does the subnormals; infinities and NaN are mended after.
   static MRU_INLINE F widen(U bits) {
-    const U magnitude = (bits & 0x7fffu) << 13;
-    const F scaled = bit_cast<F>(magnitude) * 0x1p112f;
-    const U u = bit_cast<U>(scaled) | ((bits & 0x7c00u) == 0x7c00u ? U{} + 0x7f800000u : U{});
+    const U magnitude = (bits & 0x7fffu) << 13, exponent = bits & 0x7c00u;
+    const U rebiased = magnitude + (exponent == 0x7c00u ? U{} + (224u << 23) : U{} + (112u << 23));
+    const F subnormal = bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f;  // 2^-14 (1 + m / 1024) - 2^-14: exact
+    const U u = exponent == 0u ? bit_cast<U>(subnormal) : rebiased;
     return bit_cast<F>(u | ((bits & 0x8000u) << 16));
   }
   static MRU_INLINE U narrow(F x) {
@@ -297,7 +300,9 @@ MRU_INLINE auto load(L lanes, const T* p) {
     return load_raw<Vector<S, N>>(lanes, p);
   } else {
     const auto narrow = load_raw<Vector<uint16_t, N>>(lanes, p);
-#if defined(__F16C__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    if constexpr (__is_same(T, Float16)) return (Vector<S, N>)_mm512_cvtph_ps((__m256i)narrow);
+#elif defined(__F16C__)
     if constexpr (__is_same(T, Float16)) return (Vector<S, N>)_mm256_cvtph_ps((__m128i)narrow);
 #endif
     return Half<N, T>::widen(widen_bits<N>(narrow));
@@ -313,7 +318,10 @@ MRU_INLINE void store(L lanes, T* p, Vector<typename StateOf<T>::type, L::kLanes
   } else if constexpr (sizeof(T) == sizeof(typename StateOf<T>::type)) {
     store_raw(lanes, p, v);
   } else {
-#if defined(__F16C__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    if constexpr (__is_same(T, Float16))
+      return store_raw(lanes, p, (Vector<uint16_t, N>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
     if constexpr (__is_same(T, Float16))
       return store_raw(lanes, p, (Vector<uint16_t, N>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif

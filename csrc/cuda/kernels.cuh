@@ -821,16 +821,16 @@ __global__ void __launch_bounds__(kLanes* kGroups)
     reduce(const S* sums, int64_t rows, int count, int which, int64_t channels, S* total) {
   S* const partial = reinterpret_cast<S*>(shared_memory());  // [kGroups, kLanes]
   const int64_t d = int64_t(blockIdx.x) * kLanes + threadIdx.x;
-  S sum = 0;
+  Sum<S> sum;
   if (d < channels)
 #pragma unroll 4
     for (int64_t row = threadIdx.y; row < rows; row += kGroups)
-      sum += load<Traffic::kState, 1>(sums + (row * count + which) * channels + d).at[0];
-  partial[threadIdx.y * kLanes + threadIdx.x] = sum;
+      sum.add(load<Traffic::kState, 1>(sums + (row * count + which) * channels + d).at[0]);
+  partial[threadIdx.y * kLanes + threadIdx.x] = sum.total();
   __syncthreads();
   if (threadIdx.y != 0 || d >= channels) return;
-  for (int g = 1; g < kGroups; ++g) sum += partial[g * kLanes + threadIdx.x];
-  store<Traffic::kState>(total + d, Vector<S, 1>{{sum}});
+  for (int g = 1; g < kGroups; ++g) sum.add(partial[g * kLanes + threadIdx.x]);
+  store<Traffic::kState>(total + d, Vector<S, 1>{{sum.total()}});
 }
 
 // ------------------------------------------------------------------------------------------------ backward

@@ -96,7 +96,26 @@ class TileRoom {
 template <class F>
 using ForwardRoom = TileRoom<F, F::kStreams, 2, 1>;
 template <class F>
-using BackwardRoom = TileRoom<F, F::kStreams + 1, RealOf<typename F::S>::is_complex ? 4 : 3, 3>;
+constexpr int kBackwardMaps = RealOf<typename F::S>::is_complex ? 4 : 3;
+// After the maps, of each sum over time: the sum, and what it has lost (Sum, lanes.h).
+template <class F>
+using BackwardRoom = TileRoom<F, F::kStreams + 1, kBackwardMaps<F> + 2 * F::kSums, 3>;
+
+// Adds a thread's partial sums to its sums in shared memory, and clears them.
+template <class F>
+__device__ __forceinline__ void add_up(const BackwardRoom<F>& room, typename F::States* partial) {
+#pragma unroll
+  for (int i = 0; i < F::kSums; ++i) {
+    auto &sum = room.own(kBackwardMaps<F> + 2 * i), &lost = room.own(kBackwardMaps<F> + 2 * i + 1);
+#pragma unroll
+    for (int w = 0; w < F::W; ++w) {
+      Sum<typename F::S> total{sum.at[w], lost.at[w]};
+      total.add(partial[i].at[w]);
+      sum.at[w] = total.sum, lost.at[w] = total.lost;
+    }
+    partial[i] = all<F>(0);
+  }
+}
 
 // What a thread does in the blocks of one launch.
 template <class F>
@@ -309,7 +328,11 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
   const typename F::States alpha = load_alpha<F>(scan, at.d);
   typename F::States sums[F::kSums];
 #pragma unroll
-  for (int i = 0; i < F::kSums; ++i) sums[i] = all<F>(0);
+  for (int i = 0; i < F::kSums; ++i) {
+    sums[i] = all<F>(0);
+    room.own(kBackwardMaps<F> + 2 * i) = room.own(kBackwardMaps<F> + 2 * i + 1) = all<F>(0);
+  }
+  int summed = 0;  // steps that `sums` may have of the thread's
 
   for (int64_t job = at.job; job < plan.jobs; job += plan.sum_rows) {
     Spans spans(scan, plan, job, -1);
@@ -440,6 +463,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         with_part_and_cell<F>(span, position, at.tile_steps, call, [&]<bool kForgets>(const auto&... given) {
           differentiate_tile.template operator()<kForgets>(tile, given...);
         });
+        summed += kSteps<F>;
+        if (summed == kSummed) add_up<F>(room, sums), summed = 0;
       }
       wait_for_copies<0>();
       if (span.first)
@@ -448,15 +473,18 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     }
   }
   if (plan.sums == 0) return;
+  add_up<F>(room, sums);
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < F::kSums; ++i) {
-    __syncthreads();
-    room.own(0) = sums[i];
-    __syncthreads();
+    const S *const sum = room.row(kBackwardMaps<F> + 2 * i), *const lost = room.row(kBackwardMaps<F> + 2 * i + 1);
     for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads) {
-      S sum = room.row(0)[c];
-      for (int group = 1; group < int(blockDim.y); ++group) sum += room.row(0)[group * room.channels + c];
-      store_states<Single>(work.sums, at.job * F::kSums + i, scan.channels, at.first + c, {{sum}});
+      Sum<S> all;
+      for (int group = 0; group < int(blockDim.y); ++group) {
+        const int own = group * room.channels + c;
+        all.add(Sum<S>{sum[own], lost[own]}.total());
+      }
+      store_states<Single>(work.sums, at.job * F::kSums + i, scan.channels, at.first + c, {{all.total()}});
     }
   }
 }

@@ -9,6 +9,7 @@ import mmap
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -124,6 +125,38 @@ def check_held(dtype: torch.dtype) -> None:
                 require(error <= errors.LIMITS[dtype], f"{name} depends on segments: {error}, {gate} {settings}")
 
 
+def check_sums(dtype: torch.dtype) -> None:
+    """Sums of equal terms: of a thread, of a block, and of many rows of sums."""
+    settings = {"epsilon": 0.5, "surrogate_scale": 0.3}
+    for batch, time in ((1, 2**14), (16384, 3)):
+        row = torch.tensor([0.3, 0.5, 0.7, 1.1, 1.3])
+        tensors = {"candidate": row.to(dtype).expand(batch, time, 5).contiguous()}
+        tensors |= {name: (0.4 * row).to(errors.state_dtype(dtype)) for name in ("threshold", "alpha")}
+        call = inputs.call("bmru", tensors, settings)
+        call = replace(call, grad_h=tensors["candidate"], grad_final=torch.zeros_like(call.grad_final))
+        wide = replace(call, tensors={name: errors.wide(t) for name, t in tensors.items()})
+        wide = replace(wide, grad_h=errors.wide(call.grad_h), grad_final=errors.wide(call.grad_final))
+        got, expected = results(call, 0), results(wide, 0, "cpu")
+        for name in ("threshold", "alpha"):
+            error = (got[name].double() - expected[name]).abs() / expected[name].abs()
+            require((error <= 1e-6).all(), f"{name}, batch {batch}, time {time}: {error}")
+
+
+def check_slopes(dtype: torch.dtype) -> None:
+    """Surrogate slopes of ties and others, of any scale."""
+    tensors = {"candidate": torch.randn(1, 40, 5).to(dtype)}
+    tensors["threshold"] = torch.where(torch.rand(1, 40, 5) < 0.5, tensors["candidate"].abs(), 0.5).to(dtype)
+    for scale in (1e-40, 1e-36, 1.0, 4e37, 1e38, 1e39):
+        call = inputs.call("bmru", tensors, {"epsilon": 0.0, "surrogate_scale": scale})
+        call = replace(call, grad_h=1e4 * call.grad_h)
+        least = 1e-30 if scale > 1 else torch.finfo(torch.float32).smallest_normal
+        got, expected = results(call, 0), results(call, 0, "cpu")
+        for name in tensors:
+            one, other = errors.wide(got[name]), errors.wide(expected[name])
+            right = ((one - other).abs() <= 4 * errors.LIMITS[dtype] * other.abs() + least) | (one == other)
+            require(right.all(), f"{name}, scale {scale}: {one[~right][:3]}, not {other[~right][:3]}")
+
+
 def check_little_shared_memory(dtype: torch.dtype) -> None:
     """Tiles are cut to the shared memory that a block may have, here less than on any device that is compiled for."""
     simt.control().configure(most_shared=64 << 10)
@@ -136,10 +169,10 @@ def check_little_shared_memory(dtype: torch.dtype) -> None:
     simt.control().configure()
 
 
-def results(call: inputs.Call, steps: int) -> dict[str, Tensor]:
+def results(call: inputs.Call, steps: int, backend: str = "simt") -> dict[str, Tensor]:
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     with segments(steps):
-        h, final = getattr(mk, call.cell)(**leaves, **call.settings, backend="simt")
+        h, final = getattr(mk, call.cell)(**leaves, **call.settings, backend=backend)
         grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
     return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -309,6 +342,8 @@ CHECKS = (
     check_misaligned,
     check_offsets_are_clamped,
     check_many_jobs,
+    check_sums,
+    check_slopes,
     check_little_shared_memory,
     check_numbers,
 )

@@ -14,7 +14,7 @@ from . import FOLDER, ROOT, build
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: in `file` below csrc/cuda, the text `old`, which stands there once, becomes `new`."""
+    """A fault: in `file`, from csrc/cuda on, the text `old`, which stands there once, becomes `new`."""
 
     name: str
     file: str
@@ -31,7 +31,7 @@ class Mutant:
         for source in [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]:
             text = source.read_text()
             place = source.relative_to(ROOT / "csrc")
-            if str(place) == f"cuda/{self.file}":
+            if source == (ROOT / "csrc" / "cuda" / self.file).resolve():
                 assert text.count(self.old) == 1, f"{self.name}: expected the text to change once in {place}"
                 text = text.replace(self.old, self.new)
             target = csrc / place
@@ -43,7 +43,7 @@ class Mutant:
 _BARRIER = "  __syncthreads();\n"
 _AFTER_CARRY = "    offsets[own] = u;\n"
 _AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own]);\n"
-_AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum;\n"
+_AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum.total();\n"
 _AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
 _WAIT = "      wait_for_copies<1>();\n"
 _EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);\n"
@@ -63,6 +63,7 @@ _KERNELS = (
     ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
     ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
     ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
+    ("rows of sums added plainly", "sum.add(load<Traffic::kState, 1>(", "sum.sum += (load<Traffic::kState, 1>("),
     ("carry across sequences", "(a == S(0) && s == s) || a != a;", "a == S(0) && s == s;"),
     ("event shifted", "words.at[w] |= codes << before;", "words.at[w] |= codes << before / 2;"),
     ("adjoint carried from the left", "(direction > 0 ? begin : segments - 1 - begin)", "begin"),
@@ -80,12 +81,14 @@ _TILES = (
     ("walk from the wrong end", "+ (groups - 1) * room.channels;", ";"),
     ("NaN in a tile overlooked", "copies = !Writes<F>::has_nan(squared);", "copies = true;"),
     ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
+    ("terms of a thread added plainly", "if (summed == kSummed) add_up<F>(room, sums), summed = 0;", ";"),
     ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
 )
 _PAIRS = (
     ("sign of a zero", "plus_zero = fused(x, splat(1).bits, 0);", "plus_zero = x.bits;"),
     ("borrow between halves", "(a.bits | kSigns) - b.bits", "a.bits - b.bits"),
 )
+_CELLS = (("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),)
 _LAUNCHES = (
     ("carry used before it is written", _CARRY + _EXPAND, _EXPAND.rstrip("\n").rstrip(";") + ", run.carry_over(1);\n"),
     ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
@@ -102,6 +105,7 @@ MUTANTS = tuple(
         "pairs.cuh": _PAIRS,
         "scan.cu": _LAUNCHES,
         "plan.h": _PLAN,
+        "../cells/bmru.h": _CELLS,
     }.items()
     for name, old, new in faults
 )
