@@ -266,9 +266,9 @@ class MRUBase(torch.nn.Module):
         """All scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output and `h_n`."""
         outputs: list[Tensor] = []
         finals: list[Tensor] = []
-        for (layer, suffix), p in zip(self._scans(), parameters, strict=True):
-            reverse = suffix.endswith("_reverse")
-            if layer > 0 and not reverse:
+        for i, p in enumerate(parameters):
+            reverse = self.bidirectional and i % 2 == 1
+            if i > 0 and not reverse:
                 x, outputs = _side_by_side(outputs), []
                 if self.dropout > 0.0 and self.training:
                     x = F.dropout(x, self.dropout)

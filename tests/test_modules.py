@@ -143,6 +143,19 @@ def trained(module: torch.nn.Module, call: Callable[[], Any]) -> list[Tensor]:
     return [*results, *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("cls", [*UNITS, mk.MRUBlock, mk.MRUNetwork])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_are_made_where_and_as_the_constructor_says(cls, dtype):
+    where: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    if cls in UNITS:
+        module = cls(4, 6, 2, bidirectional=True, **where)
+    elif cls is mk.MRUBlock:
+        module = cls(4, MIXED, conv_size=3, **where)
+    else:
+        module = network(tokens=True, **where)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", dtype)}
+
+
 @every_unit
 @unit_calls
 @given_or_not

@@ -109,7 +109,7 @@ def test_what_cannot_be_streamed_is_refused():
             mk.stream(wrap(mk.MRUNetwork(3, 4, width=4, num_blocks=1, pool="mean")))
 
 
-@pytest.mark.parametrize("kind", ["BMRU", "network"])
+@pytest.mark.parametrize("kind", ["BMRU", "block"])
 def test_wrappers_are_called_and_looked_through(kind, group_of_one):
     """Gradients of a stream over DistributedDataParallel are synchronised: its hook sees every backward pass."""
     torch._dynamo.reset()
