@@ -29,7 +29,6 @@ class Draw:
         self.grows = 2.0**16 if self.wide else 4.0  # beyond the range in 64 steps
         self.falls = 2.0**-20 if self.wide else 0.17  # to 0 in 64 steps
         self.fades = 2.0**-16.3 if self.wide else 0.23  # in 64 steps to a number of few bits
-        self.leaps = 2.0**200 if self.wide else 1e10  # beyond the range in 8 steps
         self.huge = 2.0**800 if self.wide else 2.0**110
 
     def stream(self, *parts: tuple[int, float]) -> Tensor:
@@ -220,19 +219,18 @@ def test_where_the_backend_cuts_time(backend, device, largest, channels):
 
 LEAPS = {
     "state": lambda x: early_gradient(
-        linear(x.stream((40, 1.0), (8, x.leaps), (1, 0.9)), x.stream((48, 0.0), (1, 1.0))), 40
+        linear(x.stream((40, 1.0), (8, 1e10), (1, 0.9)), x.stream((48, 0.0), (1, 1.0))), 40
     ),
     "gradient held": lambda x: held_gradient(x, 0.0, x.channel(2.0), steps=8),
-    "gradient of what counts": lambda x: held_gradient(x, 1.0, x.channel(0.5), steps=8),
+    "gradient of what counts": lambda x: held_gradient(x, 1.0, x.stream((1, 0.5)), steps=8),
 }
 
 
 @pytest.mark.parametrize("steps", [0, 64])
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("name", LEAPS)
-def test_few_steps_that_leave_the_range(backend, device, name, dtype, steps):
+def test_few_steps_that_leave_the_range(backend, device, name, steps):
     """A backend may compose the maps of a few steps even where it scans a sequence whole: against the reference."""
-    call = LEAPS[name](Draw(DTYPES[dtype]))
+    call = LEAPS[name](Draw(torch.float32))
     op = ops.op_of(call.cell, backend)
     with ops.segments(backend, steps):
         ops.assert_right(call, op, device)

@@ -1,9 +1,9 @@
-// Cutting time never changes what a whole scan says: where composed states leave the range of their dtype, the call is
-// scanned again whole.
+// The check of a time that is cut. Cutting time never changes what a whole scan says: where composed states leave the range
+// of their dtype, the call is scanned again whole.
 //
-// A scan that is cut composes its segments, each as a map s -> factor s + offset, to the states that enter them. That goes
-// wrong where numbers leave the range of the dtype: a factor that overflows or underflows, an offset that overflows alone.
-// So it is checked: the state that leaves a segment must be the one that was handed to the next segment.
+// Each segment is a map s -> factor s + offset, and maps compose to the state that enters each segment. This goes wrong
+// where numbers leave the range: a factor overflows or underflows, or an offset overflows alone. So the state that leaves a
+// segment is compared with the state that was handed to the next segment.
 #pragma once
 #include "lanes.h"
 
@@ -18,20 +18,23 @@ MRU_INLINE V magnitude(Complex<V> x) {
   return Lanes<V>::abs(x.re) + Lanes<V>::abs(x.im);
 }
 
-// The largest magnitude of late: `u` after a step, and what it was before, of which little counts a few steps later.
+// The magnitude of the last few states: `before` updated by `u`. It fades, so that an older state counts for nothing.
 template <class V>
 MRU_INLINE auto recent(V u, typename RealOf<V>::type before) {
   using Real = typename RealOf<V>::type;
   const Real m = magnitude(u), faded = splat<Real>(0.25f) * before;
   return m > faded ? m : faded;
 }
-constexpr int kRecent = 8;  // steps after which nothing counts
+constexpr int kRecent = 8;  // steps after which a state counts for nothing
 
-// Whether `exit`, which the scan of a segment from `entry` on leaves, is `next`, which composing gave the next segment. The
-// same for m of the adjoint. `forgets`: factors are 0 or 1, as where epsilon is 0, so that none underflows.
+// Whether the state `exit`, which scanning a segment from `entry` gives, equals the state `next`, which composing gave the
+// next segment. The same for m of the adjoint.
 //
-// Rounding must pass, so the bound is loose. Where factor entry and offset are both small by chance, rounding is measured by
-// `late`, what the offset was in the last steps (`recent`). A factor that may have underflowed has few right bits.
+// late      `recent` of the states that `offset` is the last of
+// forgets   factors are 0 or 1, as where epsilon is 0: none can underflow, and values are wrong only where not finite
+//
+// The bound lets rounding pass. Rounding is large against factor entry and offset where both are small by chance; `late`
+// measures it then. A factor that may have underflowed has few right bits, so its bound is tight.
 template <class S>
 MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next, bool forgets) {
   using Real = typename RealOf<S>::type;
