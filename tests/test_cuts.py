@@ -64,19 +64,32 @@ def one_infinity(x: Tensor, at: int) -> Tensor:
     return x
 
 
-def held_gradient(x: Draw, epsilon: float, threshold: Tensor) -> inputs.Call:
-    """The gradients of a segment overflow alone, but not after that of the final state."""
-    largest = torch.finfo(x.state).max
-    call = bmru(threshold, epsilon, x.stream((1, 1.0)), alpha=x.channel(largest / 43), initial_state=x.initial(1.0))
+def early_gradient(call: inputs.Call, steps: int) -> inputs.Call:
+    """The call without gradients of its results from a step on."""
+    grad_h = call.grad_h.clone()
+    grad_h[:, steps:] = 0
+    return replace(call, grad_h=grad_h, grad_final=torch.zeros_like(call.grad_final))
+
+
+def held_gradient(x: Draw, epsilon: float, threshold: Tensor, steps: int = 64) -> inputs.Call:
+    """The gradients of some steps overflow alone, but not after that of the final state."""
+    alpha = x.channel(torch.finfo(x.state).max / steps * 1.2)
+    call = bmru(threshold, epsilon, x.stream((1, 1.0)), alpha=alpha, initial_state=x.initial(1.0))
     grad_h = torch.zeros_like(call.grad_h)
-    grad_h[:, 64:128] = 1.0
-    return replace(call, grad_h=grad_h, grad_final=torch.full_like(call.grad_final, -largest / 2))
+    grad_h[:, 64 : 64 + steps] = 1.0
+    return replace(call, grad_h=grad_h, grad_final=torch.full_like(call.grad_final, -torch.finfo(x.state).max / 2))
 
 
 #: Calls of one row of `TIME` steps, in scan order.
 CASES = {
     "late update": lambda x: linear(x.stream((1, x.grows)), x.stream((TIME - 10, 0.0), (1, 1.0))),
     "late update, decay per channel": lambda x: linear(x.channel(x.grows), x.stream((TIME - 10, 0.0), (1, 1.0))),
+    "last segment but one grows": lambda x: linear(
+        x.stream((128, 1.0), (64, x.grows), (1, 1.0)), x.stream((TIME - 2, 0.0), (1, 1.0))
+    ),
+    "no gradient where it grows": lambda x: early_gradient(
+        linear(x.stream((64, 1.0), (64, x.grows), (1, 1.0)), x.stream((1, 0.0))), 64
+    ),
     "small state that grows": lambda x: linear(
         x.stream((70, x.grows), (1, 1 / x.grows)), x.stream((1, 0.0)), x.initial(1 / x.huge)
     ),
@@ -111,7 +124,7 @@ CASES = {
 }  # fmt: skip
 
 
-def _cases() -> list[tuple[str, str]]:
+def cases() -> list[tuple[str, str]]:
     linear_only = list(CASES).index("infinite state of a leaky unit")
     return [
         (name, dtype)
@@ -158,8 +171,11 @@ def assert_same(cut: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
         assert ((got - expected).abs() <= allowed).all(), name
 
 
-@pytest.mark.parametrize("form", ["forward", "reverse", "packed and reverse"])
-@pytest.mark.parametrize(("name", "dtype"), _cases())
+FORMS = ["forward", "reverse", "packed and reverse"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "dtype"), cases())
 def test_every_cut_equals_the_whole(backend, device, name, dtype, form):
     call = CASES[name](Draw(DTYPES[dtype]))
     call = call if "gradient" in name else positive(call)
@@ -201,6 +217,25 @@ def test_where_the_backend_cuts_time(backend, device, largest, channels):
     assert_same(ops.run(few, op, device), whole)
 
 
+LEAPS = {
+    "state": lambda x: early_gradient(
+        linear(x.stream((40, 1.0), (8, 1e10), (1, 0.9)), x.stream((48, 0.0), (1, 1.0))), 40
+    ),
+    "gradient held": lambda x: held_gradient(x, 0.0, x.channel(2.0), steps=8),
+    "gradient of what counts": lambda x: held_gradient(x, 1.0, x.stream((1, 0.5)), steps=8),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 64])
+@pytest.mark.parametrize("name", LEAPS)
+def test_few_steps_that_leave_the_range(backend, device, name, steps):
+    """A backend may compose the maps of a few steps even where it scans a sequence whole: against the reference."""
+    call = LEAPS[name](Draw(torch.float32))
+    op = ops.op_of(call.cell, backend)
+    with ops.segments(backend, steps):
+        ops.assert_right(call, op, device)
+
+
 # ------------------------------------------------------------------------------------------------ what is scanned once
 
 
@@ -234,8 +269,8 @@ def test_states_that_are_small_by_chance_are_not_scanned_again(backend, device):
 
 def test_gradients_that_cancel_are_not_scanned_again(backend, device):
     x = Draw(torch.float32)
-    candidate = x.stream((1, 1.0), (149, 0.0), (1, 1.0), (1, 0.0))  # writes in the first segment and in the second
+    candidate = x.stream((1, 1.0), (TIME - 2, 0.0), (1, 1.0))  # the first step and the last write
     call = bmru(x.channel(0.5), 0.0, candidate)
     grad_h = x.normal()
-    grad_h[:, 64] = -grad_h[:, 65:150].flip(1).cumsum(1)[:, -1]
-    assert_cut(replace(call, grad_h=grad_h), backend, device, 64, "candidate")
+    grad_h[:, 128] = -grad_h[:, 129:-1].flip(1).cumsum(1)[:, -1]
+    assert_cut(replace(call, grad_h=grad_h), backend, device, 128, "candidate")

@@ -61,6 +61,7 @@ def battery():
 
 ANY_CELL = [
     "numbers",
+    "cuts",
     "traffic",
     "misaligned",
     "little_shared_memory",

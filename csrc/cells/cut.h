@@ -1,9 +1,9 @@
-// Cutting time never changes what a whole scan says: where composed states leave the range of their dtype, the call is
-// scanned again whole.
+// The check of a time that is cut. Cutting time never changes what a whole scan says: where composed states leave the range
+// of their dtype, the call is scanned again whole.
 //
-// A scan that is cut composes its segments, each as a map s -> factor s + offset, to the states that enter them. That goes
-// wrong where numbers leave the range of the dtype: a factor that overflows or underflows, an offset that overflows alone.
-// So it is checked: the state that leaves a segment must be the one that was handed to the next segment.
+// Each segment is a map s -> factor s + offset, and maps compose to the state that enters each segment. This goes wrong
+// where numbers leave the range: a factor overflows or underflows, or an offset overflows alone. So the state that leaves a
+// segment is compared with the state that was handed to the next segment.
 #pragma once
 #include "lanes.h"
 
@@ -11,28 +11,40 @@ namespace mru {
 
 template <class V>
 MRU_INLINE V magnitude(V x) {
-  return std::fabs(x);
+  return Lanes<V>::abs(x);
 }
 template <class V>
 MRU_INLINE V magnitude(Complex<V> x) {
-  return std::fabs(x.re) + std::fabs(x.im);
+  return Lanes<V>::abs(x.re) + Lanes<V>::abs(x.im);
 }
 
-// Whether `exit`, which the scan of a segment from `entry` on leaves, is `next`, which composing gave the next segment. The
-// same for m of the adjoint. `forgets`: factors are 0 or 1, as where epsilon is 0, so that none underflows.
+// The magnitude of the last few states: `before` updated by `u`. It fades, so that an older state counts for nothing.
+template <class V>
+MRU_INLINE auto recent(V u, typename RealOf<V>::type before) {
+  using Real = typename RealOf<V>::type;
+  const Real m = magnitude(u), faded = splat<Real>(0.25f) * before;
+  return m > faded ? m : faded;
+}
+constexpr int kRecent = 8;  // steps after which a state counts for nothing
+
+// Whether the state `exit`, which scanning a segment from `entry` gives, equals the state `next`, which composing gave the
+// next segment. The same for m of the adjoint.
 //
-// Rounding must pass. It is at most kRounding of `entry` where factor entry and offset are both small by chance. Of a
-// factor that may have underflowed nothing else is left by chance, and few of its bits may be right.
+// late      `recent` of the states that `offset` is the last of
+// forgets   factors are 0 or 1, as where epsilon is 0: none can underflow, and values are wrong only where not finite
+//
+// The bound lets rounding pass. Rounding is large against factor entry and offset where both are small by chance; `late`
+// measures it then. A factor that may have underflowed has few right bits, so its bound is tight.
 template <class S>
-MRU_INLINE bool consistent(S factor, S offset, S entry, S exit, S next, bool forgets) {
+MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next, bool forgets) {
   using Real = typename RealOf<S>::type;
   constexpr Real kUnderflows = Real(1) / (int64_t(1) << 62), kLoose = Real(1) / 256;
   constexpr Real kRounding = Real(1) / (int64_t(1) << (sizeof(Real) == 8 ? 40 : 16));
   if (exit == next || (exit != exit && next != next)) return true;
   const Real error = magnitude(exit + Real(-1) * next);
   if (forgets) return error - error == 0;
-  const Real a = magnitude(factor), before = magnitude(entry), terms = a * before + magnitude(offset);
-  const Real bound = a < kUnderflows ? kRounding * terms : kLoose * terms + kRounding * before;
+  const Real a = magnitude(factor), terms = a * magnitude(entry) + magnitude(offset);
+  const Real bound = (a < kUnderflows ? kRounding : kLoose) * terms + kRounding * late;
   return error <= bound && bound - bound == 0;
 }
 

@@ -136,11 +136,12 @@ struct Ones {
   }
 };
 
-// Rows of [D] in the state dtype.
+// Rows of [D] in the state dtype, or with elements of so many bytes.
 class Rows {
  public:
-  Rows(const Scan& scan, int64_t rows, char fill = 0)
-      : row_(scan.channels * state_bytes(scan)), element_(state_bytes(scan)), bytes_(rows * row_, fill) {}
+  Rows(const Scan& scan, int64_t rows) : Rows(scan, rows, state_bytes(scan)) {}
+  Rows(const Scan& scan, int64_t rows, int64_t element)
+      : row_(scan.channels * element), element_(element), bytes_(rows * row_) {}
   void* at(int64_t row, int64_t d = 0) { return bytes_.data() + row * row_ + d * element_; }
 
  private:
@@ -194,11 +195,11 @@ void look_back(const Scan& scan, const Kernels& k, const Piece& piece, int64_t d
   Rows part_factor(scan, 1), part_offset(scan, 1);
   Piece part = piece;
   part.begin = piece.end;
-  k.summarize(reads, part, d0, d1, factor, offset);  // of no steps: the identity
+  k.summarize(reads, part, d0, d1, factor, offset, nullptr);  // of no steps: the identity
   for (int64_t steps = kFirstLook; part.begin > piece.begin; steps *= 2) {
     part.end = part.begin;
     part.begin = std::max(piece.begin, part.end - steps);
-    k.summarize(reads, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0));
+    k.summarize(reads, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0), nullptr);
     if (!k.behind(d1 - d0, part_factor.at(0, d0), part_offset.at(0, d0), factor, offset)) break;
   }
 }
@@ -209,11 +210,11 @@ void look_ahead(const Scan& scan, const Kernels& k, const Piece& piece, int64_t 
   Rows part_factor(scan, 1), part_offset(scan, 1);
   Piece part = piece;
   part.end = piece.begin;
-  k.summarize_adjoint(scan, part, d0, d1, factor, offset);  // of no steps: the identity
+  k.summarize_adjoint(scan, part, d0, d1, factor, offset, nullptr);  // of no steps: the identity
   for (int64_t steps = kFirstLook; part.end < piece.end; steps *= 2) {
     part.begin = part.end;
     part.end = std::min(piece.end, part.begin + steps);
-    k.summarize_adjoint(scan, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0));
+    k.summarize_adjoint(scan, part, d0, d1, part_factor.at(0, d0), part_offset.at(0, d0), nullptr);
     if (!k.ahead(d1 - d0, part_factor.at(0, d0), part_offset.at(0, d0), factor, offset)) break;
   }
 }
@@ -266,9 +267,13 @@ void forward_looking_back(Scan scan, const Kernels& k) {
 
 // Pieces as maps, and the state (for the adjoint: m) that enters and leaves each.
 struct Maps {
-  Rows factor, offset, entry, exit;
+  Rows factor, offset, late, entry, exit;
   Maps(const Scan& scan, int64_t count)
-      : factor(scan, count), offset(scan, count), entry(scan, count), exit(scan, count) {}
+      : factor(scan, count),
+        offset(scan, count),
+        late(scan, count, state_bytes(scan) / (is_complex(scan.dtype) ? 2 : 1)),
+        entry(scan, count),
+        exit(scan, count) {}
 
   // Composes the maps of each sequence, in scan order or (direction -1) against it, from rows of `states` [sequences, D].
   void compose(const Scan& scan, const Kernels& k, const Pieces& pieces, int direction, void* states) {
@@ -291,8 +296,8 @@ struct Maps {
       for (int64_t i = direction > 0 ? first : end - 1; first <= i && i < end; i += direction) {
         const int64_t next = i + direction;
         if (first <= next && next < end)
-          all = all && k.consistent(scan.channels, writes_forget(scan, k), factor.at(i), offset.at(i), entry.at(i),
-                                    exit.at(i), entry.at(next));
+          all = all && k.consistent(scan.channels, writes_forget(scan, k), factor.at(i), offset.at(i), late.at(i),
+                                    entry.at(i), exit.at(i), entry.at(next));
         else std::memcpy(row(states, scan, n), exit.at(i), scan.channels * state_bytes(scan));
       }
     }
@@ -306,7 +311,7 @@ bool forward_composing(const Scan& scan, const Kernels& k, const Pieces& pieces)
   const int64_t count = pieces.list.size();
   Maps maps(scan, count);
   for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
-    k.summarize(scan, pieces.list[i], d0, d1, maps.factor.at(i, d0), maps.offset.at(i, d0));
+    k.summarize(scan, pieces.list[i], d0, d1, maps.factor.at(i, d0), maps.offset.at(i, d0), maps.late.at(i, d0));
   });
   maps.compose(scan, k, pieces, 1, scan.final_state);
   const auto expand = scan.events ? k.forward_from_events : k.forward;
@@ -337,7 +342,7 @@ bool differentiate(const Scan& scan, const Kernels& k) {
       void* const a = maps.factor.at(i, d0);
       void* const u = maps.offset.at(i, d0);
       if (writes_forget(scan, k)) look_ahead(scan, k, pieces.list[i], d0, d1, a, u);
-      else k.summarize_adjoint(scan, pieces.list[i], d0, d1, a, u);
+      else k.summarize_adjoint(scan, pieces.list[i], d0, d1, a, u, maps.late.at(i, d0));
     });
     maps.compose(scan, k, pieces, -1, scan.grad_initial);
   }

@@ -150,6 +150,25 @@ struct Kernel {
     }
   };
 
+  // What `recent` (csrc/cells/cut.h) makes of the last steps of a piece: a row of magnitudes, if one is wanted.
+  struct Late {
+    Real* row;
+
+    Late(void* late, int64_t n) : row(static_cast<Real*>(late)) {
+      for (int64_t j = 0; row && j < n; ++j) row[j] = 0;
+    }
+    // Whether a step counts after which the scan of the piece takes so many more.
+    MRU_INLINE bool wants(int64_t more) const { return row && more < kRecent; }
+    template <class L>
+    MRU_INLINE Scale get(L lanes, int64_t j) const {
+      return load(lanes, row + j);
+    }
+    template <class L>
+    MRU_INLINE void put(L lanes, int64_t j, Scale m) {
+      store(lanes, row + j, m);
+    }
+  };
+
   // A word of events, one a channel, in lanes as wide as the state's.
   using Word = typename Lanes<Value>::Int;
   using NarrowWord = Vector<int32_t, kLanes<S>>;
@@ -215,16 +234,19 @@ struct Kernel {
     }
   }
 
-  static void summarize(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset) {
-    with_tile(d1 - d0, [&]<int kTile>() { summarize_by<kTile>(scan, piece, d0, d1, factor, offset); });
+  static void summarize(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset,
+                        void* late) {
+    with_tile(d1 - d0, [&]<int kTile>() { summarize_by<kTile>(scan, piece, d0, d1, factor, offset, late); });
   }
   template <int kTile>
-  static void summarize_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset) {
+  static void summarize_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor, void* offset,
+                           void* late) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const factors = static_cast<S*>(factor);
     S* const offsets = static_cast<S*>(offset);
     for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
+    Late recently(late, n);
     Carried carried_a(factors, n), carried_u;
     Word part_word{};  // as Carried::part
     In in(scan, piece, piece.begin, d0);
@@ -234,6 +256,9 @@ struct Kernel {
       for_lanes<S>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
         const typename In::template Lane<L> inputs(in, lanes, j);
         Value a = carried_a.get(lanes, factors + j), u = carried_u.get(lanes, offsets + j);
+        const bool is_late = recently.wants(piece.end - step - steps);
+        Scale m{};
+        if (is_late) m = recently.get(lanes, j);
         Word word{};
         if (Cell::kEvents && words && shift(step) != 0) word = L::kWhole ? load_word(lanes, words + j) : part_word;
         for (int64_t i = 0; i < steps; ++i) {
@@ -242,8 +267,10 @@ struct Kernel {
           if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
           u = f.step(x, u);
           a = conj(f.pull(x, conj(a)));
+          if (is_late && recently.wants(piece.end - step - i - 1)) m = recent(u, m);
           if constexpr (Cell::kEvents) word |= f.encode(x) << shift(step + i);
         }
+        if (is_late) recently.put(lanes, j, m);
         carried_u.put(lanes, offsets + j, u);
         carried_a.put(lanes, factors + j, a);
         if (Cell::kEvents && words) put_word(lanes, words + j, word, part_word);
@@ -255,12 +282,13 @@ struct Kernel {
 
   template <int kTile, bool kFromEvents>
   static void summarize_adjoint_by(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
-                                   void* offset) {
+                                   void* offset, void* late) {
     const Cell f = cell(scan);
     const int64_t n = d1 - d0;
     S* const factors = static_cast<S*>(factor);
     S* const offsets = static_cast<S*>(offset);
     for (int64_t j = 0; j < n; ++j) factors[j] = 1, offsets[j] = 0;
+    Late recently(late, n);
     Carried carried_a(factors, n), carried_m;
     const Real* const alpha = static_cast<const Real*>(scan.alpha) + d0;
     In in(scan, piece, piece.end, d0);
@@ -274,6 +302,9 @@ struct Kernel {
         const typename In::template Lane<L> inputs(in, lanes, j);
         const Scale scale = load(lanes, alpha + j);
         Value a = carried_a.get(lanes, factors + j), m = carried_m.get(lanes, offsets + j);
+        const bool is_late = recently.wants(step - piece.begin);
+        Scale r{};
+        if (is_late) r = recently.get(lanes, j);
         Word word{};
         if constexpr (kFromEvents) word = load_word(lanes, words + j);
         for (int64_t i = steps; i-- > 0;) {
@@ -290,7 +321,9 @@ struct Kernel {
             m = f.pull(x, lambda);
             a = f.pull(x, a);
           }
+          if (is_late && recently.wants(step + i - piece.begin)) r = recent(m, r);
         }
+        if (is_late) recently.put(lanes, j, r);
         carried_m.put(lanes, offsets + j, m);
         carried_a.put(lanes, factors + j, a);
       });
@@ -298,11 +331,11 @@ struct Kernel {
     }
   }
   static void summarize_adjoint(const Scan& scan, const Piece& piece, int64_t d0, int64_t d1, void* factor,
-                                void* offset) {
+                                void* offset, void* late) {
     with_tile(d1 - d0, [&]<int kTile>() {
       if constexpr (Cell::kEvents)
-        if (scan.events) return summarize_adjoint_by<kTile, true>(scan, piece, d0, d1, factor, offset);
-      summarize_adjoint_by<kTile, false>(scan, piece, d0, d1, factor, offset);
+        if (scan.events) return summarize_adjoint_by<kTile, true>(scan, piece, d0, d1, factor, offset, late);
+      summarize_adjoint_by<kTile, false>(scan, piece, d0, d1, factor, offset, late);
     });
   }
 
@@ -431,12 +464,13 @@ struct Kernel {
     for (int64_t j = 0; j < n; ++j) s[j] = forgets && a[j] == S(0) ? u[j] : a[j] * s[j] + u[j];
   }
 
-  static bool consistent(int64_t n, bool forgets, const void* factor, const void* offset, const void* entry,
-                         const void* exit, const void* next) {
+  static bool consistent(int64_t n, bool forgets, const void* factor, const void* offset, const void* late,
+                         const void* entry, const void* exit, const void* next) {
     const auto at = [](const void* row, int64_t j) { return static_cast<const S*>(row)[j]; };
+    const Real* const lately = static_cast<const Real*>(late);
     bool all = true;
     for (int64_t j = 0; j < n; ++j)
-      all &= mru::consistent(at(factor, j), at(offset, j), at(entry, j), at(exit, j), at(next, j), forgets);
+      all &= mru::consistent(at(factor, j), at(offset, j), lately[j], at(entry, j), at(exit, j), at(next, j), forgets);
     return all;
   }
 

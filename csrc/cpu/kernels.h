@@ -19,10 +19,11 @@ struct Kernels {
   void (*forward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
   void (*forward_from_events)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
   void (*forward_to_events)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry);
-  // The piece as one map s -> factor s + offset; packs the events where scan.events is given.
-  void (*summarize)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
+  // The piece as one map s -> factor s + offset; packs the events where scan.events is given. `late` (csrc/cells/cut.h) is
+  // a row of the real dtype of states, or null: not wanted.
+  void (*summarize)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset, void* late);
   // The same for the adjoint, right to left: m -> factor m + offset, where m = a lambda of the step to the right.
-  void (*summarize_adjoint)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset);
+  void (*summarize_adjoint)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* factor, void* offset, void* late);
   // Gradients; carry: m from the right -> m to the left. `sums` [2 (1 + inputs)][stride] collects what is summed over
   // time: alpha's gradient, then each per-channel input's; then what each of these sums has lost (Sum, lanes.h).
   // `scratch` holds scratch_rows(chunk) rows.
@@ -31,8 +32,8 @@ struct Kernels {
   // state -> factor state + offset over n channels; where a write forgets, nothing is multiplied by a factor 0.
   void (*apply)(int64_t n, const void* factor, const void* offset, bool forgets, void* state);
   // Whether the state `exit` that a piece leaves is the one that was handed to the next piece (csrc/cells/cut.h).
-  bool (*consistent)(int64_t n, bool forgets, const void* factor, const void* offset, const void* entry,
-                     const void* exit, const void* next);
+  bool (*consistent)(int64_t n, bool forgets, const void* factor, const void* offset, const void* late,
+                     const void* entry, const void* exit, const void* next);
   // For maps that hold (factor 1) or forget (0): looks through a map, where it holds, at the one before it. Returns
   // whether a channel still holds. Null for cells without such maps.
   bool (*behind)(int64_t n, const void* earlier_factor, const void* earlier_offset, void* factor, void* offset);

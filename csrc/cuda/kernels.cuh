@@ -11,6 +11,7 @@
 //
 // A NaN state stays NaN; nothing is multiplied by a factor 0.
 #pragma once
+#include "../cells/cut.h"
 #include "pairs.cuh"
 #include "plan.h"
 
@@ -24,6 +25,7 @@ template <class S>
 constexpr int kCarryRun = 64 / sizeof(S);  // jobs of a run, at most
 constexpr int kCarryPart = 8;              // runs that are walked over side by side with other parts
 constexpr int kLanes = 32, kGroups = 32;   // of `reduce`: channels, rows at once
+constexpr int kCheckThreads = 256;
 
 // The factor of a job in which a sequence begins (for the adjoint: ends): what came before is forgotten, NaN included.
 // It is NaN; where a NaN in the inputs makes a factor NaN, the offset is NaN as well, and nothing is lost.
@@ -56,10 +58,14 @@ struct Form {
 // Device memory that the launches of one call share.
 template <class S>
 struct Workspace {
-  S* factor;  // [jobs, D]
-  S* offset;  // [jobs, D]
-  S* entry;   // [jobs, D]: s or m where the job begins (for the adjoint: at its right)
-  S* sums;    // [sum_rows, sums, D]
+  S* factor;                       // [jobs, D]
+  S* offset;                       // [jobs, D]
+  typename RealOf<S>::type* late;  // [jobs, D]: of `offset`, see `recent`; not where `forgets`
+  S* entry;                        // [jobs, D]: s or m where the job begins (for the adjoint: at its right)
+  S* exit;                         // [jobs, D]: s or m where the job ends; null where nothing is checked
+  int* again;                      // whether the wide form is to scan the call again; null where nothing is checked
+  S* sums;                         // [sum_rows, sums, D]
+  bool forgets;                    // whether epsilon is 0 and a write forgets the state
 };
 
 // What every kernel over channels is given.
@@ -70,7 +76,13 @@ struct Call {
   Workspace<S> work;
   Divisor across;  // D / W: the threads of a job
   Surrogate<typename RealOf<S>::type> surrogate;
+  const int* unless_zero = nullptr;  // if given and 0, there is nothing to do
 };
+
+template <class S>
+__device__ __forceinline__ bool is_idle(const Call<S>& call) {
+  return call.unless_zero && load<Traffic::kState, 1>(call.unless_zero).at[0] == 0;
+}
 
 // ------------------------------------------------------------------------------------------------ where a thread is
 
@@ -317,6 +329,8 @@ __device__ __forceinline__ void store_states(void* base, int64_t row, int64_t ch
                                              const typename F::States& s) {
   store<Traffic::kState>(state_row<typename F::S>(base, row, channels, d), s);
 }
+template <class F>
+using Lates = Vector<typename RealOf<typename F::S>::type, F::W>;
 template <class F>
 __device__ __forceinline__ typename F::States all(typename F::S value) {
   typename F::States s;
@@ -596,16 +610,29 @@ __device__ __forceinline__ bool summarize_pairs(const Tile<F, U>& tile, const Ch
   return true;
 }
 
+// A job as one map: whether it forgets what came before, a and u, and what `recent` makes of u.
+template <class F>
+__device__ __forceinline__ void store_map(const Call<typename F::S>& call, int64_t job, int64_t d, bool forget,
+                                          const typename F::States& a, const typename F::States& u,
+                                          const Lates<F>& late) {
+  const auto& work = call.work;
+  const int64_t channels = call.scan.channels;
+  store_states<F>(work.factor, job, channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
+  store_states<F>(work.offset, job, channels, d, u);
+  if (!work.forgets) store<Traffic::kState>(work.late + job * channels + d, late);
+}
+
 // Chunked, first: each job as one map of the state, and its events.
 template <class F>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __grid_constant__ Call<typename F::S> call) {
-  const auto& [scan, plan, work, across, surrogate] = call;
+  const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
   const typename F::States alpha = load_alpha<F>(scan, d);
 
   typename F::States a = all<F>(1), u = all<F>(0);
+  Lates<F> late = {};
   bool forget = false;
   Vector<int32_t, F::W> words = {};
   int64_t word = -1;  // position of the words' first step; a word may hold steps of several spans
@@ -645,6 +672,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
             if constexpr (F::Cell::kEvents && kForgets) continue;
             u.at[w] = cell.step(x, u.at[w]);
             a.at[w] = conj(cell.pull(x, conj(a.at[w])));
+            if constexpr (!kForgets) late.at[w] = recent(u.at[w], late.at[w]);
           }
           if constexpr (F::Cell::kEvents) {
             words.at[w] |= codes << before;
@@ -660,15 +688,14 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) summarize(const __gri
   });
   if constexpr (F::Cell::kEvents)
     if (word >= 0) store_events<F>(scan, plan.segments_divisor(job), word, d, words);
-  store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
-  store_states<F>(work.offset, job, scan.channels, d, u);
+  store_map<F>(call, job, d, forget, a, u, late);
 }
 
 // Chunked, last: h, final states and checkpoints from the events and the jobs' entry states.
 template <class F>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_constant__ Call<typename F::S> call) {
   using S = typename F::S;
-  const auto& [scan, plan, work, across, surrogate] = call;
+  const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const typename F::Cell cell(scan.epsilon);
@@ -676,9 +703,9 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
 
   Events<F> events(scan, plan, job, d, 1);
   Spans spans(scan, plan, job, 1);
+  typename F::States s = all<F>(0);
   for (Span span; spans.next(span);) {
-    typename F::States s =
-        span.first ? enter<F>(scan, span, d, alpha) : load_states<F>(work.entry, job, scan.channels, d);
+    s = span.first ? enter<F>(scan, span, d, alpha) : load_states<F>(work.entry, job, scan.channels, d);
     const Row<typename F::T> h(scan, scan.h, span.row, d);
     Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
@@ -718,6 +745,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks) expand(const __grid_c
     });
     if (span.last) store_states<F>(scan.final_state, span.sequence, scan.channels, d, s);
   }
+  if (work.exit) store_states<F>(work.exit, job, scan.channels, d, s);
 }
 
 // ------------------------------------------------------------------------------------------------ between the jobs
@@ -731,8 +759,8 @@ __device__ __forceinline__ S apply(S a, S u, S s) {
 
 // From one map to the next, `stride` apart: each value, the offset of the map, becomes what enters it. Returns what leaves
 // the last.
-template <class S>
-__device__ __forceinline__ S walk(const S* factors, S* values, int stride, int count, S carried) {
+template <class S, class Apply>
+__device__ __forceinline__ S walk(const S* factors, S* values, int stride, int count, S carried, Apply apply) {
   constexpr int kAhead = sizeof(S) > 8 ? 2 : 4;
   for (int i = 0; i < count; i += kAhead) {
     S factor[kAhead], offset[kAhead];
@@ -767,6 +795,8 @@ __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
   const int first = own * kCarryPart, after = groups - group * kCarryPart;
   const int of_part = after < kCarryPart ? after : kCarryPart;  // if the group has a part
   const int64_t step = direction * channels;
+  if (work.again && blockIdx.x == 0 && threadIdx.x == 0 && group == 0)
+    store<Traffic::kState>(work.again, Vector<int, 1>{{0}});
   S left = 0;  // of the first group's threads: what the jobs before a turn leave
   for (int64_t turn = 0; turn < segments; turn += int64_t(groups) * run) {
     const int64_t begin = turn + int64_t(group) * run;
@@ -800,9 +830,9 @@ __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
       part_offsets[own] = u;
     }
     __syncthreads();
-    if (group == 0) left = walk(part_factors, part_offsets, kCarryLanes, parts, left);
+    if (group == 0) left = walk(part_factors, part_offsets, kCarryLanes, parts, left, apply<S>);
     __syncthreads();
-    if (group < parts) walk(factors + first, offsets + first, kCarryLanes, of_part, part_offsets[own]);
+    if (group < parts) walk(factors + first, offsets + first, kCarryLanes, of_part, part_offsets[own], apply<S>);
     __syncthreads();
     S s = offsets[own];
     S* entry = work.entry + at;
@@ -815,10 +845,30 @@ __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
   }
 }
 
-// total[d] = the sum over rows of sums[row, which, d], always in the same order.
+// Chunked, last: whether every job left what was handed to the next one. A thread a job and channel.
+template <class S>
+__global__ void __launch_bounds__(kCheckThreads) check(const __grid_constant__ Call<S> call, int direction) {
+  const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, job = across(thread);
+  if (job >= plan.jobs) return;
+  const int64_t segment = job - plan.segments_divisor(job) * plan.segments, next = segment + direction;
+  if (next < 0 || next >= plan.segments) return;
+  const auto at = [&](const S* states, int64_t i) { return load<Traffic::kState, 1>(states + i).at[0]; };
+  const S factor = at(work.factor, thread);
+  const bool head = is_nan(factor);  // the offset is a state that was scanned
+  const auto late = work.forgets ? 0 : load<Traffic::kState, 1>(work.late + thread).at[0];
+  if (!consistent(factor, at(work.offset, thread), late, at(work.entry, thread), at(work.exit, thread),
+                  at(work.entry, thread + direction * scan.channels), work.forgets || head))
+    store<Traffic::kState>(work.again, Vector<int, 1>{{1}});
+}
+
+// total[d] = the sum over rows of sums[row, which, d], always in the same order. The rows are others if the wide form
+// has scanned again.
 template <class S>
 __global__ void __launch_bounds__(kLanes* kGroups)
-    reduce(const S* sums, int64_t rows, int count, int which, int64_t channels, S* total) {
+    reduce(Workspace<S> work, int64_t rows, int64_t whole_rows, int count, int which, int64_t channels, S* total) {
+  const S* const sums = work.sums;
+  if (work.again && load<Traffic::kState, 1>(work.again).at[0] != 0) rows = whole_rows;
   S* const partial = reinterpret_cast<S*>(shared_memory());  // [kGroups, kLanes]
   const int64_t d = int64_t(blockIdx.x) * kLanes + threadIdx.x;
   Sum<S> sum;
@@ -856,7 +906,7 @@ __device__ __forceinline__ bool append(const typename F::States& right_a, const 
 template <class F, bool kFromEvents>
 __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
     summarize_adjoint(const __grid_constant__ Call<typename F::S> call) {
-  const auto& [scan, plan, work, across, surrogate] = call;
+  const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
   const auto [job, d] = place<F>(call);
   if (job >= plan.jobs) return;
   const ChannelInputs<F> channel(scan, d);
@@ -865,6 +915,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
   using States = typename F::States;
   constexpr int kTile = kFromEvents ? 8 : kJobTile<F>;
   States a = all<F>(1), m = all<F>(0);
+  Lates<F> late = {};
   bool forget = false;
   with_cell<typename F::Cell>(call, [&]<bool kForgets>(const typename F::Cell& cell) {
     constexpr int kDirection = kForgets ? 1 : -1;
@@ -895,6 +946,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
             m.at[w] = cell.pull(x, lambda);
             a.at[w] = cell.pull(x, a.at[w]);
           }
+          if constexpr (!kForgets) late.at[w] = recent(m.at[w], late.at[w]);
         }
       }
     };
@@ -915,8 +967,7 @@ __global__ void __launch_bounds__(kJobThreads, kJobBlocks)
       }
     }
   });
-  store_states<F>(work.factor, job, scan.channels, d, forget ? all<F>(forgets<typename F::S>()) : a);
-  store_states<F>(work.offset, job, scan.channels, d, m);
+  store_map<F>(call, job, d, forget, a, m, late);
 }
 
 }  // namespace mru::cuda

@@ -7,6 +7,8 @@
 //             where steps do not fit events, `forward` from the entry states.
 //   backward  wide: `backward`, one pass. chunked: `summarize_adjoint` each job, where a write forgets as far as to it;
 //             `carry`; `backward` from the entry states of m.
+//   check     chunked: whether every job left what `carry` handed to the next one (csrc/cells/cut.h). The wide form is
+//             launched after it and returns at once unless not. Where a forward pass only copies values, neither is.
 #pragma once
 #include <algorithm>
 
@@ -17,6 +19,7 @@ namespace mru::cuda {
 
 constexpr int64_t kMostSumRows = 8192;
 constexpr int64_t kMostChunk = 64;  // the streams of a chunk lie in shared memory
+constexpr int kJobStates = 5;  // factor, offset, late, entry, exit
 
 // Division of 0 <= n < 2^63 by a divisor that a launch knows: a device's own 64-bit division is a call.
 class Divisor {
@@ -47,9 +50,10 @@ class Divisor {
 struct Plan {
   int64_t segments = 1;  // of a batch row; 1: the wide form, whatever scan.segment says
   int64_t jobs = 0;
-  int64_t sum_rows = 0;      // job j adds what is summed over time and batch to row j % sum_rows
-  int sums = 0;              // of a row: alpha's gradient, then each per-channel input's
-  int64_t states_bytes = 0;  // of one [jobs, D] in the state dtype
+  int64_t sum_rows = 0;        // job j adds what is summed over time and batch to row j % sum_rows
+  int sums = 0;                // of a row: alpha's gradient, then each per-channel input's
+  int64_t whole_sum_rows = 0;  // the same of the wide form, where a chunked one is not right
+  int64_t states_bytes = 0;    // of one [jobs, D] in the state dtype
   Divisor segments_divisor, chunk_divisor;
 
   Plan() = default;
@@ -64,13 +68,15 @@ struct Plan {
     sums = 1;
     for (int i = 0; i < scan.inputs; ++i) sums += scan.in[i].channel != nullptr;
     if (sums == 1 && !scan.grad_alpha) sums = 0, sum_rows = jobs;
-    sums_bytes_ = sum_rows * sums * scan.channels * state_size_;
+    whole_sum_rows = std::min(scan.sequences, kMostSumRows);
+    sums_bytes_ = std::max(sum_rows, whole_sum_rows) * sums * scan.channels * state_size_;
   }
 
   MRU_INLINE bool chunked() const { return segments > 1; }
-  // factor, offset and entry of every job, then the rows of sums.
+  // What Workspace has of every job, the flag, then the rows of sums.
   int64_t workspace_bytes() const { return sums_offset() + sums_bytes_; }
-  int64_t sums_offset() const { return chunked() ? 3 * states_bytes : 0; }
+  int64_t flag_offset() const { return kJobStates * states_bytes; }
+  int64_t sums_offset() const { return chunked() ? flag_offset() + 16 : 0; }
 
  private:
   int64_t state_size_ = 4, sums_bytes_ = 0;

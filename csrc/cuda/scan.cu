@@ -69,31 +69,52 @@ class Launcher {
 struct Run {
   const Scan& scan;
   const Plan plan;
+  const bool forgets, checks;  // whether a write forgets the state; whether `check` follows
   const Workspace<S> work;
   Launcher launch;
 
   Run(const Scan& scan, bool backward, void* workspace, void* stream)
-      : scan(scan), plan(scan, backward), work(cut(plan, static_cast<char*>(workspace))), launch(stream) {}
+      : scan(scan),
+        plan(scan, backward),
+        forgets(scan.epsilon == 0 && scan.cell != CellKind::kLinear),
+        checks(plan.chunked() && (backward || !forgets)),
+        work(cut(static_cast<char*>(workspace))),
+        launch(stream) {}
 
-  static Workspace<S> cut(const Plan& plan, char* base) {
+  Workspace<S> cut(char* base) const {
     const auto states = [&](int k) { return reinterpret_cast<S*>(base + k * plan.states_bytes); };
-    return {states(0), states(1), states(2), reinterpret_cast<S*>(base + plan.sums_offset())};
+    return {states(0),
+            states(1),
+            reinterpret_cast<typename RealOf<S>::type*>(states(2)),
+            states(3),
+            checks ? states(4) : nullptr,
+            checks ? reinterpret_cast<int*>(base + plan.flag_offset()) : nullptr,
+            reinterpret_cast<S*>(base + plan.sums_offset()),
+            forgets};
   }
-  Call<S> call_over(int64_t across) const {
-    return {scan, plan, work, Divisor(across), Surrogate<RealOf<S>::type>(scan.surrogate_scale)};
+  Call<S> call_over(const Plan& plan, int64_t across, const int* unless_zero = nullptr) const {
+    return {scan, plan, work, Divisor(across), Surrogate<RealOf<S>::type>(scan.surrogate_scale), unless_zero};
   }
   // A thread for each of `rows` jobs and W channels.
   template <class F>
   void over_channels(void (*kernel)(Call<S>), int64_t rows, int threads, int64_t shared = 0) {
     const int64_t across = scan.channels / F::W;
-    launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, call_over(across));
+    launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, call_over(plan, across));
   }
-  // Blocks of tiles for each of `rows` jobs.
+  // Blocks of tiles for each of `rows` jobs of a plan; unless a flag is given that is 0.
   template <class F, class Room>
-  void over_tiles(void (*kernel)(Call<S>), int64_t rows) {
+  void over_tiles(void (*kernel)(Call<S>), int64_t rows, const Plan& plan, const int* unless_zero = nullptr) {
     const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>, launch.most_shared(), Room::bytes);
     launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
-           call_over(tiling.across));
+           call_over(plan, tiling.across, unless_zero));
+  }
+  // Whether the call must be scanned again; the plan by which it then is.
+  Plan check_jobs(int direction) {
+    launch(check<S>, ceil_div(plan.jobs * scan.channels, kCheckThreads), dim3(kCheckThreads), 0,
+           call_over(plan, scan.channels), direction);
+    Scan whole = scan;
+    whole.segment = 0;
+    return Plan(whole, direction < 0);
   }
   void carry_over(int direction) {
     const int64_t runs = ceil_div(plan.segments, kCarryRun<S>), turns = ceil_div(runs, kCarryGroups);
@@ -107,15 +128,18 @@ struct Run {
 template <class F>
 void run_forward(Run& run) {
   const Scan& scan = run.scan;
-  const auto from_streams = [&] { run.over_tiles<F, ForwardRoom<F>>(forward<F>, run.plan.jobs); };
-  if (!run.plan.chunked()) return from_streams();
+  const auto from_streams = [&](const Plan& plan, const int* unless_zero = nullptr) {
+    run.over_tiles<F, ForwardRoom<F>>(forward<F>, plan.jobs, plan, unless_zero);
+  };
+  if (!run.plan.chunked()) return from_streams(run.plan);
   if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
   constexpr int64_t ahead = TilesAhead<F, kJobTile<F>>::bytes(kJobThreads);
   static_assert(ahead <= 99 << 10);  // what a block may have on every device from compute capability 8.0 on
   run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, ahead);
   run.carry_over(1);
   if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);
-  else from_streams();
+  else from_streams(run.plan);
+  if (run.checks) from_streams(run.check_jobs(1), run.work.again);
 }
 
 template <class F>
@@ -130,13 +154,16 @@ void run_backward(Run& run) {
   }
   // Registers bear 16 bytes of states.
   using N = typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;
-  run.over_tiles<N, BackwardRoom<N>>(backward<N>, plan.sum_rows);
+  run.over_tiles<N, BackwardRoom<N>>(backward<N>, plan.sum_rows, plan);
+  if (run.checks) {
+    const Plan whole = run.check_jobs(-1);
+    run.over_tiles<N, BackwardRoom<N>>(backward<N>, whole.sum_rows, whole, run.work.again);
+  }
   int which = 0;
   const auto sum = [&](void* total) {
     if (total)
       run.launch(reduce<S>, ceil_div(scan.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
-                 static_cast<const S*>(run.work.sums), plan.sum_rows, plan.sums, which, scan.channels,
-                 static_cast<S*>(total));
+                 run.work, plan.sum_rows, plan.whole_sum_rows, plan.sums, which, scan.channels, static_cast<S*>(total));
     ++which;
   };
   sum(scan.grad_alpha);

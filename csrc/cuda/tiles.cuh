@@ -6,7 +6,8 @@
 //                 shared memory, of which a thread reads only what it copied itself
 //   walk          from group to group, over what each makes of its steps as one map: a thread a channel
 //
-// Steps outside a span change nothing: their group's map is the identity.
+// Steps outside a span change nothing: their group's map is the identity. Where applying maps leaves the range of the
+// dtype, the steps are scanned instead: see walk_or_scan.
 #pragma once
 #include "kernels.cuh"
 
@@ -83,12 +84,18 @@ class TileRoom {
     static_assert(kCarried == 3);
     return carried_[(1 + (tile & 1)) * channels + channel];
   }
-  __device__ __forceinline__ Elements& staged(int tile, int k, int t) const {
-    return staged_[(((tile & 1) * kStaged + k) * kSteps<F> + t) * kWarp];
+  __device__ __forceinline__ Elements& staged(int tile, int k, int t) const { return staged_[slot(tile, k, t)]; }
+  // The same of another thread, after a barrier.
+  __device__ __forceinline__ const Elements& staged_by(int other, int tile, int k, int t) const {
+    Elements* const first = reinterpret_cast<Elements*>(carried_ + kCarried * channels);
+    return first[other / kWarp * (kWarp * kSlots) + other % kWarp + slot(tile, k, t)];
   }
 
  private:
   static constexpr int kWarp = 32, kSlots = 2 * kStaged * kSteps<F>;
+  static __device__ __forceinline__ int slot(int tile, int k, int t) {
+    return (((tile & 1) * kStaged + k) * kSteps<F> + t) * kWarp;
+  }
   S *const maps_, *const carried_;
   Elements* const staged_;
 };
@@ -210,13 +217,82 @@ __device__ __forceinline__ void stage_state(S& to, const Scan& scan, const Plan&
   else to = 0;
 }
 
+// What the last walk in a job handed on, where it is to be checked.
+template <class F, class Room>
+__device__ __forceinline__ void leave(const Room& room, const Call<typename F::S>& call, int64_t first, int64_t job) {
+  const int64_t channels = call.scan.channels;
+  if (call.work.exit && call.plan.chunked())
+    for (int c = room.thread; c < room.channels && first + c < channels; c += room.threads)
+      store_states<typename F::Single>(call.work.exit, job, channels, first + c, {{room.carried(c)}});
+}
+
+// A channel of a tile, as one thread goes through it where maps cannot be applied.
+template <class F, class Room>
+struct Column {
+  using S = typename F::S;
+  const Room& room;
+  const Scan& scan;
+  const Span& span;
+  int tile;
+  int64_t position;  // of the tile
+  int channel;
+  int64_t d;
+
+  // values[group, channel] becomes what enters a group, in scan order or (direction -1) from the right. Returns what leaves
+  // the last. each(other, t, x, s): s after step t of a thread, of which the inputs are x.
+  template <class Each>
+  __device__ __forceinline__ S scan_steps(S* values, int direction, S s, Each each) const {
+    S x[F::kInputs];
+    for_channel_inputs([&](int i, const S* from) { x[i] = load<Traffic::kState, 1>(from + d).at[0]; });
+    const int steps = int(blockDim.y) * kSteps<F>;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      const int step = direction > 0 ? i : steps - 1 - i, group = step / kSteps<F>, t = step % kSteps<F>;
+      const int other = group * int(blockDim.x) + channel / F::W;
+      if (i % kSteps<F> == 0) values[group * room.channels + channel] = s;
+      if (position + step < span.begin || position + step >= span.end) continue;
+      for_streams<F>([&](int i, int k) { x[i] = element(other, k, t); });
+      s = each(other, t, x, s);
+    }
+    return s;
+  }
+  // Of the k-th stream that is staged.
+  __device__ __forceinline__ S element(int other, int k, int t) const {
+    return widen(room.staged_by(other, tile, k, t).at[channel % F::W]);
+  }
+
+ private:
+  template <class Each>
+  __device__ __forceinline__ void for_channel_inputs(Each each) const {
+#pragma unroll
+    for (int i = 0; i < F::kInputs; ++i)
+      if (F::per_channel(i)) each(i, static_cast<const S*>(scan.in[i].channel));
+  }
+};
+
+// `walk` from what is carried; scan(s), which is right but slow, where that meets what is not finite. A NaN stays. Where
+// `kForgets` nothing is multiplied by a factor 0.
+template <bool kForgets, class S, class ScanSteps>
+__device__ __forceinline__ S walk_or_scan(const S* factors, S* values, int stride, int count, S carried,
+                                          ScanSteps scan) {
+  using Real = typename RealOf<S>::type;
+  S finite = 0;
+  const S left = walk(factors, values, stride, count, carried, [&](S a, S u, S s) {
+    const S next = kForgets ? apply(a, u, s) : product_sum(a, s, u);
+    finite = product_sum(Real(0), next, finite);
+    return next;
+  });
+  return is_nan(finite) && !is_nan(carried) ? scan(carried) : left;
+}
+
 // h, final states and checkpoints from the streams. Wide: whole sequences. Chunked: from the jobs' entry states.
 template <class F>
 __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     forward(const __grid_constant__ Call<typename F::S> call) {
   using S = typename F::S;
   using Single = typename F::Single;
-  const auto& [scan, plan, work, across, surrogate] = call;
+  if (is_idle(call)) return;
+  const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
   const TilePlace<F> at(call);
   const ForwardRoom<F> room;
   const ChannelInputs<F> channel(scan, at.d);
@@ -238,7 +314,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
                      [&](const auto& part) { stage_inputs<F>(room, tile, scan, span.row, at.d, part); });
       commit_copies();
     };
-    const auto scan_tile = [&]<bool kForgets>(int tile, const auto& part, const auto& cell) {
+    const auto scan_tile = [&]<bool kForgets>(int tile, int64_t position, const auto& part, const auto& cell) {
       typename F::States a = all<F>(1), u = all<F>(0);
       bool copies = false;  // h is one of two values, or what entered
       if constexpr (kForgets && F::Cell::kEvents) {
@@ -262,8 +338,19 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
           });
       room.own(0) = a, room.own(1) = u;
       __syncthreads();
-      for (int c = room.thread; c < room.channels; c += room.threads)
-        room.carried(c) = walk(room.row(0) + c, room.row(1) + c, room.channels, int(blockDim.y), room.carried(c));
+      for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads) {
+        S *const factors = room.row(0) + c, *const values = room.row(1) + c;
+        if constexpr (kForgets) {  // values are copied
+          room.carried(c) = walk(factors, values, room.channels, int(blockDim.y), room.carried(c), apply<S>);
+        } else {
+          const auto scan_steps = [&](S s) {
+            return Column<F, ForwardRoom<F>>{room, scan, span, tile, position, c, at.first + c}.scan_steps(
+                room.row(1), 1, s, [&](int, int, const S* x, S s) { return cell.step(x, s); });
+          };
+          room.carried(c) =
+              walk_or_scan<false>(factors, values, room.channels, int(blockDim.y), room.carried(c), scan_steps);
+        }
+      }
       __syncthreads();
       if (!at.inside) return;
       typename F::States s = room.own(1);
@@ -300,7 +387,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
       stage_tile(tile + 1, position + at.tile_steps);
       wait_for_copies<1>();
       with_part_and_cell<F>(span, position, at.tile_steps, call, [&]<bool kForgets>(const auto&... given) {
-        scan_tile.template operator()<kForgets>(tile, given...);
+        scan_tile.template operator()<kForgets>(tile, position, given...);
       });
     }
     wait_for_copies<0>();
@@ -308,6 +395,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
       for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads)
         store_states<Single>(scan.final_state, span.sequence, scan.channels, at.first + c, {{room.carried(c)}});
   }
+  leave<F>(room, call, at.first, at.job);
 }
 
 // Gradients, tile by tile from the right. Wide: whole sequences. Chunked: from the jobs' entry m. The states from those
@@ -321,7 +409,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
   constexpr bool kComplex = RealOf<S>::is_complex;
   constexpr int kFactor = kComplex ? 3 : 0;
   using Single = typename F::Single;
-  const auto& [scan, plan, work, across, surrogate] = call;
+  if (is_idle(call)) return;
+  const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
   const TilePlace<F> at(call);
   const BackwardRoom<F> room;
   const ChannelInputs<F> channel(scan, at.d);
@@ -354,7 +443,8 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         }
         commit_copies();
       };
-      const auto differentiate_tile = [&]<bool kForgets>(int tile, const auto& part, const auto& cell) {
+      const auto differentiate_tile = [&]<bool kForgets>(int tile, int64_t position, const auto& part,
+                                                         const auto& cell) {
         using Elements = Vector<typename F::T, F::W>;
         const auto lambda = [&](S grad, int w, const typename F::States& m) {
           return product_sum(real(alpha.at[w]), grad, m.at[w]);
@@ -389,22 +479,36 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
               for_channels<F>(room, tile, t, channel, [&](int w, const S* x) {
                 u.at[w] = cell.redo(x, u.at[w]);
                 a.at[w] = cell.pull(x, a.at[w]);
-                const S g = product_sum(a.at[w], real(alpha.at[w]) * widen(grad, w), m.at[w]);  // of its left end
-                m.at[w] = a.at[w] == S(0) ? m.at[w] : g;
+                m.at[w] = product_sum(a.at[w], real(alpha.at[w]) * widen(grad, w), m.at[w]);  // of its left end
               });
             }
         }
         room.own(0) = a, room.own(1) = u, room.own(2) = m;
         if constexpr (kComplex) room.own(kFactor) = conj_all<F>(a);
         __syncthreads();
-        for (int c = room.thread; c < 2 * room.channels; c += room.threads) {
-          const int groups = int(blockDim.y);
-          if (c < room.channels) {
-            walk(room.row(kFactor) + c, room.row(1) + c, room.channels, groups, room.start(tile, c));
+        for (int i = room.thread; i < 2 * room.channels; i += room.threads) {
+          const int groups = int(blockDim.y), c = i < room.channels ? i : i - room.channels;
+          if (at.first + c >= scan.channels) continue;
+          const Column<F, BackwardRoom<F>> column{room, scan, span, tile, position, c, at.first + c};
+          if (i < room.channels) {
+            S *const factors = room.row(kFactor) + c, *const values = room.row(1) + c, start = room.start(tile, c);
+            if constexpr (kForgets) {  // values are copied
+              walk(factors, values, room.channels, groups, start, apply<S>);
+            } else {
+              walk_or_scan<false>(factors, values, room.channels, groups, start, [&](S s) {
+                return column.scan_steps(room.row(1), 1, s, [&](int, int, const S* x, S s) { return cell.redo(x, s); });
+              });
+            }
           } else {  // from the right
-            const int last = c - room.channels + (groups - 1) * room.channels;
-            S& carried = room.carried(c - room.channels);
-            carried = walk(room.row(0) + last, room.row(2) + last, -room.channels, groups, carried);
+            const int last = c + (groups - 1) * room.channels;
+            S& carried = room.carried(c);
+            carried = walk_or_scan<kForgets>(
+                room.row(0) + last, room.row(2) + last, -room.channels, groups, carried, [&](S m) {
+                  const auto of_channel = real(load_alpha<Single>(scan, at.first + c).at[0]);
+                  return column.scan_steps(room.row(2), -1, m, [&](int other, int t, const S* x, S m) {
+                    return cell.pull(x, product_sum(of_channel, column.element(other, kGrad, t), m));
+                  });
+                });
           }
         }
         __syncthreads();
@@ -461,7 +565,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         stage_tile(tile + 1, position - at.tile_steps);
         wait_for_copies<1>();
         with_part_and_cell<F>(span, position, at.tile_steps, call, [&]<bool kForgets>(const auto&... given) {
-          differentiate_tile.template operator()<kForgets>(tile, given...);
+          differentiate_tile.template operator()<kForgets>(tile, position, given...);
         });
         summed += kSteps<F>;
         if (summed == kSummed) add_up<F>(room, sums), summed = 0;
@@ -471,6 +575,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
         for (int c = room.thread; c < room.channels && at.first + c < scan.channels; c += room.threads)
           store_states<Single>(scan.grad_initial, span.sequence, scan.channels, at.first + c, {{room.carried(c)}});
     }
+    leave<F>(room, call, at.first, job);
   }
   if (plan.sums == 0) return;
   add_up<F>(room, sums);

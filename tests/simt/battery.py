@@ -22,6 +22,7 @@ from mru_kernels.backends import CHUNK
 from mru_kernels.cells.bmru import CELL as BMRU
 from mru_kernels.cells.linear_recurrence import CELL as LINEAR
 from simt import backend
+from tests import test_cuts
 
 _MAP_NORESERVE = 0x4000  # memory that nobody touches takes no room
 GROUPS = 32  # of threads that share a tile's steps, at most
@@ -211,6 +212,23 @@ def check_copies(dtype: torch.dtype) -> None:
             require(same.all(), f"{name}, segments of {steps}: {int((~same).sum())} values differ from the CPU's")
 
 
+def check_cuts(dtype: torch.dtype) -> None:
+    """What every backend says where composed states leave the range of their dtype."""
+    here = ("simt", torch.device("cpu"))
+    for name, key in test_cuts.cases():
+        if test_cuts.DTYPES[key] == dtype:
+            for form in test_cuts.FORMS:
+                test_cuts.test_every_cut_equals_the_whole(*here, name, key, form)
+    if dtype == torch.float32:
+        for name, steps in product(test_cuts.LEAPS, (0, CHUNK)):
+            test_cuts.test_few_steps_that_leave_the_range(*here, name, steps)
+        for name in ("late update, decay per channel", "gradient held"):
+            test_cuts.test_no_state_saved_and_any_number_of_threads(*here, name)
+        test_cuts.test_ordinary_numbers_are_not_scanned_again(*here)
+        test_cuts.test_states_that_are_small_by_chance_are_not_scanned_again(*here)
+        test_cuts.test_gradients_that_cancel_are_not_scanned_again(*here)
+
+
 # ------------------------------------------------------------------------------------------ traffic
 
 
@@ -250,11 +268,18 @@ def check_traffic(dtype: torch.dtype) -> None:
         require(moved["events"] == [n // 4 * packs] * 2, f"forward, events: {where}")
         # factor, offset and entry written; alpha and threshold for each kernel; factor and offset twice, entry.
         carries = jobs * channels * s
-        require(moved["state"][1] == states + 3 * carries * chunked, f"forward, states written: {where}")
+        # What is checked also: `exit`, a flag and, where a write does not forget, a magnitude each; all read, `entry`
+        # twice, and the flag by each thread of the wide form.
+        late = carries // (2 if dtype.is_complex else 1) * (cell is LINEAR) * chunked
+        flags = 4 * (256 * batch + 1) * chunked
+        checked = chunked and cell is LINEAR
+        written = states + 3 * carries * chunked + (carries + late + 4) * checked
+        require(moved["state"][1] == written, f"forward, states written: {where}")
         # Each group of a tile's steps reads alpha and what comes per channel once more.
         block = -(-channels // 64) * 64
         groups = GROUPS * jobs * block * s * ((alpha is not None) + per_channel)
-        require(moved["state"][0] <= (9 if chunked else 2) * carries + groups, f"forward, states read: {where}")
+        bound = (9 if chunked else 2) * carries + groups + (5 * carries + late + flags) * checked
+        require(moved["state"][0] <= bound, f"forward, states read: {where}, at most {bound}")
 
         _, moved = measure(cell.backward["simt"], h, final_state, *call, checkpoints, events)
         where = f"{form} {moved}"
@@ -268,8 +293,10 @@ def check_traffic(dtype: torch.dtype) -> None:
         totals = (alpha is not None) + per_channel
         sums = (1 + per_channel) * carries * (totals > 0) + totals * channels * s
         states = final_state.nbytes + sums
-        require(moved["state"][1] == states + 3 * carries * chunked, f"backward, states written: {where}")
-        bound = checkpoints.nbytes + (11 if chunked else 3) * carries + sums + groups
+        written = states + (4 * carries + late + 4) * chunked
+        require(moved["state"][1] == written, f"backward, states written: {where}")
+        flags += 4 * 1024 * totals * chunked  # and by each thread that adds up sums
+        bound = checkpoints.nbytes + (16 if chunked else 3) * carries + late + flags + sums + groups
         require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
         require(moved["index"] == [0, 0], where)
 
@@ -335,6 +362,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
 
 CHECKS = (
     check_copies,
+    check_cuts,
     check_held,
     check_traffic,
     check_any_order,

@@ -42,7 +42,7 @@ class Mutant:
 
 _BARRIER = "  __syncthreads();\n"
 _AFTER_CARRY = "    offsets[own] = u;\n"
-_AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own]);\n"
+_AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own], apply<S>);\n"
 _AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum.total();\n"
 _AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
 _WAIT = "      wait_for_copies<1>();\n"
@@ -54,7 +54,7 @@ _KERNELS = (
     ("dropped barrier in carry", _AFTER_CARRY + "  " + _BARRIER, _AFTER_CARRY),
     ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER, _AFTER_REDUCE),
     # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
-    ("exchange off by one", "kCarryLanes, parts, left);", "kCarryLanes, parts - 1, left);"),
+    ("exchange off by one", "kCarryLanes, parts, left, apply<S>);", "kCarryLanes, parts - 1, left, apply<S>);"),
     ("dropped barrier after the parts", _AFTER_PARTS + "  " + _BARRIER, _AFTER_PARTS),
     ("turns of carry apart", "left = walk(part_factors", "walk(part_factors"),
     ("tile ahead not waited for", "    wait_for_copies<1>();\n    Tile", "    Tile"),
@@ -70,6 +70,15 @@ _KERNELS = (
     ("adjoint past a write", "held ? m.at[w] + right_m.at[w] : m.at[w];", "m.at[w] + right_m.at[w];"),
     ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
     ("end of a sequence passed over", "if (holds && span.last) append", "if (false) append"),
+    ("check never fires", "store<Traffic::kState>(work.again, Vector<int, 1>{{1}});", ";"),
+    ("last boundary not checked", "next < 0 || next >= plan.segments)", "next < 0 || next >= plan.segments - 1)"),
+    (
+        "last boundary of the adjoint not checked",
+        "next < 0 || next >= plan.segments)",
+        "next <= 0 || next >= plan.segments)",
+    ),
+    ("sums of both scans", "!= 0) rows = whole_rows;", "!= 0) rows += 0;"),
+    ("small by chance scanned again", "late = work.forgets ? 0 : load", "late = 0 * load"),
     ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
 )
 _TILES = (
@@ -82,6 +91,7 @@ _TILES = (
     ("NaN in a tile overlooked", "copies = !Writes<F>::has_nan(squared);", "copies = true;"),
     ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
     ("terms of a thread added plainly", "if (summed == kSummed) add_up<F>(room, sums), summed = 0;", ";"),
+    ("maps applied beyond the range", "is_nan(finite) && !is_nan(carried) ? scan(carried) : left;", "left;"),
     ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
 )
 _PAIRS = (
