@@ -65,17 +65,14 @@ ANY_CELL = [
     "traffic",
     "misaligned",
     "little_shared_memory",
-]  # checks of whatever cells take a dtype; the others are of the BMRU
+]  # checks of whatever cells take a dtype
+BMRU = ["copies", "held", "many_jobs", "sums", "slopes", "any_order", "far_strides", "offsets_are_clamped"]
 
 
 @pytest.mark.parametrize(
     ("check", "dtype"),
     [(check, dtype) for check in ANY_CELL for dtype in inputs.DTYPES | inputs.COMPLEX_DTYPES]
-    + [
-        (check, dtype)
-        for check in ("copies", "held", "many_jobs", "sums", "slopes", "any_order", "far_strides", "offsets_are_clamped")
-        for dtype in inputs.DTYPES
-    ],
+    + [(check, dtype) for check in BMRU for dtype in inputs.DTYPES],
 )
 def test_kernels(battery, check, dtype):
     if simt.SANITIZE and str((inputs.DTYPES | inputs.COMPLEX_DTYPES)[dtype]).removeprefix("torch.") not in simt.LOADED:

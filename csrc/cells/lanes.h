@@ -2,7 +2,6 @@
 // vector of lanes (CPU). `mask ? a : b`, `!` and `&&` mean the same for both, so only what C++ does not spell alike for
 // both stands here; csrc/cpu/vector.h specialises it for vectors.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -167,11 +166,12 @@ struct Surrogate {
   S gain = 1, tie = 1, bend = 1;
 
   Surrogate() = default;
-  explicit Surrogate(double k) {
+  MRU_INLINE explicit Surrogate(double k) {
     constexpr int kMost = std::numeric_limits<S>::max_exponent - 4;  // the exponent of k from which on gain is not 1
-    k = std::fmin(std::fmax(k, std::ldexp(1, -2 * kMost)), std::ldexp(1, kMost / 2 * 3));
-    const int exponent = std::ilogb(k), beyond = std::max(std::abs(exponent) - kMost, 0);
-    const double power = std::ldexp(1, exponent > 0 ? beyond : -beyond), least = std::numeric_limits<S>::min();
+    const double least = std::ldexp(1.0, std::numeric_limits<S>::min_exponent - 1);  // normal number
+    k = std::fmin(std::fmax(k, std::ldexp(1.0, -2 * kMost)), std::ldexp(1.0, kMost / 2 * 3));
+    const int exponent = std::ilogb(k), past = exponent > 0 ? kMost : -kMost;
+    const double power = std::ldexp(1.0, std::abs(exponent) > kMost ? exponent - past : 0);
     gain = S(power), tie = S(power / k);
     bend = S(std::fmax(3.14159265358979323846 * std::sqrt(k) * std::sqrt(power), least));  // not 0: x may be infinite
   }

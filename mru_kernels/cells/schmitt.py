@@ -42,7 +42,7 @@ def schmitt(
             candidate's or the state dtype; zeros if None.
         epsilon: in [0, 1]; a float, or a 0-dim CPU tensor, which torch.compile does not specialise on.
         alpha: `[D]`, scale of the output; ones if None.
-        surrogate_scale: k > 0 of the surrogate derivative.
+        surrogate_scale: k > 0 of the surrogate derivative, of any size: a gradient beyond its dtype is infinite, or 0.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
         chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk

@@ -1,0 +1,148 @@
+"""Faults planted into copies of the CPU sources, one at a time, each with the tests of this suite that must catch it.
+
+A copy is compiled for one instruction set and without optimization, and only the file that holds the fault anew. The
+package around it is this one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "cpu-mutants"
+
+COMPILER = [
+    *(os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DMRU_ONE_ISA", "-DMRU_ISA=kBaseline"),
+    *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+]
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+#: Objects by their source and the cell they hold.
+OBJECTS = {
+    "driver": ("driver.cpp", None),
+    "register": ("register.cpp", None),
+    **{cell: ("kernels.cpp", cell) for cell in ("kBmru", "kSchmitt", "kLinear")},
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in `file` below csrc, the text `old`, which stands there once, becomes `new`.
+
+    Attributes:
+        anew: the object that is compiled with the fault.
+        tests: what must fail, in words of pytest's -k, of test_precision.py and test_isa.py.
+        isa: the compiler's flags for the instruction set.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    anew: str
+    tests: str
+    isa: tuple[str, ...] = ()
+
+
+_NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
+MUTANTS = (
+    Mutant("a NaN rounded", "cpu/vector.h", _NARROW_NAN, "return rounded;", "kBmru", "ieee"),
+    Mutant("a tie rounded up", "cpu/vector.h", "0x7fffu + ((u >> 16) & 1u)", "0x8000u", "kBmru", "ieee"),
+    Mutant("a half subnormal tie rounded up", "cpu/vector.h", "bit_cast<F>(magnitude) + 0.5f",
+           "bit_cast<F>(magnitude + 1u) + 0.5f", "kBmru", "ieee"),
+    Mutant("a half tie rounded up", "cpu/vector.h", "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u", "kBmru", "ieee"),
+    Mutant("65519 made infinite", "cpu/vector.h", "0x477ff000u", "0x477fe000u", "kBmru", "ieee"),
+    Mutant("a half subnormal scaled", "cpu/vector.h", "bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f",
+           "bit_cast<F>(magnitude) * 0x1p112f", "kBmru", "ieee"),
+    Mutant("halves truncated by AVX-512", "cpu/vector.h", "(__m512)v, _MM_FROUND_TO_NEAREST_INT",
+           "(__m512)v, _MM_FROUND_TO_ZERO", "kBmru", "ieee", AVX512),
+    Mutant("halves truncated by AVX2", "cpu/vector.h", "(__m256)v, _MM_FROUND_TO_NEAREST_INT",
+           "(__m256)v, _MM_FROUND_TO_ZERO", "kBmru", "ieee", AVX2),
+    Mutant("a channel too many read", "cpu/vector.h", "? load_few_bytes(from + 8, bytes - 8) : 0",
+           "? load_as<uint64_t>(from + 8) : 0", "kBmru", "behind"),
+    Mutant("a channel too few stored", "cpu/vector.h", "reinterpret_cast<const char*>(&v), lanes.count)",
+           "reinterpret_cast<const char*>(&v), lanes.count & ~1)", "kSchmitt", "channels and schmitt"),
+    Mutant("last channels of a sum not cleared", "cpu/kernels.cpp", "          carried_sum[k] = {};\n", "", "kSchmitt",
+           "sums and schmitt"),
+    Mutant("terms added plainly", "cpu/kernels.cpp", "if ((right - begin) % kSummed != 0) continue;",
+           "if (right != begin) continue;", "kSchmitt", "sums and schmitt"),
+    Mutant("what a sum lost left out", "cells/lanes.h", "lost == lost ? sum + lost : sum", "sum", "kSchmitt",
+           "sums and schmitt"),
+    Mutant("gain of slopes left out", "cells/schmitt.h", "gained = lambda * splat<V>(surrogate.gain);",
+           "gained = lambda;", "kSchmitt", "slopes and schmitt"),
+    Mutant("a look back given up", "cpu/driver.cpp", "part.begin > piece.begin; steps *= 2",
+           "part.begin > piece.begin && steps <= 1 << 13; steps *= 2", "driver", "held"),
+    Mutant("a look ahead given up", "cpu/driver.cpp", "part.end < piece.end; steps *= 2",
+           "part.end < piece.end && steps <= 1 << 13; steps *= 2", "driver", "held"),
+)  # fmt: skip
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def _compile(csrc: Path, name: str, target: Path, isa: tuple[str, ...] = ()) -> None:
+    source, cell = OBJECTS[name]
+    own = (f"-DMRU_CELL={cell}",) if cell else ()
+    _run(*COMPILER, *isa, *own, "-c", csrc / "cpu" / source, "-o", target)
+
+
+@cache
+def unchanged() -> dict[str, Path]:
+    """The objects of the sources as they are, for the narrowest instruction set."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    objects = {name: FOLDER / f"{name}.o" for name in OBJECTS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda name: _compile(ROOT / "csrc", name, objects[name]), objects))
+    return objects
+
+
+def package_with(objects: dict[str, Path], folder: Path) -> None:
+    """A package in `folder` that is this one, with an extension of these objects."""
+    package = folder / "mru_kernels"
+    package.mkdir(parents=True)
+    for part in (ROOT / "mru_kernels").iterdir():
+        if part.suffix != ".so":
+            (package / part.name).symlink_to(part)
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    torch = ("-ltorch", "-ltorch_cpu", "-lc10")
+    _run(COMPILER[0], "-shared", *objects.values(), "-Wl,-Bsymbolic", "-lstdc++", *libraries, *torch, "-o",
+         package / "_C.so")  # fmt: skip
+
+
+def run_tests(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    """The tests on the package in `folder`, in a process of their own: a fault may crash it."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not check", "-o", f"pythonpath={folder} ."]
+    command = [sys.executable, "-m", "pytest", *options, "-k", tests, "tests/test_precision.py", "tests/test_isa.py"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def outcome(mutant: Mutant | None) -> subprocess.CompletedProcess[str]:
+    """Build the mutant, or the sources as they are, and run its tests, or all that any mutant has."""
+    folder = FOLDER / (mutant.name.replace(" ", "-") if mutant else "none")
+    shutil.rmtree(folder, ignore_errors=True)
+    objects = dict(unchanged())
+    if mutant is None:
+        package_with(objects, folder)
+        return run_tests(folder, " or ".join(sorted({f"({m.tests})" for m in MUTANTS})))
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    text = (csrc / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.name}: expected the text to change once in {mutant.file}"
+    (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    objects[mutant.anew] = folder / "anew.o"
+    _compile(csrc, mutant.anew, objects[mutant.anew], mutant.isa)
+    package_with(objects, folder)
+    return run_tests(folder, mutant.tests)
