@@ -7,16 +7,23 @@ too, at the price of waiting for it; without it the kernels clamp the offsets.
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 from .backends import Backend
 
+P = ParamSpec("P")
+
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
@@ -31,9 +38,27 @@ def _names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on `device`; None where it is off or there is none."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def dense(name: str, value: Tensor, instead: str) -> None:
+    """Raise for a nested or sparse tensor; `instead` is what takes sequences of different lengths."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; use {instead} for sequences of different lengths"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}; call to_dense() first")
+
+
 def tensor(name: str, value, rank: int, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    dense(name, value, "cu_seqlens")
     if value.dim() != rank:
         raise ValueError(f"{name}: expected {rank} dimensions {shape}, got shape {list(value.shape)}")
 
@@ -188,3 +213,38 @@ def taken(chunk: int, backend: Backend) -> None:
         raise RuntimeError(
             f"backend: {backend.name!r} cannot run this call: it takes a chunk_size from {least} to {most}, got {chunk}"
         )
+
+
+def constructor(init: Callable[P, None]) -> Callable[P, None]:
+    """An `__init__` whose error for arguments that do not fit names the class that was called, and what it takes."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **options: P.kwargs) -> None:
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            cls = type(args[0])
+            raise TypeError(f"{cls.__name__}: {_misfit(cls, len(args) - 1, options) or error}") from None
+        init(*args, **options)
+
+    return checked
+
+
+def _misfit(cls: type, positional: int, options: Mapping[str, object]) -> str | None:
+    """What is wrong with the number of positional arguments or with the names of the others, if that is wrong."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] == __package__ and "__init__" in vars(base):
+            parameters |= inspect.signature(vars(base)["__init__"]).parameters
+    places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"]
+    keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if positional > len(places):
+        expected = f"expected at most {len(places)} positional arguments ({', '.join(places)}), got {positional}"
+        return f"{expected}; give by name: {', '.join(keywords)}"
+    for name in options:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, places + keywords, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(places + keywords)}"
+            return f"unknown argument {name!r}; {hint}"
+    return None

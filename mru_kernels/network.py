@@ -12,8 +12,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, WriteOrHold, check_sizes
+from . import checks
+from .nn import (
+    BMRU,
+    CMRU,
+    LRU,
+    AlphaCMRU,
+    FirstQuadrantBMRU,
+    MinGRU,
+    MinLSTM,
+    WriteOrHold,
+    check_input_dtype,
+    check_sizes,
+    fx_node,
+)
 
 __all__ = ["UNITS", "MRUBlock", "MRUNetwork"]
 
@@ -97,6 +111,7 @@ class MRUBlock(_Recurrent):
         TypeError, ValueError: an argument is not as described; the message names it.
     """
 
+    @checks.constructor
     def __init__(
         self,
         width: int,
@@ -139,15 +154,22 @@ class MRUBlock(_Recurrent):
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class."""
-        _check_input(input, self.width, "width", self.norm.weight, 3)
-        given = self._given(state, input.shape[0])
+        if isinstance(input, Proxy):
+            return fx_node(self, input, state)
+        _check_shape(input, self.width, "width", 3)
+        check_input_dtype(input, _dtype(self.norm))
+        given = self._given(state, input)
         after: list[Tensor] = []
         u = v = self.norm(input)
         if self.conv is not None:
+            if v.dtype in checks.HALF_DTYPES:  # under autocast `cat` refuses the other half precision
+                v = v.to(checks.autocast_dtype(v.device) or v.dtype)
             time_last = v.transpose(1, 2)
             past = given.pop(0)
             if past is None:
                 past = time_last.new_zeros((input.shape[0], self.width, self.conv_size - 1))
+            elif past.dtype != v.dtype:
+                raise TypeError(f"state: expected dtype {v.dtype} for tensor 0, got {past.dtype}")
             seen = torch.cat([past, time_last], -1)
             after.append(seen[..., input.shape[1] :].clone())  # a view would keep all of the call alive
             v = F.silu(self.conv(seen)).transpose(1, 2)
@@ -160,16 +182,21 @@ class MRUBlock(_Recurrent):
         x = input + self.dropout(self.out(mixed * F.silu(self.gate(u))))
         return x + self.dropout(self.mlp_out(F.glu(self.mlp_in(self.mlp_norm(x))))), tuple(after)
 
-    def _given(self, state: State | None, batch: int) -> list[Tensor | None]:
-        """The parts of `state`, checked; their dtypes are the units' to check."""
+    def _given(self, state: State | None, input: Tensor) -> list[Tensor | None]:
+        """The parts of `state`, checked; units check the dtypes of theirs."""
         if state is None:
             return [None] * self.num_states
         _check_state(state, self.num_states)
+        batch = input.shape[0]
         shapes: list[tuple[int, ...]] = [(batch, self.width, self.conv_size - 1)] if self.conv is not None else []
         shapes += [(batch, self.hidden_size)] * len(self.units)
         for i, (tensor, shape) in enumerate(zip(state, shapes, strict=True)):
             if tensor.shape != shape:
                 raise ValueError(f"state: expected shape {list(shape)} for tensor {i}, got {list(tensor.shape)}")
+            if tensor.device != input.device:
+                raise ValueError(
+                    f"state: expected the input's device {input.device} for tensor {i}, got {tensor.device}"
+                )
         return list(state)
 
 
@@ -201,6 +228,7 @@ class MRUNetwork(_Recurrent):
         TypeError, ValueError: an argument is not as described; the message names it.
     """
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,
@@ -243,10 +271,15 @@ class MRUNetwork(_Recurrent):
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class."""
-        self._check_input(input, 2)
+        if isinstance(input, Proxy):
+            return fx_node(self, input, state)
+        self._check_shape(input, 2)
+        dtype = _dtype(self.norm)
+        if not self.tokens:
+            check_input_dtype(input, dtype)
         if state is not None:
             _check_state(state, sum(self._num_states))
-        x = self.input_map(input).to(self.norm.weight.dtype)  # the residual stream is not autocast's to halve
+        x = self.input_map(input).to(dtype)  # the residual stream is not autocast's to halve
         after: tuple[Tensor, ...] = ()
         for block, count in zip(self.blocks, self._num_states, strict=True):
             first = len(after)
@@ -276,13 +309,13 @@ class MRUNetwork(_Recurrent):
         """
         if self.pool == "mean":
             raise RuntimeError('step: the mean over all steps, pool="mean", is not known after one')
-        self._check_input(input, 1)
+        self._check_shape(input, 1)
         output, after = self(input.unsqueeze(1), state)
         return (output if self.pool else output.squeeze(1)), after
 
-    def _check_input(self, input: Tensor, ranks: int) -> None:
+    def _check_shape(self, input: Tensor, ranks: int) -> None:
         if not self.tokens:
-            _check_input(input, self.input_size, "input_size", self.norm.weight, ranks + 1)
+            _check_shape(input, self.input_size, "input_size", ranks + 1)
         elif not isinstance(input, Tensor) or input.dtype != torch.int64:
             came = f"a {input.dtype} tensor" if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"input: expected token numbers, an int64 tensor, got {came}")
@@ -291,14 +324,18 @@ class MRUNetwork(_Recurrent):
             raise ValueError(f"input: expected shape {expected}, got {list(input.shape)}")
 
 
-def _check_input(input: Tensor, size: int, name: str, weight: Tensor, rank: int) -> None:
+def _dtype(module: torch.nn.Module) -> torch.dtype:
+    """The dtype of the parameters. `module.weight` would compute it where it is parametrized."""
+    return next(module.parameters()).dtype
+
+
+def _check_shape(input: Tensor, size: int, name: str, rank: int) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+    checks.dense("input", input, "separate calls")
     if input.dim() != rank or input.shape[-1] != size or 0 in input.shape[1:]:
         expected = "[batch, time >= 1, " if rank == 3 else "[batch, "
         raise ValueError(f"input: expected shape {expected}{name}={size}], got {list(input.shape)}")
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise TypeError(f"input: expected the module's dtype {weight.dtype}, got {input.dtype}")
 
 
 def _check_state(state: State, count: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import OptimizedModule
+from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
@@ -53,6 +54,7 @@ class MRUBase(torch.nn.Module):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
     """What the parameters may be in."""
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,
@@ -186,6 +188,8 @@ class MRUBase(torch.nn.Module):
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
     def forward(self, input: Any, hx: Tensor | None = None, *, _parallel: Any = None) -> tuple[Any, Tensor]:
         """See `BMRU`."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         parameters = self._read()
@@ -261,9 +265,9 @@ class MRUBase(torch.nn.Module):
         """All scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output and `h_n`."""
         outputs: list[Tensor] = []
         finals: list[Tensor] = []
-        for (layer, suffix), p in zip(self._scans(), parameters, strict=True):
-            reverse = suffix.endswith("_reverse")
-            if layer > 0 and not reverse:
+        for i, p in enumerate(parameters):
+            reverse = self.bidirectional and i % 2 == 1
+            if i > 0 and not reverse:
                 x, outputs = _side_by_side(outputs), []
                 if self.dropout > 0.0 and self.training:
                     x = F.dropout(x, self.dropout)
@@ -316,6 +320,7 @@ class MRUBase(torch.nn.Module):
         if not isinstance(input, Tensor):
             kinds = "a tensor or a PackedSequence" if 3 in ranks else f"a tensor {expected}"
             raise TypeError(f"input: expected {kinds}, got {type(input).__name__}")
+        checks.dense("input", input, "a PackedSequence")
         if input.dim() not in ranks:
             raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
         if input.shape[-1] != self.input_size:
@@ -332,6 +337,7 @@ class MRUBase(torch.nn.Module):
             return
         if not isinstance(hx, Tensor):
             raise TypeError(f"hx: expected a tensor or None, got {type(hx).__name__}")
+        checks.dense("hx", hx, "a PackedSequence")
         expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
         if hx.shape != expected:
             letters = f"[layers * directions, {'batch, ' * len(batch)}hidden_size]"
@@ -339,11 +345,21 @@ class MRUBase(torch.nn.Module):
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
         stream = input.dtype
-        if torch.is_autocast_enabled(input.device.type) and stream != torch.float64:
-            stream = torch.get_autocast_dtype(input.device.type)
+        if stream != torch.float64:
+            stream = checks.autocast_dtype(input.device) or stream
         allowed = dict.fromkeys(self._state_dtypes(stream))
         if hx.dtype not in allowed:
             raise TypeError(f"hx: expected dtype {' or '.join(map(str, allowed))}, got {hx.dtype}")
+        if hx.dtype in checks.HALF_DTYPES and not torch.compiler.is_compiling() and self._accumulates():
+            warnings.warn(
+                f"hx: expected {ops.state_dtype(stream)}, the dtype of h_n, got {hx.dtype}, which rounds away what"
+                f" {type(self).__name__} accumulates; under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False)",
+                stacklevel=2,
+            )
+
+    def _accumulates(self) -> bool:
+        """Whether small steps add up in the state, so that rounding it at every call changes the result."""
+        return True
 
     def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
         return stream, ops.state_dtype(stream)
@@ -359,13 +375,23 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
 
 
+def fx_node(module: torch.nn.Module, input: Proxy, state: object) -> Any:
+    """A call under `torch.fx.symbolic_trace` as one node, like the call of a module of torch.nn."""
+    tracer: Any = input.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        kind = type(module).__name__
+        raise TypeError(f"input: expected a tensor, got a Proxy; for torch.fx {kind} is one node of a larger module")
+    return tracer.create_proxy("call_module", path, (input, state), {})
+
+
 def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
     """Raise unless a module of `dtype` takes the input; autocast converts all floating dtypes but float64."""
     if input.dtype == dtype:
         return
     dtypes = {input.dtype, dtype}
     converts = dtypes <= set(checks.STREAM_DTYPES) and torch.float64 not in dtypes
-    if not converts or not torch.is_autocast_enabled(input.device.type):
+    if not converts or checks.autocast_dtype(input.device) is None:
         raise TypeError(f"input: expected the module's dtype {dtype}, got {input.dtype}")
 
 
@@ -401,6 +427,7 @@ class WriteOrHold(MRUBase):
     DistributedDataParallel broadcasts buffers, which NCCL refuses for the CPU's, and FSDP moves them.
     """
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,
@@ -424,6 +451,9 @@ class WriteOrHold(MRUBase):
     def epsilon(self, value: float | Tensor) -> None:
         self._epsilon.fill_(checks.epsilon(value))
 
+    def _accumulates(self) -> bool:
+        return self.epsilon > 0.0
+
     def get_extra_state(self) -> Tensor:
         return self._epsilon.clone()
 
@@ -437,6 +467,9 @@ class WriteOrHold(MRUBase):
 
 class BMRU(WriteOrHold):
     """Layers of bistable memory recurrent units (arXiv 2601.09495), used like `torch.nn.GRU`.
+
+    Unlike in `nn.GRU`, `batch_first` is True by default: data `[T, B, features]` needs `batch_first=False`. Arguments
+    after `num_layers` are given by name. `hx` and `h_n` are the raw states, not the output of the last step.
 
     For each step, with per-channel parameters and the unit step H(0) = 1::
 
@@ -466,12 +499,18 @@ class BMRU(WriteOrHold):
         input: `[B, T, input_size]`, or `[T, B, input_size]` without `batch_first`; `[T, input_size]`
             unbatched; or a `PackedSequence`. In the module's dtype, save under autocast.
         hx: states before the first step, `[num_layers * directions, B, D]`, or `[num_layers * directions, D]`
-            unbatched, in the dtype of the streams or that of `h_n`. None takes the learned initial states.
+            unbatched, in the dtype of the streams or that of `h_n`. None takes the learned initial states. Eager calls
+            warn where `hx` comes in half precision and the state accumulates (epsilon > 0, minGRU and minLSTM).
         output: h of the last layer, `[B, T, directions * D]`, arranged as the input is.
         h_n: final states, shaped as `hx`: the raw states s, without alpha, so that given as `hx` they
             continue the scan. float64 for float64 streams, else float32.
 
         `step(input, hx=None)` is one step of it, for streaming.
+
+    Several processes:
+        FSDP2 in half precision casts `hx` by default, and a CMRU that counts one step at a time then stops at 257 in
+        bfloat16. `fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+        cast_forward_inputs=False))`, without `output_dtype`, keeps the states in float32; the caller casts the input.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -495,6 +534,7 @@ class BMRU(WriteOrHold):
 class CMRU(BMRU):
     """Layers of cumulative memory recurrent units (arXiv 2605.11855): a `BMRU` with epsilon 1 by default."""
 
+    @checks.constructor
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, epsilon: float = 1.0, **options: Any
     ) -> None:
@@ -576,6 +616,7 @@ class MinGRU(MRUBase):
 
     gates = {"candidate": None, "update": 0.0}
 
+    @checks.constructor
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, max_time_scale: float = 2.0, **options: Any
     ) -> None:
@@ -660,13 +701,15 @@ class LRU(MRUBase):
 
     The other arguments, call and errors are those of `BMRU`, without `bias`, `epsilon` and `surrogate_scale`. The
     output is real, `hx` and `h_n` are complex64, or complex128 for float64. Half precision is a TypeError: the states
-    have no such dtype. Under autocast only the matrix products are in half precision.
+    have no such dtype, so an FSDP2 policy must not have a half-precision `param_dtype` for it; shard it with a policy
+    of its own. Under autocast only the matrix products are in half precision.
     """
 
     gates = {"real": None, "imaginary": None}
     vectors = {"nu_log": 0.0, "theta_log": 0.0}
     dtypes = (torch.float32, torch.float64)
 
+    @checks.constructor
     def __init__(
         self,
         input_size: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -46,6 +47,15 @@ def _names(config: pytest.Config) -> list[str]:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     return torch.device(pytestconfig.getoption("device"))
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()  # see tests/processes.py
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -270,6 +270,7 @@ def test_small_sizes(cls, shape):
 
 @gated
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:hx. expected torch.float32:UserWarning")
 def test_dtypes(cls, dtype):
     module = make(cls, 4, 6, 2).to(dtype)
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -310,7 +311,8 @@ def test_autocast(cls):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, h_n = module(x)
         again, _ = module(x, h_n)
-        assert cls is not LRU or module._project(x, module._read()[0]).dtype == torch.float32  # there is no other complex dtype
+        # There is no other complex dtype.
+        assert cls is not LRU or module._project(x, module._read()[0]).dtype == torch.float32
     assert output.dtype == again.dtype == torch.bfloat16
     assert h_n.dtype == exact_h_n.dtype
     torch.testing.assert_close(output.float(), exact, rtol=0.1, atol=0.1)
@@ -330,6 +332,7 @@ def test_autocast(cls):
         (MinLSTM, {"max_time_scale": math.inf}, ValueError, "max_time_scale: expected a finite"),
         (MinGRU, {"max_time_scale": math.nan}, ValueError, "max_time_scale: expected a finite"),
         (MinGRU, {"max_time_scale": "9"}, TypeError, "max_time_scale: expected a float, got str"),
+        (LRU, {"r_max": True}, TypeError, "r_max: expected a float, got bool"),
         (MinGRU, {"epsilon": 0.5}, TypeError, "epsilon"),
         (LRU, {"r_max": 1.1}, ValueError, r"r_max: expected a finite number in \[0, 1\], got 1.1"),
         (LRU, {"r_min": 0.9, "r_max": 0.5}, ValueError, r"r_min: expected a finite number in \[0, 0.5\], got 0.9"),

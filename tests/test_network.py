@@ -337,6 +337,13 @@ def test_bad_input(tokens, x, state, error, match):
         network(tokens=tokens)(x, state)
 
 
+def test_a_network_hands_its_options_to_its_blocks():
+    module = network(("bmru", "lru"), combine="concatenate", conv_size=3, mlp_size=7, dropout=0.25)
+    for block in module.blocks:
+        assert (block.hidden_size, block.combine, block.conv_size, block.dropout.p) == (12, "concatenate", 3, 0.25)
+        assert (block.mlp_in.out_features, block.mlp_out.in_features, block.out.in_features) == (14, 7, 24)
+
+
 def test_bad_steps():
     with pytest.raises(ValueError, match=r"input: expected shape \[batch, input_size=5\], got \[2, 1, 5\]"):
         network().step(random(2, 1, 5))

@@ -110,8 +110,9 @@ def test_initial_values_of_the_first_quadrant():
 
 
 @pytest.mark.parametrize("cls", SIGNED)
-def test_gradients_are_those_of_the_op(cls):
-    module = make(cls, 5, 7, dtype=torch.float64)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradients_are_those_of_the_op(cls, scale):
+    module = make(cls, 5, 7, surrogate_scale=scale, dtype=torch.float64)
     x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
     output, h_n = module(x)
     weights = torch.randn_like(output), torch.randn_like(h_n)
@@ -122,7 +123,7 @@ def test_gradients_are_those_of_the_op(cls):
     candidate, threshold, *amplitude = (g.contiguous() for g in gates.chunk(len(module.gates), -1))
     h, final = mk.bmru(
         candidate, threshold, parameters["initial_state_l0"].expand(3, 7), epsilon=module.epsilon,
-        alpha=parameters.get("alpha_l0"), amplitude=amplitude[0] if amplitude else None,
+        alpha=parameters.get("alpha_l0"), amplitude=amplitude[0] if amplitude else None, surrogate_scale=scale,
     )  # fmt: skip
     expected = torch.autograd.grad((h, final), [x, *parameters.values()], (weights[0], weights[1][0]))
     for name, a, b in zip(["input", *parameters], got, expected, strict=True):
@@ -130,16 +131,39 @@ def test_gradients_are_those_of_the_op(cls):
         assert a.abs().max() > 0, name
 
 
-def test_layers_and_directions_are_single_modules_in_turn():
-    module = make(mk.CMRU, 4, 6, 3, integer=True, bidirectional=True)
-    x = integers(2, 20, 4)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradients_of_the_first_quadrant_are_those_of_the_op(scale):
+    module = make(mk.FirstQuadrantBMRU, 5, 7, surrogate_scale=scale, dtype=torch.float64)
+    x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
     output, h_n = module(x)
-    finals = []
-    for layer in range(3):
-        single = mk.CMRU(x.shape[-1], 6, bidirectional=True)
+    weights = torch.randn_like(output), torch.randn_like(h_n)
+    p = {name.removesuffix("_l0"): value for name, value in module.named_parameters()}
+    got = torch.autograd.grad((output, h_n), [x, *p.values()], weights)
+    h, final = mk.schmitt(
+        F.linear(x, p["weight_ih"], p["bias_ih"]).relu(), p["low"], p["low"] + p["width"].abs(),
+        p["initial_state"].expand(3, 7), alpha=p["alpha"], surrogate_scale=scale,
+    )  # fmt: skip
+    expected = torch.autograd.grad((h, final), [x, *p.values()], (weights[0], weights[1][0]))
+    for name, a, b in zip(["input", *p], got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        assert a.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_layers_and_directions_are_single_modules_in_turn(dropout):
+    """Both directions of a layer read the same input, on which dropout acts once."""
+    module = make(mk.CMRU, 4, 6, 3, integer=True, bidirectional=True, dropout=dropout)
+    singles = [mk.CMRU(4 if layer == 0 else 12, 6, bidirectional=True) for layer in range(3)]
+    for layer, single in enumerate(singles):
         mine = {k.replace(f"_l{layer}", "_l0"): v for k, v in module.state_dict().items() if f"_l{layer}" in k}
         single.load_state_dict(mine | {"_extra_state": torch.tensor(1.0)})
-        x, final = single(x)
+    x = integers(2, 20, 4)
+    torch.manual_seed(2)
+    output, h_n = module(x)
+    torch.manual_seed(2)
+    finals = []
+    for layer, single in enumerate(singles):
+        x, final = single(F.dropout(x, dropout) if layer > 0 else x)
         finals.append(final)
     assert torch.equal(output, x)
     assert torch.equal(h_n, torch.cat(finals))
@@ -418,6 +442,10 @@ def test_copies_and_checkpoints(cls):
         ((4, 4.0), {}, TypeError, "hidden_size: expected an int, got float"),
         ((4, 4), {"dropout": 1.5}, ValueError, "dropout: expected a probability"),
         ((4, 4), {"dropout": "x"}, TypeError, "dropout: expected a float, got str"),
+        ((4, 4), {"dropout": True}, TypeError, "dropout: expected a float, got bool"),
+        ((4, True), {}, TypeError, "hidden_size: expected an int, got bool"),
+        ((4, 4), {"chunk_size": 17}, ValueError, "chunk_size: expected a positive multiple of 16"),
+        ((4, 4), {"surrogate_scale": True}, TypeError, "surrogate_scale: expected a float, got bool"),
         ((4, 4), {"surrogate_scale": 0.0}, ValueError, "surrogate_scale: expected a positive"),
         ((4, 4), {"dtype": torch.int32}, TypeError, "dtype: expected float32"),
         ((4, 4), {"batchfirst": True}, TypeError, "batchfirst"),

@@ -441,6 +441,33 @@ def test_steps_equal_the_scan(backend, device, data):
     )
 
 
+def test_a_default_device_changes_nothing(backend, device):
+    """Everything is made where the inputs are, or on the CPU."""
+    x = torch.randn(1, 130, 3, device=device, requires_grad=True)
+    channel, state = torch.rand(3, device=device), torch.randn(2, 3, device=device)
+    options = {"cu_seqlens": torch.tensor([0, 70, 130], device=device), "backend": backend}
+    row = x.detach()[:, 0].contiguous()
+
+    def run() -> list[torch.Tensor]:
+        results = [
+            *mk.bmru(x, x, state, epsilon=0.31, alpha=channel, **options),  # an epsilon that no call has met
+            *mk.schmitt(x, channel, channel + 0.5, state, epsilon=0.31, **options),
+            *mk.linear_recurrence(channel, x, state, **options),
+        ]
+        (gradient,) = torch.autograd.grad([r.sum() for r in results], x)
+        steps = [
+            *mk.bmru_step(row, row, state[:1], epsilon=0.31),
+            *mk.schmitt_step(row, channel, channel, state[:1], epsilon=0.31),
+            *mk.linear_recurrence_step(channel, row, state[:1]),
+        ]
+        return [*results, gradient, *steps]
+
+    with patch.object(backends, "_CHOSEN", backend):
+        with torch.device("meta"):
+            got = run()
+        assert all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))
+
+
 # ------------------------------------------------------------------------------------------------ strides
 
 

@@ -32,7 +32,7 @@ def call(
     """
     first_to_kernels = cu_seqlens is None and not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled())
     if not first_to_kernels:
-        inputs = _autocast(inputs)
+        inputs, alpha, initial_state = _autocast(inputs, alpha, initial_state)
         _check(cell, inputs, initial_state, alpha, cu_seqlens, packed)
     try:
         streams: list[Tensor] = []
@@ -65,19 +65,26 @@ def _is_per_channel(cell: ops.Cell, name: str, value: Tensor) -> bool:
     return name in cell.vectors or (name in cell.either and isinstance(value, Tensor) and value.dim() == 1)
 
 
-def _autocast(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Under autocast the floating streams in its dtype, so that different ones may meet; float64 stays."""
-    if not torch._C._is_any_autocast_enabled():
-        return inputs
+def _autocast(
+    inputs: Mapping[str, Tensor], alpha: Tensor | None, initial_state: Tensor | None
+) -> tuple[Mapping[str, Tensor], Tensor | None, Tensor | None]:
+    """Cast the floating streams to the autocast dtype, so that different ones may meet; float64 stays.
 
-    def cast(t):
-        if not isinstance(t, Tensor) or t.dim() == 1 or not t.is_floating_point() or t.dtype == torch.float64:
-            return t
-        kind = t.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
+    What is not a stream may stay in half precision only where the streams are in the same; else it becomes float32.
+    """
+    first = next(iter(inputs.values()))
+    dtype = checks.autocast_dtype(first.device) if isinstance(first, Tensor) else None
+    if dtype is None:
+        return inputs, alpha, initial_state
 
-    return {name: cast(t) for name, t in inputs.items()}
+    def stream(t):
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    def other(t):
+        return t.float() if isinstance(t, Tensor) and t.dtype in checks.HALF_DTYPES and t.dtype != dtype else t
+
+    cast = {name: stream(t) if isinstance(t, Tensor) and t.dim() != 1 else other(t) for name, t in inputs.items()}
+    return cast, other(alpha), other(initial_state)
 
 
 def _is_plain() -> bool:

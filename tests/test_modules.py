@@ -1,0 +1,450 @@
+"""What all modules share: parametrizations, default devices, layouts, messages, and what code for nn.GRU expects."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import mru_kernels as mk
+
+UNITS = [mk.BMRU, mk.CMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.MinLSTM, mk.LRU]
+HALF = UNITS[:-1]  # an LRU takes no half precision
+every_unit = pytest.mark.parametrize("cls", UNITS)
+
+MIXED = ("bmru", "alpha_cmru", "schmitt", "min_lstm", "lru")
+
+
+def unit(cls: type, **options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return cls(4, 6, 2, **options)
+
+
+def network(**options: Any) -> mk.MRUNetwork:
+    torch.manual_seed(0)
+    return mk.MRUNetwork(4, 3, **{"width": 4, "num_blocks": 2, "units": MIXED, "conv_size": 3} | options)
+
+
+def packed() -> PackedSequence:
+    return pack_sequence([torch.randn(n, 4) for n in (2, 5, 3)], enforce_sorted=False)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, which may be nested."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result if part is not None for t in tensors(part)]
+
+
+#: Ways of calling a unit: its options, the input, and the call with a state for a batch of 2, or None.
+UNIT_CALLS: dict[str, tuple[dict[str, Any], Callable[[], Any], Callable]] = {
+    "batch": ({"bidirectional": True}, lambda: torch.randn(2, 5, 4), lambda m, x, hx: m(x, hx)),
+    "time first": ({"batch_first": False}, lambda: torch.randn(5, 2, 4), lambda m, x, hx: m(x, hx)),
+    "one": ({"bidirectional": True}, lambda: torch.randn(5, 4), lambda m, x, hx: m(x, hx if hx is None else hx[:, 0])),
+    "packed": ({"bidirectional": True}, packed, lambda m, x, hx: m(x, hx if hx is None else hx[:, [0, 1, 0]])),
+    "step": ({}, lambda: torch.randn(2, 4), lambda m, x, hx: m.step(x, hx)),
+}
+#: The same of blocks and networks.
+NETWORK_CALLS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any], Callable]] = {
+    "block": (lambda: mk.MRUBlock(4, MIXED, conv_size=3), lambda: torch.randn(2, 5, 4), lambda m, x, s: m(x, s)),
+    "network": (network, lambda: torch.randn(2, 5, 4), lambda m, x, s: m(x, s)),
+    "tokens": (lambda: network(tokens=True), lambda: torch.randint(0, 4, (2, 5)), lambda m, x, s: m(x, s)),
+    "step": (network, lambda: torch.randn(2, 4), lambda m, x, s: m.step(x, s)),
+}
+unit_calls = pytest.mark.parametrize(("options", "draw", "call"), UNIT_CALLS.values(), ids=UNIT_CALLS)
+network_calls = pytest.mark.parametrize(("make", "draw", "call"), NETWORK_CALLS.values(), ids=NETWORK_CALLS)
+given_or_not = pytest.mark.parametrize("given", [False, True], ids=["", "state"])
+
+
+def state_of(module: torch.nn.Module) -> Tensor:
+    """A state of a unit for a batch of 2."""
+    x = torch.randn(2, 1, 4)
+    return module(x if module.batch_first else x.transpose(0, 1))[1].detach()
+
+
+# ------------------------------------------------------------------------------------------------ parametrizations
+
+
+class Counted(torch.nn.Module):
+    """A parametrization that counts how often it is computed."""
+
+    def __init__(self, name: str, counts: Counter) -> None:
+        super().__init__()
+        self.name, self.counts = name, counts
+
+    def forward(self, original: Tensor) -> Tensor:
+        self.counts[self.name] += 1
+        return original * 1.0
+
+
+def computations(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[Counter, Counter]:
+    """How often the call computes every parameter of the module, and 1 for each."""
+    counts: Counter = Counter()
+    names = [name for name, _ in module.named_parameters()]
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        register_parametrization(module.get_submodule(owner), own, Counted(name, counts))
+    counts.clear()  # to register one computes it
+    call()
+    return counts, Counter(names)
+
+
+@every_unit
+@unit_calls
+@given_or_not
+def test_a_call_of_a_unit_computes_each_parameter_once(cls, options, draw, call, given):
+    module, x = unit(cls, **options), draw()
+    hx = state_of(module) if given else None
+    counts, once = computations(module, lambda: call(module, x, hx))
+    assert counts == once
+
+
+@network_calls
+@given_or_not
+def test_a_call_of_a_block_or_network_computes_each_parameter_once(make, draw, call, given):
+    module, x = make(), draw()
+    state = call(module, x, None)[1] if given else None
+    counts, once = computations(module, lambda: call(module, x, state))
+    assert counts == once
+
+
+@every_unit
+@pytest.mark.parametrize("register", [parametrizations.weight_norm, torch.nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm(cls, register):
+    module, x = unit(cls), torch.randn(2, 5, 4)
+    expected = module(x)
+    register(module, "weight_ih_l0")
+    for got in (module(x), module(x)):
+        torch.testing.assert_close(got, expected)
+    got[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ where things are made
+
+
+def trained(module: torch.nn.Module, call: Callable[[], Any]) -> list[Tensor]:
+    """Results of a call, and gradients where it has any."""
+    module.zero_grad()
+    results = tensors(call())
+    if results[0].requires_grad:
+        sum(t.abs().sum() for t in results if t.requires_grad).backward()
+    return [*results, *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("cls", [*UNITS, mk.MRUBlock, mk.MRUNetwork])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_are_made_where_and_as_the_constructor_says(cls, dtype):
+    where: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    if cls in UNITS:
+        module = cls(4, 6, 2, bidirectional=True, **where)
+    elif cls is mk.MRUBlock:
+        module = cls(4, MIXED, conv_size=3, **where)
+    else:
+        module = network(tokens=True, **where)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", dtype)}
+
+
+@every_unit
+@unit_calls
+@given_or_not
+def test_a_default_device_changes_nothing_of_a_unit(cls, options, draw, call, given):
+    module, x = unit(cls, **options), draw()
+    hx = state_of(module) if given else None
+
+    def run() -> list[Tensor]:
+        return trained(module, lambda: call(module, x, hx))
+
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@network_calls
+@given_or_not
+def test_a_default_device_changes_nothing_of_a_network(make, draw, call, given):
+    module, x = make(), draw()
+    state = tuple(s.detach() for s in call(module, x, None)[1]) if given else None
+
+    def run() -> list[Tensor]:
+        return trained(module, lambda: call(module, x, state))
+
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("cls", HALF)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+def test_a_module_in_one_half_precision_under_autocast_to_the_other(cls, dtypes):
+    module = unit(cls, bidirectional=True, dtype=dtypes[0])
+    x = torch.randn(2, 33, 4).to(dtypes[0])
+    exact = copy.deepcopy(module).float()
+    for hx in (None, torch.ones(4, 2, 6), torch.ones(4, 2, 6, dtype=dtypes[1])):
+        with torch.autocast("cpu", dtype=dtypes[1]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of hx in half precision
+            got, expected = module(x, hx), exact(x.float(), hx)
+        assert got[0].dtype == dtypes[1]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        (got[0].float().sum() + got[1].sum()).backward()
+    assert all(p.grad.dtype == dtypes[0] and p.grad.isfinite().all() for p in module.parameters())
+    single = unit(cls, dtype=dtypes[0])
+    with torch.autocast("cpu", dtype=dtypes[1]):
+        assert torch.equal(single.step(x[:, 0])[1], single(x[:, :1])[1])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of RMSNorm
+def test_a_network_in_one_half_precision_under_autocast_to_the_other(dtypes):
+    module = network(units=("bmru", "schmitt", "min_gru"), dtype=dtypes[0])
+    x = torch.randn(2, 33, 4).to(dtypes[0])
+    with torch.autocast("cpu", dtype=dtypes[1]):
+        output, state = module(x)
+        again, _ = module(x, state)
+        step, _ = module.step(x[:, 0], state)
+    torch.testing.assert_close(output.float(), module(x)[0].float(), rtol=0.2, atol=0.2)
+    torch.testing.assert_close(step, again[:, 0], rtol=0.05, atol=0.05)
+    again.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def test_an_op_under_autocast_takes_what_is_not_a_stream_in_the_other_half_precision():
+    x, channel, state = torch.randn(2, 9, 3).bfloat16(), torch.rand(3).bfloat16(), torch.randn(2, 3).bfloat16()
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = [*mk.bmru(x, channel, state, alpha=channel), *mk.schmitt(x, channel, channel, state, alpha=channel)]
+        channel, state = channel.float(), state.float()
+        exact = [*mk.bmru(x, channel, state, alpha=channel), *mk.schmitt(x, channel, channel, state, alpha=channel)]
+    assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("make", [lambda: unit(mk.BMRU), network])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
+def test_autocast_does_not_convert_every_dtype(make, dtype):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=rf"^input: expected the module's dtype torch.float32, got {dtype}"),
+    ):
+        make()(torch.ones(2, 3, 4, dtype=dtype))
+
+
+def hx_warnings(call: Callable[[], Any]) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return sum(str(w.message).startswith("hx: expected torch.float32") for w in caught)
+
+
+@pytest.mark.parametrize("cls", HALF)
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_a_state_that_accumulates_and_comes_in_half_precision_is_a_warning(cls, epsilon):
+    module, x = unit(cls, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
+    accumulates = cls in (mk.MinGRU, mk.MinLSTM) or epsilon > 0
+    if hasattr(module, "epsilon"):
+        module.epsilon = epsilon
+    half = torch.ones(2, 2, 6, dtype=torch.bfloat16)
+    assert hx_warnings(lambda: module(x, half)) == accumulates
+    assert hx_warnings(lambda: module.step(x[:, 0], half)) == accumulates
+    assert hx_warnings(lambda: module(x, half.float())) == hx_warnings(lambda: module(x)) == 0
+    if accumulates:
+        with pytest.warns(UserWarning, match=rf"got torch.bfloat16, which rounds away what {cls.__name__} accumulates"):
+            module(x, half)
+
+
+def test_a_compiled_module_takes_a_state_in_half_precision_without_a_graph_break():
+    torch._dynamo.reset()
+    module, x = unit(mk.CMRU, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
+    half = torch.ones(2, 2, 6, dtype=torch.bfloat16)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert hx_warnings(lambda: compiled(x, half)) == 0
+    torch.testing.assert_close(compiled(x, half), compiled(x, half.float()))
+
+
+def counter(**options: Any) -> mk.CMRU:
+    """A CMRU that counts its steps."""
+    module = mk.CMRU(1, 1, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_ih_l0[0] = 1.0
+        module.alpha_l0.fill_(1.0)
+    return module
+
+
+@pytest.mark.parametrize("casts", [True, False])
+def test_counting_in_half_precision_under_fsdp(casts, group_of_one):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=casts)
+    module = fully_shard(counter(), mesh=mesh, mp_policy=policy)
+    x = torch.ones(1, 1, dtype=torch.float32 if casts else torch.bfloat16)
+    state = torch.full((1, 1, 1), 250.0)
+
+    def count() -> None:
+        nonlocal state
+        for _ in range(20):
+            _, state = module.step(x, state)
+
+    assert hx_warnings(count) == (20 if casts else 0)
+    assert state.item() == (257.0 if casts else 270.0)
+
+
+# ------------------------------------------------------------------------------------------------ other layouts
+
+OTHER = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(5, 4)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(5, 4)], layout=torch.jagged),
+    "sparse_coo": lambda: torch.ones(2, 5, 4).to_sparse(),
+    "sparse_csr": lambda: torch.ones(2, 5, 4).to_sparse_csr(),
+}
+other_layouts = pytest.mark.parametrize("kind", OTHER)
+ignore_prototypes = pytest.mark.filterwarnings("ignore:.*prototype.*:UserWarning", "ignore:.*beta state.*:UserWarning")
+
+
+def refusal(name: str, kind: str) -> str:
+    return f"^{name}: expected a dense tensor, got {'a nested one' if kind in ('nested', 'jagged') else '.*' + kind}"
+
+
+@every_unit
+@other_layouts
+@ignore_prototypes
+def test_a_unit_refuses_other_layouts_by_name(cls, kind):
+    module, other = unit(cls), OTHER[kind]()
+    with pytest.raises(TypeError, match=refusal("input", kind)):
+        module(other)
+    with pytest.raises(TypeError, match=refusal("input", kind)):
+        module.step(other)
+    with pytest.raises(TypeError, match=refusal("hx", kind)):
+        module(torch.ones(2, 5, 4), other)
+
+
+@other_layouts
+@ignore_prototypes
+def test_a_network_refuses_other_layouts_by_name(kind):
+    module, block, other = network(), mk.MRUBlock(4), OTHER[kind]()
+    for call in (module, module.step, block):
+        with pytest.raises(TypeError, match=refusal("input", kind)):
+            call(other)
+
+
+@other_layouts
+@ignore_prototypes
+def test_an_op_refuses_other_layouts_by_name(kind, backend, device):
+    x, channel, state = (torch.ones(shape, device=device) for shape in ((2, 5, 4), (4,), (2, 4)))
+    other = OTHER[kind]().to(device)
+    for op, arguments in (
+        (mk.bmru, {"candidate": x, "threshold": x, "initial_state": state, "alpha": channel, "amplitude": x}),
+        (mk.schmitt, {"candidate": x, "low": channel, "high": channel, "initial_state": state}),
+        (mk.linear_recurrence, {"update": x, "decay": x, "initial_state": state}),
+    ):
+        for name in arguments:
+            with pytest.raises(TypeError, match=refusal(name, kind)):
+                op(**arguments | {name: other}, backend=backend)
+    one = x[:, 0].contiguous()
+    for name in ("candidate", "threshold", "state"):
+        with pytest.raises(TypeError, match=refusal(name, kind)):
+            mk.bmru_step(**{"candidate": one, "threshold": one, "state": state} | {name: other})
+
+
+# ------------------------------------------------------------------------------------------------ code for nn.GRU
+
+
+class Model(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([inner])
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        output, state = self.layers[0](x * 2, state)
+        return output + 1, state
+
+
+@pytest.mark.parametrize("make", [*(lambda cls=cls: unit(cls) for cls in UNITS), network, lambda: mk.MRUBlock(4)])
+def test_fx_traces_a_model_with_a_module_as_one_node(make):
+    model, x = Model(make()), torch.randn(2, 5, 4)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layers.0"]
+    state = model(x)[1]
+    for given in (None, state):
+        got, expected = traced(x, given), model(x, given)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(expected), strict=True))
+
+
+@pytest.mark.parametrize("make", [lambda: unit(mk.BMRU), network, lambda: mk.MRUBlock(4)])
+def test_fx_does_not_trace_a_module_itself(make):
+    with pytest.raises(
+        TypeError, match=r"^input: expected a tensor, got a Proxy; for torch.fx (BMRU|MRU.*) is one node"
+    ):
+        torch.fx.symbolic_trace(make())
+
+
+@every_unit
+def test_flatten_parameters_does_nothing(cls):
+    module, x = unit(cls), torch.randn(2, 5, 4)
+    expected = module(x)[0]
+    assert module.flatten_parameters() is None
+    assert torch.equal(module(x)[0], expected)
+
+
+class Derived(mk.CMRU):
+    """A user's subclass."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
+@pytest.mark.parametrize("cls", [*UNITS, Derived])
+def test_a_constructor_names_its_class_and_the_nearest_argument(cls):
+    name = cls.__name__
+    with pytest.raises(TypeError, match=rf"^{name}: unknown argument 'bidirectionl'; did you mean 'bidirectional'\?$"):
+        cls(4, 6, bidirectionl=True)
+    with pytest.raises(
+        TypeError, match=rf"^{name}: unknown argument 'q'; it takes input_size, hidden_size, num_lay.*dty"
+    ):
+        cls(4, 6, q=True)
+    with pytest.raises(
+        TypeError,
+        match=rf"^{name}: expected at most 3 positional arguments \(input_size, hidden_size, num_layers\), got 4; give"
+        " by name: .*bias, batch_first",
+    ):
+        cls(4, 6, 1, True)
+    with pytest.raises(TypeError, match=rf"^{name}: missing a required argument: 'hidden_size'"):
+        cls(4)
+
+
+def test_a_constructor_names_the_arguments_of_its_own_class():
+    with pytest.raises(TypeError, match=r"^BMRU: unknown argument 'epsilonn'; did you mean 'epsilon'"):
+        mk.BMRU(4, 6, epsilonn=0.5)
+    with pytest.raises(TypeError, match=r"^MinGRU: unknown argument 'epsilon'; it takes.*max_time_scale"):
+        mk.MinGRU(4, 6, epsilon=0.5)
+    with pytest.raises(TypeError, match=r"^MRUBlock: unknown argument 'convsize'; did you mean 'conv_size'"):
+        mk.MRUBlock(4, convsize=3)
+    with pytest.raises(TypeError, match=r"^MRUNetwork: expected at most 2 positional arguments"):
+        mk.MRUNetwork(4, 3, 8)
+    with pytest.raises(TypeError, match=r"^LRU: unknown argument 'rmin'; did you mean 'r_min'"):
+        mk.MRUBlock(4, {"lru": {"rmin": 0.5}})
+
+
+def test_a_block_checks_the_state_of_its_convolution():
+    block, x = mk.MRUBlock(4, conv_size=3), torch.randn(2, 5, 4)
+    convolved, *rest = block(x)[1]
+    with pytest.raises(TypeError, match=r"^state: expected dtype torch.float32 for tensor 0, got torch.float64"):
+        block(x, (convolved.double(), *rest))
+    for i in range(2):
+        moved = [s.to("meta") if j == i else s for j, s in enumerate((convolved, *rest))]
+        with pytest.raises(ValueError, match=rf"^state: expected the input's device cpu for tensor {i}, got meta"):
+            block(x, moved)
