@@ -6,9 +6,10 @@ over them. `MRUBase` does all that units have in common; a unit states its gates
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, overload
 
 import torch
@@ -192,23 +193,27 @@ class MRUBase(torch.nn.Module):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
+    def forward(self, input: Any, hx: Tensor | None = None, *, _parallel: Any = None) -> tuple[Any, Tensor]:
         """See `BMRU`."""
         if isinstance(input, Proxy):
             return fx_node(self, input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         parameters = self._read()
+        scan = self._scan
+        if _parallel is not None:  # a call of `distributed.SequenceParallel`
+            parameters = _parallel.parameters(parameters)
+            scan = functools.partial(_parallel.scan, self._scan)
         order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
         self._check_shape(input, (2, 3), f"{order} or [time, features]")
         self._check_match(input, parameters[0]["weight_ih"])
         if input.dim() == 2:
             self._check_hx(hx, input, batch=())
-            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters)
+            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters, scan)
             return output.squeeze(0), h_n.squeeze(1)
         batch = input.shape[0 if self.batch_first else 1]
         self._check_hx(hx, input, batch=(batch,))
-        return self._layers(input, hx, batch, parameters, time_first=not self.batch_first)
+        return self._layers(input, hx, batch, parameters, scan, time_first=not self.batch_first)
 
     @torch.no_grad()
     def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -246,7 +251,7 @@ class MRUBase(torch.nn.Module):
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
         x = data.index_select(0, order).unsqueeze(0)
-        output, h_n = self._layers(x, hx, sequences, parameters, cu_seqlens=cu_seqlens)
+        output, h_n = self._layers(x, hx, sequences, parameters, self._scan, cu_seqlens=cu_seqlens)
         output = output.squeeze(0)
         output = torch.empty_like(output).index_copy_(0, order, output)
         if unsorted_indices is not None:
@@ -259,6 +264,7 @@ class MRUBase(torch.nn.Module):
         hx: Tensor | None,
         sequences: int,
         parameters: list[dict[str, Tensor]],
+        scan: Callable[..., tuple[Tensor, Tensor]],
         *,
         time_first: bool = False,
         cu_seqlens: Tensor | None = None,
@@ -273,7 +279,7 @@ class MRUBase(torch.nn.Module):
                 if self.dropout > 0.0 and self.training:
                     x = F.dropout(x, self.dropout)
             gates = self._project(x, p)
-            h, final = self._scan(
+            h, final = scan(
                 gates.transpose(0, 1) if time_first else gates,
                 self._initial_state(None if hx is None else hx[len(finals)], sequences, p),
                 reverse=reverse,
