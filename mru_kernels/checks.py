@@ -18,7 +18,7 @@ from .backends import Backend
 
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
-_MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
+MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
 
 
@@ -48,7 +48,7 @@ def streams(named: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> Non
             if dtype not in dtypes:
                 raise TypeError(f"{name}: expected a dtype of {_names(dtypes)}, got {dtype}")
             batch, time, channels = shape
-            if batch * time * channels > _MOST_ELEMENTS:
+            if batch * time * channels > MOST_ELEMENTS:
                 raise ValueError(f"{name}: expected a size that 64 bits can address, got shape {list(shape)}")
         elif value.dtype is not dtype:
             raise TypeError(f"{name}: expected {first_name}'s dtype {dtype}, got {value.dtype}")

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import backends, checks
@@ -182,6 +183,31 @@ def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed
     checks.arguments(named, per_channel, alpha, initial_state, cu_seqlens, packed, cell.dtypes)
     if alpha is not None and alpha.is_complex():
         raise ValueError("alpha: expected None with complex streams")
+
+
+def check_numbers(
+    cell: Cell, epsilon: float | Tensor, surrogate_scale: float, packed: int, chunk: int, segment: int | torch.SymInt,
+    chunk_sizes: tuple[int, int] = (_EVENTS_PER_WORD, 4096),
+) -> None:  # fmt: skip
+    """Raise unless the numbers of a call are such that the kernels may compute with them.
+
+    A fake epsilon has no value yet, and a symbolic segment comes from `scan`: these are not looked at.
+    """
+    if isinstance(epsilon, Tensor):
+        if epsilon.device.type != "cpu" or epsilon.dtype != torch.float64 or epsilon.numel() != 1:
+            came = f"{epsilon.dtype} of shape {list(epsilon.shape)} on {epsilon.device}"
+            raise ValueError(f"epsilon: expected one float64 value on the CPU, got {came}")
+        epsilon = 0.0 if isinstance(epsilon, FakeTensor) else epsilon.item()
+    if not 0.0 <= epsilon <= 1.0:
+        raise ValueError(f"epsilon: expected a value in [0, 1], got {epsilon}")
+    checks.surrogate_scale(surrogate_scale)
+    if not 0 <= packed <= cell.inputs[1]:
+        raise ValueError(f"packed: expected a number of gates from 0 to {cell.inputs[1]}, got {packed}")
+    least, most = chunk_sizes
+    if not least <= chunk <= most or chunk % _EVENTS_PER_WORD:
+        raise ValueError(f"chunk: expected a multiple of {_EVENTS_PER_WORD} from {least} to {most}, got {chunk}")
+    if isinstance(segment, int) and (not 0 <= segment <= checks.MOST_ELEMENTS or segment % chunk):
+        raise ValueError(f"segment: expected a multiple of the chunk {chunk} from 0 to 2^60, got {segment}")
 
 
 def returned(save: bool) -> int:
