@@ -34,6 +34,7 @@ OF_EVERY_BACKEND = [
 # Of a lane, the most that Triton 3.9 or 3.6 takes. An NVIDIA multiprocessor's 65536 are for 12 warps with up to 168,
 # else for 8.
 REGISTERS = {"forward": 168, "summarize": 168, "summarize_adjoint": 168, "fold": 168, "carry": 192, "backward": 168}
+REGISTERS |= {"check": 96}
 REGISTERS_HALF = 255  # of `backward`, which holds two tiles: all there are, so only spills can fail
 REGISTERS_FP64 = 208
 REGISTERS_AMD = 168
@@ -43,8 +44,8 @@ def test_under_the_interpreter():
     """A few examples of what every backend passes, and what is Triton's own, where TRITON_INTERPRET is set in time."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.interpreter"]
     command += ["--backend", "triton", "--hypothesis-profile=interpreted", "--durations=10"]
-    command += ["tests/test_op.py", "tests/triton_interpreted.py"]
-    command += ["-k", " or ".join(["interpreted", *OF_EVERY_BACKEND])]
+    command += ["tests/test_op.py", "tests/triton_interpreted.py", "tests/triton_faults.py"]
+    command += ["-k", " or ".join(["interpreted", "faults", *OF_EVERY_BACKEND])]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
@@ -154,7 +155,9 @@ def test_sizes_are_not_compiled_in(requested, cell, dtype, segment):
         backend._backward(cell, streams[0], grad_final, *arguments, segment, *results[2:])
     assert not any("i32'" in signature.replace("*i32'", "") for _, signature, *_ in requested)
     kernels = {name for name, *_ in requested}
-    assert kernels == {"forward", "backward"} | ({"summarize", "summarize_adjoint", "carry"} if segment else set())
+    assert kernels == {"forward", "backward"} | (
+        {"summarize", "summarize_adjoint", "carry", "check"} if segment else set()
+    )
     assert len(set(requested)) == len(kernels)
 
 

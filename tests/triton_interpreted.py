@@ -271,3 +271,83 @@ def test_segments_are_a_function_of_sizes():
         assert CHUNK <= steps < time
     for whole in ((1024, 2**22, 512), (1, 255, 64), (0, 0, 4), (4, 4096, 0), (1, 0, 1)):
         assert backend.segment(*whole, 4, cpu) == 0
+
+
+@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 4e37, 1e38, 3e38, 1e40, 1e60])
+def test_any_surrogate_scale(cell, scale):
+    """Gradients are those of float64 rounded, also where 1 / scale or the scale is no normal number of float32."""
+    time, channels = 6, 4
+    names = ["candidate", "threshold", "amplitude"] if cell == "bmru" else ["candidate", "low", "high"]
+    candidate = torch.tensor([2.0, -1.0, 0.0, 1.0, 0.5, 3.0])[None, :, None].expand(1, time, channels).contiguous()
+    streams = (
+        [candidate] if cell == "schmitt" else [candidate, candidate.roll(2, 2).abs(), torch.full_like(candidate, 3.0)]
+    )
+    if cell == "bmru":
+        streams[1][..., ::2] = 1
+    channel = [torch.tensor([0.5, 0.0, 1.0, -1.0]), torch.ones(channels)] if cell == "schmitt" else []
+    grad_h = torch.tensor([0.0, 1.0, -2.0, 0.5])[None, None].expand(1, time, channels).contiguous()
+
+    def grads(dtype):
+        arguments = list(arguments_of([t.to(dtype) for t in streams], 0, channel=[t.to(dtype) for t in channel]))
+        arguments[6] = scale
+        return run(tuple(arguments), grad_h.to(dtype), torch.zeros(1, channels, dtype=dtype), cell=cell)[1]
+
+    for name, got, wide in zip(names, grads(torch.float32), grads(torch.float64), strict=True):
+        expected = wide.to(torch.float32)
+        assert torch.equal(got.isinf(), expected.isinf()), name
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-37 if scale > 1 else 1e-44)
+
+
+def test_many_equal_terms():
+    """The gradient of alpha sums up the same over time, many times."""
+    time = 1024
+    streams = [torch.ones(1, time, 1) for _ in range(2)]
+    grad_h, alpha = torch.full((1, time, 1), 0.1), torch.ones(1)
+    *_, grad_alpha = run(arguments_of(streams, 0, alpha=alpha, epsilon=0.0), grad_h, torch.zeros(1, 1))[1]
+    expected = time * grad_h[0, 0, 0].double()
+    assert (grad_alpha.double() / expected - 1).abs() < 1e-6
+
+
+WRONG_NUMBERS = {
+    "epsilon": {5: torch.tensor(2.0, dtype=torch.float64)},
+    "surrogate_scale": {6: -1.0},
+    "packed": {8: 10**7},
+    "chunk": {9: 2**60},
+    "segment": {10: 65},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_NUMBERS)
+def test_wrong_numbers_are_refused(name):
+    streams = [torch.randn(1, 70, 4) for _ in range(2)]
+    arguments = arguments_of(streams, 64)
+    results = OPS["bmru"].forward["triton"](*arguments, True)
+    wrong = [WRONG_NUMBERS[name].get(i, value) for i, value in enumerate(arguments)]
+    with pytest.raises(ValueError, match=name):
+        OPS["bmru"].forward["triton"](*wrong, True)
+    with pytest.raises(ValueError, match=name):
+        OPS["bmru"].backward["triton"](streams[0], torch.zeros(1, 4), *wrong, *results[2:])
+
+
+@pytest.mark.parametrize("segment", [0, 64])
+def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
+    streams = [torch.randn(1, 70, 4) for _ in range(2)]
+    arguments = arguments_of(streams, segment)
+    given = {
+        "grad_h": torch.zeros(1, 70, 4), "grad_final": torch.zeros(1, 4),
+        "checkpoints": torch.zeros(1, 1, 4), "events": torch.zeros(1, 5 if segment else 0, 4, dtype=torch.int32),
+    }  # fmt: skip
+
+    def backward(streams=streams, **changed):
+        grad_h, grad_final, *saved = (given | changed).values()
+        return OPS["bmru"].backward["triton"](grad_h, grad_final, streams, *arguments[1:], *saved)
+
+    backward()
+    for name, t in given.items():
+        for wrong in (t[:, :-1] if t.numel() else torch.zeros(1, 3, 4).int(), t[..., :-1], t.to(torch.int64), t[None]):
+            with pytest.raises((TypeError, ValueError), match=name):
+                backward(**{name: wrong})
+    for wrong in ([streams[0], streams[1][:, :-1]], streams[:1], [], [t[0] for t in streams]):
+        with pytest.raises((TypeError, ValueError), match="streams"):
+            backward(wrong)

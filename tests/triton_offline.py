@@ -22,6 +22,7 @@ import torch
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 REAL = {"c64": "fp32", "c128": "fp64"}  # two of these to a channel
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+OF_MAPS = ("fold", "carry", "check")  # kernels that read no stream
 STREAMS = ("inputs", "grads", "h", "grad_h")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -67,7 +68,7 @@ class Variant:
         """What a lane loads of a stream's row at once; None: not asked for."""
         if not self.aligned:
             return 64 if self.dtype == "c64" else None
-        bits = self.of_lane * 8 * BYTES[self.state if self.kernel in ("fold", "carry") else self.element]
+        bits = self.of_lane * 8 * BYTES[self.state if self.kernel in OF_MAPS else self.element]
         return bits if bits > 32 else None
 
     @property
@@ -77,12 +78,12 @@ class Variant:
 
     @property
     def is_main(self) -> bool:
-        return not self.per_channel and self.kernel not in ("fold", "carry")
+        return not self.per_channel and self.kernel not in OF_MAPS
 
     @property
     def name(self) -> str:
         words = [self.kernel, self.dtype, self.cell]
-        if self.kernel not in ("fold", "carry"):
+        if self.kernel not in OF_MAPS:
             words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
             words += [f"{self.per_channel} per channel"] * (self.per_channel > 0)
         words += ["epsilon 0"] * self.forgets + ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
@@ -139,6 +140,7 @@ def _of_dtype(dtype: str) -> Iterator[Variant]:
     yield Variant("summarize_adjoint", dtype=dtype, events=True)
     yield Variant("fold", dtype=dtype)
     yield Variant("carry", dtype=dtype)
+    yield Variant("check", dtype=dtype)
 
 
 def _of_schmitt(dtype: str) -> Iterator[Variant]:
@@ -161,6 +163,7 @@ def _of_linear(dtype: str) -> Iterator[Variant]:
     if dtype in REAL:  # real maps take less than those of the bistable cells
         yield replace(form, kernel="fold")
         yield replace(form, kernel="carry")
+        yield replace(form, kernel="check")
 
 
 def compile_variant(variant: Variant):
@@ -292,6 +295,8 @@ def rows_read(variant: Variant) -> int:
     streams = variant.inputs - variant.per_channel
     tile = variant.tile
     match variant.kernel:
+        case "check":  # a map, what entered, what left, and what was handed on
+            return 5
         case "forward":
             return 2 * tile * streams * (not variant.events)
         case "summarize":

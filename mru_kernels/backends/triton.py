@@ -14,7 +14,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from . import CHUNK
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -148,6 +148,11 @@ def _ceil_div(a: int, b: int) -> int:
 # ------------------------------------------------------------------------- a call, as kernels take it
 
 
+def _strides(t: Tensor) -> list[int]:
+    """Over batch and time. That of a dimension of size 1 may be any number and is not used."""
+    return [n if size > 1 else 0 for size, n in zip(t.shape[:2], t.stride(), strict=False)]
+
+
 def _real(t: Tensor) -> Tensor:
     """A complex tensor as the kernels take it, a channel as two real ones; a view if channels lie side by side."""
     return torch.view_as_real(t).flatten(-2) if t.is_complex() else t
@@ -188,7 +193,7 @@ class _Call:
         element = first.element_size()
         vector = _VECTOR_BYTES // element
         every = [*self.views, *(() if grad_h is None else (grad_h,))]
-        sizes = [channels, *(t.data_ptr() // element for t in every), *(n for t in every for n in t.stride()[:2])]
+        sizes = [channels, *(t.data_ptr() // element for t in every), *(n for t in every for n in _strides(t))]
         self.aligned = all(n % vector == 0 for n in sizes)
         self.align = vector if self.aligned else self.parts
         rows = max(time - 1, 0) // chunk if saved else 0
@@ -229,11 +234,35 @@ class _Call:
         """Uninitialised [count, D] in the state dtype."""
         return self.first.new_empty((count, self.channels), dtype=self.state)
 
+    def sums(self, of_alpha: bool, chunk: int) -> Tensor:
+        """Room for sums over chunks: of alpha, then of each input that comes per channel; nothing if there is none.
+
+        Those of packed sequences have rows to spare, which are 0.
+        """
+        if not of_alpha and self.per_channel == 0:
+            return self.rows(0)
+        rows = self.time // chunk + self.sequences if self.packed else self.sequences * _ceil_div(self.time, chunk)
+        new = self.first.new_zeros if self.packed else self.first.new_empty
+        return new((1 + self.per_channel, rows, self.channels), dtype=self.state)
+
+    def saved(self, checkpoints: Tensor, events: Tensor, batch: int, chunk: int) -> dict[str, Tensor]:
+        """What the forward pass saved, once it is what a forward pass of this call saves."""
+        words = self.time // 16 + (self.sequences if self.packed else 1) if self.packs else 0
+        rows, channels = max(self.time - 1, 0) // chunk, self.channels
+        for name, t, expected, dtype in (
+            ("checkpoints", _real(checkpoints), (batch, rows, channels), self.state),
+            ("events", events, (batch, words, channels // self.parts), torch.int32),
+        ):
+            if t.shape != expected or t.dtype != dtype or t.device != self.first.device:
+                came = f"{list(t.shape)}, {t.dtype} on {t.device}"
+                raise ValueError(f"{name}: expected {list(expected)}, {dtype} on {self.first.device}, got {came}")
+        return {"checkpoints": _real(checkpoints).contiguous(), "events": events.contiguous()}
+
     def stream(self, t: Tensor):
         """A tensor [B, T, D], or [D], as a kernel's argument."""
         from .triton_kernels import Stream, encode
 
-        strides = (0, 0) if t.dim() == 1 else t.stride()[:2]
+        strides = (0, 0) if t.dim() == 1 else _strides(t)
         return Stream(t, *(encode(n // self.align) for n in strides))
 
     def tile(self, name: str) -> int:
@@ -318,6 +347,7 @@ def _forward(
     cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk, segment,
     save,
 ):  # fmt: skip
+    ops.check_numbers(cell, epsilon, surrogate_scale, packed, chunk, segment, CHUNK_SIZES)
     ops.check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
     call = _Call(
         cell, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse, packed, chunk,
@@ -347,8 +377,13 @@ def _backward(
     cell, grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
     packed, chunk, segment, checkpoints, events,
 ):  # fmt: skip
-    batch, time, channels = grad_h.shape
+    ops.check_numbers(cell, epsilon, surrogate_scale, packed, chunk, segment, CHUNK_SIZES)
+    ops.check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
+    batch, time, channels = streams[0].shape
+    channels //= packed or 1
     sizes = (batch if cu_seqlens is None else cu_seqlens.numel() - 1, batch * time, channels)
+    checks.like("grad_h", grad_h, streams[0], (batch, time, channels), "[batch, time, channels]")
+    checks.like("grad_final", grad_final, streams[0], (sizes[0], channels), "[sequences, channels]")
     segment = _of_backward(segment, sizes, streams[0].dtype.itemsize, grad_h.device)
     grad_h = _real(ops.streams_of([grad_h.to(streams[0].dtype)], 0)[0])
     call = _Call(
@@ -361,17 +396,15 @@ def _backward(
     views = ops.split_gates(written[0], packed) if packed else written[:n_streams]
     in_place = initial_state is not None and written[-1].dtype == call.state
     grad_initial = written[-1] if in_place else call.rows(call.sequences)
-    wants_sums = alpha is not None or len(channel) > 0  # one [D] per slot: of alpha, then of each input
-    partial = call.first.new_empty(((1 + len(call.inputs)) * wants_sums, call.slots, call.channels), dtype=call.state)
+    partial = call.sums(alpha is not None, chunk)
     own = {"grad_h": call.stream(grad_h), "grad_final": call.vector(grad_final), "partial": partial}
-    own |= {"checkpoints": _real(checkpoints), "events": events, "grad_initial": grad_initial}
+    own |= call.saved(checkpoints, events, batch, chunk) | {"grad_initial": grad_initial}
     own["states"] = call.rows(call.slots * (min(call.time, chunk) // call.tile("backward")))
     own["grads"] = tuple(map(call.stream, [views[0], *(partial.view(-1) for _ in channel), *views[1:]]))
     call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=own["grad_final"])
 
-    of_channels = [partial[2 + i] for i in range(len(channel))]
-    of_alpha = [partial[0]] if alpha is not None else []
-    for grad, rows in zip(written[n_streams:], of_channels + of_alpha, strict=False):
+    summed = [*partial[1:], *partial[:1]]
+    for grad, rows in zip(written[n_streams : n_streams + len(channel) + (alpha is not None)], summed, strict=False):
         grad.copy_(rows.sum(0, dtype=torch.float64))  # in a fixed order
     if initial_state is not None and not in_place:
         written[-1].copy_(grad_initial)

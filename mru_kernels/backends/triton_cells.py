@@ -215,18 +215,17 @@ def bmru_pull(x, m, epsilon):
 @triton.jit
 def bmru_vjp(x, s, lam, epsilon, scale):
     sgn = tl.where(x[0] >= 0, 1.0, -1.0).to(s.dtype)  # not as in replay: the compiler would keep predicates until here
-    gained = lam * scale[2]
-    written = tl.where(bmru_writes(x), gained, 0.0)
+    written = tl.where(bmru_writes(x), lam, 0.0)
     value = sgn
-    dc = slope(x[0], scale) * (written + written)
+    dc = slope(x[0], scale) * (written * (scale[2] + scale[2]))
     if len(x) == 3:
         value = sgn * x[2]
         dc = dc * x[2]
-    dgate = gained * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale)
+    dgate = lam * scale[2] * (value + (epsilon - 1.0) * s) * slope(tl.abs(x[0]) - tl.abs(x[1]), scale)
     dc += tl.where(x[0] == 0, 0.0, dgate) * sgn
     db = tl.where(x[1] == 0, 0.0, tl.where(x[1] < 0, dgate, -dgate))
     if len(x) == 3:
-        grads = (dc, db, tl.where(bmru_writes(x), lam, 0.0) * sgn)
+        grads = (dc, db, written * sgn)
     else:
         grads = (dc, db)
     return grads
@@ -415,7 +414,13 @@ CELLS = {
 #: For complex streams.
 COMPLEX_CELLS = {
     "linear_recurrence": Cell(
-        complex_step, complex_push, complex_pull, complex_vjp, complex_one, complex_times, complex_magnitude,
+        complex_step,
+        complex_push,
+        complex_pull,
+        complex_vjp,
+        complex_one,
+        complex_times,
+        complex_magnitude,
         complex_step,
     ),
 }

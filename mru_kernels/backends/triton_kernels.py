@@ -14,9 +14,9 @@ no lane needs the values of another. A complex channel counts as two, its real a
 Without a split that is all. With one, a sequence takes summaries of its segments, a walk over these summaries (`fold`,
 `carry`), and the segments again from their entry states; where steps fit events these are packed on the way, and the
 streams are not read again. A cut never changes what a whole scan says: where composed states leave the range of their
-dtype (`check`), the call is scanned again whole. Where a write forgets, the adjoint's summary of a segment ends where all channels have
-written. The summaries issue all loads of a tile before its first use; in half precision, whose rows take half the
-registers, `summarize` and `backward` issue those of the next tile too.
+dtype (`check`), the call is scanned again whole. Where a write forgets, the adjoint's summary of a segment ends where
+all channels have written. The summaries issue all loads of a tile before its first use; in half precision, whose rows
+take half the registers, `summarize` and `backward` issue those of the next tile too.
 
 Offsets are 64-bit. Every sum and product is taken in a fixed order.
 """
@@ -226,6 +226,12 @@ def checkpoint_row(scan, at, step, CHUNK: tl.constexpr):
     return at.batch * ((scan.time - 1) // CHUNK) + (at.start + step) // CHUNK - 1
 
 
+@triton.jit
+def sums_rows(scan, start, n, CHUNK: tl.constexpr):
+    """The rows of sums over chunks that n sequences take, with all steps before `start`."""
+    return tl.where(scan.packed != 0, start // CHUNK + n, n * ((scan.time + CHUNK - 1) // CHUNK))
+
+
 # ------------------------------------------------------------------------- inputs, and tuples of blocks
 
 
@@ -335,15 +341,6 @@ def repeated(value, N: tl.constexpr):
     out = ()
     for _ in tl.static_range(N):
         out = out + (value,)
-    return out
-
-
-@triton.jit
-def added(totals, sums, CHANNELS: tl.constexpr):
-    """Sums of a chunk, those of inputs that come per channel, added to totals."""
-    out = ()
-    for k in tl.static_range(len(totals)):
-        out = out + (totals[k] + sums[k].to(tl.float64) if CHANNELS >> k & 1 else totals[k],)
     return out
 
 
@@ -874,15 +871,6 @@ def load_both(
 
 
 @triton.jit
-def put_total(partial, scan, k, slot, at, total, STATE: tl.constexpr):
-    """What a segment sums up. The sum over a sequence takes the place of all segments' where they are scanned again."""
-    put(partial, k * scan.slots + slot, at, total.to(STATE), at.mask)
-    if scan.redo != 0:
-        for other in range(slot + scan.sequences, scan.slots, scan.sequences):
-            put(partial, k * scan.slots + other, at, tl.zeros_like(total).to(STATE), at.mask)
-
-
-@triton.jit
 def backward(
     inputs, scan, flag, offsets, alpha, initial, events, checkpoints, grad_h, grad_final, grads, grad_initial, partial,
     states, epsilon: tl.float64, bend: tl.float64, tie: tl.float64, gain: tl.float64,
@@ -890,17 +878,17 @@ def backward(
     FORGETS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs, what passes to the left of the segment, and sums over the segment.
+    """Gradients of the inputs, what passes to the left of the segment, and sums over its chunks.
 
     grad_final: what the right end receives, [slots, D] where there is a split, else [N, D].
     grad_initial: what the left end passes on, alike.
-    partial:    [1 + inputs, slots, D], row 0 of alpha and row 1 + i of input i if it comes per channel.
+    partial:    [1 + inputs per channel, `sums_rows`, D], of alpha, then of each of these inputs. Many equal terms,
+                added one by one, would lose more than rounding.
 
     states:     room for those before the tiles of a chunk, [slots * (min(T, CHUNK) // TILE), D].
 
     Chunk by chunk from the right. From the state saved at the chunk's start follow those before its tiles, and from
-    each of these the states within the tile. Sums over a chunk are added up in float64: many equal terms, added one by
-    one, would lose more than rounding.
+    each of these the states within the tile.
     """
     STATE: tl.constexpr = alpha.dtype.element_ty
     HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
@@ -921,12 +909,11 @@ def backward(
             else:
                 opened_dx = opened_dx + (rows_of(grads[k], scan, at, ALIGN),)
         m = get(grad_final, tl.where(scan.segment != 0, slot, at.index), at, at.mask, 0.0)
-        total_alpha = tl.zeros((BD,), tl.float64)
-        totals = repeated(total_alpha, len(inputs))
         room = slot * (tl.minimum(scan.time, CHUNK) // TILE)
         chunks = (at.end - at.begin + CHUNK - 1) // CHUNK
         chunk = at.begin + (chunks - 1) * CHUNK
         saved = checkpoint_row(scan, at, chunk, CHUNK)
+        summed = sums_rows(scan, at.start, at.n, CHUNK) + chunk // CHUNK
         left = chunks.to(tl.int32)
         if left > 0:
             ahead = ()
@@ -980,16 +967,16 @@ def backward(
                                 s, both, m, sum_alpha, sums, opened, opened_dx, at, first, scale, eps, k_scale, REPLAY,
                                 PULL, VJP, CHANNELS, TILE, False,
                             )  # fmt: skip
-                total_alpha += sum_alpha.to(tl.float64)
-                totals = added(totals, sums, CHANNELS)
+                rows = sums_rows(scan, scan.time, scan.sequences, CHUNK)
+                if scan.has_alpha != 0:
+                    put(partial, summed, at, sum_alpha, at.mask)
+                for k in tl.static_range(len(inputs)):
+                    if CHANNELS >> k & 1:
+                        put(partial, k * rows + summed, at, sums[k], at.mask)
                 chunk -= CHUNK
                 saved -= 1
+                summed -= 1
                 left -= 1
         # Without a split `chunk` is negative here; as LLVM cannot tell, it does not keep the row's address from the
         # start on.
         put(grad_initial, tl.where((scan.segment == 0) & (chunk < 0), at.index, slot), at, m, at.mask)
-        if scan.has_alpha != 0:
-            put_total(partial, scan, 0, slot, at, total_alpha, STATE)
-        for k in tl.static_range(len(inputs)):
-            if CHANNELS >> k & 1:
-                put_total(partial, scan, 1 + k, slot, at, totals[k], STATE)
