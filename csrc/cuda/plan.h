@@ -19,7 +19,7 @@ namespace mru::cuda {
 
 constexpr int64_t kMostSumRows = 8192;
 constexpr int64_t kMostChunk = 64;  // the streams of a chunk lie in shared memory
-constexpr int kJobStates = 5;  // factor, offset, late, entry, exit
+constexpr int kJobStates = 5;       // factor, offset, late, entry, exit
 
 // Division of 0 <= n < 2^63 by a divisor that a launch knows: a device's own 64-bit division is a call.
 class Divisor {
