@@ -69,8 +69,9 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
         such as `epsilon`, are set on the module. `copy.deepcopy` shares the process group; pickle raises a TypeError.
 
         Every rank must make the same calls in the same order, and the backward pass too. Ranks compare their calls: a
-        rank that fails makes the others raise as well, and the next call works again. A call allows one backward pass;
-        a second one raises, also after `retain_graph=True`. Under `torch.compile` it runs eagerly, between compiled
+        rank that fails makes the others raise as well, and the next call works again. Where a rank skipped a call or a
+        backward pass, all raise from then on; a new process group starts anew. A call allows one backward pass; a
+        second one raises, also after `retain_graph=True`. Under `torch.compile` it runs eagerly, between compiled
         graphs; with `fullgraph=True` compilation fails.
 
     Raises:
