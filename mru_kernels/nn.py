@@ -458,13 +458,13 @@ class BMRU(WriteOrHold):
         `module.epsilon = value` acts from the next call on. Under activation checkpointing assign it after the backward
         pass: the forward pass is computed again with the value at that time, without an error.
 
-        epsilon is saved in the `state_dict`. A `state_dict` without it leaves it as it is, with a warning. It is
-        neither a parameter nor a buffer, so tools that only know these leave it unchanged::
+        The `state_dict` has epsilon as extra state. Loading a `state_dict` without it leaves it unchanged, with a
+        warning. It is neither a parameter nor a buffer, so tools that copy only these leave it unchanged too::
 
             averaged.module.epsilon = model.epsilon  # after AveragedModel.update_parameters(model)
             ddp.module.epsilon = value               # DistributedDataParallel: not `ddp.epsilon`
-            base.epsilon = value                     # stack_module_state: one for all members, from `base`, the
-                                                     # module that functional_call runs; not that of each member
+            base.epsilon = value                     # torch.func.stack_module_state: all members use that of
+                                                     # `base`, the module that functional_call runs
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.

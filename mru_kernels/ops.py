@@ -130,6 +130,7 @@ def step(
 
 
 def _backend(name: str | None, first: Tensor) -> backends.Backend:
+    """The backend of a call. Fake tensors have one even if their device is absent."""
     try:
         return backends.resolve(name, first.device)
     except RuntimeError:
