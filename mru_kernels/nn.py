@@ -533,6 +533,18 @@ class BMRU(WriteOrHold):
 
         `step(input, hx=None)` is one step of it, for streaming.
 
+    A schedule of epsilon:
+        `module.epsilon = value` acts from the next call on. Under activation checkpointing assign it after the backward
+        pass: the forward pass is computed again with the value at that time, without an error.
+
+        The `state_dict` has epsilon as extra state. Loading a `state_dict` without it leaves it unchanged, with a
+        warning. It is neither a parameter nor a buffer, so tools that copy only these leave it unchanged too::
+
+            averaged.module.epsilon = model.epsilon  # after AveragedModel.update_parameters(model)
+            ddp.module.epsilon = value               # DistributedDataParallel: not `ddp.epsilon`
+            base.epsilon = value                     # torch.func.stack_module_state: all members use that of
+                                                     # `base`, the module that functional_call runs
+
     Several processes:
         FSDP2 in half precision casts `hx` by default, and a CMRU that counts one step at a time then stops at 257 in
         bfloat16. `fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16,

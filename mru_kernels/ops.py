@@ -159,6 +159,7 @@ def _raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object]
 
 
 def _backend(name: str | None, first: Tensor) -> backends.Backend:
+    """The backend of a call. Fake tensors have one even if their device is absent."""
     try:
         return backends.resolve(name, first.device)
     except RuntimeError:
