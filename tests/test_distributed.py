@@ -328,6 +328,14 @@ def _gradients(module: torch.nn.Module, outputs: tuple[Tensor, Tensor]) -> list[
     return list(torch.autograd.grad(outputs[0].square().sum(), list(module.parameters())))
 
 
+def _counted(buckets, bucket):
+    """Gradients as they are, for DistributedDataParallel in a group of one."""
+    buckets.append(bucket.index())
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
 def _compiled_and_wrapped(rank: int) -> None:
     """Compiled modules, those in DistributedDataParallel and those with hooks give what the module gives alone."""
     x, half = _halves(rank)
@@ -336,23 +344,28 @@ def _compiled_and_wrapped(rank: int) -> None:
     expected, grads = _halves_of(whole, rank), _gradients(module, whole)
     alone = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
     ddp = torch.nn.parallel.DistributedDataParallel(module, process_group=alone)
+    buckets: list[int] = []
+    ddp.register_comm_hook(buckets, _counted)
+    graphs: list[object] = []
     hooked: list[Tensor] = []
     module.register_forward_hook(lambda _module, _args, output: hooked.append(output[0]))
     parallel = sequence_parallel(module)
     for make in (
         lambda: parallel,
         lambda: torch.compile(parallel, backend="eager"),
-        lambda: sequence_parallel(torch.compile(module, backend="eager")),
+        lambda: sequence_parallel(torch.compile(module, backend=lambda g, _: graphs.append(g) or g.forward)),
     ):
         outputs = make()(half)
         _same(outputs, expected)
         for one, other in zip(_gradients(module, outputs), grads, strict=True):
             torch.testing.assert_close(one, other)
         assert hooked.pop() is not None
+    assert graphs
     output, _ = sequence_parallel(ddp)(half)
     output.square().sum().backward()
     for parameter, other in zip(module.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, other)
+    assert buckets
     op = sequence_parallel(mk.bmru)
     for compiled in (torch.compile(op, backend="eager"), torch.compile(lambda c, b: op(c, b), backend="eager")):
         _same(compiled(half, half.sin()), op(half, half.sin()))
