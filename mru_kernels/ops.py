@@ -155,7 +155,10 @@ def _raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object]
     if "out of memory" in message and type(error) is RuntimeError:
         raise torch.OutOfMemoryError(message) from error
     if message.startswith("torch: "):
-        allocate_results(*arguments)
+        try:
+            allocate_results(*arguments)
+        except RuntimeError as again:
+            raise again from error
 
 
 def _backend(name: str | None, first: Tensor) -> backends.Backend:
