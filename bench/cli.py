@@ -24,9 +24,12 @@ def shape(text: str) -> tuple[int, int, int]:
 
 def device(text: str) -> torch.device:
     try:
-        return torch.device(text)
+        found = torch.device(text)
     except RuntimeError:
-        raise ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
+        found = None
+    if found is None or found.type == "meta":
+        raise ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}")
+    return found
 
 
 def part(text: str) -> tuple[int, int]:
