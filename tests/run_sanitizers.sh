@@ -13,10 +13,10 @@ rm -f "$build"/package/mru_kernels/_C*.so
 MRU_SANITIZE=1 MRU_FORCE_CUDA=0 python setup.py -q build_ext --build-lib "$build/package" --build-temp "$build/objects"
 
 # Python itself is not instrumented, so the runtime comes first by hand; libstdc++ with it, for its exceptions.
-# Fresh memory is filled with NaN.
+# Fresh memory is filled with NaN; as without the sanitizers, an allocation that is too large fails.
 sanitized() {
   LD_PRELOAD="$($compiler -print-file-name=libasan.so):$($compiler -print-file-name=libstdc++.so)" \
-    ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 "$@"
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_malloc_fill_size=1000000000:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 "$@"
 }
 
 # The sanitizers are at work: they stop a call whose alpha is longer than its memory.
@@ -35,7 +35,7 @@ if found=$(sanitized python -c "$control" "$build/package" 2>&1) || [[ $found !=
 fi
 
 sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$build/package ." -n 2 --hypothesis-profile=brief \
-  -m "not slow and not check" tests/test_op.py tests/test_bad_input.py "$@"
+  -m "not slow and not check" tests/test_op.py tests/test_bad_input.py tests/test_hostile.py "$@"
 
 # The CUDA kernels under host execution; their deliberate faults are left out, as the sanitizers end a run.
 if [[ $(uname -sm) == "Linux x86_64" ]]; then
@@ -44,4 +44,5 @@ if [[ $(uname -sm) == "Linux x86_64" ]]; then
   export MRU_SIMT_MODULE
   sanitized python -m pytest -q -p no:cacheprovider --capture=sys -n 2 tests/test_simt.py \
     -k "not mutant and not as_they_are"
+  sanitized python -m pytest -q -p no:cacheprovider --capture=sys -n 2 --backend simt tests/test_hostile.py
 fi

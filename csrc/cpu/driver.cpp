@@ -287,7 +287,7 @@ void forward_composing(const Scan& scan, const Kernels& k, const Pieces& pieces)
 
 void forward(Scan scan) {
   check_offsets(scan);
-  if (scan.channels == 0) return;
+  if (scan.sequences == 0 || scan.channels == 0) return;
   if (scan.offsets) {  // sequences leave rows between them
     const int64_t rows = scan.batch * scan.channels;
     if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));

@@ -1,0 +1,149 @@
+"""Direct calls of `torch.ops.mru.*` with numbers, lists, shapes, dtypes and devices that no user means to give.
+
+Each raises a Python exception or returns results of the right shapes; none ends the process. Run under the sanitizers,
+none reads or writes beyond its memory either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from mru_kernels import ops
+
+# Of streams [B, T, D]: usual ones; then sizes that overflow, that are nothing, or beyond all memory, also with a size
+# less: what could be allocated is small.
+USUAL = [(2, 40, 3), (1, 33, 5), (2, 0, 3), (1, 1, 1), (1, 130, 2)]
+HUGE = [(2**20, 2**20, 2**19), (0, 2**41, 2**20), (2**61, 0, 0), (1, 0, 2**59), (1, 2**60, 0), (2**24, 3, 0)]
+HUGE += [(2**45, 2, 3), (1, 2**45, 3), (1, 20, 2**45)]
+SHAPES = [*USUAL, *HUGE, (), (3,), (2**62,), (5, 0), (2, 3), (2**40, 2**21), (1, 1, 1, 1)]
+NUMBERS = [-(2**63), -64, -1, 0, 1, 2, 3, 8, 16, 24, 64, 128, 4096, 8192, 10**7, 2**31, 2**59, 2**60, 2**63 - 64]
+FLOATS = [-1.0, 0.0, 1.0, 2.0, math.nan, math.inf, 1e-300, 1e300]
+OFFSETS = [[], [0], [0, 33], [33, 0], [0, 2**62], [-1, 33], [0, 20, 10, 33], [0, 0, 33, 33], [1, 33], [-(2**63)] * 3]
+DTYPES = [torch.float32, torch.bfloat16, torch.complex64, torch.int32, torch.int64, torch.bool]
+
+
+@st.composite
+def tensors(draw, good: Tensor | None, device: torch.device) -> Tensor:
+    """A tensor of any kind, most often one that differs from `good` in one respect."""
+    good = torch.ones(2, 3, device=device) if good is None else good
+    shape, dtype, one = list(good.shape), good.dtype, torch.ones((), device=good.device)
+    kind = draw(st.sampled_from(["size", "size", "rank", "shape", "dtype", "value", "offsets", "meta", "sparse"]))
+    if kind == "size" and shape:
+        at = draw(st.integers(0, len(shape) - 1))
+        shape[at] = draw(st.sampled_from([0, 1, shape[at] + 1, max(shape[at] - 1, 0)]))
+    elif kind == "rank":
+        shape = draw(st.sampled_from([shape[1:], [1, *shape], [*shape, 1]]))
+    elif kind == "shape":
+        shape = draw(st.sampled_from(SHAPES))
+    elif kind == "dtype":
+        dtype = draw(st.sampled_from(DTYPES))
+    elif kind == "value":
+        one = one * draw(st.sampled_from(FLOATS))
+    elif kind == "offsets":
+        return torch.tensor(draw(st.sampled_from(OFFSETS)), dtype=torch.int64, device=device)
+    elif kind == "meta":
+        one = torch.ones((), device="meta")
+    elif kind == "sparse":
+        return torch.ones(2, 3, device=device).to_sparse()
+    return one.to(dtype).expand(shape)
+
+
+@st.composite
+def values(draw, kind: str, good: Any, device: torch.device) -> Any:
+    """What may come for an argument of a schema's type that should be `good`."""
+    if kind == "bool":
+        return not good
+    if kind == "int":
+        return draw(st.sampled_from(NUMBERS))
+    if kind == "float":
+        return draw(st.sampled_from(FLOATS))
+    if kind != "List[Tensor]":
+        none = kind == "Optional[Tensor]" and draw(st.booleans())
+        return None if none else draw(tensors(good, device))
+    more = draw(tensors(good[0] if good else None, device))
+    return draw(st.sampled_from([[], good[1:], [*good, more], [more, *good[1:]], [*good, *good], 1000 * [more]]))
+
+
+@st.composite
+def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
+    """Arguments of the forward op that fit together."""
+    batch, time, channels = draw(st.sampled_from(2 * USUAL + HUGE))
+    one = torch.ones((), dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])), device=device)
+    per_channel, inputs = len(cell.vectors), cell.inputs[0]
+    packed = inputs if per_channel == 0 and draw(st.booleans()) else 0
+    count = 1 if packed else inputs - per_channel
+    shape = (batch, time, channels * (packed or 1))
+    cu_seqlens = torch.tensor([0, time // 2, time], device=device) if batch == 1 and draw(st.booleans()) else None
+    state = one.float().expand(batch if cu_seqlens is None else 2, channels)
+    return {
+        "streams": [one.expand(shape).requires_grad_(draw(st.booleans())) for _ in range(count)],
+        "channel": [one.expand(channels)] * per_channel,
+        "alpha": draw(st.sampled_from([None, one.expand(channels)])),
+        "initial_state": draw(st.sampled_from([None, state])),
+        "cu_seqlens": cu_seqlens,
+        "epsilon": torch.tensor(draw(st.sampled_from([0.0, 0.5])), dtype=torch.float64),
+        "surrogate_scale": 1.0,
+        "reverse": draw(st.booleans()),
+        "packed": packed,
+        "chunk": 64,
+        "segment": draw(st.sampled_from([0, 64])),
+        "save": draw(st.booleans()),
+    }  # fmt: skip
+
+
+def shapes(op: torch._ops.OpOverload, arguments: list[Any]) -> list[tuple[torch.Size, torch.dtype]]:
+    """The shapes and dtypes of the results, as the op's fake has them."""
+    with FakeTensorMode() as mode:
+        results = op(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+    return [(t.shape, t.dtype) for t in results]
+
+
+def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the backward op that fit those of a forward op."""
+    one = torch.ones((), device=scan["streams"][0].device)
+    given = [one.to(dtype).expand(shape) for shape, dtype in shapes(forward, list((scan | {"save": True}).values()))]
+    return scan | dict(zip(("grad_h", "grad_final", "checkpoints", "events"), given, strict=True))
+
+
+def step_of(scan: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the step op, of the streams of a forward op; one that is packed fits only by chance."""
+    rows = [t.detach().new_ones(()).expand(t.shape[0], t.shape[2]) for t in scan["streams"]]
+    first, second, third = [rows[0], *scan["channel"], *rows[1:], None, None][:3]
+    state = rows[0].new_ones((), dtype=torch.float32).expand(rows[0].shape)
+    return {"first": first, "second": second, "third": third, "alpha": scan["alpha"], "state": state, "epsilon": 0.5}
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "step"])
+@pytest.mark.parametrize("cell", ops.CELLS, ids=lambda cell: cell.name)
+@given(data=st.data())
+def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, kind, data):
+    if backend == "triton":
+        pytest.skip("Triton's ops do not check all that they are given")
+    op = getattr(cell, kind)[backend]
+    arguments = data.draw(scans(cell, device))
+    if kind == "backward":
+        if tuple(arguments["streams"][0].shape) in HUGE:
+            arguments["streams"] = [t.detach() for t in arguments["streams"]]
+        arguments = backward_of(cell.forward[backend], arguments)
+    elif kind == "step":
+        arguments = step_of(arguments)
+    types = {argument.name: str(argument.type) for argument in op._schema.arguments}
+    for name in data.draw(st.lists(st.sampled_from(list(types)), max_size=3)):
+        arguments[name] = data.draw(values(types[name], arguments[name], device))
+    given_arguments = [arguments[name] for name in types]
+    try:
+        results = op(*given_arguments)
+    except Exception as error:
+        if "INTERNAL ASSERT" in str(error):
+            raise
+        return
+    assert [(t.shape, t.dtype) for t in results] == shapes(op, given_arguments)
