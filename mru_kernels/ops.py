@@ -9,10 +9,11 @@ streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
     segment    steps of a unit of time that is scanned in parallel with others; 0: none
     save       whether a backward pass may follow, so whether what it needs is a result
 
-Results of the forward op: `h` in the layout that `dense_like` gives the first stream, as the gradient of a stream has
-that stream's, and the final state `[N, D]`; with `save` also the boundary states `[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16
-steps of 2 bits), which have no rows where there are no segments. States have the state dtype: float64 for float64
-streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
+Results of the forward op: `h` and the final state `[N, D]`; with `save` also the boundary states
+`[B, floor((T - 1) / chunk), D]` and the write events `[B, floor(T / 16) + (N or 1), D]` (int32, 16 steps of 2 bits),
+which have no rows where there are no segments. `h` has the layout that `dense_like` gives the first stream, and the
+gradient of each stream has the layout for that stream. States have the state dtype: float64 for float64 streams,
+float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
 
 A third, `mru::<cell>_step`, is one step without gradients, on streams `[B, D]`: the call costs more than the step does,
 so it has few and simple arguments, the inputs in the cell's order.
@@ -144,7 +145,10 @@ def _raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object]
     if "out of memory" in message and type(error) is RuntimeError:
         raise torch.OutOfMemoryError(message) from error
     if message.startswith("torch: "):
-        allocate_results(*arguments)
+        try:
+            allocate_results(*arguments)
+        except RuntimeError as again:
+            raise again from error
 
 
 # ------------------------------------------------------------------------------------------------ shapes

@@ -527,6 +527,79 @@ def test_a_long_list_of_offsets_makes_a_short_message():
         mk.bmru(stream[:, 1:], stream[:, 1:], cu_seqlens=torch.arange(total + 1))
 
 
+# ------------------------------------------------------------------------------------------------ out of memory
+
+BEYOND = (1, 20, 2**45)  # a stream of one element, whose results no machine has the memory for
+CPU_WORDS = "DefaultCPUAllocator: can't allocate memory: you tried to allocate [0-9]+ bytes"
+CUDA_WORDS = "CUDA out of memory. Tried to allocate 20.00 GiB."
+
+
+def _forward_beyond_memory(_monkeypatch):
+    one = torch.zeros(()).expand(BEYOND)
+    with torch.no_grad():
+        mk.bmru(one, one)
+
+
+def _backward_beyond_memory(monkeypatch):
+    leaf = torch.zeros((), requires_grad=True)
+    one = leaf.expand(BEYOND)
+    shapes = [(BEYOND, torch.float32), ((1, BEYOND[2]), torch.float32)]
+    shapes += [((1, 0, BEYOND[2]), dtype) for dtype in (torch.float32, torch.int32)]
+    results = [torch.zeros((), dtype=dtype).expand(shape) for shape, dtype in shapes]
+    monkeypatch.setitem(CELL.forward, "cpu", lambda *_: results)
+    outputs = mk.bmru(one, one)
+    torch.autograd.grad(outputs, leaf, [torch.zeros(()).expand(t.shape) for t in outputs])
+
+
+def _module_beyond_memory(monkeypatch):
+    unit, one = mk.BMRU(4, 6), torch.zeros(())
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: one.expand(1, 2**45, 12))
+    with torch.no_grad():
+        unit(one.expand(1, 2**45, 4))
+
+
+@pytest.mark.parametrize("call", [_forward_beyond_memory, _backward_beyond_memory, _module_beyond_memory])
+def test_out_of_memory_in_the_words_of_torch(monkeypatch, call):
+    with pytest.raises(RuntimeError, match=CPU_WORDS):
+        call(monkeypatch)
+
+
+@pytest.mark.parametrize("call", [_forward_beyond_memory, _backward_beyond_memory])
+def test_out_of_memory_before_torch_hands_on_its_words(monkeypatch, call):
+    """Before torch 2.13 its stable ABI tells only that an allocation failed."""
+
+    def fail(*_):
+        raise cause
+
+    cause = RuntimeError("torch: aoti_torch_empty_strided(...) failed")
+    monkeypatch.setitem(CELL.backward, "cpu", fail)
+    if call is _forward_beyond_memory:
+        monkeypatch.setitem(CELL.forward, "cpu", fail)
+    with pytest.raises(RuntimeError, match=CPU_WORDS) as caught:
+        call(monkeypatch)
+    assert caught.value.__cause__ is cause
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_out_of_memory_on_a_device_has_the_type_of_torch(monkeypatch, pass_):
+    """A C++ kernel raises its words as a RuntimeError."""
+
+    def fail(*_):
+        raise cause
+
+    cause = RuntimeError(CUDA_WORDS)
+    monkeypatch.setitem(getattr(CELL, pass_), "cpu", fail)
+    candidate = torch.zeros(1, 2, 3, requires_grad=True)
+
+    def step() -> None:
+        h, _ = mk.bmru(candidate, candidate)
+        h.sum().backward()
+
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(CUDA_WORDS)}$") as caught:
+        step()
+    assert caught.value.__cause__ is cause
+
+
 # ------------------------------------------------------------------------------------------------ fuzz
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 5, T, D, B]), max_size=4)
