@@ -81,6 +81,18 @@ def cuts_overflow() -> None:
     late_update(150, 150)
 
 
+def a_factor_of_few_bits_grows() -> None:
+    """Under a huge state: it falls below the range's normal numbers and grows again within a segment."""
+    time = 192
+    decay, update = torch.ones(1, time, 3), torch.zeros(1, time, 3)
+    decay[:, 64:100], decay[:, 100:128] = 2.0**-4.07, 16.0  # to 2^-146.5, and to 2^-34.5
+    initial_state = torch.full((1, 3), 2.0**100)
+    assert_cut_equals_whole(
+        [update, decay], torch.zeros_like(update), torch.zeros(1, 3), cell="linear_recurrence",
+        initial_state=initial_state,
+    )  # fmt: skip
+
+
 def the_only_segment_overflows() -> None:
     late_update(64, 64)
 
@@ -90,14 +102,13 @@ def the_first_segment_overflows() -> None:
 
 
 def sums_are_replaced() -> None:
-    """The factor of the gradients underflows, so that the sums over time of alpha and of a threshold [D] are redone."""
-    time, channels = 130, 3
-    candidate, threshold = normal(time) + 3, torch.tensor([0.5, 1.0, 1.5])
-    candidate = candidate.abs() + 2
+    """The first segment is handed a wrong gradient: its sum over time, of a decay [D], is wrong until redone."""
+    time = 140
+    update, grad_h = torch.zeros(1, time, 3), torch.zeros(1, time, 3)
+    update[:, 0], update[:, 12], grad_h[:, :10] = 1, -(4.0**12), 1  # the state ends at 0, which never grows
     assert_cut_equals_whole(
-        [candidate], normal(time).abs() * 1e-20, torch.full((1, channels), 2.0**120), epsilon=0.17,
-        channel=[threshold], alpha=torch.tensor([1.0, 0.5, 2.0]),
-    )  # fmt: skip
+        [update], grad_h, torch.zeros(1, 3), cell="linear_recurrence", channel=[torch.full((3,), 4.0)]
+    )
 
 
 def sums_of_segments() -> None:
@@ -198,6 +209,7 @@ def programs_beyond_one_axis() -> None:
 
 CHECKS: list[Callable[[], None]] = [
     cuts_overflow,
+    a_factor_of_few_bits_grows,
     the_only_segment_overflows,
     the_first_segment_overflows,
     sums_are_replaced,
@@ -225,8 +237,11 @@ FAULTS = {
         "summed = sums_rows(scan, at.start, at.n, CHUNK) + (chunk - at.begin) // CHUNK",
     ),
     "sums of the cut kept": (
-        sums_are_replaced, "summed = sums_rows(scan, at.start, at.n, CHUNK) + chunk // CHUNK",
-        "summed = sums_rows(scan, at.start, at.n, CHUNK) + chunk // CHUNK * (1 - scan.redo)",
+        sums_are_replaced, "put(partial, k * rows + summed, at, sums[k], at.mask)",
+        "put(partial, k * rows + summed, at, sums[k], when(scan.redo == 0, at.mask))",
+    ),
+    "rounding measured by what entered": (
+        a_factor_of_few_bits_grows, "* terms + ROUNDING * late", "* terms + ROUNDING * MAGNITUDE(entry)",
     ),
     "factors that underflow taken as rounding": (
         infinite_state, "near = (error <= bound) & (bound < float(\"inf\"))", "near = error == error",

@@ -295,8 +295,8 @@ def rows_read(variant: Variant) -> int:
     streams = variant.inputs - variant.per_channel
     tile = variant.tile
     match variant.kernel:
-        case "check":  # a map, what entered, what left, and what was handed on
-            return 5
+        case "check":  # a map, what entered, what left, and what was handed on; and the last offsets
+            return 5 + (not variant.forgets)
         case "forward":
             return 2 * tile * streams * (not variant.events)
         case "summarize":

@@ -299,15 +299,15 @@ class _Call:
         if not self.split:
             self.launch(name, self.sequences, **own)
             return
-        factors, sums, exits = (self.rows(self.slots) for _ in range(3))
-        self.launch("summarize" if adjoint_of is None else "summarize_adjoint", self.slots, **own, factors=factors,
-                    sums=sums)  # fmt: skip
+        factors, sums, lates, exits = (self.rows(self.slots) for _ in range(4))
+        summary = "summarize" if adjoint_of is None else "summarize_adjoint"
+        self.launch(summary, self.slots, **own, factors=factors, sums=sums, lates=lates)
         walked = self.walk(factors, sums, own[leaves], adjoint_of)
         own = own | {"flag": walked["flag"]}
         self.launch(name, self.slots, **own | {enters: walked["entries"], leaves: exits})
         if adjoint_of is None and self.arguments["FORGETS"]:
             return  # values were only copied
-        self.launch("check", self.slots, **walked, exits=exits)
+        self.launch("check", self.slots, **walked, lates=lates, exits=exits)
         whole = self.arguments["scan"]._replace(segment=encode(0), redo=encode(1))
         self.launch(name, self.sequences, **own | {"scan": whole})
 

@@ -462,10 +462,16 @@ def power(base, n, at):
 
 
 @triton.jit
+def recent(u, late, MAGNITUDE: tl.constexpr):
+    """The magnitude of the last few states, updated by `u`. It fades, so that an older state counts for nothing."""
+    return tl.maximum(MAGNITUDE(u), 0.25 * late)
+
+
+@triton.jit
 def summarize_word(
-    ahead, factor, writes, offset, opened, events, scan, at, first, whole, eps, STEP: tl.constexpr, PUSH: tl.constexpr,
-    ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr, STEP_WORD: tl.constexpr, EVENTS: tl.constexpr,
-    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    ahead, factor, writes, offset, late, opened, events, scan, at, first, whole, eps, STEP: tl.constexpr, PUSH:
+    tl.constexpr, MAGNITUDE: tl.constexpr, ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr, STEP_WORD: tl.constexpr,
+    EVENTS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The map of a segment's steps so far and of another word's. If EVENTS, the writes are counted, of which the factor
     is a power; and the offset takes a word at once if a write forgets all or nothing.
@@ -492,9 +498,11 @@ def summarize_word(
                 elif MASKED:
                     offset = tl.where(j + i < left, STEP(x, offset, eps), offset)
                     factor = tl.where(j + i < left, PUSH(x, factor, eps), factor)
+                    late = tl.where(j + i < left, recent(offset, late, MAGNITUDE), late)
                 else:
                     offset = STEP(x, offset, eps)
                     factor = PUSH(x, factor, eps)
+                    late = recent(offset, late, MAGNITUDE)
             word = word | (of_tile << (2 * j))
     if EVENTS:
         put(events, word_row(scan, at, first), at, word, at.mask)
@@ -504,17 +512,17 @@ def summarize_word(
         else:
             for i in tl.static_range(WORD):
                 offset = STEP_EVENT(word, i, offset, eps)
-    return ahead, factor, writes, offset
+    return ahead, factor, writes, offset, late
 
 
 @triton.jit
 def summarize(
-    inputs, scan, offsets, alpha, events, factors, sums, epsilon: tl.float64,
-    STEP: tl.constexpr, PUSH: tl.constexpr, ONE: tl.constexpr, ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr,
-    STEP_WORD: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
-    TILE: tl.constexpr, BD: tl.constexpr,
+    inputs, scan, offsets, alpha, events, factors, sums, lates, epsilon: tl.float64, STEP: tl.constexpr, PUSH:
+    tl.constexpr, ONE: tl.constexpr, MAGNITUDE: tl.constexpr, ENCODE: tl.constexpr, STEP_EVENT: tl.constexpr,
+    STEP_WORD: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr, CHANNELS: tl.constexpr, ALIGN:
+    tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Each segment as one affine map, (factor, offset) [slots, D]; and its events, if EVENTS."""
+    """Each segment as one affine map, (factor, offset) [slots, D]; its `recent` offsets; and its events, if EVENTS."""
     STATE: tl.constexpr = alpha.dtype.element_ty
     HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
     scan = sizes(scan, ALIGN)
@@ -525,24 +533,27 @@ def summarize(
         opened = open_inputs(inputs, scan, at, STATE, CHANNELS, ALIGN)
         factor = ONE(at.d).to(STATE)
         offset = tl.zeros((BD,), STATE)
+        late = tl.full((BD,), 1.0 if EVENTS else 0.0, STATE)  # an event adds at most 1
         writes = tl.zeros((BD,), tl.int32)
         whole = at.end - (at.end - at.begin) % WORD
         if at.begin < whole:
             ahead = load_ahead(opened, at, at.begin, CHANNELS, ALIGN, TILE) if HALF else ()
             for first in range(at.begin, whole, WORD):
-                ahead, factor, writes, offset = summarize_word(
-                    ahead, factor, writes, offset, opened, events, scan, at, first, whole, eps, STEP, PUSH,
-                    ENCODE, STEP_EVENT, STEP_WORD, EVENTS, CHANNELS, ALIGN, TILE, False,
+                ahead, factor, writes, offset, late = summarize_word(
+                    ahead, factor, writes, offset, late, opened, events, scan, at, first, whole, eps, STEP, PUSH,
+                    MAGNITUDE, ENCODE, STEP_EVENT, STEP_WORD, EVENTS, CHANNELS, ALIGN, TILE, False,
                 )  # fmt: skip
         if whole < at.end:
-            _, factor, writes, offset = summarize_word(
-                (), factor, writes, offset, opened, events, scan, at, whole, at.end, eps, STEP, PUSH, ENCODE,
-                STEP_EVENT, STEP_WORD, EVENTS, CHANNELS, ALIGN, TILE, True,
+            _, factor, writes, offset, late = summarize_word(
+                (), factor, writes, offset, late, opened, events, scan, at, whole, at.end, eps, STEP, PUSH, MAGNITUDE,
+                ENCODE, STEP_EVENT, STEP_WORD, EVENTS, CHANNELS, ALIGN, TILE, True,
             )  # fmt: skip
         if EVENTS:
             factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, offset, at.mask)
+        if not FORGETS:
+            put(lates, slot, at, late, at.mask)
 
 
 # ------------------------------------------------------------------------- between segments
@@ -641,12 +652,12 @@ def carry(
 
 
 @triton.jit
-def consistent(factor, offset, entry, leaves, handed, MAGNITUDE: tl.constexpr, FORGETS: tl.constexpr):
+def consistent(factor, offset, late, entry, leaves, handed, MAGNITUDE: tl.constexpr, FORGETS: tl.constexpr):
     """Whether what `leaves` a segment, scanned from `entry`, is what composing maps `handed` to the next segment.
 
-    Rounding must pass. It is at most ROUNDING of `entry` where factor entry and offset are both small by chance. Of a
-    factor that may have underflowed nothing else is left by chance, and few of its bits may be right. Where a write
-    forgets, factors are 0 or 1: none underflows.
+    The bound lets rounding pass. Rounding is large against factor entry and offset where both are small by chance;
+    `late`, of `recent`, measures it then. A factor that may have underflowed has few right bits, so its bound is tight.
+    Where a write forgets, factors are 0 or 1: values are wrong only where not finite.
     """
     ROUNDING: tl.constexpr = 2.0**-40 if entry.dtype == tl.float64 else 2.0**-16
     error = MAGNITUDE(leaves - handed)
@@ -654,9 +665,8 @@ def consistent(factor, offset, entry, leaves, handed, MAGNITUDE: tl.constexpr, F
         near = error < float("inf")
     else:
         size_of_factor = MAGNITUDE(factor)
-        before = MAGNITUDE(entry)
-        terms = size_of_factor * before + MAGNITUDE(offset)
-        bound = tl.where(size_of_factor < 2.0**-62, ROUNDING * terms, terms / 256 + ROUNDING * before)
+        terms = size_of_factor * MAGNITUDE(entry) + MAGNITUDE(offset)
+        bound = tl.where(size_of_factor < 2.0**-62, ROUNDING, 2.0**-8) * terms + ROUNDING * late
         near = (error <= bound) & (bound < float("inf"))
     of_leaves = MAGNITUDE(leaves)
     of_handed = MAGNITUDE(handed)
@@ -665,7 +675,7 @@ def consistent(factor, offset, entry, leaves, handed, MAGNITUDE: tl.constexpr, F
 
 @triton.jit
 def check(
-    scan, walk, flag, offsets, factors, sums, entries, exits, final_state,
+    scan, walk, flag, offsets, factors, sums, lates, entries, exits, final_state,
     MAGNITUDE: tl.constexpr, FORGETS: tl.constexpr, ALIGN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Raise the flag where a segment is left with another state than the next was handed. `exits` are [slots, D].
@@ -684,9 +694,10 @@ def check(
             handed = get(tl.where(is_last, final_state, entries), row, at, at.mask, 0.0)
             factor = get(factors, slot, at, at.mask, 0.0)
             offset = get(sums, slot, at, at.mask, 0.0)
+            late = offset if FORGETS else get(lates, slot, at, at.mask, 0.0)
             entry = get(entries, slot, at, at.mask, 0.0)
             leaves = get(exits, slot, at, at.mask, 0.0)
-            right = consistent(factor, offset, entry, leaves, handed, MAGNITUDE, FORGETS)
+            right = consistent(factor, offset, late, entry, leaves, handed, MAGNITUDE, FORGETS)
             tl.store(flag + tl.zeros_like(at.d), 1, mask=tl.where(right, False, at.mask))
 
 
@@ -695,8 +706,9 @@ def check(
 
 @triton.jit
 def adjoint_word(
-    factor, writes, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr,
-    PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    factor, writes, m, late, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr,
+    MAGNITUDE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE:
+    tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The map of a segment's steps so far, from the right, and of another word's; see summarize_word."""
     left = left_of(at, first, WORD)
@@ -720,22 +732,25 @@ def adjoint_word(
                 if MASKED:
                     m = tl.where(j + i < left, before, m)
                     factor = tl.where(j + i < left, product, factor)
+                    late = tl.where(j + i < left, recent(before, late, MAGNITUDE), late)
                 else:
                     m = before
                     factor = product
-    return factor, writes, m
+                    late = recent(before, late, MAGNITUDE)
+    return factor, writes, m, late
 
 
 @triton.jit
 def append_word(
-    factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr, PULL_EVENT: tl.constexpr,
-    EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL: tl.constexpr, MAGNITUDE:
+    tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The map of a segment's steps so far, from the left, with another word to their right. A write forgets."""
     zeros = tl.zeros_like(m)
-    of_word, writes, passed = adjoint_word(
-        zeros + 1.0, zeros.to(tl.int32), zeros, opened, opened_grad, events, scan, at, first, scale, eps, PULL,
-        PULL_EVENT, EVENTS, CHANNELS, TILE, MASKED,
+    of_word, writes, passed, _ = adjoint_word(
+        zeros + 1.0, zeros.to(tl.int32), zeros, zeros, opened, opened_grad, events, scan, at, first, scale, eps, PULL,
+        MAGNITUDE, PULL_EVENT, EVENTS, CHANNELS, TILE, MASKED,
     )  # fmt: skip
     if EVENTS:
         of_word = tl.where(writes == 0, 1.0, 0.0).to(m.dtype)
@@ -744,9 +759,9 @@ def append_word(
 
 @triton.jit
 def summarize_adjoint(
-    inputs, scan, offsets, alpha, events, grad_h, factors, sums, epsilon: tl.float64,
-    PULL: tl.constexpr, ONE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, FORGETS: tl.constexpr,
-    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+    inputs, scan, offsets, alpha, events, grad_h, factors, sums, lates, epsilon: tl.float64, PULL: tl.constexpr,
+    ONE: tl.constexpr, MAGNITUDE: tl.constexpr, PULL_EVENT: tl.constexpr, EVENTS: tl.constexpr, FORGETS:
+    tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Each segment as the affine map from what its right end receives to what its left end passes on."""
     STATE: tl.constexpr = alpha.dtype.element_ty
@@ -760,6 +775,7 @@ def summarize_adjoint(
         opened_grad = (rows_of(grad_h, scan, at, ALIGN),)
         factor = ONE(at.d).to(STATE)
         m = tl.zeros((BD,), STATE)
+        late = tl.zeros((BD,), STATE)
         writes = tl.zeros((BD,), tl.int32)
         words = (at.end - at.begin) // WORD
         whole = at.begin + words * WORD
@@ -769,31 +785,33 @@ def summarize_adjoint(
             holds = 1
             while (holds != 0) & (first < whole):
                 factor, m = append_word(
-                    factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL, PULL_EVENT, EVENTS,
-                    CHANNELS, TILE, False,
+                    factor, m, opened, opened_grad, events, scan, at, first, scale, eps, PULL, MAGNITUDE, PULL_EVENT,
+                    EVENTS, CHANNELS, TILE, False,
                 )  # fmt: skip
                 holds = tl.max(tl.where(factor != 0, 1, 0), 0)
                 first += WORD
             if (holds != 0) & (whole < at.end):
                 factor, m = append_word(
-                    factor, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, PULL_EVENT, EVENTS,
-                    CHANNELS, TILE, True,
+                    factor, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, MAGNITUDE, PULL_EVENT,
+                    EVENTS, CHANNELS, TILE, True,
                 )  # fmt: skip
         else:
             if whole < at.end:
-                factor, writes, m = adjoint_word(
-                    factor, writes, m, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, PULL_EVENT,
-                    EVENTS, CHANNELS, TILE, True,
+                factor, writes, m, late = adjoint_word(
+                    factor, writes, m, late, opened, opened_grad, events, scan, at, whole, scale, eps, PULL, MAGNITUDE,
+                    PULL_EVENT, EVENTS, CHANNELS, TILE, True,
                 )  # fmt: skip
             for w in range(0, words):
-                factor, writes, m = adjoint_word(
-                    factor, writes, m, opened, opened_grad, events, scan, at, whole - (w + 1) * WORD, scale, eps, PULL,
-                    PULL_EVENT, EVENTS, CHANNELS, TILE, False,
+                factor, writes, m, late = adjoint_word(
+                    factor, writes, m, late, opened, opened_grad, events, scan, at, whole - (w + 1) * WORD, scale, eps,
+                    PULL, MAGNITUDE, PULL_EVENT, EVENTS, CHANNELS, TILE, False,
                 )  # fmt: skip
             if EVENTS:
                 factor = power(tl.full((), epsilon, tl.float64), writes, at).to(STATE)
         put(factors, slot, at, factor, at.mask)
         put(sums, slot, at, m, at.mask)
+        if not FORGETS:
+            put(lates, slot, at, late, at.mask)
 
 
 @triton.jit
