@@ -472,9 +472,9 @@ def _chain(
 def _consistent(left: Tensor, following: Tensor, factor: Tensor, offset: Tensor, entry: Tensor) -> Tensor:
     """Whether the states that left a piece are the composed ones that enter the next: a bool of no dimensions.
 
-    The bound is loose: states that are small by chance are mostly rounding, and a false alarm costs all ranks a scan one
-    after another. Composition that leaves the range of the dtype is far off. A factor that may have underflowed has few
-    right bits, so its bound is tight.
+    The bound is loose: states that are small by chance are mostly rounding, and after a false alarm ranks scan one after
+    another. Composition that leaves the range of the dtype is far off. A factor that may have underflowed has few right
+    bits, so its bound is tight.
     """
     share = torch.where(_magnitude(factor) < 2.0**-62, 2.0**-16, 0.5)
     bound = (_magnitude(factor * entry) + _magnitude(offset)) * share
