@@ -10,6 +10,7 @@ from mru_kernels import backends, checks
 
 from . import inputs
 
+_MOST_ELEMENTS = 2**40  # more than any machine's memory
 DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
 
 
@@ -19,6 +20,8 @@ def shape(text: str) -> tuple[int, int, int]:
     if len(sizes) != 3 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise ArgumentTypeError(f"expected three positive sizes B,T,D such as 4,4096,512, got {text!r}")
     batch, steps, channels = map(int, sizes)
+    if batch * steps * channels > _MOST_ELEMENTS:
+        raise ArgumentTypeError(f"expected at most 2^40 elements, got {text!r}")
     return batch, steps, channels
 
 

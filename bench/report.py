@@ -102,7 +102,8 @@ def _floors(record: Record) -> str:
         if (f["subject"], f["work"]) == (ADD, FORWARD):
             rates.setdefault(f["dtype"], []).append(f["gb_per_s"])
     ranges = "; ".join(f"{dtype} {min(values):.1f} to {max(values):.1f}" for dtype, values in rates.items())
-    return f"GB/s of {ADD}, by which a floor is reckoned: {ranges}. Under 1, an op moves bytes faster than it does."
+    meaning = f"A ratio under 1 means that the op moves bytes faster than {ADD}."
+    return f"GB/s of {ADD}, from which the floor is scaled: {ranges}. {meaning}"
 
 
 def comparison(before: Record, after: Record) -> tuple[str, bool]:

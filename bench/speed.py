@@ -309,7 +309,7 @@ def table(figures: Sequence[Figure]) -> str:
         [
             *(", ".join(map(str, f.shape)), f.dtype, f.subject, f.work, f"{f.ms:.3g}", f"{f.spread:.0%}"),
             *(cell(f, f.gb_per_s, ".1f"), cell(f, f.floor_ratio, ".2f"), cell(f, f.slower, ".3g")),
-            *(cell(f, f.share, ".0%"), cell(f, f.peak_mib, ".1f")),
+            *(cell(f, f.share, ".0%"), "" if f.peak_mib is None else f"{f.peak_mib:.1f}"),
         ]
         for f in figures
     ]

@@ -263,7 +263,7 @@ class Bound {
     expect_device(t, name);
     const ScalarType own = t.scalar_type();
     MRU_EXPECT(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
-               ": expected the streams' dtype, the state dtype or, beside real streams, float32");
+               ": expected the streams' dtype, the state dtype or, for real streams, float32");
   }
 
   Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }

@@ -38,7 +38,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_value(t: Tensor) -> bool:
-    """Whether there is one value to look at: not on meta, of a fake tensor, or where vmap maps over the tensor."""
+    """Whether `t.item()` has a value: False for meta and fake tensors and for tensors that vmap maps over."""
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
             return False
@@ -51,7 +51,7 @@ def _names(dtypes) -> str:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on `device`; None where it is off or there is none."""
+    """The autocast dtype of `device`; None if autocast is off or unavailable there."""
     if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -151,7 +151,7 @@ def epsilon(value: float | Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device="cpu") + number
     if isinstance(value, Tensor) and (plain or not _in_fake_mode()):
         return _double(value)
-    if not plain:  # a constant of what is traced, or fake as the streams are
+    if not plain:  # becomes a constant of the trace, or a fake tensor under a fake mode
         return torch.full((), number, dtype=torch.float64, device="cpu")
     made = _constant(number)
     if len(_epsilons) < 1024:
@@ -188,7 +188,7 @@ def epsilon_value(value: float | Tensor) -> float:
 
 
 def _double(t: Tensor) -> Tensor:
-    return t if t.dtype is torch.float64 else t.to(torch.float64)  # which costs more where there is nothing to do
+    return t if t.dtype is torch.float64 else t.to(torch.float64)  # `to` is slow even as a no-op
 
 
 def _epsilon_tensor(value: Tensor) -> None:
@@ -200,7 +200,7 @@ def _epsilon_tensor(value: Tensor) -> None:
 
 
 def _in_fake_mode() -> bool:
-    """Whether ops refuse real tensors: a FakeTensorMode is active."""
+    """Whether a FakeTensorMode is active; ops then refuse real tensors."""
     return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None
 
 
@@ -243,7 +243,7 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
 
 
 def offsets(value: Tensor, total: int) -> None:
-    """The values of `cu_seqlens`, where these are at hand."""
+    """Raise ValueError unless `cu_seqlens [N + 1]` rises from 0 to `total`. Skipped where that waits for a device."""
     if (value.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling() and has_value(value):
         numbers = value.tolist()
         wrong = None
@@ -279,7 +279,7 @@ def taken(chunk: int, backend: Backend) -> None:
 
 
 def constructor(init: Callable[P, None]) -> Callable[P, None]:
-    """An `__init__` whose error for arguments that do not fit names the class that was called, and what it takes."""
+    """Decorate `__init__`: a TypeError for wrong arguments names the called class and the nearest argument."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -295,7 +295,7 @@ def constructor(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def _misfit(cls: type, positional: int, options: Mapping[str, object]) -> str | None:
-    """What is wrong with the number of positional arguments or with the names of the others, if that is wrong."""
+    """The message for too many positional or unknown keyword arguments; None if neither applies."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if base.__module__.split(".")[0] == __package__ and "__init__" in vars(base):

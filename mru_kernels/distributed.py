@@ -132,7 +132,9 @@ def _op(op: Scan, group: Group) -> Scan:
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def eager(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         with _Call(ranks, scans=1) as call:
-            arguments = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = bound.arguments
             what = ", ".join(f"{name} {_described(value)}" for name, value in arguments.items())
             initial_state, cu_seqlens = arguments.pop("initial_state", None), arguments.pop("cu_seqlens", None)
             reverse = checks.flag("reverse", arguments.pop("reverse", False))
@@ -161,7 +163,7 @@ def _op(op: Scan, group: Group) -> Scan:
 
 
 def _probed(scan, inputs, written: Tensor, offsets: Tensor | None) -> Tensor:
-    """The factor of a piece of a unit of which only the scan is known: from what becomes of a large state.
+    """The factor `[N, D]` of a piece, measured by scanning it from a large state.
 
     The state is so large that rounding leaves nothing of what a piece writes where its factor is 1.
     """
@@ -170,11 +172,11 @@ def _probed(scan, inputs, written: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def _described(value: Any) -> str:
-    """An argument as it must be on every rank: of a tensor the dtype and the shape, where T may differ."""
+    """Text that must match on every rank: dtype and shape of a tensor, with T left open; else the value."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
     if not isinstance(value, Tensor):
-        return str(value)
-    if value.dim() == 0:
-        return str(value.item())
+        return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
     shape = ["T" if value.dim() == 3 and i == 1 else size for i, size in enumerate(value.shape)]
     text = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
     if value.dtype in (torch.int32, torch.int64) and value.device.type == "cpu":
@@ -186,7 +188,7 @@ def _described(value: Any) -> str:
 
 
 class SequenceParallel(torch.nn.Module):
-    """What `sequence_parallel` makes of a module, which it holds as `module`.
+    """A module whose time is split over ranks; the wrapped module is `module`.
 
     Attributes of the module, such as `epsilon`, are read and set through it.
     """
@@ -206,7 +208,7 @@ class SequenceParallel(torch.nn.Module):
         with _Call(self._ranks, scans=inner.num_layers * inner.num_directions) as call:
             if not isinstance(input, Tensor):
                 raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-            name = f"{type(inner).__name__}({inner.extra_repr()})"
+            name = f"{type(inner).__name__}({inner.extra_repr()}), hx {_described(hx)}"
             return self.module(input, hx, _parallel=_Scans(call, name))
 
     def __getattr__(self, name: str) -> Any:
@@ -328,7 +330,7 @@ class _Ranks:
 class _Call:
     """A call on every rank of a group: they compare what they call before they exchange its tensors.
 
-    What one raises before that, the others learn in their comparison. `scans` is the number of comparisons.
+    If a rank raises before a comparison, the others receive its message there. `scans` is the number of comparisons.
     """
 
     def __init__(self, ranks: _Ranks, scans: int, name: str | None = None) -> None:
@@ -385,7 +387,7 @@ def _over_ranks(
     """This rank's piece of the scan, and the final state of the whole."""
     tensors = inputs if initial_state is None else [*inputs, initial_state]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    with torch.no_grad():  # no steps: raises for an argument that is not as it must be, and tells the state's dtype
+    with torch.no_grad():  # a scan of 0 steps validates the arguments and gives the state dtype
         no_steps = [t[:, :0] if t.dim() == 3 else t for t in inputs]
         state = scan(no_steps, initial_state, None if cu_seqlens is None else torch.zeros_like(cu_seqlens))[1]
     time = next((t.shape[1] for t in inputs if t.dim() == 3), 0)
@@ -412,7 +414,7 @@ def _over_ranks(
 
 
 def _offsets_of_piece(cu_seqlens: Tensor, times: list[int], rank: int) -> Tensor:
-    """Of every sequence its part in this rank's piece, which may be empty."""
+    """`cu_seqlens [N + 1]` clipped to this rank's piece; a sequence may be empty there."""
     checks.offsets(cu_seqlens, sum(times))
     return (cu_seqlens - sum(times[:rank])).clamp(0, times[rank])
 
@@ -470,11 +472,11 @@ def _chain(
 
 
 def _consistent(left: Tensor, following: Tensor, factor: Tensor, offset: Tensor, entry: Tensor) -> Tensor:
-    """Whether the states that left a piece are the composed ones that enter the next: a bool of no dimensions.
+    """Whether the states that left a piece are the composed ones that enter the next; a 0-dim bool tensor.
 
-    The bound is loose: states that are small by chance are mostly rounding, and after a false alarm ranks scan one after
-    another. Composition that leaves the range of the dtype is far off. A factor that may have underflowed has few right
-    bits, so its bound is tight.
+    The bound is looser than that of csrc/cells/cut.h, which knows the size of recent states: states that cancellation
+    leaves small are mostly rounding, and after a false alarm ranks scan one after another. A factor that may have
+    underflowed has few right bits, so its bound is tight.
     """
     share = torch.where(_magnitude(factor) < 2.0**-62, 2.0**-16, 0.5)
     bound = (_magnitude(factor * entry) + _magnitude(offset)) * share
@@ -534,5 +536,5 @@ class _Piece(torch.autograd.Function):
                 grads, of_state = _chain(ctx.ranks, ctx.order[::-1], maps, of_final, run)
         given = iter(grads)
         if ctx.ranks.rank != ctx.order[0]:
-            of_state = torch.zeros_like(of_state)  # its gradient on one rank is the whole of it
+            of_state = torch.zeros_like(of_state)  # the first rank returns the whole gradient; ranks are summed
         return *[None] * 5, *(next(given) if leaf.requires_grad else None for leaf in leaves), of_state

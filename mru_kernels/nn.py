@@ -15,7 +15,6 @@ from typing import Any, ClassVar, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
@@ -377,8 +376,9 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
     It is for checks only. Calls go to the wrapper, whose hooks synchronise gradients.
     """
-    if isinstance(module, OptimizedModule):
-        return unwrapped(module._orig_mod)
+    compiled = getattr(module, "_orig_mod", None)  # OptimizedModule's; its class is in dynamo, which is slow to import
+    if isinstance(compiled, torch.nn.Module):
+        return unwrapped(compiled)
     return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
 
 

@@ -51,6 +51,7 @@ _TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and takes t
 
 _library = torch.library.Library("mru", "DEF")
 _library.define("cpu_isa() -> str")
+_library.define("no_derivative(Tensor[] grads, Tensor[] inputs, str reason) -> Tensor[]")
 
 
 @dataclass(frozen=True)
@@ -242,11 +243,11 @@ def check(cell: Cell, streams, channel, alpha, initial_state, cu_seqlens, packed
 
 def check_numbers(
     cell: Cell, epsilon: float | Tensor, surrogate_scale: float, packed: int, chunk: int, segment: int | torch.SymInt,
-    chunk_sizes: tuple[int, int] = (_EVENTS_PER_WORD, 4096),
+    chunk_sizes: tuple[int, int],
 ) -> None:  # fmt: skip
     """Raise unless the numbers of a call are such that the kernels may compute with them.
 
-    A fake epsilon has no value yet, and a symbolic segment comes from `scan`: these are not looked at.
+    A fake epsilon (no value) and a symbolic segment (made by `scan`) are not checked.
     """
     if isinstance(epsilon, Tensor):
         if epsilon.device.type != "cpu" or epsilon.dtype != torch.float64 or epsilon.numel() != 1:
@@ -327,6 +328,14 @@ def _define(cell: Cell, backend: str) -> None:
     @torch.library.register_fake(backward, lib=_library)
     def _(grad_h, grad_final, streams, channel, alpha, initial_state, cu_seqlens, epsilon, surrogate_scale, reverse,
           packed, chunk, segment, checkpoints, events):  # fmt: skip
+        check(cell, streams, channel, alpha, initial_state, cu_seqlens, packed)
+        check_numbers(
+            cell, epsilon, surrogate_scale, packed, chunk, segment, backends.TABLE[backend].module.CHUNK_SIZES
+        )
+        given = {"grad_h": grad_h, "grad_final": grad_final, "checkpoints": checkpoints, "events": events}
+        for name, t in given.items():
+            if t.device != streams[0].device:
+                raise ValueError(f"{name}: expected the streams' device {streams[0].device}, got {t.device}")
         return allocate_backward(streams, channel, alpha, initial_state, packed)
 
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
@@ -460,18 +469,43 @@ class _Scan(torch.autograd.Function):
 
 
 class _WithoutDerivative(torch.autograd.Function):
-    """`op` below autograd; asking for its derivative raises, for `reason`."""
+    """Run `op` below autograd; its derivatives raise NotImplementedError(`reason`).
+
+    Under torch.compile the derivative is traced whether or not it is asked for: there it is an op that raises when it
+    runs.
+    """
 
     @staticmethod
-    def forward(ctx, op, reason, arguments, *_inputs):
+    def forward(ctx, op, reason, arguments, *inputs):
         ctx.reason = reason
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
         return tuple(_below_autograd(op, arguments))
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx, *grads):
+        if any(t is not None and is_fake(t) for t in grads):
+            inputs = [t for t in ctx.saved_tensors if t is not None]
+            made = iter(torch.ops.mru.no_derivative([t for t in grads if t is not None], inputs, ctx.reason))
+            return None, None, None, *(None if t is None else next(made) for t in ctx.saved_tensors)
         raise NotImplementedError(ctx.reason)
 
-    jvp = backward
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(ctx.reason)
+
+
+def _raise_no_derivative(grads: list[Tensor], inputs: list[Tensor], reason: str) -> list[Tensor]:
+    """Of `grads`, on which it depends so that a compiler leaves it in the backward pass."""
+    raise NotImplementedError(reason)
+
+
+_library.impl("no_derivative", _raise_no_derivative, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mru::no_derivative", lib=_library)
+def _(grads, inputs, reason):
+    return [torch.empty_like(t) for t in inputs]
 
 
 def _no_other_derivative(cell: Cell) -> str:
@@ -526,7 +560,7 @@ def _fold_into_channels(op):
 
 
 def _batch_of_gradients(op):
-    """The backward op under the vmap of `is_grads_batched=True`, which is older than that of torch.func."""
+    """The backward op under the vmap of `is_grads_batched=True`, which uses torch's legacy vmap, not that of torch.func."""
     rule, level = _fold_into_channels(op), 1  # torch does not nest this vmap
 
     def kernel(*arguments):

@@ -38,12 +38,12 @@ name = "local"
 
 def draw(session: WorkDB, count: int, seed: int) -> None:
     """Leave out all mutants but `count`, drawn at random."""
-    kept = [
+    candidates = [
         item.job_id
         for item in session.work_items
         if not any(m.operator_name.startswith(WITHOUT_EFFECT) for m in item.mutations)
     ]
-    kept = set(random.Random(seed).sample(sorted(kept), min(count, len(kept))))
+    kept = set(random.Random(seed).sample(sorted(candidates), min(count, len(candidates))))
     for item in list(session.work_items):
         if item.job_id not in kept:
             session.set_result(item.job_id, WorkResult(output="not drawn", worker_outcome=WorkerOutcome.SKIPPED))

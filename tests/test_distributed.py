@@ -609,7 +609,7 @@ def _all(rank: int) -> None:
         job(rank)
 
 
-@pytest.mark.parametrize("count", JOBS, ids=lambda n: f"{n}")
+@pytest.mark.parametrize("count", JOBS, ids=str)
 def test_processes(tmp_path, count):
     """Results equal one process's, where equality is promised and else nearly, and are the same from run to run."""
     processes.run(_all, tmp_path / "rendezvous", count=count)

@@ -135,13 +135,15 @@ def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, 
     elif kind == "step":
         arguments = step_of(arguments)
     types = {argument.name: str(argument.type) for argument in op._schema.arguments}
-    for name in data.draw(st.lists(st.sampled_from(list(types)), max_size=3)):
+    changed = data.draw(st.lists(st.sampled_from(list(types)), max_size=3))
+    must_run = not changed and kind != "step" and tuple(arguments["streams"][0].shape) not in HUGE
+    for name in changed:
         arguments[name] = data.draw(values(types[name], arguments[name], device))
     given_arguments = [arguments[name] for name in types]
     try:
         results = op(*given_arguments)
     except Exception as error:
-        if "INTERNAL ASSERT" in str(error):
+        if must_run or "INTERNAL ASSERT" in str(error):
             raise
         return
     assert [(t.shape, t.dtype) for t in results] == shapes(op, given_arguments)

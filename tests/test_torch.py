@@ -1127,3 +1127,17 @@ def test_two_processes_train_as_one(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         processes.run(_train, tmp_path / "rendezvous", 2)
+
+
+@pytest.mark.parametrize("cls", [mk.BMRU, mk.MinGRU])
+def test_a_compiled_transform_of_what_requires_grad(cls):
+    """The first derivative is as in eager mode; the second raises where it is asked for, not where it is traced."""
+    unit, x = cls(3, 4), torch.randn(2, 5, 3, requires_grad=True)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: unit(x)[0].square().sum())(x)
+
+    got = torch.compile(gradient, backend="aot_eager")(x)
+    torch.testing.assert_close(got, gradient(x))
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        got.sum().backward()

@@ -1,5 +1,5 @@
-// The check of a time that is cut. Cutting time never changes what a whole scan says: where composed states leave the range
-// of their dtype, the call is scanned again whole.
+// Checks a scan that is split over time. Its results differ from those of a whole scan by rounding only: where composed
+// states leave the range of their dtype, the call is scanned again whole.
 //
 // Each segment is a map s -> factor s + offset, and maps compose to the state that enters each segment. This goes wrong
 // where numbers leave the range: a factor overflows or underflows, or an offset overflows alone. So the state that leaves a
@@ -30,10 +30,10 @@ constexpr int kRecent = 8;  // steps after which a state counts for nothing
 // Whether the state `exit`, which scanning a segment from `entry` gives, equals the state `next`, which composing gave the
 // next segment. The same for m of the adjoint.
 //
-// late      `recent` of the states that `offset` is the last of
+// late      recent magnitude (`recent`) of the states that end in `offset`
 // forgets   factors are 0 or 1, as where epsilon is 0: none can underflow, and values are wrong only where not finite
 //
-// The bound lets rounding pass. Rounding is large against factor entry and offset where both are small by chance; `late`
+// The bound lets rounding pass. Rounding exceeds |factor * entry| + |offset| when cancellation leaves both small; `late`
 // measures it then. A factor that may have underflowed has few right bits, so its bound is tight.
 template <class S>
 MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next, bool forgets) {

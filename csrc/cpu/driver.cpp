@@ -73,7 +73,7 @@ void check_offsets(const Scan& scan) {
   }
 }
 
-// Of offsets that are checked.
+// Requires check_offsets.
 Pieces cut(const Scan& scan) {
   Pieces pieces;
   pieces.first.reserve(scan.sequences + 1);
@@ -320,7 +320,7 @@ bool forward_composing(const Scan& scan, const Kernels& k, const Pieces& pieces)
   return maps.finish(scan, k, pieces, 1, scan.final_state);
 }
 
-// The states that enter the sequences, where their final states will be.
+// Writes the entry state of each sequence to final_state, which the scan updates in place.
 void enter(const Scan& scan, const Kernels& k, const Pieces& pieces) {
   for (int64_t n = 0; n < scan.sequences; ++n) {
     const bool empty = pieces.first[n] == pieces.first[n + 1];
@@ -328,7 +328,7 @@ void enter(const Scan& scan, const Kernels& k, const Pieces& pieces) {
   }
 }
 
-// False, and no sums, where the call must be scanned whole.
+// Returns false, without writing sums, if the call must be scanned whole.
 bool differentiate(const Scan& scan, const Kernels& k) {
   const Pieces pieces = cut(scan);
   const int64_t count = pieces.list.size();

@@ -150,14 +150,14 @@ struct Kernel {
     }
   };
 
-  // What `recent` (csrc/cells/cut.h) makes of the last steps of a piece: a row of magnitudes, if one is wanted.
+  // Magnitudes of the last states of a piece (`recent`, csrc/cells/cut.h). `row`: one per channel; null if not needed.
   struct Late {
     Real* row;
 
     Late(void* late, int64_t n) : row(static_cast<Real*>(late)) {
       for (int64_t j = 0; row && j < n; ++j) row[j] = 0;
     }
-    // Whether a step counts after which the scan of the piece takes so many more.
+    // Whether a step that `more` steps follow in the piece still counts.
     MRU_INLINE bool wants(int64_t more) const { return row && more < kRecent; }
     template <class L>
     MRU_INLINE Scale get(L lanes, int64_t j) const {
@@ -446,7 +446,7 @@ struct Kernel {
       }
     }
   }
-  // Adds a row of partial sums to a row of sums and what they have lost, and clears it.
+  // Adds `partial` [n] to the compensated sums (`sum`, `lost`) and sets it to 0.
   static void add_up(int64_t n, S* partial, S* sum, S* lost) {
     for_lanes<S>(n, [&](auto lanes, int64_t j) {
       Sum<Value> all{load(lanes, sum + j), load(lanes, lost + j)};

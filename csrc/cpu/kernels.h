@@ -29,7 +29,7 @@ struct Kernels {
   // `scratch` holds scratch_rows(chunk) rows.
   void (*backward)(const Scan&, const Piece&, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
                    void* scratch);
-  // state -> factor state + offset over n channels; where a write forgets, nothing is multiplied by a factor 0.
+  // state -> factor state + offset over n channels; if `forgets`, a factor 0 gives the offset even for an infinite or NaN state.
   void (*apply)(int64_t n, const void* factor, const void* offset, bool forgets, void* state);
   // Whether the state `exit` that a piece leaves is the one that was handed to the next piece (csrc/cells/cut.h).
   bool (*consistent)(int64_t n, bool forgets, const void* factor, const void* offset, const void* late,

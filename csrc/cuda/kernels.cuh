@@ -60,7 +60,7 @@ template <class S>
 struct Workspace {
   S* factor;                       // [jobs, D]
   S* offset;                       // [jobs, D]
-  typename RealOf<S>::type* late;  // [jobs, D]: of `offset`, see `recent`; not where `forgets`
+  typename RealOf<S>::type* late;  // [jobs, D]: recent magnitude of `offset` (cut.h); unused if `forgets`
   S* entry;                        // [jobs, D]: s or m where the job begins (for the adjoint: at its right)
   S* exit;                         // [jobs, D]: s or m where the job ends; null where nothing is checked
   int* again;                      // whether the wide form is to scan the call again; null where nothing is checked
@@ -76,7 +76,7 @@ struct Call {
   Workspace<S> work;
   Divisor across;  // D / W: the threads of a job
   Surrogate<typename RealOf<S>::type> surrogate;
-  const int* unless_zero = nullptr;  // if given and 0, there is nothing to do
+  const int* unless_zero = nullptr;  // not null: the kernel returns at once if *unless_zero is 0
 };
 
 template <class S>
@@ -610,7 +610,7 @@ __device__ __forceinline__ bool summarize_pairs(const Tile<F, U>& tile, const Ch
   return true;
 }
 
-// A job as one map: whether it forgets what came before, a and u, and what `recent` makes of u.
+// Stores a job's map (a, u) and the recent magnitude of u. `forget`: the job ignores the state on entry.
 template <class F>
 __device__ __forceinline__ void store_map(const Call<typename F::S>& call, int64_t job, int64_t d, bool forget,
                                           const typename F::States& a, const typename F::States& u,
@@ -845,7 +845,7 @@ __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
   }
 }
 
-// Chunked, last: whether every job left what was handed to the next one. A thread a job and channel.
+// Chunked, last: whether every job left what was handed to the next one. One thread per job and channel.
 template <class S>
 __global__ void __launch_bounds__(kCheckThreads) check(const __grid_constant__ Call<S> call, int direction) {
   const auto& [scan, plan, work, across, surrogate, unless_zero] = call;
@@ -862,7 +862,7 @@ __global__ void __launch_bounds__(kCheckThreads) check(const __grid_constant__ C
     store<Traffic::kState>(work.again, Vector<int, 1>{{1}});
 }
 
-// total[d] = the sum over rows of sums[row, which, d], always in the same order. The rows are others if the wide form
+// total[d] = the sum over rows of sums[row, which, d], always in the same order. The number of rows differs if the wide form
 // has scanned again.
 template <class S>
 __global__ void __launch_bounds__(kLanes* kGroups)

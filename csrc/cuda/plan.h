@@ -8,7 +8,7 @@
 //   backward  wide: `backward`, one pass. chunked: `summarize_adjoint` each job, where a write forgets as far as to it;
 //             `carry`; `backward` from the entry states of m.
 //   check     chunked: whether every job left what `carry` handed to the next one (csrc/cells/cut.h). The wide form is
-//             launched after it and returns at once unless not. Where a forward pass only copies values, neither is.
+//             launched after it and returns at once if no check failed. A forward pass that only copies values needs neither.
 #pragma once
 #include <algorithm>
 
@@ -52,7 +52,7 @@ struct Plan {
   int64_t jobs = 0;
   int64_t sum_rows = 0;        // job j adds what is summed over time and batch to row j % sum_rows
   int sums = 0;                // of a row: alpha's gradient, then each per-channel input's
-  int64_t whole_sum_rows = 0;  // the same of the wide form, where a chunked one is not right
+  int64_t whole_sum_rows = 0;  // sum_rows of the wide form, used when it scans again
   int64_t states_bytes = 0;    // of one [jobs, D] in the state dtype
   Divisor segments_divisor, chunk_divisor;
 
@@ -73,7 +73,7 @@ struct Plan {
   }
 
   MRU_INLINE bool chunked() const { return segments > 1; }
-  // What Workspace has of every job, the flag, then the rows of sums.
+  // Layout: kJobStates arrays [jobs, D], the flag, the rows of sums.
   int64_t workspace_bytes() const { return sums_offset() + sums_bytes_; }
   int64_t flag_offset() const { return kJobStates * states_bytes; }
   int64_t sums_offset() const { return chunked() ? flag_offset() + 16 : 0; }

@@ -101,14 +101,14 @@ struct Run {
     const int64_t across = scan.channels / F::W;
     launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, call_over(plan, across));
   }
-  // Blocks of tiles for each of `rows` jobs of a plan; unless a flag is given that is 0.
+  // Launches blocks of tiles for `rows` jobs of `plan`. The blocks return at once if *unless_zero is 0.
   template <class F, class Room>
   void over_tiles(void (*kernel)(Call<S>), int64_t rows, const Plan& plan, const int* unless_zero = nullptr) {
     const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>, launch.most_shared(), Room::bytes);
     launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
            call_over(plan, tiling.across, unless_zero));
   }
-  // Whether the call must be scanned again; the plan by which it then is.
+  // Launches `check`, which sets work.again. Returns the plan of the wide form.
   Plan check_jobs(int direction) {
     launch(check<S>, ceil_div(plan.jobs * scan.channels, kCheckThreads), dim3(kCheckThreads), 0,
            call_over(plan, scan.channels), direction);

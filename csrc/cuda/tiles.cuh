@@ -85,7 +85,7 @@ class TileRoom {
     return carried_[(1 + (tile & 1)) * channels + channel];
   }
   __device__ __forceinline__ Elements& staged(int tile, int k, int t) const { return staged_[slot(tile, k, t)]; }
-  // The same of another thread, after a barrier.
+  // The element staged by thread `other`; call after a barrier.
   __device__ __forceinline__ const Elements& staged_by(int other, int tile, int k, int t) const {
     Elements* const first = reinterpret_cast<Elements*>(carried_ + kCarried * channels);
     return first[other / kWarp * (kWarp * kSlots) + other % kWarp + slot(tile, k, t)];
@@ -217,7 +217,7 @@ __device__ __forceinline__ void stage_state(S& to, const Scan& scan, const Plan&
   else to = 0;
 }
 
-// What the last walk in a job handed on, where it is to be checked.
+// Stores the state that leaves the job, for `check`.
 template <class F, class Room>
 __device__ __forceinline__ void leave(const Room& room, const Call<typename F::S>& call, int64_t first, int64_t job) {
   const int64_t channels = call.scan.channels;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void leave(const Room& room, const Call<typename F::S
       store_states<typename F::Single>(call.work.exit, job, channels, first + c, {{room.carried(c)}});
 }
 
-// A channel of a tile, as one thread goes through it where maps cannot be applied.
+// A channel of a tile, scanned step by step by one thread when composing maps leaves the range.
 template <class F, class Room>
 struct Column {
   using S = typename F::S;
@@ -239,7 +239,7 @@ struct Column {
   int64_t d;
 
   // values[group, channel] becomes what enters a group, in scan order or (direction -1) from the right. Returns what leaves
-  // the last. each(other, t, x, s): s after step t of a thread, of which the inputs are x.
+  // the last. each(other, t, x, s): returns the state after step t of thread `other`, given inputs x and state s.
   template <class Each>
   __device__ __forceinline__ S scan_steps(S* values, int direction, S s, Each each) const {
     S x[F::kInputs];
@@ -256,7 +256,7 @@ struct Column {
     }
     return s;
   }
-  // Of the k-th stream that is staged.
+  // The element of the k-th staged stream.
   __device__ __forceinline__ S element(int other, int k, int t) const {
     return widen(room.staged_by(other, tile, k, t).at[channel % F::W]);
   }
@@ -270,7 +270,7 @@ struct Column {
   }
 };
 
-// `walk` from what is carried; scan(s), which is right but slow, where that meets what is not finite. A NaN stays. Where
+// `walk` from `carried`. If a value is not finite, calls the slow but exact scan(s) instead. A NaN on entry stays. Where
 // `kForgets` nothing is multiplied by a factor 0.
 template <bool kForgets, class S, class ScanSteps>
 __device__ __forceinline__ S walk_or_scan(const S* factors, S* values, int stride, int count, S carried,
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
     sums[i] = all<F>(0);
     room.own(kBackwardMaps<F> + 2 * i) = room.own(kBackwardMaps<F> + 2 * i + 1) = all<F>(0);
   }
-  int summed = 0;  // steps that `sums` may have of the thread's
+  int summed = 0;  // steps added to `sums` since the last add_up
 
   for (int64_t job = at.job; job < plan.jobs; job += plan.sum_rows) {
     Spans spans(scan, plan, job, -1);

@@ -30,7 +30,7 @@ _WHOLE = 9  # of them from which on time is not cut
 _FEW = 4 * CHUNK  # steps of a sequence that is not worth cutting
 _START = 16  # steps in the time of which a program of `backward` begins and ends
 _WALK = 32  # segments that one program walks over; with more of them groups of segments are walked over first
-_MULTIPROCESSORS_ELSEWHERE = 132  #: interpreted, on meta, or fake tensors on a GPU that is not there
+_MULTIPROCESSORS_ELSEWHERE = 132  #: assumed where no GPU can be queried: interpreter, meta and fake tensors
 
 _library = torch.library.Library("mru", "IMPL")
 
@@ -149,7 +149,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _strides(t: Tensor) -> list[int]:
-    """Over batch and time. That of a dimension of size 1 may be any number and is not used."""
+    """Strides over batch and time; 0 for a dimension of size 1, whose stride is arbitrary."""
     return [n if size > 1 else 0 for size, n in zip(t.shape[:2], t.stride(), strict=False)]
 
 
@@ -199,7 +199,7 @@ class _Call:
         rows = max(time - 1, 0) // chunk if saved else 0
         flags = (reverse, cu_seqlens is not None, alpha is not None, initial_state is not None)
         scan = (self.sequences, time, channels // self.align, segment, self.slots, *flags, rows, False)
-        nothing = self.rows(0)  # in the place of what is missing; a flag keeps it from being read
+        nothing = self.rows(0)  # stands in for missing tensors; flags keep kernels from reading it
         offsets = first.new_empty(0, dtype=torch.int64) if cu_seqlens is None else self._offsets(cu_seqlens)
         bend, tie, gain = surrogate(surrogate_scale, self.state)
         self.arguments = {
@@ -246,7 +246,7 @@ class _Call:
         return new((1 + self.per_channel, rows, self.channels), dtype=self.state)
 
     def saved(self, checkpoints: Tensor, events: Tensor, batch: int, chunk: int) -> dict[str, Tensor]:
-        """What the forward pass saved, once it is what a forward pass of this call saves."""
+        """The saved tensors as kernel arguments. ValueError unless shape, dtype and device are this call's."""
         words = self.time // 16 + (self.sequences if self.packed else 1) if self.packs else 0
         rows, channels = max(self.time - 1, 0) // chunk, self.channels
         for name, t, expected, dtype in (

@@ -121,7 +121,7 @@ def program(scan, BD: tl.constexpr):
 
 @triton.jit
 def works(scan, slot, flag):
-    """Whether a program scans at all."""
+    """Whether this program has a segment or sequence to scan."""
     programs = tl.where(scan.segment != 0, scan.slots, scan.sequences)
     return (slot < programs) & (tl.load(flag, mask=scan.redo != 0, other=1) != 0)
 
@@ -678,7 +678,7 @@ def check(
     scan, walk, flag, offsets, factors, sums, lates, entries, exits, final_state,
     MAGNITUDE: tl.constexpr, FORGETS: tl.constexpr, ALIGN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Raise the flag where a segment is left with another state than the next was handed. `exits` are [slots, D].
+    """Set the flag to 1 if a segment's exit state differs from the next segment's entry state. `exits` are [slots, D].
 
     Composing goes wrong where numbers leave the range of the dtype: a factor that overflows or underflows, an offset
     that overflows alone.

@@ -71,7 +71,7 @@ def _autocast(
 ) -> tuple[Mapping[str, Tensor], Tensor | None, Tensor | None]:
     """Cast the floating streams to the autocast dtype, so that different ones may meet; float64 stays.
 
-    What is not a stream may stay in half precision only where the streams are in the same; else it becomes float32.
+    Other tensors in a half precision that is not the autocast dtype become float32.
     """
     first = next(iter(inputs.values()))
     dtype = checks.autocast_dtype(first.device) if isinstance(first, Tensor) else None

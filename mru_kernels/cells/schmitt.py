@@ -42,7 +42,8 @@ def schmitt(
             candidate's or the state dtype; zeros if None.
         epsilon: in [0, 1]; a float, or a 0-dim CPU tensor, which torch.compile does not specialise on.
         alpha: `[D]`, scale of the output; ones if None.
-        surrogate_scale: k > 0 of the surrogate derivative, of any size: a gradient beyond its dtype is infinite, or 0.
+        surrogate_scale: k > 0 of the surrogate derivative, any finite value. Gradients out of range become infinite
+            or 0.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
         chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
@@ -54,7 +55,8 @@ def schmitt(
         `h [B, T, D]` in the candidate's dtype, and the final state `[B, D]` (`[N, D]`): the raw state s, float64 for
         float64 streams, else float32. Under autocast floating streams are cast to the autocast dtype. `h` is dense
         with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory where the candidate has unit
-        stride on D and a larger stride over T than over B, else contiguous. Gradients follow their streams alike.
+        stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream has the same
+        layout rule.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
