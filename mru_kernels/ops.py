@@ -560,7 +560,7 @@ def _fold_into_channels(op):
 
 
 def _batch_of_gradients(op):
-    """The backward op under the vmap of `is_grads_batched=True`, which uses torch's legacy vmap, not that of torch.func."""
+    """The backward op under `is_grads_batched=True`, which uses torch's legacy vmap, not that of torch.func."""
     rule, level = _fold_into_channels(op), 1  # torch does not nest this vmap
 
     def kernel(*arguments):
