@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from mru_kernels import ops
+from mru_kernels import backends, ops
 
 # Of streams [B, T, D]: usual ones; then sizes that overflow, that are nothing, or beyond all memory, also with a size
 # less: what could be allocated is small.
@@ -126,6 +126,7 @@ def step_of(scan: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("cell", ops.CELLS, ids=lambda cell: cell.name)
 @given(data=st.data())
 def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, kind, data):
+    backends.resolve(backend, device)  # which registers its kernels
     op = getattr(cell, kind)[backend]
     arguments = data.draw(scans(cell, device))
     if kind == "backward":
