@@ -667,7 +667,8 @@ def test_transforms_in_other_modes(backend, device):
     with torch.no_grad():
         assert torch.equal(grad(x), expected)
     with torch.inference_mode():
-        assert torch.equal(grad(x), expected)
+        differentiates = torch.func.grad(lambda c: c.sin().sum())(x).any()  # torch 2.11 gives zeros for its own ops too
+        assert torch.equal(grad(x), expected if differentiates else torch.zeros_like(x))
     with warnings.catch_warnings(), torch.autograd.detect_anomaly():
         warnings.simplefilter("ignore")
         assert torch.equal(grad(x), expected)
