@@ -176,7 +176,7 @@ def _described(value: Any) -> str:
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if not isinstance(value, Tensor):
-        return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+        return str(float(value) if type(value) is int else value)  # 1 is 1.0
     shape = ["T" if value.dim() == 3 and i == 1 else size for i, size in enumerate(value.shape)]
     text = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
     if value.dtype in (torch.int32, torch.int64) and value.device.type == "cpu":
