@@ -32,7 +32,7 @@ class Draw:
         self.huge = 2.0**800 if self.wide else 2.0**110
 
     def stream(self, *parts: tuple[int, float]) -> Tensor:
-        """A stream of parts, each so many steps of a value; the last to the end."""
+        """A stream of parts (steps, value); the last part fills the rest."""
         rows = torch.cat([torch.full((steps,), value, dtype=torch.float64) for steps, value in parts])
         rows = torch.cat([rows, rows[-1:].expand(TIME - len(rows))])
         return rows[None, :, None].expand(1, TIME, CHANNELS).to(self.dtype).contiguous()
@@ -146,7 +146,7 @@ def flipped(call: inputs.Call) -> inputs.Call:
 
 
 def packed(call: inputs.Call) -> inputs.Call:
-    """The call as the last of four sequences in a row, of which the first is its begin and two are empty."""
+    """Four packed sequences: the first steps of the call, two empty ones, and the call."""
 
     def longer(t: Tensor) -> Tensor:
         return torch.cat([t[:, :LEAD], t], 1) if t.dim() == 3 else t.expand(4, -1).contiguous() if t.dim() == 2 else t

@@ -153,7 +153,7 @@ def _out_of_range(rank: int) -> None:
 
 
 def _large_states(rank: int) -> None:
-    """The factor of a piece is exact enough for a state that is large beside what the piece writes."""
+    """The factor of a piece is exact enough for a state much larger than what the piece writes."""
     ranks, low, high = dist.get_world_size(), torch.full((2,), 0.2), torch.full((2,), 0.5)
     parallel = sequence_parallel(mk.schmitt)
     state = torch.full((1, 2), 2.0**20)

@@ -36,7 +36,7 @@ EXACT_GAIN = {torch.float32: 2.0**124, torch.float64: 2.0**1020}  # of a scale: 
 
 
 def _near_ties(cell: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Streams of which some steps tie, some are within rounding of it, some are 0."""
+    """Streams with ties, near ties and zeros."""
     candidate = torch.randn(2, 24, 19).to(dtype)
     candidate[0, 3], candidate[1, 2] = 0, 2.0**-20
     state = errors.state_dtype(dtype)
@@ -90,7 +90,7 @@ SUMS = {
 
 
 def _equal_terms(cell: str, batch: int, time: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """A call of which every step, or every second one, is the same after a few."""
+    """A call whose steps repeat, all or every second one, after the first few."""
     channels = torch.arange(1, 6) / 5  # near powers of two and far from them
     state = errors.state_dtype(dtype)
     if dtype.is_complex:
@@ -190,7 +190,7 @@ def test_any_number_of_channels_gives_the_same_values(backend, device, largest, 
 
 @contextmanager
 def _before_a_border(elements: int, dtype: torch.dtype):
-    """Memory of which the last element is the last that may be read."""
+    """Memory whose last element borders on a page that may not be read."""
     page = mmap.PAGESIZE
     size = -(-elements * dtype.itemsize // page) * page
     room = mmap.mmap(-1, size + page)

@@ -136,7 +136,7 @@ struct Ones {
   }
 };
 
-// Rows of [D] in the state dtype, or with elements of so many bytes.
+// Rows of [D]; elements have the state dtype, or `element` bytes.
 class Rows {
  public:
   Rows(const Scan& scan, int64_t rows) : Rows(scan, rows, state_bytes(scan)) {}
