@@ -92,11 +92,10 @@ class MRUBase(torch.nn.Module):
         self.chunk_size = checks.chunk_size(chunk_size)
         self._bare_gates = 0 if bias else sum(value is None for value in self.gates.values())
 
+        self._names = tuple(self._shapes(input_size))  # the same for every scan
         for layer, suffix in self._scans():
             width = input_size if layer == 0 else hidden_size * self.num_directions
-            shapes = self._shapes(width)
-            self._names = tuple(shapes)
-            for name, shape in shapes.items():
+            for name, shape in self._shapes(width).items():
                 parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name + suffix, parameter)
         self.reset_parameters()

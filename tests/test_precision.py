@@ -197,9 +197,11 @@ def _before_a_border(elements: int, dtype: torch.dtype):
     border = ctypes.addressof(ctypes.c_char.from_buffer(room)) + size
     protect = ctypes.CDLL(None, use_errno=True).mprotect
     protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    assert protect(border, page, mmap.PROT_READ & 0) == 0
-    yield torch.frombuffer(room, dtype=dtype, count=elements, offset=size - elements * dtype.itemsize)
-    protect(border, page, mmap.PROT_READ | mmap.PROT_WRITE)
+    assert protect(border, page, 0) == 0  # PROT_NONE
+    try:
+        yield torch.frombuffer(room, dtype=dtype, count=elements, offset=size - elements * dtype.itemsize)
+    finally:
+        protect(border, page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64], ids=str)
