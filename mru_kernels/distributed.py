@@ -5,8 +5,8 @@ few numbers per sequence and channel, compose those of the pieces before their o
 it. In the backward pass the adjoints of the pieces compose the other way. Every rank composes in the same order, so
 results are the same from run to run.
 
-Cutting time never changes what a whole scan says: where composed states leave the range of their dtype, ranks scan
-their pieces again one after another, each from the state that left the piece before.
+Where composed states leave the range of their dtype, ranks scan their pieces again one after another, each from the
+state that left the piece before.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ class _Call:
         self.left = left
 
     def _compare(self, failed: int, time: int, text: str) -> list[tuple[int, int, bytes, str]]:
-        """What every rank says: whether it failed, the length of its piece, a digest of its text, and the text."""
+        """Exchange a row per rank: whether it failed, the length of its piece, a digest of its text, and the text."""
         encoded = text.encode(errors="replace")
         message = _HEADER.pack(failed, time, hashlib.sha256(encoded).digest()[:8]) + encoded
         message = message[:_MESSAGE].ljust(_MESSAGE, b"\0")
@@ -432,7 +432,7 @@ def _gather(t: Tensor, group: Group) -> Tensor:
 def _chain(
     ranks: _Ranks, order: list[int], maps: Tensor, state: Tensor, run: Callable[[Tensor], tuple[Any, Tensor]]
 ) -> tuple[Any, Tensor]:
-    """What `run` makes of this rank's piece, and the state `[N, D]` that leaves the last one.
+    """Run this rank's piece; return its result and the final state `[N, D]` of the last piece.
 
     `run` takes the state that enters a piece and returns a result and the state that leaves it. Pieces run all at once,
     from composed states. Where a state that leaves a piece is not the one that entered the next, they run one after

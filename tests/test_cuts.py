@@ -1,4 +1,4 @@
-"""Cutting time never changes what a whole scan says, also where composed states leave the range of their dtype."""
+"""A scan that is cut equals a whole scan, also where composed states leave the range of their dtype."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _unit(cell: str, epsilon: float, state: float, grad: float, **options: Any) 
 
 
 def _out_of_range(rank: int) -> None:
-    """Cutting time never changes what a whole scan says, whatever leaves the range of its dtype."""
+    """Pieces of time equal one process, also where composed states leave the range of their dtype."""
     every = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
     packed = {"batch": "packed", "reverse": True}
     for options, dtypes in (({"batch": 2}, every), (packed, (torch.float32, torch.complex64))):

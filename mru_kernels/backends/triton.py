@@ -286,13 +286,14 @@ class _Call:
                 kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **self.options(name))
 
     def scan(self, name: str, own: dict, enters: str, leaves: str, adjoint_of: Tensor | None = None) -> None:
-        """Run the kernel `name` over time, and where time is cut over all segments at once.
+        """Run the kernel `name`: over whole sequences, or over all segments at once if time is cut.
 
-        `enters` and `leaves` name its arguments for what enters and leaves a segment, [slots, D], or else a sequence,
-        `adjoint_of` is what enters from the right in the backward pass.
+        Args:
+            enters, leaves: names of the kernel's arguments for the states that enter and leave a segment, [slots, D],
+                or a sequence, [sequences, D].
+            adjoint_of: [sequences, D], enters from the right in the backward pass.
 
-        Cutting time never changes what a whole scan says: where composed states leave the range of their dtype, the
-        call is scanned again whole. Whether it has to be is decided on the device.
+        After a cut, `check` decides on the device whether the call is scanned again as a whole (csrc/cells/cut.h).
         """
         from .triton_kernels import encode
 

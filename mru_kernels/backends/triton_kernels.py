@@ -13,10 +13,10 @@ A program is one warp that holds BD channels, 16 bytes of a stream a lane, and w
 no lane needs the values of another. A complex channel counts as two, its real and its imaginary part, in one lane.
 Without a split that is all. With one, a sequence takes summaries of its segments, a walk over these summaries (`fold`,
 `carry`), and the segments again from their entry states; where steps fit events these are packed on the way, and the
-streams are not read again. A cut never changes what a whole scan says: where composed states leave the range of their
-dtype (`check`), the call is scanned again whole. Where a write forgets, the adjoint's summary of a segment ends where
-all channels have written. The summaries issue all loads of a tile before its first use; in half precision, whose rows
-take half the registers, `summarize` and `backward` issue those of the next tile too.
+streams are not read again. `check` then decides whether the call is scanned again as a whole (csrc/cells/cut.h). Where
+a write forgets, the adjoint's summary of a segment ends where all channels have written. The summaries issue all loads
+of a tile before its first use; in half precision, whose rows take half the registers, `summarize` and `backward` issue
+those of the next tile too.
 
 Offsets are 64-bit. Every sum and product is taken in a fixed order.
 """
