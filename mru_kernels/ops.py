@@ -6,7 +6,7 @@ streams `[B, T, D]` and, where a cell allows it, as one value per channel `[D]`:
     streams    one tensor per stream; or, if packed = k > 0, one tensor `[B, T, k D]` with k streams side by side
     channel    inputs given per channel; they stand between the first stream and the others in the cell's order
     chunk      steps between the boundary states that are saved for the backward pass
-    segment    time steps of a segment that is scanned in parallel with others; 0 scans each sequence as a whole. Results
+    segment    steps of a segment that is scanned in parallel with others; 0 scans each sequence as a whole. Results
                differ from those of a whole scan by rounding only: where composed states leave the range of their
                dtype, the call is scanned again as a whole (csrc/cells/cut.h)
     save       whether a backward pass may follow, so whether what it needs is a result
