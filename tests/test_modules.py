@@ -156,6 +156,13 @@ def test_parameters_are_made_where_and_as_the_constructor_says(cls, dtype):
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", dtype)}
 
 
+def assert_a_default_device_changes_nothing(run: Callable[[], list[Tensor]]) -> None:
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @every_unit
 @unit_calls
 @given_or_not
@@ -163,13 +170,7 @@ def test_a_default_device_changes_nothing_of_a_unit(cls, options, draw, call, gi
     module, x = unit(cls, **options), draw()
     hx = state_of(module) if given else None
 
-    def run() -> list[Tensor]:
-        return trained(module, lambda: call(module, x, hx))
-
-    expected = run()
-    with torch.device("meta"):
-        got = run()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, hx)))
 
 
 @network_calls
@@ -178,13 +179,7 @@ def test_a_default_device_changes_nothing_of_a_network(make, draw, call, given):
     module, x = make(), draw()
     state = tuple(s.detach() for s in call(module, x, None)[1]) if given else None
 
-    def run() -> list[Tensor]:
-        return trained(module, lambda: call(module, x, state))
-
-    expected = run()
-    with torch.device("meta"):
-        got = run()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, state)))
 
 
 # ------------------------------------------------------------------------------------------------ half precision
