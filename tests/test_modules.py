@@ -169,7 +169,6 @@ def assert_a_default_device_changes_nothing(run: Callable[[], list[Tensor]]) -> 
 def test_a_default_device_changes_nothing_of_a_unit(cls, options, draw, call, given):
     module, x = unit(cls, **options), draw()
     hx = state_of(module) if given else None
-
     assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, hx)))
 
 
@@ -178,7 +177,6 @@ def test_a_default_device_changes_nothing_of_a_unit(cls, options, draw, call, gi
 def test_a_default_device_changes_nothing_of_a_network(make, draw, call, given):
     module, x = make(), draw()
     state = tuple(s.detach() for s in call(module, x, None)[1]) if given else None
-
     assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, state)))
 
 

@@ -113,44 +113,43 @@ def test_initial_values_of_the_first_quadrant():
     assert set(module.initial_state_l0.tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("cls", SIGNED)
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_gradients_are_those_of_the_op(cls, scale):
-    module = make(cls, 5, 7, surrogate_scale=scale, dtype=torch.float64)
-    x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
-    output, h_n = module(x)
-    weights = torch.randn_like(output), torch.randn_like(h_n)
-    parameters = dict(module.named_parameters())
-    got = torch.autograd.grad((output, h_n), [x, *parameters.values()], weights)
-
-    gates = F.linear(x, parameters["weight_ih_l0"], parameters["bias_ih_l0"])
-    candidate, threshold, *amplitude = (g.contiguous() for g in gates.chunk(len(module.gates), -1))
-    h, final = mk.bmru(
-        candidate, threshold, parameters["initial_state_l0"].expand(3, 7), epsilon=module.epsilon,
-        alpha=parameters.get("alpha_l0"), amplitude=amplitude[0] if amplitude else None, surrogate_scale=scale,
-    )  # fmt: skip
-    expected = torch.autograd.grad((h, final), [x, *parameters.values()], (weights[0], weights[1][0]))
-    for name, a, b in zip(["input", *parameters], got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-        assert a.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_gradients_of_the_first_quadrant_are_those_of_the_op(scale):
-    module = make(mk.FirstQuadrantBMRU, 5, 7, surrogate_scale=scale, dtype=torch.float64)
+def assert_gradients_are_those_of(op, module) -> None:
+    """`op` takes the input and the parameters by name, and gives h and the final state."""
     x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
     output, h_n = module(x)
     weights = torch.randn_like(output), torch.randn_like(h_n)
     p = {name.removesuffix("_l0"): value for name, value in module.named_parameters()}
     got = torch.autograd.grad((output, h_n), [x, *p.values()], weights)
-    h, final = mk.schmitt(
-        F.linear(x, p["weight_ih"], p["bias_ih"]).relu(), p["low"], p["low"] + p["width"].abs(),
-        p["initial_state"].expand(3, 7), alpha=p["alpha"], surrogate_scale=scale,
-    )  # fmt: skip
-    expected = torch.autograd.grad((h, final), [x, *p.values()], (weights[0], weights[1][0]))
+    expected = torch.autograd.grad(op(x, p), [x, *p.values()], (weights[0], weights[1][0]))
     for name, a, b in zip(["input", *p], got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
         assert a.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("cls", SIGNED)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradients_are_those_of_the_op(cls, scale):
+    module = make(cls, 5, 7, surrogate_scale=scale, dtype=torch.float64)
+
+    def op(x, p):
+        gates = F.linear(x, p["weight_ih"], p["bias_ih"])
+        candidate, threshold, *amplitude = (g.contiguous() for g in gates.chunk(len(module.gates), -1))
+        return mk.bmru(
+            candidate, threshold, p["initial_state"].expand(3, 7), epsilon=module.epsilon, alpha=p.get("alpha"),
+            amplitude=amplitude[0] if amplitude else None, surrogate_scale=scale,
+        )  # fmt: skip
+
+    assert_gradients_are_those_of(op, module)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradients_of_the_first_quadrant_are_those_of_the_op(scale):
+    def op(x, p):
+        candidate, high = F.linear(x, p["weight_ih"], p["bias_ih"]).relu(), p["low"] + p["width"].abs()
+        initial_state = p["initial_state"].expand(3, 7)
+        return mk.schmitt(candidate, p["low"], high, initial_state, alpha=p["alpha"], surrogate_scale=scale)
+
+    assert_gradients_are_those_of(op, make(mk.FirstQuadrantBMRU, 5, 7, surrogate_scale=scale, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
