@@ -698,7 +698,9 @@ def check(
             entry = get(entries, slot, at, at.mask, 0.0)
             leaves = get(exits, slot, at, at.mask, 0.0)
             right = consistent(factor, offset, late, entry, leaves, handed, MAGNITUDE, FORGETS)
-            tl.store(flag + tl.zeros_like(at.d), 1, mask=tl.where(right, False, at.mask))
+            wrong = tl.max(tl.where(right, 0, tl.where(at.mask, 1, 0)), 0)
+            if wrong != 0:
+                tl.store(flag, 1)
 
 
 # ------------------------------------------------------------------------- backward
