@@ -43,9 +43,9 @@ CXX_FLAGS = [
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
-# csrc/cpu/kernels.cpp is compiled once per instruction set and cell; csrc/cpu/driver.cpp chooses at run time. The names
-# are those of the enumerations in csrc.
-CELLS = ("kBmru", "kLinear", "kSchmitt")
+# The files of csrc/cells are the list of cells. csrc/cpu/kernels.cpp is compiled once per instruction set, by its name in
+# csrc/cpu/kernels.h, and cell; csrc/cpu/driver.cpp chooses at run time.
+CELLS = sorted(path.stem for path in (ROOT / "csrc/cells").glob("*.h"))
 ISA_FLAGS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -70,7 +70,7 @@ CPU_OBJECTS = {
     },
 }
 
-# -fmad=false: as -ffp-contract=off; gradients ask for what they want fused (csrc/cells/lanes.h).
+# -fmad=false: as -ffp-contract=off; gradients ask for what they want fused (csrc/lanes.h).
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 # csrc/cuda/scan.cu is compiled once per element type.
@@ -122,6 +122,18 @@ def gencode_flags():
     return flags
 
 
+def cells_header():
+    """The text of cells.h: every cell's header, and MRU_EACH_CELL(X), which is X(name) for each."""
+    includes = [f'#include "{ROOT / "csrc/cells" / cell}.h"' for cell in CELLS]
+    return "\n".join(["#pragma once", *includes, f"#define MRU_EACH_CELL(X) {' '.join(f'X({c})' for c in CELLS)}", ""])
+
+
+def write_if_new(path, text):
+    """Write a file unless it holds `text` already, so that a build makes only what has changed."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 def quoted(path):
     """A path, which may hold spaces, as a word of a command in build.ninja."""
     return ninja_syntax.escape(shlex.quote(str(path)))
@@ -141,6 +153,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        write_if_new(folder / "cells.h", cells_header())
         with open(folder / "build.ninja", "w") as file:
             self.write_ninja(ninja_syntax.Writer(file, width=110), target, home)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
@@ -150,14 +163,14 @@ class NinjaBuild(build_ext):
         link = [f"-L{quoted(path)} {quoted(f'-Wl,-rpath-link,{path}')}" for path in cpp_extension.library_paths()]
         link += LINK_FLAGS
         n.variable("cxx", os.environ.get("CXX", "g++"))
-        n.variable("cxxflags", [*CXX_FLAGS, *includes])
+        n.variable("cxxflags", [*CXX_FLAGS, "-I.", *includes])  # ninja's folder, for cells.h
         n.rule("cxx", "$cxx $cxxflags $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})
         if cuda:
             objects += n.build("cuda_register.o", "cxx", str(ROOT / "csrc/cuda/register.cpp"))
-            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *gencode_flags()])
+            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, "-I.", *gencode_flags()])
             n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for name, (source, own) in CUDA_OBJECTS.items():
                 objects += n.build(f"{name}.o", "nvcc", str(ROOT / source), variables={"own": own})

@@ -1,5 +1,5 @@
 // The CPU backend's kernels of the ops that mru_kernels/ops.py defines.
-#include "../binding.h"
+#include "../torch/ops.h"
 #include "driver.h"
 
 namespace {

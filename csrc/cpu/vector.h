@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../cells/lanes.h"
+#include "../lanes.h"
 
 namespace mru {
 

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "../cells/lanes.h"
+#include "../lanes.h"
 #ifndef __CUDACC__
 #include "../cpu/vector.h"  // conversions of half precision
 #endif

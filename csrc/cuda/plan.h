@@ -7,12 +7,12 @@
 //             where steps do not fit events, `forward` from the entry states.
 //   backward  wide: `backward`, one pass. chunked: `summarize_adjoint` each job, where a write forgets as far as to it;
 //             `carry`; `backward` from the entry states of m.
-//   check     chunked: whether every job left what `carry` handed to the next one (csrc/cells/cut.h). The wide form is
+//   check     chunked: whether every job left what `carry` handed to the next one (csrc/maps/cut.h). The wide form is
 //             launched after it and returns at once if no check failed. A forward pass that only copies values needs neither.
 #pragma once
 #include <algorithm>
 
-#include "../cells/lanes.h"
+#include "../lanes.h"
 #include "../scan.h"
 
 namespace mru::cuda {

@@ -1,5 +1,5 @@
 // The CUDA backend's kernels of the ops that mru_kernels/ops.py defines.
-#include "../binding.h"
+#include "../torch/ops.h"
 #include "plan.h"
 
 // Known where torch is built with CUDA: weak, so that this extension loads on any torch.

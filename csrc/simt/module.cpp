@@ -6,7 +6,7 @@
 #include <array>
 #include <map>
 
-#include "../binding.h"
+#include "../torch/ops.h"
 #include "../cuda/plan.h"
 #include "simt.h"
 

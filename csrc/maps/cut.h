@@ -5,7 +5,7 @@
 // where numbers leave the range: a factor overflows or underflows, or an offset overflows alone. So the state that leaves a
 // segment is compared with the state that was handed to the next segment.
 #pragma once
-#include "lanes.h"
+#include "affine.h"
 
 namespace mru {
 

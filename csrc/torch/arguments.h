@@ -1,0 +1,217 @@
+// From the arguments of a torch op to a Scan. The schemas and the shapes of the results are stated in mru_kernels/ops.py.
+#pragma once
+#include "tensors.h"
+
+#include <array>
+#include <bit>
+#include <limits>
+
+#include "../cell.h"
+
+namespace mru {
+
+// What forward and backward have in common.
+struct Arguments {
+  const Tensors& inputs;      // the arrays and the scheduled scalars that are given
+  int64_t given, packed;      // bit i: input i is given; it lies in inputs[0], side by side with others
+  const std::vector<double>& numbers;  // the other scalars
+  const OptionalTensor &initial_state, &cu_seqlens;
+  bool reverse;
+  int64_t chunk, segment;
+  int64_t rank = 3;  // of streams; 2: a single step
+};
+
+// What the binding needs to know of a cell.
+struct CellInfo {
+  int inputs, scalars;
+  const Scalar* scalar;  // [scalars]
+  bool is_complex;  // whether it takes complex streams
+  bool (*takes)(unsigned given, unsigned per_channel);
+  bool (*has_codes)(unsigned given, unsigned per_channel);
+};
+template <class C>
+bool has_codes(unsigned given, unsigned per_channel) {
+  return with_form<C>(given, per_channel,
+                      []<unsigned kGiven, unsigned>() { return C::template Cell<float, kGiven>::kCodes; });
+}
+template <class C>
+constexpr CellInfo info_of = {C::inputs(), C::scalars(), C::kScalars, C::kComplex, &C::takes, &has_codes<C>};
+
+// A Scan and the tensors that it points into. Everything that a kernel relies on is checked here; the public functions of
+// the package put what they can into the words of their own arguments.
+class Bound {
+ public:
+  Scan scan{};
+  Tensors streams;                          // one view per stream, in the cell's order
+  std::array<int, kMaxInputs> place{};      // of input i among the tensors `inputs`; -1: it is not given
+  std::array<int, kMaxInputs> stream{};     // of input i among `streams`; -1: it is none
+  unsigned given = 0, per_channel = 0;      // bit i: array input i is given; it comes per channel
+  ScalarType type, state;
+
+  // `most_chunk`: the longest chunk that the backend takes.
+  Bound(const CellInfo& cell, int64_t most_chunk, const Arguments& arguments) {
+    MRU_EXPECT(!arguments.inputs.empty(), "inputs: expected at least one tensor");
+    kept_.reserve(2 * kMaxInputs);
+    streams.reserve(kMaxInputs);
+    bind_first(arguments);
+    bind_inputs(cell, arguments);
+    bind_scalars(cell, arguments);
+    bind_sequences(arguments);
+    scan.reverse = arguments.reverse, scan.chunk = arguments.chunk, scan.segment = arguments.segment;
+    MRU_EXPECT(scan.chunk > 0 && scan.chunk <= most_chunk && scan.chunk % kEventsPerWord == 0,
+               "chunk: expected a positive multiple of 16 up to ", most_chunk, ", got ", scan.chunk);
+    MRU_EXPECT(scan.segment >= 0 && scan.segment <= kMostElements && scan.segment % scan.chunk == 0,
+               "segment: expected 0 or a positive multiple of the chunk ", scan.chunk, " up to 2^60, got ",
+               scan.segment);
+    scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
+    scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
+    // Codes are worth packing where several segments scan a sequence at once.
+    packs_codes = scan.segment > 0 && cell.has_codes(given, per_channel);
+  }
+
+  bool packs_codes = false;
+
+  // A tensor [sequences, D], in the state dtype.
+  Tensor sequence_states(const Tensor& t, const char* name) const {
+    MRU_EXPECT(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
+               scan.sequences, ", ", scan.channels, "]");
+    return parameter(t, name);
+  }
+  // What the forward pass saved, [B, rows, D].
+  void* saved(const Tensor& t, int64_t rows, ScalarType as, const char* name) {
+    MRU_EXPECT(t.dim() == 3 && t.size(0) == scan.batch && t.size(1) == rows && t.size(2) == scan.channels &&
+                   t.scalar_type() == as,
+               name, ": expected [", scan.batch, ", ", rows, ", ", scan.channels, "] as the forward pass made it");
+    expect_device(t, name);
+    return const_cast<void*>(keep(torch::stable::contiguous(t)));
+  }
+  void expect_like(const Tensor& t, const char* name) const {
+    expect_device(t, name);
+    const ScalarType own = t.scalar_type();
+    MRU_EXPECT(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
+               ": expected the streams' dtype, the state dtype or, for real streams, float32");
+  }
+
+  Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
+  Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {scan.batch, rows, scan.channels}, as); }
+  const void* keep(Tensor t) {
+    kept_.push_back(std::move(t));
+    return kept_.back().data_ptr();
+  }
+
+ private:
+  static double size(int64_t n) { return double(std::max<int64_t>(n, 1)); }  // strides are products of other sizes
+
+  // The first stream, which sets sizes, dtype and device; or the streams that lie side by side.
+  void bind_first(const Arguments& arguments) {
+    const Tensor& t = arguments.inputs[0];
+    device_type_ = device_type(t), device_index_ = t.get_device_index();
+    MRU_EXPECT(t.dim() == arguments.rank, "inputs[0]: expected ",
+               arguments.rank == 3 ? "[batch, time, channels]" : "[batch, channels]", ", got ", t.dim(), " dimensions");
+    const int64_t gates = std::popcount(uint64_t(arguments.packed));
+    MRU_EXPECT(gates == 0 || (gates <= kMaxInputs && (arguments.packed & 1) != 0 && arguments.rank == 3),
+               "packed: expected a mask of inputs side by side, the first of them included, got ", arguments.packed);
+    MRU_EXPECT(gates == 0 || t.size(2) % gates == 0, "packed: expected ", gates, " gates that divide ", t.size(2),
+               " channels");
+    if (gates > 0) streams = split_gates(unit_channels(t), gates);
+    else streams.push_back(unit_channels(t));
+    const Tensor& first = streams[0];
+    type = first.scalar_type();
+    state = state_type(type);
+    scan.dtype = dtype_of(type);
+    scan.batch = first.size(0), scan.time = arguments.rank == 3 ? first.size(1) : 1;
+    scan.channels = first.size(arguments.rank - 1);
+    MRU_EXPECT(size(scan.batch) * size(scan.time) * size(scan.channels) <= double(kMostElements),
+               "inputs[0]: expected a size that 64 bits can address");
+  }
+
+  // The array inputs: the packed streams, then the other tensors in ascending order of the inputs.
+  void bind_inputs(const CellInfo& cell, const Arguments& arguments) {
+    place.fill(-1), stream.fill(-1);
+    for (int i = 0; i < cell.inputs; ++i) {
+      const bool packed = arguments.packed >> i & 1;
+      MRU_EXPECT(!packed || (arguments.given >> i & 1) != 0, "packed: expected inputs that are given, got ",
+                 arguments.packed, " of ", arguments.given);
+      if ((arguments.given >> i & 1) == 0) continue;
+      given |= 1u << i;
+      place[i] = packed || i == 0 ? 0 : int(next_);
+      if (!packed && i > 0) {
+        const Tensor& t = following(arguments);
+        expect_device(t, "inputs");
+        if (t.dim() == 1) {
+          MRU_EXPECT(t.size(0) == scan.channels, "inputs[", place[i], "]: expected [", scan.channels, "]");
+          scan.in[i].channel = keep(parameter(t, "inputs"));
+          per_channel |= 1u << i;
+          continue;
+        }
+        MRU_EXPECT(t.dim() == arguments.rank, "inputs[", place[i], "]: expected ", arguments.rank, " dimensions or [",
+                   scan.channels, "], got ", t.dim(), " dimensions");
+        stream[i] = int(streams.size());
+        streams.push_back(unit_channels(t));
+      } else {
+        stream[i] = std::popcount(uint64_t(arguments.packed) & ((uint64_t(1) << i) - 1));
+      }
+      const Tensor& t = streams[stream[i]];
+      MRU_EXPECT(t.scalar_type() == type && t.sizes().equals(streams[0].sizes()),
+                 "inputs: expected streams of one dtype and shape");
+      scan.in[i].stream = stream_of(t);
+    }
+    MRU_EXPECT(cell.takes(given, per_channel) && (!is_complex(scan.dtype) || cell.is_complex),
+               "inputs: expected the inputs of the cell, got those of the mask ", given, ", per channel ", per_channel);
+  }
+
+  // The scheduled scalars, as tensors that follow the arrays, then the numbers.
+  void bind_scalars(const CellInfo& cell, const Arguments& arguments) {
+    const int64_t numbers = arguments.numbers.size(), scheduled = cell.scalars - numbers;
+    MRU_EXPECT(scheduled >= 0 && arguments.given >> cell.inputs == (int64_t(1) << scheduled) - 1 &&
+                   next_ + scheduled == int64_t(arguments.inputs.size()),
+               "inputs, given, numbers: expected the inputs and the ", cell.scalars, " scalars of the cell, got ",
+               arguments.inputs.size(), " tensors, the mask ", arguments.given, " and ", numbers, " numbers");
+    for (int64_t i = 0; i < scheduled; ++i) scan.scalars[i] = scalar_of(arguments.inputs[next_ + i]);
+    for (int64_t i = 0; i < numbers; ++i) scan.scalars[scheduled + i] = arguments.numbers[i];
+    for (int i = 0; i < cell.scalars; ++i) {
+      const Scalar& scalar = cell.scalar[i];
+      const double value = scan.scalars[i];
+      if (scalar.least <= value && value <= scalar.most) continue;
+      if (scalar.most == positive("").most) refuse(scalar.name, ": expected a positive finite number, got ", value);
+      refuse(scalar.name, ": expected a value in [", scalar.least, ", ", scalar.most, "], got ", value);
+    }
+  }
+
+  void bind_sequences(const Arguments& arguments) {
+    scan.sequences = scan.batch;
+    if (arguments.cu_seqlens) {
+      const Tensor& t = *arguments.cu_seqlens;
+      expect_device(t, "cu_seqlens");
+      const ScalarType offset = t.scalar_type();
+      MRU_EXPECT(t.dim() == 1 && t.numel() > 0 && (offset == ScalarType::Int || offset == ScalarType::Long),
+                 "cu_seqlens: expected int32 or int64 [sequences + 1]");
+      MRU_EXPECT(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
+      scan.sequences = t.numel() - 1;
+      MRU_EXPECT(size(scan.sequences) * size(scan.channels) <= double(kMostElements),
+                 "cu_seqlens: expected a number of sequences that 64 bits can address");
+      scan.offsets = static_cast<const int64_t*>(keep(as_state(t, ScalarType::Long)));
+    }
+    if (arguments.initial_state) scan.initial = keep(sequence_states(*arguments.initial_state, "initial_state"));
+  }
+
+  const Tensor& following(const Arguments& arguments) {
+    MRU_EXPECT(next_ < int64_t(arguments.inputs.size()), "inputs: expected a tensor for each input of the mask ",
+               arguments.given, ", got ", arguments.inputs.size());
+    return arguments.inputs[next_++];
+  }
+  void expect_device(const Tensor& t, const char* name) const {
+    MRU_EXPECT(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
+               ": expected the streams' device");
+  }
+  Tensor parameter(const Tensor& t, const char* name) const {
+    expect_like(t, name);
+    return as_state(t, state);
+  }
+
+  int32_t device_type_, device_index_;
+  int64_t next_ = 1;  // the next tensor of `inputs`
+  Tensors kept_;
+};
+
+}  // namespace mru

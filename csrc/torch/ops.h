@@ -1,0 +1,128 @@
+// The ops of every cell for a backend that is written in C++: forward, backward, step and map.
+//
+// A backend is a type with
+//   kMostChunk                              the longest chunk that it takes
+//   forward<C>(scan, like), backward<C>(scan, like), map<C>(scan, factor, offset, like)
+//                                           run cell C on the device and stream of the tensor `like`
+#pragma once
+#include <tuple>
+
+#include "arguments.h"
+
+namespace mru {
+
+template <class Backend, class C>
+Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
+                OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse, int64_t chunk, int64_t segment,
+                bool save) {
+  Bound bound(info_of<C>, Backend::kMostChunk,
+              {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
+  Scan& scan = bound.scan;
+  Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
+  scan.h = stream_of(results[0]);
+  scan.final_state = results[1].data_ptr();
+  scan.save = save;
+  if (save) {
+    results.push_back(bound.rows(scan.checkpoint_rows, bound.state));
+    scan.checkpoints = results.back().data_ptr();
+  }
+  if (save || bound.packs_codes) {  // the scan itself needs them too
+    results.push_back(bound.rows(bound.packs_codes ? scan.event_rows : 0, ScalarType::Int));
+    if (bound.packs_codes) scan.events = static_cast<int32_t*>(results.back().data_ptr());
+  }
+  Backend::template forward<C>(scan, results[0]);
+  if (!save) results.resize(2, results[0]);
+  return results;
+}
+
+// The gradients of the arrays in `inputs`, in their order, and that of the initial state.
+inline Tensors allocate_gradients(Bound& bound, const Tensors& inputs, int64_t packed) {
+  Scan& scan = bound.scan;
+  Tensors grads, gates;
+  if (packed != 0) {
+    grads.push_back(allocate_like(bound.streams[0], std::popcount(uint64_t(packed))));
+    gates = split_gates(grads[0], std::popcount(uint64_t(packed)));
+  }
+  size_t gate = 0;
+  for (int i = 0; i < kMaxInputs; ++i) {
+    if (bound.place[i] < 0) continue;
+    if (bound.per_channel >> i & 1) {
+      grads.push_back(allocate(inputs[bound.place[i]], {scan.channels}, bound.state));
+      scan.grad_channel[i] = grads.back().data_ptr();
+    } else if (packed >> i & 1) {
+      scan.grad_in[i] = stream_of(gates[gate++]);
+    } else {
+      grads.push_back(allocate_like(bound.streams[bound.stream[i]]));
+      scan.grad_in[i] = stream_of(grads.back());
+    }
+  }
+  grads.push_back(bound.states(scan.sequences));
+  scan.grad_initial = grads.back().data_ptr();
+  return grads;
+}
+
+template <class Backend, class C>
+Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given, int64_t packed,
+                 std::vector<double> numbers, OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse,
+                 int64_t chunk, int64_t segment, Tensor checkpoints, Tensor events) {
+  Bound bound(info_of<C>, Backend::kMostChunk,
+              {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
+  Scan& scan = bound.scan;
+  MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
+                 grad_h.size(2) == scan.channels,
+             "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
+  bound.expect_like(grad_h, "grad_h");
+  grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
+  scan.grad_h = stream_of(grad_h);
+  scan.grad_final = bound.keep(bound.sequence_states(grad_final, "grad_final"));
+  scan.checkpoints = bound.saved(checkpoints, scan.checkpoint_rows, bound.state, "checkpoints");
+  void* const rows = bound.saved(events, bound.packs_codes ? scan.event_rows : 0, ScalarType::Int, "events");
+  if (bound.packs_codes) scan.events = static_cast<int32_t*>(rows);
+  Tensors grads = allocate_gradients(bound, inputs, packed);
+  Backend::template backward<C>(scan, grad_h);
+
+  if (!initial_state) grads.pop_back();
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& like = i + 1 == grads.size() && initial_state ? *initial_state : inputs[i];
+    if (grads[i].scalar_type() != like.scalar_type()) grads[i] = torch::stable::to(grads[i], like.scalar_type());
+  }
+  return grads;
+}
+
+// A single step, in fewer and simpler arguments than `forward`: they cost more than the step does.
+template <class Backend, class C>
+std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<double> numbers, Tensor state) {
+  const OptionalTensor initial = state, none;
+  Bound bound(info_of<C>, Backend::kMostChunk,
+              {inputs, given, /*packed=*/0, numbers, initial, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+               /*segment=*/0, /*rank=*/2});
+  Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
+  bound.scan.h = stream_of(h);
+  bound.scan.final_state = after.data_ptr();
+  Backend::template forward<C>(bound.scan, h);
+  return {h, after};
+}
+
+// The steps of each sequence as one map of the state, s -> factor s + offset: both [B, D].
+template <class Backend, class C>
+std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
+                               bool reverse, int64_t segment) {
+  const OptionalTensor none;
+  Bound bound(info_of<C>, Backend::kMostChunk,
+              {inputs, given, packed, numbers, none, none, reverse, /*chunk=*/kEventsPerWord, segment});
+  bound.scan.event_rows = 0;
+  Tensor factor = bound.states(bound.scan.sequences), offset = bound.states(bound.scan.sequences);
+  Backend::template map<C>(bound.scan, factor, offset);
+  return {factor, offset};
+}
+
+// `m` is what STABLE_TORCH_LIBRARY_IMPL gives.
+template <class Backend, class C, class Library>
+void implement(Library& m, const std::string& cell, const std::string& backend) {
+  m.impl((cell + "." + backend).c_str(), TORCH_BOX((&forward<Backend, C>)));
+  m.impl((cell + "_backward." + backend).c_str(), TORCH_BOX((&backward<Backend, C>)));
+  m.impl((cell + "_step." + backend).c_str(), TORCH_BOX((&step<Backend, C>)));
+  m.impl((cell + "_map." + backend).c_str(), TORCH_BOX((&map<Backend, C>)));
+}
+
+}  // namespace mru

@@ -1,0 +1,142 @@
+// Tensors of torch's stable ABI: dtypes, layouts, allocation.
+#pragma once
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include "../check.h"
+
+// The message of the last error that torch reported in this thread. Torch has it from 2.13 on, so the symbol is weak.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace mru {
+
+// Raises torch's own words, which users and tools look for ("out of memory", "can't allocate memory").
+[[noreturn, gnu::cold, gnu::noinline]] inline void refuse_as_torch(const char* call) {
+  const auto words = torch_exception_get_what_without_backtrace;
+  const char* const said = words ? words() : nullptr;
+  if (said && *said) refuse(said);
+  refuse("torch: ", call, " failed");
+}
+
+}  // namespace mru
+
+// Replace the check macros of torch's headers, which format with iostreams (see check.h). Call sites omit the semicolon.
+#undef TORCH_ERROR_CODE_CHECK
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)          \
+  {                                           \
+    if ((call) != TORCH_SUCCESS) [[unlikely]] \
+      ::mru::refuse_as_torch(#call);          \
+  }
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../scan.h"
+
+namespace mru {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+inline ScalarType state_type(ScalarType type) {
+  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  return half ? ScalarType::Float : type;
+}
+
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::ComplexFloat: return Dtype::kComplex64;
+    case ScalarType::ComplexDouble: return Dtype::kComplex128;
+    default: refuse("inputs[0]: expected float32, float64, bfloat16, float16, complex64 or complex128");
+  }
+}
+
+constexpr int64_t kMostElements = int64_t(1) << 60;  // of a tensor: 64 bits address its bytes, whatever the dtype
+
+// Kernels take any strides on batch and time but a unit stride on channels: other layouts are copied once.
+inline Tensor unit_channels(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor as_state(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(t, type));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);  // a call of torch costs as much as a short scan
+}
+
+inline int32_t device_type(const Tensor& t) {
+  int32_t type = 0;
+  aoti_torch_get_device_type(t.get(), &type);
+  return type;
+}
+
+// Uninitialised, on the device of `like`; without the dispatcher, which costs more than a short scan.
+inline Tensor allocate(const Tensor& like, size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device_type(like), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[3];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  return allocate(like, sizes.size(), sizes.begin(), strides, type);
+}
+
+// For the stream `t`, [B, T, gates D] or [B, D], in the layout that mru_kernels/ops.py states (`dense_like`).
+inline Tensor allocate_like(const Tensor& t, int64_t gates = 1) {
+  if (t.dim() == 2) return allocate(t, {t.size(0), t.size(1)}, t.scalar_type());
+  const int64_t batch = t.size(0), time = t.size(1), channels = gates * t.size(2);
+  const bool time_major = t.stride(1) > t.stride(0) && t.stride(0) > 0;
+  if (!time_major) return allocate(t, {batch, time, channels}, t.scalar_type());
+  const int64_t row = std::max<int64_t>(channels, 1);
+  const int64_t sizes[] = {batch, time, channels}, strides[] = {row, std::max<int64_t>(batch, 1) * row, 1};
+  return allocate(t, 3, sizes, strides, t.scalar_type());
+}
+
+// Of a tensor [B, T, D], or [B, D] for a single step. The stride of a dimension of size 1 may be any number.
+inline Stream stream_of(const Tensor& t) {
+  const auto stride = [&](int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; };
+  return {t.data_ptr(), stride(0), t.dim() == 3 ? stride(1) : 0};
+}
+
+// A scheduled scalar, which may change between calls.
+inline double scalar_of(const Tensor& t) {
+  MRU_EXPECT(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
+             "inputs: expected a scalar as one float64 value on the CPU");
+  return *static_cast<const double*>(t.data_ptr());
+}
+
+// The gates of a packed tensor [B, T, k D], as k views [B, T, D].
+inline Tensors split_gates(Tensor gates, int64_t k) {
+  const int64_t channels = gates.size(2) / k;
+  Tensors views;
+  for (int64_t i = 0; i < k; ++i) views.push_back(torch::stable::narrow(gates, 2, i * channels, channels));
+  return views;
+}
+
+}  // namespace mru
