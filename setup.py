@@ -124,7 +124,7 @@ def gencode_flags():
 
 def cells_header():
     """The text of cells.h: every cell's header, and MRU_EACH_CELL(X), which is X(name) for each."""
-    includes = [f'#include "{ROOT / "csrc/cells" / cell}.h"' for cell in CELLS]
+    includes = [f'#include "cells/{cell}.h"' for cell in CELLS]
     return "\n".join(["#pragma once", *includes, f"#define MRU_EACH_CELL(X) {' '.join(f'X({c})' for c in CELLS)}", ""])
 
 
@@ -137,6 +137,9 @@ def write_if_new(path, text):
 def quoted(path):
     """A path, which may hold spaces, as a word of a command in build.ninja."""
     return ninja_syntax.escape(shlex.quote(str(path)))
+
+
+OWN_HEADERS = ["-I.", f"-I{quoted(ROOT / 'csrc')}"]  # cells.h is in ninja's folder
 
 
 class NinjaBuild(build_ext):
@@ -163,14 +166,14 @@ class NinjaBuild(build_ext):
         link = [f"-L{quoted(path)} {quoted(f'-Wl,-rpath-link,{path}')}" for path in cpp_extension.library_paths()]
         link += LINK_FLAGS
         n.variable("cxx", os.environ.get("CXX", "g++"))
-        n.variable("cxxflags", [*CXX_FLAGS, "-I.", *includes])  # ninja's folder, for cells.h
+        n.variable("cxxflags", [*CXX_FLAGS, *OWN_HEADERS, *includes])
         n.rule("cxx", "$cxx $cxxflags $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})
         if cuda:
             objects += n.build("cuda_register.o", "cxx", str(ROOT / "csrc/cuda/register.cpp"))
-            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, "-I.", *gencode_flags()])
+            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *OWN_HEADERS, *gencode_flags()])
             n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for name, (source, own) in CUDA_OBJECTS.items():
                 objects += n.build(f"{name}.o", "nvcc", str(ROOT / source), variables={"own": own})
