@@ -57,8 +57,8 @@ __device__ __forceinline__ To bits_as(const From& from) {
 }
 
 // What the bytes belong to: the budget of a pass is stated per kind. A stream that passes by is the first to leave the
-// second-level cache, so that events, which the next launch reads, stay there.
-enum class Traffic { kStream, kEvents, kState, kIndex, kPassing };
+// second-level cache, so that codes, which the next launch reads, stay there.
+enum class Traffic { kStream, kCodes, kState, kIndex, kPassing };
 
 #ifdef __CUDACC__
 

@@ -10,6 +10,8 @@ struct Affine {
   S a, b;
 
   static MRU_INLINE Affine identity() { return {S(1), S(0)}; }
+  // The map of a step that resets the state to b.
+  static MRU_INLINE Affine constant(S b) { return {S(0), b}; }
   // The map of steps in which a sequence begins (for the adjoint: ends). It ignores the state on entry, NaN included. A NaN
   // factor marks it: where an input makes a factor NaN, b is NaN as well, and nothing is lost.
   static MRU_INLINE Affine head(S b) { return {S(__builtin_nan("")), b}; }
@@ -22,8 +24,20 @@ struct Affine {
     const S both = a * s + b;
     return alone ? b : both;
   }
+  // `apply` where no number is infinite or NaN, in the one instruction that a device has for it.
+  MRU_INLINE S apply_finite(S s) const {
+    if constexpr (RealOf<S>::is_complex) return a * s + b;
+    else return multiply_add(a, s, b);
+  }
   // This map, then `next`.
   MRU_INLINE Affine then(Affine next) const { return {next.a * a, next.apply(b)}; }
+  // The same for a `next` of steps that reset the state to `s`: nothing is computed, and NaN stays.
+  MRU_INLINE Affine then_reset_to(S s) const { return {S(0), b == b ? s : b}; }
+  // `before`, then this map, where every factor is 0 or 1 and the maps are of the adjoint: values are added or left out.
+  MRU_INLINE Affine after_selecting(Affine before) const {
+    const bool holds = a != S(0);
+    return {holds ? before.a : a, holds ? b + before.b : b};
+  }
 };
 
 }  // namespace mru
