@@ -23,6 +23,7 @@ from . import backends, checks, ops
 from .cells.bmru import bmru_packed
 from .cells.linear_recurrence import linear_recurrence
 from .cells.schmitt import schmitt
+from .scalars import EPSILON, SURROGATE_SCALE
 
 __all__ = ["BMRU", "CMRU", "LRU", "AlphaCMRU", "FirstQuadrantBMRU", "MRUBase", "MinGRU", "MinLSTM", "WriteOrHold"]
 
@@ -447,7 +448,7 @@ class WriteOrHold(MRUBase):
     ) -> None:
         super().__init__(input_size, hidden_size, num_layers, **options)
         self.epsilon = epsilon
-        self.surrogate_scale = checks.surrogate_scale(surrogate_scale)
+        self.surrogate_scale = SURROGATE_SCALE.number(surrogate_scale)
 
     @property
     def epsilon(self) -> float:
@@ -456,11 +457,11 @@ class WriteOrHold(MRUBase):
         A call uses the value of that time, and so does its backward pass. Activation checkpointing is the exception:
         it computes the forward pass again with the value at that time, so set epsilon after the backward pass.
         """
-        return checks.epsilon_value(self._epsilon)
+        return EPSILON.number(self._epsilon)
 
     @epsilon.setter
     def epsilon(self, value: float | Tensor) -> None:
-        self._epsilon = checks.own_epsilon(value)
+        self._epsilon = EPSILON.own(value)
 
     def _accumulates(self) -> bool:
         return self.epsilon > 0.0
