@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +36,7 @@ def call(
         arrays, initial_state = _autocast(arrays, initial_state)
         _check(cell, arrays, initial_state, cu_seqlens, packed)
     try:
-        inputs, given = [], packed
-        for i, value in enumerate(arrays):
-            if value is not None:
-                given |= 1 << i
-                inputs.append(value)
-        numbers = []
-        for i, (scalar, value) in enumerate(zip(cell.scalars, scalars, strict=True), len(arrays)):
-            if scalar.scheduled:
-                given |= 1 << i
-                inputs.append(scalar.tensor(value))
-            else:
-                numbers.append(scalar.number(value))
+        inputs, given, numbers = _as_op_takes(cell, arrays, scalars, packed)
         return ops.scan(
             cell, inputs, given, packed, numbers, initial_state, cu_seqlens, checks.flag("reverse", reverse),
             chunk_size, backend,
@@ -74,15 +64,7 @@ def step(
     refused = None
     try:
         if _is_plain() and not any(isinstance(value, private.FakeTensor) for value in scalars):
-            inputs, given = [], 0
-            for i, value in enumerate(arrays):
-                if value is not None:
-                    given |= 1 << i
-                    inputs.append(value)
-            for i, (scalar, number) in enumerate(zip(cell.scheduled, scalars, strict=False), len(arrays)):
-                given |= 1 << i
-                inputs.append(scalar.tensor(number))
-            numbers = [s.number(v) for s, v in zip(cell.scalars, scalars, strict=True) if not s.scheduled]
+            inputs, given, numbers = _as_op_takes(cell, arrays, scalars)
             return ops.step(cell, inputs, given, numbers, state)
         if isinstance(state, Tensor):  # None would be zeros
             h, after = call(cell, _as_scan(cell, arrays), scalars, state)
@@ -101,6 +83,27 @@ def step(
     raise refused
 
 
+def _as_op_takes(
+    cell: ops.Cell, arrays: Sequence[Tensor | None], scalars: Sequence[float | Tensor], packed: int = 0
+) -> tuple[list[Tensor], int, list[float]]:
+    """The arguments `inputs`, `given` and `numbers` of an op."""
+    inputs, given, numbers = [], packed, []
+    bit = 1
+    for array in arrays:
+        if array is not None:
+            given |= bit
+            inputs.append(array)
+        bit <<= 1
+    for scalar, value in zip(cell.scalars, scalars, strict=True):
+        if scalar.scheduled:
+            given |= bit
+            inputs.append(scalar.tensor(value))
+            bit <<= 1
+        else:
+            numbers.append(scalar.number(value))
+    return inputs, given, numbers
+
+
 def _as_scan(cell: ops.Cell, arrays: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The inputs of a step as those of a scan with T = 1."""
     return [
@@ -109,9 +112,9 @@ def _as_scan(cell: ops.Cell, arrays: Sequence[Tensor | None]) -> list[Tensor | N
     ]
 
 
-def _named(cell: ops.Cell, arrays: Sequence[Tensor | None], packed: int = 0) -> dict[str, Tensor | None]:
+def _named(cell: ops.Cell, arrays: Sequence[Tensor | None], packed: int = 0) -> dict[str, Any]:
     """The arrays by name: those that are given, and those that must be."""
-    named = {}
+    named: dict[str, Any] = {}
     for i, (spec, value) in enumerate(zip(cell.inputs, arrays, strict=True)):
         if i == 0 and packed:
             named["gates"] = value

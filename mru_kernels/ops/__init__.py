@@ -20,8 +20,8 @@ Arguments that they share:
     save        whether a backward pass may follow, so whether the op returns what it needs
 
 With `save` the results of the scan include the checkpoints `[B, floor((T - 1) / chunk), D]` and `events`, the write
-codes `[B, floor(T / 16) + (N or 1), D]` (int32, 16 steps of 2 bits), which have no rows if no codes are packed. h and the
-gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64 for
+codes `[B, floor(T / 16) + (N or 1), D]` (int32, 16 steps of 2 bits), which have no rows if no codes are packed. h and
+the gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64 for
 float64 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
 """
 
@@ -35,6 +35,7 @@ from .layout import (
     check,
     check_numbers,
     dense_like,
+    first_stream,
     places,
     returned,
     scalars,
@@ -58,6 +59,7 @@ __all__ = [
     "check",
     "check_numbers",
     "dense_like",
+    "first_stream",
     "places",
     "returned",
     "scalars",

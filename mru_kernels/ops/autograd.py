@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import torch_private as private
 from ..checks import state_dtype
-from .layout import allocate_backward, arrays, sequences_of
+from .layout import allocate_backward, first_stream, sequences_of
 from .spec import Cell
 
 
@@ -115,10 +115,9 @@ class Scan(torch.autograd.Function):
         if not saved:
             with torch.no_grad():
                 saved = cell.forward[backend](*call, True)[2:]
-        given, packed, _numbers = ctx.constants
+        _given, packed, _numbers = ctx.constants
         if grad_h is None or grad_final is None:
-            first = arrays(cell, inputs, given, packed)[0]
-            assert first is not None
+            first = first_stream(inputs, packed)
             if grad_h is None:
                 grad_h = first.new_zeros(first.shape)
             if grad_final is None:

@@ -39,7 +39,8 @@ def split_gates(gates: Tensor, count: int) -> list[Tensor]:
 
 def places(cell: Cell, given: int, packed: int) -> list[int | None]:
     """The position in `inputs` of each of the cell's inputs, scheduled scalars included; None if it is not given."""
-    position, found = 0, []
+    position = 0
+    found: list[int | None] = []
     for i in range(len(cell.names)):
         bit = 1 << i
         if packed & bit or i == 0:
@@ -50,6 +51,12 @@ def places(cell: Cell, given: int, packed: int) -> list[int | None]:
         else:
             found.append(None)
     return found
+
+
+def first_stream(inputs: Sequence[Tensor], packed: int) -> Tensor:
+    """The cell's first input `[B, T, D]`, with unit channel stride."""
+    first = _unit_channels(inputs[0])
+    return split_gates(first, packed.bit_count())[0] if packed else first
 
 
 def arrays(cell: Cell, inputs: Sequence[Tensor], given: int, packed: int) -> list[Tensor | None]:
@@ -82,8 +89,7 @@ def allocate(
     save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Uninitialised results of the forward op, all four of them; the first `returned(save)` are returned."""
-    first = arrays(cell, inputs, given, packed)[0]
-    assert first is not None
+    first = first_stream(inputs, packed)
     batch, time, channels = first.shape
     sequences = sequences_of(inputs, cu_seqlens)
     state = state_dtype(first.dtype)
@@ -123,7 +129,7 @@ def check(cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens
     expected = given.bit_count() - max(packed.bit_count() - 1, 0)
     if len(inputs) != expected:
         raise ValueError(f"inputs: expected {expected} tensors for the masks {given} and {packed}, got {len(inputs)}")
-    streams, channel = {"inputs[0]": inputs[0]}, {}
+    streams, channel = {"inputs[0]": inputs[0]}, dict[str, Tensor]()
     for i, (spec, place) in enumerate(zip(cell.inputs, places(cell, given, packed), strict=False)):
         per_channel = spec.kind == "channel" or (spec.kind == "either" and place and inputs[place].dim() == 1)
         if place == 0 and spec.kind == "channel":

@@ -9,7 +9,7 @@ from .. import backends
 from ..checks import state_dtype
 from .autograd import differentiable, not_differentiable, once_differentiable, raise_no_derivative
 from .batching import BACKWARD_NAMES, FORWARD_NAMES, batch_of_gradients, fold_into_channels
-from .layout import allocate, allocate_backward, arrays, check, check_numbers, returned, sequences_of
+from .layout import allocate, allocate_backward, check, check_numbers, first_stream, returned, sequences_of
 from .spec import CELLS, Cell
 
 _INPUTS = "Tensor[] inputs, int given, int packed, float[] numbers"
@@ -76,8 +76,8 @@ def _register_fakes(cell: Cell, backend: str) -> None:
     def chunk_sizes() -> tuple[int, int]:
         return backends.TABLE[backend].module.CHUNK_SIZES
 
-    def states(inputs, given, packed, cu_seqlens) -> Tensor:
-        first = arrays(cell, inputs, given, packed)[0]
+    def states(inputs, packed, cu_seqlens) -> Tensor:
+        first = first_stream(inputs, packed)
         sizes = (sequences_of(inputs, cu_seqlens), first.shape[-1])
         return first.new_empty(sizes, dtype=state_dtype(first.dtype))
 
@@ -109,4 +109,4 @@ def _register_fakes(cell: Cell, backend: str) -> None:
     def _(inputs, given, packed, numbers, cu_seqlens, reverse, segment):
         check(cell, inputs, given, packed, None, cu_seqlens)
         check_numbers(cell, inputs, numbers, backends.CHUNK, segment, chunk_sizes())
-        return states(inputs, given, packed, cu_seqlens), states(inputs, given, packed, cu_seqlens)
+        return states(inputs, packed, cu_seqlens), states(inputs, packed, cu_seqlens)
