@@ -59,7 +59,8 @@ def scan(
     segment = row.module.segment(sequences, batch * time, channels, first.itemsize, first.device)
     segment = -(-segment // chunk) * chunk
     if _wanted.maps:
-        return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, segment)
+        with private.BelowAutograd():
+            return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, segment)
     constants = (given, packed, numbers)
     rest = (initial_state, cu_seqlens, reverse, chunk, segment)
     differentiated = torch.is_grad_enabled() and requires_grad((*inputs, initial_state))
