@@ -7,8 +7,7 @@ from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
-from .network import MRUBlock, MRUNetwork
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM
+from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, MRUBlock, MRUNetwork
 from .schedule import EpsilonSchedule
 from .streaming import stream
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .nn import WriteOrHold, _number, check_sizes
+from .nn.arguments import check_number, check_sizes
+from .nn.write_or_hold import WriteOrHold
 
 __all__ = ["EpsilonSchedule"]
 
@@ -130,7 +131,7 @@ class EpsilonSchedule:
     def _set(self, step_count: int, decay_steps: int, hold_steps: int, start: float, end: float) -> None:
         check_sizes(decay_steps=decay_steps)
         check_sizes(0, hold_steps=hold_steps, step_count=step_count)
-        start, end = _number("start", start, 0.0, 1.0), _number("end", end, 0.0, 1.0)
+        start, end = check_number("start", start, 0.0, 1.0), check_number("end", end, 0.0, 1.0)
         self.step_count, self.decay_steps, self.hold_steps = step_count, decay_steps, hold_steps
         self.start, self.end = start, end
         self._apply()
