@@ -77,6 +77,17 @@ std::map<std::string, std::array<uint64_t, 2>> traffic() {
   return all;
 }
 
+// What the tests cannot know of a cell from Python.
+template <class C>
+std::map<std::string, bool> traits() {
+  using Cell = typename C::template Cell<float, C::all()>;
+  return {{"resets", Cell::kResets}, {"adjoint_sees_state", Cell::kAdjointSeesState}};
+}
+std::map<std::string, std::map<std::string, bool>> cells() {
+#define MRU_TRAITS(cell) {#cell, traits<mru::cells::cell>()},
+  return {MRU_EACH_CELL(MRU_TRAITS)};
+}
+
 }  // namespace
 
 #define MRU_IMPLEMENT(cell) mru::implement<Simt, mru::cells::cell>(m, #cell, "simt");
@@ -94,6 +105,7 @@ MRU_EACH_CELL(MRU_NONE_OF)
 
 PYBIND11_MODULE(MRU_MODULE, m) {
   m.def("traffic", &traffic, "Bytes read and written since the last reset, by kind.");
+  m.def("cells", &cells, "Traits of every cell.");
   m.def("reset_traffic", [] {
     for (int i = 0; i < simt::kKinds; ++i) simt::control.read[i] = simt::control.written[i] = 0;
   });
