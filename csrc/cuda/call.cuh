@@ -72,12 +72,14 @@ __device__ __forceinline__ bool is_idle(const Call<F>& call) {
   return call.unless_zero && load<Traffic::kState, 1>(call.unless_zero).at[0] == 0;
 }
 
-// Calls each<kResets>(cell). Where every write resets the state, the compiler knows it.
+// Calls each<kResets>(cell). Where every write resets the state, the compiler knows it. The cell is a copy, because the
+// compiler keeps its scalars in registers then, and reads those of `call` again at every step.
 template <class F, class Each>
 __device__ __forceinline__ void with_cell(const Call<F>& call, Each each) {
+  const typename F::Cell cell = call.cell;
   if constexpr (F::Cell::kResets)
-    if (call.cell.resets()) return each.template operator()<true>(call.cell.resetting());
-  each.template operator()<false>(call.cell);
+    if (cell.resets()) return each.template operator()<true>(cell.resetting());
+  each.template operator()<false>(cell);
 }
 
 template <class F>

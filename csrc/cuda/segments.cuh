@@ -177,7 +177,8 @@ __device__ __forceinline__ void expand_steps(const Vector<int32_t, F::W>& codes,
 // h, final states and checkpoints from the codes and the segments' entry states.
 template <class F>
 __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks) expand(const __grid_constant__ Call<F> call) {
-  const auto& [scan, plan, work, across, cell, heads, unless_zero] = call;
+  const auto& [scan, plan, work, across, its_cell, heads, unless_zero] = call;
+  const typename F::Cell cell = its_cell;
   const auto [segment, d] = place(call);
   if (segment >= plan.segments) return;
   const ChannelInputs<F> channel(scan, d);

@@ -163,9 +163,12 @@ struct TileAgent {
   template <class Each>
   __device__ __forceinline__ void with_part_and_cell(int tile, int64_t begin, Each each) const {
     with_part(tile, begin, [&]<bool kWhole>(const Part<F, kWhole>& part) {
-      if constexpr (kWhole)
+      if constexpr (kWhole) {
         with_cell(call, [&]<bool kResets>(const Cell& cell) { each.template operator()<kResets>(part, cell); });
-      else each.template operator()<false>(part, call.cell);
+      } else {
+        const Cell cell = call.cell;
+        each.template operator()<false>(part, cell);
+      }
     });
   }
 
