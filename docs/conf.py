@@ -15,7 +15,7 @@ def torch_inventory() -> str:
     """Write an intersphinx inventory of the names in torch_names.txt, so that a build needs no network."""
     header = "# Sphinx inventory version 2\n# Project: torch\n# Version:\n# The rest is compressed with zlib.\n"
     lines = [line.split() for line in (HERE / "torch_names.txt").read_text().splitlines()]
-    entries = "".join(f"{name} py:{kind} 1 {page}#$ -\n" for name, kind, page in lines)
+    entries = "".join(f"{name} py:{kind} 1 {address} -\n" for name, kind, address in lines)
     file = HERE.parent / "build" / "torch.inv"
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(header.encode() + zlib.compress(entries.encode()))
