@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 #: The parts of the package in layers. A part imports parts of earlier layers only.
 LAYERS = [
+    ["torch_private"],
+    ["scalars"],
     ["backends"],
     ["checks"],
     ["ops"],

@@ -111,8 +111,8 @@ def _consistent(left: Tensor, following: Tensor, a: Tensor, b: Tensor, entry: Te
     """Whether the states `left` that left a segment equal the composed states `following`; a 0-dim bool tensor.
 
     The bound is looser than that of csrc/maps/cut.h, which knows the size of recent states. States that cancellation
-    leaves small are mostly rounding errors, and after a false alarm ranks scan one after another. A factor that may have
-    underflowed has few correct bits, so its bound is tight.
+    leaves small are mostly rounding errors, and after a false alarm ranks scan one after another. A factor that may
+    have underflowed has few correct bits, so its bound is tight.
     """
     share = torch.where(_magnitude(a) < 2.0**-62, 2.0**-16, 0.5)
     bound = (_magnitude(a * entry) + _magnitude(b)) * share
