@@ -100,22 +100,15 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
         call: its arguments.
         got: "h", "final_state", and under the name of each of the call's tensors its gradient.
     """
-    reference_op = getattr(python_ref, call.cell)
-    adjoint = getattr(python_ref.adjoint, call.cell)
+    reference_op = python_ref.CELLS[call.cell]
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # gradients too
     reference = _results(wide, reference_op)
     given = call.tensors | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
-    terms = adjoint(**given, term=abs)
+    terms = reference_op.adjoint(**given, term=abs)
     float32_loop = cache(lambda: _results(wide, partial(reference_op, dtype=torch.float32)))
 
     state = errors.state_dtype(call.stream.dtype)
-    exact = errors.is_exact(
-        epsilon=call.settings.get("epsilon"),
-        amplitude="amplitude" in call.tensors,
-        initial_state=call.tensors.get("initial_state"),
-        time=call.stream.shape[1],
-        state=state,
-    )
+    exact = is_exact(call)
 
     def result(name: str, dtype: torch.dtype) -> Result:
         forward = name in FORWARD
@@ -131,6 +124,17 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
     dtypes = dict(zip(FORWARD, (call.stream.dtype, state), strict=True))
     dtypes |= {name: t.dtype for name, t in call.tensors.items()}
     return [result(name, dtype) for name, dtype in dtypes.items()]
+
+
+def is_exact(call: Call) -> bool:
+    """Whether every backend's forward pass equals the reference on this call."""
+    return errors.is_exact(
+        epsilon=call.settings.get("epsilon"),
+        amplitude="amplitude" in call.tensors,
+        initial_state=call.tensors.get("initial_state"),
+        time=call.stream.shape[1],
+        state=errors.state_dtype(call.stream.dtype),
+    )
 
 
 def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def reference(**arguments):
         dtype = next(iter(arguments.values())).dtype
-        h, final_state = getattr(python_ref, cell)(**arguments, dtype=errors.state_dtype(dtype).to_real())
+        h, final_state = python_ref.CELLS[cell](**arguments, dtype=errors.state_dtype(dtype).to_real())
         return h.to(dtype), final_state
 
     return reference

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, MODULES, NOISY, PROJECTIONS
+from python_ref import CELLS
+
+from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS
 
 Record = dict[str, Any]
 Key = tuple[str, str]  # subject and work
@@ -79,7 +81,7 @@ def summary(record: Record) -> str:
 def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
     """By its heading: the figure of a column, which of its values, the form, and the figure that it is a ratio to."""
     cell = record["machine"]["cell"]
-    module = MODULES[cell]
+    module = CELLS[cell].unit
     peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f["slower"] is not None]
     columns: dict[str, tuple[Key, str, str, Key | None]] = {}
     for work in (FORWARD, BACKWARD, BOTH):

@@ -33,7 +33,7 @@ from .inputs import Call, Case
 from .peers import PEERS, job
 from .progress import tqdm
 from .timing import machine, measure, per_call
-from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, MODULES, NOISY, PROJECTIONS, Passes, floor_bytes, passes
+from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS, Passes, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # where the cost of a call shows
@@ -204,9 +204,10 @@ def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[
     Of the last two also what they stand beside. There is nothing for complex streams and for very many channels.
     """
     _, steps, channels = case.shape
-    if case.dtype.is_complex or channels > _WIDEST_MODULE:
+    unit = inputs.CELLS[case.cell].unit
+    if unit is None or case.dtype.is_complex or channels > _WIDEST_MODULE:
         return {}, {}
-    kind = getattr(mk, MODULES[case.cell])
+    kind = getattr(mk, unit)
     epsilon = {"epsilon": case.options["epsilon"]} if "epsilon" in case.options else {}
     module = kind(channels, channels, **epsilon, device=device, dtype=case.dtype)
     x, grad = (torch.randn(case.shape, device=device, dtype=case.dtype) for _ in range(2))
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--epsilon", type=cli.epsilon, help="default: 0, for the cells that have one")
-    parser.add_argument("--writes", choices=inputs.WRITES, help="default: often, for the cells that write")
+    parser.add_argument("--writes", choices=inputs.values_of("writes"), help="default: often, for the cells that write")
     parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
     parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
     parser.add_argument("--here", action="store_true", help="print the op's times in this process as JSON, no more")
@@ -347,9 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.shape = sweep(arguments.shape[0], arguments.sweep)
     cli.check_dtypes(parser, cell, arguments.dtype)
     options = {}
-    for name, given, default in (("epsilon", arguments.epsilon, 0.0), ("writes", arguments.writes, "often")):
+    for name, given in (("epsilon", arguments.epsilon), ("writes", arguments.writes)):
         if name in inputs.CELLS[cell].factors:
-            options[name] = default if given is None else given
+            options[name] = inputs.CELLS[cell].factors[name][0] if given is None else given
         elif given is not None:
             parser.error(f"--{name}: {cell} has none")
     backend = cli.resolve(parser, arguments.backend, device).name
