@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_ref import CELLS, COMPLEX_DTYPES, DTYPES
-from python_ref.draw import Draw
-
 from .errors import state_dtype
+from .reference import CELLS, python_ref
 
-__all__ = ["CELLS", "COMPLEX_DTYPES", "DTYPES", "Call", "Case", "brief_cases", "call", "case", "covering_cases"]
+DTYPES: dict[str, torch.dtype] = python_ref.DTYPES
+COMPLEX_DTYPES: dict[str, torch.dtype] = python_ref.COMPLEX_DTYPES  # of the cells that take them
 
 Options = Mapping[str, Any]
 
@@ -65,7 +64,7 @@ class Case:
     def build(self) -> Call:
         """Draw the inputs, on the CPU."""
         cell = CELLS[self.cell]
-        draw = Draw(self.shape, self.dtype, self.options, self.seed)
+        draw = python_ref.Draw(self.shape, self.dtype, self.options, self.seed)
         tensors = cell.draw(draw, self.options)
         if self.options["initial_state"] != "none":
             tensors["initial_state"] = draw.initial_state(self.options["initial_state"])

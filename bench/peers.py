@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_ref import CELLS
-
 from .inputs import Call, Case
+from .reference import CELLS
 
 Scan = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,6 +14,7 @@ FORWARD = "forward"  # without gradients; the output is allocated
 SAVING = "forward with gradients"  # what the backward pass asks for is made too
 BACKWARD = "backward"
 BOTH = "forward + backward"
+MAIN = (FORWARD, BACKWARD, BOTH)
 
 ADD = "torch.add(out=)"  # the streaming pass that the floor is scaled from
 GRU = "torch.nn.GRU"  # a peer of the modules: another unit, so that nothing is compared

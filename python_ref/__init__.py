@@ -7,7 +7,8 @@ it is the op `mru_kernels.bmru` (see `Cell`).
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .cell import COMPLEX_DTYPES, DTYPES, Cell, itself
+from .cell import Cell, itself
+from .draw import COMPLEX_DTYPES, DTYPES, Draw
 
 _modules = [import_module(f".{module.name}", __name__) for module in iter_modules(__path__)]
 
@@ -15,4 +16,4 @@ _modules = [import_module(f".{module.name}", __name__) for module in iter_module
 CELLS: dict[str, Cell] = {module.CELL.name: module.CELL for module in _modules if hasattr(module, "CELL")}
 globals().update(CELLS)  # in place of the modules of those names
 
-__all__ = ["CELLS", "COMPLEX_DTYPES", "DTYPES", "Cell", "itself", *CELLS]
+__all__ = ["CELLS", "COMPLEX_DTYPES", "DTYPES", "Cell", "Draw", "itself", *CELLS]

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .draw import COMPLEX_DTYPES, DTYPES, Draw
+from .draw import DTYPES, Draw
 from .scan import over_sequences, scan
-
-__all__ = ["COMPLEX_DTYPES", "DTYPES", "Cell", "Steps", "itself"]
 
 Term = Callable[[Any], Any]
 

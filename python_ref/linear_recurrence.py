@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cell import COMPLEX_DTYPES, DTYPES, Cell, Steps, Term
-from .draw import Draw
+from .cell import Cell, Steps, Term
+from .draw import COMPLEX_DTYPES, DTYPES, Draw
 
 
 def gates(decay, update, **_) -> tuple[Tensor, Tensor]:

@@ -370,7 +370,7 @@ def test_a_call_that_raises_is_a_failed_row(monkeypatch):
     assert not row.passed
     assert "no such luck" in row.failure
     assert "no such luck" in compare.table([row])
-    assert not json.loads(compare.to_json([row]))["rows"][0]["passed"]
+    assert not compare.to_record([row])["rows"][0]["passed"]
 
 
 def test_command_writes_json_and_exits_with_1_where_something_fails(monkeypatch, tmp_path, capsys):
