@@ -54,10 +54,10 @@ def part(text: str) -> tuple[int, int]:
 
 
 def epsilon(text: str) -> float:
-    from mru_kernels import checks
+    from mru_kernels.scalars import EPSILON
 
     try:
-        return checks.epsilon(float(text)).item()
+        return EPSILON.number(float(text))
     except ValueError:
         raise ArgumentTypeError(f"expected a number in [0, 1], got {text!r}") from None
 

@@ -40,13 +40,14 @@ class Memory:
 
 def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[int, int]:
     """What is kept between the passes beside inputs and h, and the most beside inputs and the gradient of h."""
-    (cell,) = (cell for cell in ops.CELLS if cell.name == call.cell)
+    cell = ops.CELLS[call.cell]
     streams = [t for t in call.tensors.values() if t.dim() == 3]
     batch, time, channels = call.stream.shape
     segment = TABLE[backend].module.segment(batch, batch * time, channels, call.stream.itemsize, call.stream.device)
     chunk = chunk_size or CHUNK
-    meta = [t.to("meta") for t in streams]
-    saved = ops.allocate(cell, meta, [], None, 0, chunk, -(-segment // chunk) * chunk, save=True)[2:]
+    named = {i.name: call.tensors[i.name].to("meta") for i in cell.inputs if i.name in call.tensors}
+    inputs_of_op, given = list(named.values()), cell.mask(*named)
+    saved = ops.allocate(cell, inputs_of_op, given, 0, None, chunk, -(-segment // chunk) * chunk, save=True)[2:]
     states = sum(t.nbytes for t in saved)
     h, grads = call.stream.nbytes, sum(t.nbytes for t in streams)
     if chunk_size is None:  # the second forward pass has an h too, and frees it before there are gradients
