@@ -103,14 +103,13 @@ std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<doubl
   return {h, after};
 }
 
-// The steps of each sequence as one map of the state, s -> factor s + offset: both [B, D].
+// The steps of each sequence as one map of the state, s -> factor s + offset: both [N, D].
 template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
-                               bool reverse, int64_t segment) {
+                               OptionalTensor cu_seqlens, bool reverse, int64_t segment) {
   const OptionalTensor none;
   Bound bound(info_of<C>, Backend::kMostChunk,
-              {inputs, given, packed, numbers, none, none, reverse, /*chunk=*/kEventsPerWord, segment});
-  bound.scan.event_rows = 0;
+              {inputs, given, packed, numbers, none, cu_seqlens, reverse, /*chunk=*/kEventsPerWord, segment});
   Tensor factor = bound.states(bound.scan.sequences), offset = bound.states(bound.scan.sequences);
   Backend::template map<C>(bound.scan, factor, offset);
   return {factor, offset};
