@@ -24,6 +24,16 @@ struct Affine {
   }
   // This map, then `next`.
   MRU_INLINE Affine then(Affine next) const { return {next.a * a, next.apply(b)}; }
+
+  // The same for cells whose writes reset the state: a is 0 or 1, and a = 0 drops any s, NaN included. A state that is held
+  // (a = 1, b = 0) is copied, with the sign of its zero.
+  MRU_INLINE S apply_reset(S s) const {
+    const S both = b == S(0) ? s : s + b;
+    return a == S(0) ? b : both;
+  }
+  MRU_INLINE Affine then_reset(Affine next) const { return {next.a * a, next.apply_reset(b)}; }
+  // Whether the result does not depend on the state on entry.
+  MRU_INLINE bool is_settled() const { return a == S(0) || !(b == b); }
 };
 
 }  // namespace mru

@@ -31,18 +31,18 @@ constexpr int kRecent = 8;  // steps after which a state counts for nothing
 // next segment. The same for m of the adjoint.
 //
 // late      recent magnitude (`recent`) of the states that end in `offset`
-// forgets   factors are 0 or 1, as where epsilon is 0: none can underflow, and values are wrong only where not finite
+// resets    factors are 0 or 1, as where epsilon is 0: none can underflow, and values are wrong only where not finite
 //
 // The bound lets rounding pass. Rounding exceeds |factor * entry| + |offset| when cancellation leaves both small; `late`
 // measures it then. A factor that may have underflowed has few right bits, so its bound is tight.
 template <class S>
-MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next, bool forgets) {
+MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next, bool resets) {
   using Real = typename RealOf<S>::type;
   constexpr Real kUnderflows = Real(1) / (int64_t(1) << 62), kLoose = Real(1) / 256;
   constexpr Real kRounding = Real(1) / (int64_t(1) << (sizeof(Real) == 8 ? 40 : 16));
   if (exit == next || (exit != exit && next != next)) return true;
   const Real error = magnitude(exit + Real(-1) * next);
-  if (forgets) return error - error == 0;
+  if (resets) return error - error == 0;
   const Real a = magnitude(factor), terms = a * magnitude(entry) + magnitude(offset);
   const Real bound = (a < kUnderflows ? kRounding : kLoose) * terms + kRounding * late;
   return error <= bound && bound - bound == 0;

@@ -1,19 +1,18 @@
 // From the arguments of a torch op to a Scan. The schemas and the shapes of the results are stated in mru_kernels/ops.py.
 #pragma once
-#include "tensors.h"
-
 #include <array>
 #include <bit>
 #include <limits>
 
 #include "../cell.h"
+#include "tensors.h"
 
 namespace mru {
 
 // What forward and backward have in common.
 struct Arguments {
-  const Tensors& inputs;      // the arrays and the scheduled scalars that are given
-  int64_t given, packed;      // bit i: input i is given; it lies in inputs[0], side by side with others
+  const Tensors& inputs;               // the arrays and the scheduled scalars that are given
+  int64_t given, packed;               // bit i: input i is given; it lies in inputs[0], side by side with others
   const std::vector<double>& numbers;  // the other scalars
   const OptionalTensor &initial_state, &cu_seqlens;
   bool reverse;
@@ -25,7 +24,7 @@ struct Arguments {
 struct CellInfo {
   int inputs, scalars;
   const Scalar* scalar;  // [scalars]
-  bool is_complex;  // whether it takes complex streams
+  bool is_complex;       // whether it takes complex streams
   bool (*takes)(unsigned given, unsigned per_channel);
   bool (*has_codes)(unsigned given, unsigned per_channel);
 };
@@ -42,10 +41,10 @@ constexpr CellInfo info_of = {C::inputs(), C::scalars(), C::kScalars, C::kComple
 class Bound {
  public:
   Scan scan{};
-  Tensors streams;                          // one view per stream, in the cell's order
-  std::array<int, kMaxInputs> place{};      // of input i among the tensors `inputs`; -1: it is not given
-  std::array<int, kMaxInputs> stream{};     // of input i among `streams`; -1: it is none
-  unsigned given = 0, per_channel = 0;      // bit i: array input i is given; it comes per channel
+  Tensors streams;                       // one view per stream, in the cell's order
+  std::array<int, kMaxInputs> place{};   // of input i among the tensors `inputs`; -1: it is not given
+  std::array<int, kMaxInputs> stream{};  // of input i among `streams`; -1: it is none
+  unsigned given = 0, per_channel = 0;   // bit i: array input i is given; it comes per channel
   ScalarType type, state;
 
   // `most_chunk`: the longest chunk that the backend takes.

@@ -178,9 +178,8 @@ struct Backward {
 template <class F>
 void backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
               void* scratch, void* late) {
-  with_tile(d1 - d0, [&]<int kTile>() {
-    Backward<F, kTile>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run();
-  });
+  with_tile(d1 - d0,
+            [&]<int kTile>() { Backward<F, kTile>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run(); });
 }
 
 template <class F>

@@ -1,9 +1,11 @@
 // The table of kernels. Compiled once per instruction set (MRU_ISA) and cell (MRU_CELL, a file of csrc/cells).
 #include "kernels.h"
 
+// clang-format off
 #define MRU_TEXT(x) #x
-#define MRU_CELL_HEADER(name) MRU_TEXT(../../cells/name.h)
-#include MRU_CELL_HEADER(MRU_CELL)
+#define MRU_HEADER(cell) MRU_TEXT(../../cells/cell.h)
+// clang-format on
+#include MRU_HEADER(MRU_CELL)
 
 #include "backward.h"
 #include "forward.h"
@@ -32,6 +34,7 @@ constexpr Kernels table = {.inputs = F::kInputs,
                            .backward = &backward<F>,
                            .reduce = &reduce<F>,
                            .enter = &MapRows<F>::enter,
+                           .identity = &MapRows<F>::identity,
                            .apply = &MapRows<F>::apply,
                            .then = &MapRows<F>::then,
                            .look_through = &MapRows<F>::look_through,
@@ -40,14 +43,14 @@ constexpr Kernels table = {.inputs = F::kInputs,
 
 template <class C, unsigned kGiven, unsigned kChannels>
 const Kernels& with_dtype(Dtype dtype) {
+  if constexpr (C::kComplex) {
+    if (dtype == Dtype::kComplex64) return table<Form<C, Complex<float>, kGiven, kChannels>>;
+    if (dtype == Dtype::kComplex128) return table<Form<C, Complex<double>, kGiven, kChannels>>;
+  }
   switch (dtype) {
     case Dtype::kFloat64: return table<Form<C, double, kGiven, kChannels>>;
     case Dtype::kBFloat16: return table<Form<C, BFloat16, kGiven, kChannels>>;
     case Dtype::kFloat16: return table<Form<C, Float16, kGiven, kChannels>>;
-    case Dtype::kComplex64:
-      if constexpr (C::kComplex) return table<Form<C, Complex<float>, kGiven, kChannels>>;
-    case Dtype::kComplex128:
-      if constexpr (C::kComplex) return table<Form<C, Complex<double>, kGiven, kChannels>>;
     default: return table<Form<C, float, kGiven, kChannels>>;
   }
 }

@@ -21,9 +21,9 @@ struct MapRow {
 // otherwise.
 struct Kernels {
   int inputs;
-  unsigned channels;              // bit i: input i comes per channel
-  bool adjoint_sees_state;        // Cell::kAdjointSeesState
-  bool (*resets)(const Scan&);    // Cell::kResets and resets()
+  unsigned channels;            // bit i: input i comes per channel
+  bool adjoint_sees_state;      // Cell::kAdjointSeesState
+  bool (*resets)(const Scan&);  // Cell::kResets and resets()
 
   // Writes h and the checkpoints. carry: the state before the segment -> the state after it. The steps come from the
   // streams; from the packed codes; or from the streams, and their codes are packed.
@@ -51,6 +51,7 @@ struct Kernels {
   void (*enter)(const Scan&, void* state);
 
   // Maps of whole rows. `resets`: factors are 0 or 1, and a factor 0 drops the state, NaN included.
+  void (*identity)(int64_t n, MapRow map);
   void (*apply)(int64_t n, bool resets, MapRow map, void* state);
   void (*then)(int64_t n, MapRow total, MapRow next);  // total becomes: total, then next
   // For maps that reset: `near` becomes `far`, then `near`, in channels that `near` does not settle alone. Returns whether

@@ -30,6 +30,10 @@ struct MapRows {
     }
   }
 
+  static void identity(int64_t n, MapRow map) {
+    for (int64_t j = 0; j < n; ++j) put(map, j, Affine<S>::identity());
+  }
+
   static void apply(int64_t n, bool resets, MapRow map, void* state) {
     S* const s = static_cast<S*>(state);
     for (int64_t j = 0; j < n; ++j) s[j] = resets ? at(map, j).apply_reset(s[j]) : at(map, j).apply(s[j]);

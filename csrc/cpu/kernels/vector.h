@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../lanes.h"
+#include "../../lanes.h"
 
 namespace mru {
 
@@ -39,14 +39,14 @@ struct VectorOf<Complex<S>, N> {
 // How many lanes of a vector stand for channels: all N of them, or the first `count`, in which case the others are
 // loaded as 0 and not stored.
 template <int N>
-struct Whole {
+struct Full {
   static constexpr int kLanes = N;
-  static constexpr bool kWhole = true;
+  static constexpr bool kFull = true;
 };
 template <int N>
-struct Part {
+struct Partial {
   static constexpr int kLanes = N;
-  static constexpr bool kWhole = false;
+  static constexpr bool kFull = false;
   int count;
 };
 
@@ -119,17 +119,17 @@ MRU_INLINE V load_as(const void* p) {
 
 // Vectors of N numbers as they lie in memory.
 template <class V, int N>
-MRU_INLINE V load_raw(Whole<N>, const void* p) {
+MRU_INLINE V load_raw(Full<N>, const void* p) {
   return load_as<V>(p);
 }
 template <class V, int N>
-MRU_INLINE void store_raw(Whole<N>, void* p, V v) {
+MRU_INLINE void store_raw(Full<N>, void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
 #if defined(__AVX512F__)
 template <class V, int N>
-MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
+MRU_INLINE V load_raw(Partial<N> lanes, const void* p) {
   const unsigned mask = (1u << lanes.count) - 1;
   constexpr int kBytes = sizeof(V), kSize = kBytes / N;
   if constexpr (kBytes == 64 && kSize == 8) return (V)_mm512_maskz_loadu_epi64(mask, p);
@@ -138,7 +138,7 @@ MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
   else if constexpr (kBytes == 32 && kSize == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
 }
 template <class V, int N>
-MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
+MRU_INLINE void store_raw(Partial<N> lanes, void* p, V v) {
   const unsigned mask = (1u << lanes.count) - 1;
   constexpr int kBytes = sizeof(V), kSize = kBytes / N;
   if constexpr (kBytes == 64 && kSize == 8) _mm512_mask_storeu_epi64(p, mask, (__m512i)v);
@@ -169,7 +169,7 @@ MRU_INLINE __m256i first_bytes(int bytes) {
 }
 #endif
 template <class V, int N>
-MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
+MRU_INLINE V load_raw(Partial<N> lanes, const void* p) {
   const int bytes = lanes.count * int(sizeof(V) / N);
   const char* const from = static_cast<const char*>(p);
 #if defined(__AVX2__)
@@ -184,7 +184,7 @@ MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
   }
 }
 template <class V, int N>
-MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
+MRU_INLINE void store_raw(Partial<N> lanes, void* p, V v) {
   constexpr int kSize = sizeof(V) / N;
 #if defined(__AVX2__)
   if constexpr (sizeof(V) == 32)
@@ -278,11 +278,11 @@ MRU_INLINE V in_turn(V a, V b) {
 
 // The lower half of the real numbers that N complex ones are, or the upper half.
 template <int kHalf, int N>
-MRU_INLINE Whole<N> half(Whole<N> lanes) {
+MRU_INLINE Full<N> half(Full<N> lanes) {
   return lanes;
 }
 template <int kHalf, int N>
-MRU_INLINE Part<N> half(Part<N> lanes) {
+MRU_INLINE Partial<N> half(Partial<N> lanes) {
   const int reals = 2 * lanes.count - kHalf * N;
   return {reals < 0 ? 0 : reals < N ? reals : N};
 }
