@@ -7,8 +7,8 @@ from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
-from .network import MRUBlock, MRUNetwork
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM
+from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, MRUBlock, MRUNetwork
+from .schedule import EpsilonSchedule
 from .streaming import stream
 
 __version__ = _version("mru_kernels")
@@ -17,6 +17,7 @@ __all__ = [
     "CMRU",
     "LRU",
     "AlphaCMRU",
+    "EpsilonSchedule",
     "FirstQuadrantBMRU",
     "MRUBlock",
     "MRUNetwork",

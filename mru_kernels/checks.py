@@ -1,8 +1,8 @@
 """Checks of user input: each raises an error that names the argument, what was expected and what came.
 
-Only metadata is looked at (and the values of `epsilon` and `cu_seqlens` where these are on the CPU), so a check never
-waits for a device and traces under torch.compile. MRU_CHECK=1 in the environment has `cu_seqlens` on a device checked
-too, at the price of waiting for it; without it the kernels clamp the offsets.
+Checks read metadata, and the values of `cu_seqlens` on the CPU, so they never wait for a device and trace under
+torch.compile. With MRU_CHECK=1 in the environment they also read `cu_seqlens` on a device, and wait for it; without it
+the kernels clamp the offsets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import ParamSpec
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from . import torch_private as private
 from .backends import Backend
+from .scalars import has_value
 
 P = ParamSpec("P")
 
@@ -29,21 +29,11 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for streams of `dtype`."""
     return dtype if dtype in (torch.float64, *COMPLEX_DTYPES) else torch.float32
-
-
-def has_value(t: Tensor) -> bool:
-    """Whether `t.item()` has a value: False for meta and fake tensors and for tensors that vmap maps over."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        if torch._C._functorch.is_batchedtensor(t):
-            return False
-        t = torch._C._functorch.get_unwrapped(t)
-    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def _names(dtypes) -> str:
@@ -52,7 +42,7 @@ def _names(dtypes) -> str:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The autocast dtype of `device`; None if autocast is off or unavailable there."""
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
+    if not private.any_autocast() or not torch.amp.is_autocast_available(device.type):
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -96,7 +86,7 @@ def streams(named: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> Non
 
 
 def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """A per-channel parameter or a state beside the stream `first`: its shape, dtype and device."""
+    """Raise unless a per-channel input or a state fits the stream `first`: shape, dtype and device."""
     allowed = dict.fromkeys((first.dtype, state_dtype(first.dtype)))
     if not first.is_complex():
         allowed[torch.float32] = None
@@ -110,17 +100,23 @@ def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letter
 
 
 def arguments(
-    named: Mapping[str, Tensor], channel: Mapping[str, Tensor], alpha: Tensor | None, initial_state: Tensor | None,
-    offset: Tensor | None, packed: int, dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
+    named: Mapping[str, Tensor], channel: Mapping[str, Tensor], initial_state: Tensor | None, offset: Tensor | None,
+    gates: int = 0, dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
 ) -> None:  # fmt: skip
-    """The tensors of a call: streams and inputs per channel by name; the one stream holds `packed` > 0 side by side."""
+    """Raise unless the tensors of a call fit together.
+
+    Args:
+        named: the streams, by name.
+        channel: the inputs per channel, by name.
+        gates: how many streams lie side by side in the first one; 0: it is one stream.
+    """
     streams(named, dtypes)
     (name, first), *_ = named.items()
     sequences, _, channels = first.shape
-    if packed:
-        if channels % packed:
-            raise ValueError(f"{name}: expected a last dimension that {packed} divides, got shape {list(first.shape)}")
-        channels //= packed
+    if gates:
+        if channels % gates:
+            raise ValueError(f"{name}: expected a last dimension that {gates} divides, got shape {list(first.shape)}")
+        channels //= gates
     for name, value in channel.items():
         like(name, value, first, (channels,), "[channels]")
     if offset is not None:
@@ -128,99 +124,6 @@ def arguments(
         sequences = offset.shape[0] - 1
     if initial_state is not None:
         like("initial_state", initial_state, first, (sequences, channels), "[sequences, channels]")
-    if alpha is not None:
-        like("alpha", alpha, first, (channels,), "[channels]")
-
-
-_epsilons: dict[float, Tensor] = {}
-
-
-def epsilon(value: float | Tensor) -> Tensor:
-    """`epsilon` as a 0-dim float64 CPU tensor, its value checked where it is known before the kernel runs."""
-    compiling = torch.compiler.is_compiling()
-    plain = not (compiling or torch._C._is_tracing()) and torch._C._len_torch_dispatch_stack() == 0
-    if plain and isinstance(value, float):
-        known = _epsilons.get(value)
-        if known is not None:
-            return known
-    if isinstance(value, Tensor) and (compiling or not has_value(value)):
-        _epsilon_tensor(value)
-        return _double(value)
-    number = epsilon_value(value)
-    if compiling:  # a sum is not specialised on the number, as `torch.full` is
-        return torch.zeros((), dtype=torch.float64, device="cpu") + number
-    if isinstance(value, Tensor) and (plain or not _in_fake_mode()):
-        return _double(value)
-    if not plain:  # becomes a constant of the trace, or a fake tensor under a fake mode
-        return torch.full((), number, dtype=torch.float64, device="cpu")
-    made = _constant(number)
-    if len(_epsilons) < 1024:
-        _epsilons[number] = made
-    return made
-
-
-def own_epsilon(value: float | Tensor) -> Tensor:
-    """`epsilon` as a new tensor, which a module keeps: a real one whatever mode or transform it is made under."""
-    if torch.compiler.is_compiling():
-        return epsilon(value).clone()
-    return _constant(epsilon_value(value))
-
-
-def epsilon_value(value: float | Tensor) -> float:
-    """`epsilon` as a number, checked; in compiled code the kernel checks its range."""
-    compiling = torch.compiler.is_compiling()
-    if isinstance(value, Tensor):
-        _epsilon_tensor(value)
-        if compiling:
-            return value.item()
-        if isinstance(value, FakeTensor):
-            raise ValueError("epsilon: expected a number, got a fake tensor, which has none")
-        if _in_fake_mode():
-            with _disable_current_modes():
-                value = value.item()
-        else:
-            value = value.item()
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"epsilon: expected a float or a 0-dim tensor, got {type(value).__name__}")
-    if not (compiling or 0.0 <= value <= 1.0):
-        raise ValueError(f"epsilon: expected a value in [0, 1], got {value}")
-    return float(value)
-
-
-def _double(t: Tensor) -> Tensor:
-    return t if t.dtype is torch.float64 else t.to(torch.float64)  # `to` is slow even as a no-op
-
-
-def _epsilon_tensor(value: Tensor) -> None:
-    if value.dim() != 0 or value.device.type != "cpu" or not value.is_floating_point():
-        came = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-        raise ValueError(f"epsilon: expected a float or a 0-dim floating CPU tensor, got {came}")
-    if value.requires_grad:
-        raise ValueError("epsilon: expected a schedule, not a trained parameter; got a tensor that requires grad")
-
-
-def _in_fake_mode() -> bool:
-    """Whether a FakeTensorMode is active; ops then refuse real tensors."""
-    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None
-
-
-def _constant(value: float) -> Tensor:
-    """A tensor that outlives what it is made under: no mode makes it fake or inference, no transform wraps it."""
-    with (
-        torch._C.DisableTorchFunction(),
-        _disable_current_modes(),
-        torch._C._DisableFuncTorch(),
-        torch.inference_mode(False),
-    ):
-        return torch.full((), value, dtype=torch.float64, device="cpu")
-
-
-def surrogate_scale(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"surrogate_scale: expected a float, got {type(value).__name__}")
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"surrogate_scale: expected a positive finite number, got {value}")
-    return float(value)
 
 
 def flag(name: str, value: bool) -> bool:
@@ -259,7 +162,7 @@ def offsets(value: Tensor, total: int) -> None:
 
 
 def chunk_size(value: int | None) -> int | None:
-    """Steps between two boundary states, or None."""
+    """Raise unless `value` is the steps between two checkpoints, or None."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
@@ -269,8 +172,8 @@ def chunk_size(value: int | None) -> int | None:
     return value
 
 
-def taken(chunk: int, backend: Backend) -> None:
-    """The kernels of the backend take chunks of so many steps."""
+def check_chunk(chunk: int, backend: Backend) -> None:
+    """Raise unless the backend supports this chunk size."""
     least, most = backend.module.CHUNK_SIZES
     if not least <= chunk <= most:
         raise RuntimeError(

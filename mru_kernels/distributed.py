@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import struct
 import threading
 import zlib
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,10 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import checks
-from .cells.bmru import bmru
-from .cells.linear_recurrence import linear_recurrence
-from .cells.schmitt import schmitt
+from . import cells, checks, ops
 from .nn import MRUBase, unwrapped
 
 __all__ = ["sequence_parallel"]
@@ -50,7 +47,7 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
     """An op or a module over a time axis that is cut into one piece a rank.
 
     Args:
-        op_or_module: `bmru`, `schmitt` or `linear_recurrence`, or a module of this package that is used like
+        op_or_module: the scan of a cell, such as `bmru`, or a module of this package that is used like
             `torch.nn.GRU`, such as `BMRU`, also in `torch.compile` or DistributedDataParallel.
         mesh_or_group: the ranks, in the order of their pieces: a process group, a one-dimensional DeviceMesh, or None
             for the default group. Pieces may differ in length and be empty. Calls of one group come from one thread
@@ -83,10 +80,15 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
     group = _group(mesh_or_group)
     if isinstance(op_or_module, torch.nn.Module) and isinstance(unwrapped(op_or_module), MRUBase):
         return SequenceParallel(op_or_module, group)
-    if op_or_module not in _HOMOGENEOUS:
-        names = ", ".join(op.__name__ for op in _HOMOGENEOUS)
+    if op_or_module not in _scans():
+        names = ", ".join(op.__name__ for op in _scans())
         raise TypeError(f"op_or_module: expected one of {names} or a recurrent module, got {op_or_module!r}")
     return _op(op_or_module, group)
+
+
+def _scans() -> list[Scan]:
+    """The public scan of every cell."""
+    return [getattr(import_module(f"{cells.__name__}.{name}"), name) for name in ops.CELLS]
 
 
 def _group(mesh_or_group: DeviceMesh | Group | None) -> Group:
@@ -107,26 +109,8 @@ def _group(mesh_or_group: DeviceMesh | Group | None) -> Group:
 # ------------------------------------------------------------------------------------------------ ops
 
 
-def _no_amplitude(arguments: dict[str, Any]) -> dict[str, Any]:
-    candidate = arguments["candidate"]
-    return arguments | {"amplitude": candidate.new_zeros(candidate.shape[-1]).expand_as(candidate)}
-
-
-def _no_update(arguments: dict[str, Any]) -> dict[str, Any]:
-    update = arguments["update"]
-    return arguments | {"update": update.new_zeros(update.shape[-1]).expand_as(update)}
-
-
-#: The arguments with which an op writes nothing but zeros, so that a state of 1 becomes the factor of the piece.
-_HOMOGENEOUS: dict[Scan, Callable[[dict[str, Any]], dict[str, Any]] | None] = {
-    bmru: _no_amplitude,
-    linear_recurrence: _no_update,
-    schmitt: None,
-}
-
-
 def _op(op: Scan, group: Group) -> Scan:
-    signature, homogeneous = inspect.signature(op), _HOMOGENEOUS[op]
+    signature = inspect.signature(op)
     ranks = _Ranks(group)
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
@@ -144,15 +128,9 @@ def _op(op: Scan, group: Group) -> Scan:
                 given = arguments | dict(zip(names, inputs, strict=True))
                 return op(**given, initial_state=state, cu_seqlens=offsets, reverse=reverse)
 
-            def factor(inputs: Sequence[Tensor], written: Tensor, offsets: Tensor | None) -> Tensor:
-                if homogeneous is None:
-                    return _probed(scan, inputs, written, offsets)
-                zeroed = homogeneous(arguments | dict(zip(names, inputs, strict=True)))
-                return op(**zeroed, initial_state=torch.ones_like(written), cu_seqlens=offsets, reverse=reverse)[1]
-
             inputs = [arguments[name] for name in names]
             what = f"{op.__name__}({what})"
-            return _over_ranks(call, what, scan, factor, inputs, initial_state, cu_seqlens, reverse)
+            return _over_ranks(call, what, scan, inputs, initial_state, cu_seqlens, reverse)
 
     def parallel(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return eager(*args, **kwargs)  # a frame of its own: `torch.compile` would look behind `disable`
@@ -160,15 +138,6 @@ def _op(op: Scan, group: Group) -> Scan:
     parallel.__name__ = parallel.__qualname__ = f"sequence_parallel_{op.__name__}"
     parallel.__doc__ = f"`{op.__name__}` over a time axis that is cut among ranks: see `sequence_parallel`."
     return parallel
-
-
-def _probed(scan, inputs, written: Tensor, offsets: Tensor | None) -> Tensor:
-    """The factor `[N, D]` of a piece, measured by scanning it from a large state.
-
-    The state is so large that rounding leaves nothing of what a piece writes where its factor is 1.
-    """
-    large = 2.0 ** (math.frexp(torch.finfo(written.dtype).max)[1] - 8)
-    return (scan(inputs, torch.full_like(written, large), offsets)[1] - written) / large
 
 
 def _described(value: Any) -> str:
@@ -257,12 +226,9 @@ class _Scans:
             named = dict(zip(vectors, inputs[1:], strict=True))
             return unit(inputs[0], state, reverse=reverse, cu_seqlens=None, chunk_size=chunk_size, **named)
 
-        def factor(inputs: Sequence[Tensor], written: Tensor, _offsets: None) -> Tensor:
-            return _probed(scan, inputs, written, None)
-
         state = _described(initial_state)
         what = f"{self._name}, gates {_described(gates)}, initial_state {state}, reverse {reverse}"
-        return _over_ranks(self._call, what, scan, factor, [gates, *vectors.values()], initial_state, None, reverse)
+        return _over_ranks(self._call, what, scan, [gates, *vectors.values()], initial_state, None, reverse)
 
 
 class _SummedGradients(torch.autograd.Function):
@@ -381,8 +347,8 @@ class _Call:
 
 
 def _over_ranks(
-    call: _Call, what: str, scan: Scan, factor: Callable[..., Tensor], inputs: list[Tensor],
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool,
+    call: _Call, what: str, scan: Scan, inputs: list[Tensor], initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """This rank's piece of the scan, and the final state of the whole."""
     tensors = inputs if initial_state is None else [*inputs, initial_state]
@@ -400,8 +366,8 @@ def _over_ranks(
             nonlocal offsets
             if cu_seqlens is not None:
                 offsets = _offsets_of_piece(cu_seqlens, times, ranks.rank)
-            _, written = scan(inputs, None, offsets)
-            return torch.stack([factor(inputs, written, offsets), written])
+            with ops.as_maps():
+                return torch.stack(scan(inputs, None, offsets))
 
         with torch.no_grad():
             maps = ranks.gather(own_map, state.expand(2, *state.shape))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .network import MRUBlock, MRUNetwork
-from .nn import MRUBase, unwrapped
+from .nn import MRUBase, MRUBlock, MRUNetwork, unwrapped
 
 __all__ = ["Stream", "stream"]
 

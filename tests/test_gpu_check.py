@@ -333,12 +333,3 @@ def _with_backend(run_stages):
         return run_stages(check, deadlines)
 
     return run
-
-
-def test_the_readme_shows_what_its_record_says():
-    """Each table between the comments of README.md is the summary of the record that the first of them names."""
-    text = (gpu_check.ROOT / "README.md").read_text()
-    tables = re.findall(r"<!-- make gpu-check (\S+) -->\n(.*?)\n<!-- end", text, re.DOTALL)
-    assert tables
-    for file, table in tables:
-        assert table == gpu_check.summary(json.loads((gpu_check.ROOT / file).read_text()))

@@ -312,7 +312,7 @@ def test_autocast(cls):
         output, h_n = module(x)
         again, _ = module(x, h_n)
         # There is no other complex dtype.
-        assert cls is not LRU or module._project(x, module._read()[0]).dtype == torch.float32
+        assert cls is not LRU or module._project(x, module._parameters_by_scan()[0]).dtype == torch.float32
     assert output.dtype == again.dtype == torch.bfloat16
     assert h_n.dtype == exact_h_n.dtype
     torch.testing.assert_close(output.float(), exact, rtol=0.1, atol=0.1)
@@ -337,7 +337,12 @@ def test_autocast(cls):
         (LRU, {"r_max": 1.1}, ValueError, r"r_max: expected a finite number in \[0, 1\], got 1.1"),
         (LRU, {"r_min": 0.9, "r_max": 0.5}, ValueError, r"r_min: expected a finite number in \[0, 0.5\], got 0.9"),
         (LRU, {"max_phase": -1.0}, ValueError, "max_phase: expected a finite"),
-        (LRU, {"bias": False}, TypeError, "bias: the unit has none"),
+        (
+            LRU,
+            {"bias": False},
+            TypeError,
+            "LRU: unknown argument 'bias'; it takes input_size, hidden_size, num_layers, r_min",
+        ),
         (LRU, {"num_layers": 0}, ValueError, "num_layers: expected a positive int, got 0"),
     ],
 )

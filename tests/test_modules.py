@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -393,6 +394,38 @@ def test_flatten_parameters_does_nothing(cls):
     assert torch.equal(module(x)[0], expected)
 
 
+#: The arguments that every unit has, and those that only some have.
+COMMON = {
+    "input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional", "learn_initial_state",
+    "chunk_size", "device", "dtype",
+}  # fmt: skip
+WRITE_OR_HOLD = {"bias", "epsilon", "surrogate_scale"}
+OWN = {
+    mk.BMRU: WRITE_OR_HOLD,
+    mk.CMRU: WRITE_OR_HOLD,
+    mk.AlphaCMRU: WRITE_OR_HOLD,
+    mk.FirstQuadrantBMRU: WRITE_OR_HOLD,
+    mk.MinGRU: {"bias", "max_time_scale"},
+    mk.MinLSTM: {"bias", "max_time_scale"},
+    mk.LRU: {"r_min", "r_max", "max_phase"},
+}
+
+
+@every_unit
+def test_the_signature_of_a_unit_spells_all_arguments_out(cls):
+    parameters = inspect.signature(cls).parameters
+    assert set(parameters) == COMMON | OWN[cls]
+    assert parameters["batch_first"].default is True
+    if "epsilon" in parameters:
+        assert parameters["epsilon"].default == cls(1, 1).epsilon
+
+
+@pytest.mark.parametrize("cls", [mk.MRUBlock, mk.MRUNetwork, mk.EpsilonSchedule, mk.nn.MRUBase, mk.nn.WriteOrHold])
+def test_the_signature_of_a_class_spells_all_arguments_out(cls):
+    kinds = {p.kind for p in inspect.signature(cls).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
 class Derived(mk.CMRU):
     """A user's subclass."""
 
@@ -412,7 +445,7 @@ def test_a_constructor_names_its_class_and_the_nearest_argument(cls):
     with pytest.raises(
         TypeError,
         match=rf"^{name}: expected at most 3 positional arguments \(input_size, hidden_size, num_layers\), got 4; give"
-        " by name: .*bias, batch_first",
+        " by name: .*batch_first, dropout",
     ):
         cls(4, 6, 1, True)
     with pytest.raises(TypeError, match=rf"^{name}: missing a required argument: 'hidden_size'"):

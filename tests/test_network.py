@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mru_kernels.network import UNITS, MRUBlock, MRUNetwork
-from mru_kernels.nn import BMRU, LRU, MinGRU, WriteOrHold
+from mru_kernels.nn import BMRU, LRU, UNITS, MinGRU, MRUBlock, MRUNetwork, WriteOrHold
 
 HYBRID = {"bmru": {}, "min_gru": {"max_time_scale": 100.0}, "lru": {"r_min": 0.5}}
 
@@ -87,6 +86,22 @@ def test_network_is_its_parts_in_turn(tokens, pool):
     every = module.head(module.norm(y))
     close(output, {None: every, "last": every[:, -1], "mean": every.mean(1)}[pool])
     assert all(torch.equal(a, b) for a, b in zip(state, states, strict=True))
+
+
+def test_a_new_unit_has_its_names_from_its_class(monkeypatch):
+    for name in ("two", "twice"):
+        monkeypatch.setitem(UNITS, name, None)  # so that it is removed after the test
+
+    class Twice(MinGRU, names=("two", "twice")):
+        def _output(self, h, x, p):
+            return 2.0 * h
+
+    class Derived(Twice):
+        pass
+
+    assert UNITS["two"] is UNITS["twice"] is Twice
+    assert Derived not in UNITS.values()
+    assert [type(unit) for unit in MRUBlock(4, ("twice", "min_gru")).units] == [Twice, MinGRU]
 
 
 @pytest.mark.parametrize("name", UNITS)

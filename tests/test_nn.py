@@ -65,7 +65,7 @@ def loop(module, gates, state, alpha, reverse=False):
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_equations(cls, bias, epsilon):
     module = make(cls, 5, 7, bias=bias, bidirectional=True, epsilon=epsilon, dtype=torch.float64)
-    has_alpha = "alpha" in module.vectors
+    has_alpha = "alpha" in module.per_channel
     if has_alpha:
         for suffix in ("", "_reverse"):
             torch.nn.init.normal_(getattr(module, f"alpha_l0{suffix}"))

@@ -382,6 +382,28 @@ def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
 
 
 @given(st.data())
+def test_a_sequence_does_not_depend_on_its_batch(backend, device, largest, data):
+    """One call for each row of the batch gives what one call for all gives."""
+    steps = data.draw(SEGMENTS)
+    call = data.draw(cases(largest, batch=data.draw(st.integers(2, 3)), nonfinite=False)).build()
+    op = op_of(call.cell, backend)
+
+    def alone(*, initial_state=None, **arguments):
+        results = []
+        for n in range(call.stream.shape[0]):
+            row = {
+                name: t[n : n + 1] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
+                for name, t in arguments.items()
+            }
+            results.append(op(**row, initial_state=None if initial_state is None else initial_state[n : n + 1]))
+        h, final_state = zip(*results, strict=True)
+        return torch.cat(h, 0), torch.cat(final_state, 0)
+
+    with segments(backend, steps):
+        assert_agree(call, run(call, alone, device), run(call, op, device))
+
+
+@given(st.data())
 def test_no_sequence_at_all(backend, device, data):
     """T = 0 with `cu_seqlens` [0]; B = 0; D = 0."""
     steps = data.draw(SEGMENTS)

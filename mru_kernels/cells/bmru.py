@@ -5,9 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends, ops
+from ..scalars import EPSILON, SURROGATE_SCALE
 from .call import call, step
 
-CELL = ops.add_cell(ops.Cell(name="bmru", inputs=(2, 3), either=("threshold",), event_inputs=2))
+CELL = ops.add_cell(
+    ops.Cell(
+        name="bmru",
+        inputs=(
+            ops.Input("candidate"),
+            ops.Input("threshold", "either"),
+            ops.Input("amplitude", optional=True),
+            ops.Input("alpha", "channel", optional=True),
+        ),
+        scalars=(EPSILON, SURROGATE_SCALE),
+        codes=True,
+        without_codes=("amplitude",),
+    )
+)
 
 
 def bmru(
@@ -26,7 +40,7 @@ def bmru(
 ) -> tuple[Tensor, Tensor]:
     """Scan a bistable memory recurrent unit over time.
 
-    Each channel writes where its candidate reaches its threshold, and holds elsewhere::
+    Each channel writes at the steps where its candidate reaches its threshold, and keeps its state at the others::
 
         z_t = H(|candidate_t| - |threshold_t|)
         s_t = z_t (amplitude_t sgn(candidate_t) + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
@@ -36,40 +50,48 @@ def bmru(
     the derivatives of H and sgn are the arctangent surrogates of those papers, `k / (1 + (pi k x)^2)` and twice that.
 
     Args:
-        candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Any strides on B and T are read in place.
+        candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
         threshold: `[B, T, D]` in the candidate's dtype, or `[D]`, then also in float32.
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the
             candidate's or the state dtype; zeros if None.
-        epsilon: in [0, 1]; a float, or a 0-dim CPU tensor, which torch.compile does not specialise on.
+        epsilon: the share of the old state that a write keeps, in [0, 1]; a float, or a 0-dim CPU tensor, on which
+            torch.compile does not specialise.
         alpha: `[D]`, scale of the output; ones if None.
-        amplitude: `[B, T, D]`, magnitude of what is written; ones if None.
+        amplitude: `[B, T, D]`, magnitude of the written values; ones if None.
         surrogate_scale: k > 0 of the surrogate derivatives, any finite value. Gradients out of range become infinite
             or 0.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
-        chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
-            again: a multiple of 16 that the backend takes. None saves no state, and the backward pass first scans the
-            whole again.
+        chunk_size: steps between two checkpoints, the states that the forward pass saves for the backward pass, which
+            recomputes the states between them: a multiple of 16 that the backend supports. With None the forward pass
+            saves no state, and the backward pass first scans the whole again.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
         `h [B, T, D]` in the candidate's dtype, and the final state `[B, D]` (`[N, D]`): the raw state s, float64 for
         float64 streams, else float32. Under autocast floating streams are cast to the autocast dtype. `h` is dense
-        with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory where the candidate has unit
-        stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream has the same
-        layout rule.
+        with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory if the candidate has unit
+        stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream follows the
+        same rule.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+
+    Example::
+
+        >>> candidate, threshold = torch.randn(2, 8, 100, 64).unbind()
+        >>> h, state = mk.bmru(candidate, threshold)
+        >>> h.shape, state.shape
+        (torch.Size([8, 100, 64]), torch.Size([8, 64]))
     """
-    inputs = {"candidate": candidate, "threshold": threshold}
-    if amplitude is not None:
-        inputs["amplitude"] = amplitude
     return call(
-        CELL, inputs, initial_state, epsilon=epsilon, alpha=alpha, surrogate_scale=surrogate_scale, reverse=reverse,
+        CELL, (candidate, threshold, amplitude, alpha), (epsilon, surrogate_scale), initial_state, reverse=reverse,
         cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
     )  # fmt: skip
+
+
+_TWO_GATES, _THREE_GATES = CELL.mask("candidate", "threshold"), CELL.mask("candidate", "threshold", "amplitude")
 
 
 def bmru_packed(
@@ -93,8 +115,9 @@ def bmru_packed(
     The other arguments, results and errors are those of `bmru`.
     """
     return call(
-        CELL, {"gates": gates}, initial_state, epsilon=epsilon, alpha=alpha, surrogate_scale=surrogate_scale,
-        reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend, packed=3 if amplitude else 2,
+        CELL, (gates, None, None, alpha), (epsilon, surrogate_scale), initial_state, reverse=reverse,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
+        packed=_THREE_GATES if amplitude else _TWO_GATES,
     )  # fmt: skip
 
 
@@ -120,8 +143,12 @@ def bmru_step(
     Raises:
         TypeError, ValueError: as `bmru`.
         RuntimeError: grad mode is on and an input requires grad.
+
+    Example::
+
+        >>> state = torch.zeros(8, 64)
+        >>> h, state = mk.bmru_step(torch.randn(8, 64), torch.ones(64), state)
+        >>> h.shape
+        torch.Size([8, 64])
     """
-    inputs = {"candidate": candidate, "threshold": threshold}
-    if amplitude is not None:
-        inputs["amplitude"] = amplitude
-    return step(CELL, inputs, state, epsilon=epsilon, alpha=alpha)
+    return step(CELL, (candidate, threshold, amplitude, alpha), (epsilon, 1.0), state)

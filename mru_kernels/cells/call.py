@@ -2,140 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from .. import backends, checks, ops
+from .. import torch_private as private
 
 
 def call(
     cell: ops.Cell,
-    inputs: Mapping[str, Tensor],
+    arrays: Sequence[Tensor | None],
+    scalars: Sequence[float | Tensor],
     initial_state: Tensor | None,
     *,
-    epsilon: float | Tensor = 0.0,
-    alpha: Tensor | None = None,
-    surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
     packed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run `cell` on its inputs, which come by name and in the cell's order.
+    """Run `cell` on its array inputs and scalars, in the cell's order; None for an input that is absent.
 
-    An eager call goes to the kernels at once, which refuse what they cannot take. Only then is it examined here, to say
-    it in the caller's terms: on a short scan these checks would cost as much as the scan.
+    With `packed`, a mask of inputs, these lie side by side in the first array, which is named "gates".
+
+    Eager calls skip these checks, which cost as much as a short scan. If the kernel rejects the call, they run here and
+    raise an error that names the caller's argument.
     """
-    first_to_kernels = cu_seqlens is None and not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled())
-    if not first_to_kernels:
-        inputs, alpha, initial_state = _autocast(inputs, alpha, initial_state)
-        _check(cell, inputs, initial_state, alpha, cu_seqlens, packed)
+    kernel_first = cu_seqlens is None and not (torch.compiler.is_compiling() or private.any_autocast())
+    if not kernel_first:
+        arrays, initial_state = _autocast(arrays, initial_state)
+        _check(cell, arrays, initial_state, cu_seqlens, packed)
     try:
-        streams: list[Tensor] = []
-        channel: list[Tensor] = []
-        for name, value in inputs.items():
-            (channel if _is_per_channel(cell, name, value) else streams).append(value)
+        inputs, given, numbers = _as_op_takes(cell, arrays, scalars, packed)
         return ops.scan(
-            cell, streams, channel, alpha, initial_state, cu_seqlens, checks.epsilon(epsilon),
-            checks.surrogate_scale(surrogate_scale), checks.flag("reverse", reverse), packed, chunk_size, backend,
+            cell, inputs, given, packed, numbers, initial_state, cu_seqlens, checks.flag("reverse", reverse),
+            chunk_size, backend,
         )  # fmt: skip
     except Exception:
-        if first_to_kernels:
+        if kernel_first:
             try:
-                _check(cell, inputs, initial_state, alpha, cu_seqlens, packed)
+                _check(cell, arrays, initial_state, cu_seqlens, packed)
             except (TypeError, ValueError) as reason:
                 raise reason from None
         raise
 
 
-def _check(cell, inputs, initial_state, alpha, cu_seqlens, packed) -> None:
-    """Raise what names the argument that is not as it must be."""
-    channel = {name: value for name, value in inputs.items() if _is_per_channel(cell, name, value)}
-    streams = {name: value for name, value in inputs.items() if name not in channel}
-    checks.arguments(streams, channel, alpha, initial_state, cu_seqlens, packed, cell.dtypes)
-    if cu_seqlens is not None:
-        checks.offsets(cu_seqlens, next(iter(inputs.values())).shape[1])
-
-
-def _is_per_channel(cell: ops.Cell, name: str, value: Tensor) -> bool:
-    return name in cell.vectors or (name in cell.either and isinstance(value, Tensor) and value.dim() == 1)
-
-
-def _autocast(
-    inputs: Mapping[str, Tensor], alpha: Tensor | None, initial_state: Tensor | None
-) -> tuple[Mapping[str, Tensor], Tensor | None, Tensor | None]:
-    """Cast the floating streams to the autocast dtype, so that different ones may meet; float64 stays.
-
-    Other tensors in a half precision that is not the autocast dtype become float32.
-    """
-    first = next(iter(inputs.values()))
-    dtype = checks.autocast_dtype(first.device) if isinstance(first, Tensor) else None
-    if dtype is None:
-        return inputs, alpha, initial_state
-
-    def stream(t):
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    def other(t):
-        return t.float() if isinstance(t, Tensor) and t.dtype in checks.HALF_DTYPES and t.dtype != dtype else t
-
-    cast = {name: stream(t) if isinstance(t, Tensor) and t.dim() != 1 else other(t) for name, t in inputs.items()}
-    return cast, other(alpha), other(initial_state)
-
-
-def _is_plain() -> bool:
-    """Whether a call runs at once, on its tensors as they are."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def step(
-    cell: ops.Cell,
-    inputs: Mapping[str, Tensor],
-    state: Tensor,
-    *,
-    epsilon: float | Tensor = 0.0,
-    alpha: Tensor | None = None,
+    cell: ops.Cell, arrays: Sequence[Tensor | None], scalars: Sequence[float | Tensor], state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`call` on a single step: streams are `[B, D]`, and so are the results. There is no gradient."""
     if torch.is_grad_enabled():
-        for name, value in (*inputs.items(), ("state", state), ("alpha", alpha)):
+        for name, value in (*_named(cell, arrays).items(), ("state", state)):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
                     f"{cell.name}_step: {name} requires grad, but the step has no gradient; use {cell.name} with T = 1,"
                     " or no_grad"
                 )
-
-    def as_scan() -> dict[str, Tensor]:
-        return {
-            name: value if _is_per_channel(cell, name, value) else value.unsqueeze(1) for name, value in inputs.items()
-        }
-
     refused = None
     try:
-        if _is_plain() and not isinstance(epsilon, FakeTensor):
-            number = epsilon if isinstance(epsilon, float) else checks.epsilon_value(epsilon)
-            return ops.step(cell, list(inputs.values()), state, alpha, number)
+        if _is_plain() and not any(isinstance(value, private.FakeTensor) for value in scalars):
+            inputs, given, numbers = _as_op_takes(cell, arrays, scalars)
+            return ops.step(cell, inputs, given, numbers, state)
         if isinstance(state, Tensor):  # None would be zeros
-            h, after = call(cell, as_scan(), state, epsilon=epsilon, alpha=alpha)
+            h, after = call(cell, _as_scan(cell, arrays), scalars, state)
             return h.squeeze(1), after
     except Exception as error:
         refused = error
-    (first_name, first), *others = inputs.items()
+    named = _named(cell, arrays)
+    (first_name, first), *others = named.items()
     checks.tensor(first_name, first, 2, "[batch, channels]")
     for name, value in (("state", state), *others):
-        if not _is_per_channel(cell, name, value):
+        if name == "state" or not _is_per_channel(cell, name, value):
             checks.like(name, value, first, first.shape, "[batch, channels]")
-    _check(cell, as_scan(), state, alpha, None, 0)
-    checks.epsilon(epsilon)
+    _check(cell, _as_scan(cell, arrays), state, None, 0)
+    for scalar, number in zip(cell.scalars, scalars, strict=True):
+        scalar.tensor(number) if scalar.scheduled else scalar.number(number)
     raise refused
+
+
+def _as_op_takes(
+    cell: ops.Cell, arrays: Sequence[Tensor | None], scalars: Sequence[float | Tensor], packed: int = 0
+) -> tuple[list[Tensor], int, list[float]]:
+    """The arguments `inputs`, `given` and `numbers` of an op."""
+    inputs, given, numbers = [], packed, []
+    bit = 1
+    for array in arrays:
+        if array is not None:
+            given |= bit
+            inputs.append(array)
+        bit <<= 1
+    for scalar, value in zip(cell.scalars, scalars, strict=True):
+        if scalar.scheduled:
+            given |= bit
+            inputs.append(scalar.tensor(value))
+            bit <<= 1
+        else:
+            numbers.append(scalar.number(value))
+    return inputs, given, numbers
+
+
+def _as_scan(cell: ops.Cell, arrays: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The inputs of a step as those of a scan with T = 1."""
+    return [
+        value if value is None or _is_per_channel(cell, i.name, value) else value.unsqueeze(1)
+        for i, value in zip(cell.inputs, arrays, strict=True)
+    ]
+
+
+def _named(cell: ops.Cell, arrays: Sequence[Tensor | None], packed: int = 0) -> dict[str, Any]:
+    """The arrays by name: those that are given, and those that must be."""
+    named: dict[str, Any] = {}
+    for i, (spec, value) in enumerate(zip(cell.inputs, arrays, strict=True)):
+        if i == 0 and packed:
+            named["gates"] = value
+        elif value is not None or not (spec.optional or packed >> i & 1):
+            named[spec.name] = value
+    return named
+
+
+def _check(cell: ops.Cell, arrays, initial_state, cu_seqlens, packed: int) -> None:
+    """Raise an error that names the argument which is not as it must be."""
+    named = _named(cell, arrays, packed)
+    channel = {name: value for name, value in named.items() if _is_per_channel(cell, name, value)}
+    streams = {name: value for name, value in named.items() if name not in channel}
+    checks.arguments(streams, channel, initial_state, cu_seqlens, packed.bit_count(), cell.dtypes)
+    if cu_seqlens is not None:
+        checks.offsets(cu_seqlens, next(iter(named.values())).shape[1])
+
+
+def _is_per_channel(cell: ops.Cell, name: str, value: Tensor | None) -> bool:
+    kind = next((i.kind for i in cell.inputs if i.name == name), "stream")
+    return kind == "channel" or (kind == "either" and isinstance(value, Tensor) and value.dim() == 1)
+
+
+def _autocast(
+    arrays: Sequence[Tensor | None], initial_state: Tensor | None
+) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    """Cast the floating streams to the autocast dtype, so that different ones may meet; float64 stays.
+
+    Other tensors in a half precision that is not the autocast dtype become float32.
+    """
+    first = arrays[0]
+    dtype = checks.autocast_dtype(first.device) if isinstance(first, Tensor) else None
+    if dtype is None:
+        return arrays, initial_state
+
+    def cast(t):
+        if not isinstance(t, Tensor):
+            return t
+        if t.dim() != 1:
+            return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+        return state(t)
+
+    def state(t):
+        return t.float() if isinstance(t, Tensor) and t.dtype in checks.HALF_DTYPES and t.dtype != dtype else t
+
+    return [cast(t) for t in arrays], state(initial_state)
+
+
+def _is_plain() -> bool:
+    """Whether the call is eager: no compilation, autocast, tracing, transform or forward-mode differentiation."""
+    return not (
+        torch.compiler.is_compiling()
+        or private.any_autocast()
+        or private.is_tracing()
+        or private.transforms_active()
+        or private.in_forward_mode()
+    )

@@ -10,9 +10,7 @@ from .call import call, step
 CELL = ops.add_cell(
     ops.Cell(
         name="linear_recurrence",
-        inputs=(2, 2),
-        either=("decay",),
-        event_inputs=None,
+        inputs=(ops.Input("update"), ops.Input("decay", "either")),
         dtypes=checks.STREAM_DTYPES + checks.COMPLEX_DTYPES,
     )
 )
@@ -34,37 +32,44 @@ def linear_recurrence(
 
         s_t = decay_t s_{t-1} + update_t
 
-    It is evaluated as it stands, not in log space, so `decay` may have any sign and be 0. Gradients of complex
-    arguments follow torch's convention.
+    The kernels do not work in log space, so `decay` may have any sign and be 0. Gradients of complex arguments follow
+    torch's convention.
 
     Args:
-        decay: `[B, T, D]` in the update's dtype, or `[D]`, then beside a real update also in float32.
-        update: `[B, T, D]`; float32, float64, bfloat16, float16, complex64 or complex128. Any strides on B and T are
-            read in place.
+        decay: `[B, T, D]` in the update's dtype, or `[D]`, then also in float32 if the update is real.
+        update: `[B, T, D]`; float32, float64, bfloat16, float16, complex64 or complex128. Strides over B
+            and T may be any.
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the
             update's or the state dtype; zeros if None.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
-        chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
-            again: a multiple of 16 that the backend takes. None saves no state, and the backward pass first scans the
-            whole again.
+        chunk_size: steps between two checkpoints, the states that the forward pass saves for the backward pass, which
+            recomputes the states between them: a multiple of 16 that the backend supports. With None the forward pass
+            saves no state, and the backward pass first scans the whole again.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
         The states `s [B, T, D]` in the update's dtype, and the final state `[B, D]` (`[N, D]`) in the state dtype:
         float32 for half-precision streams, else theirs. Under autocast floating streams are cast to the autocast
-        dtype. `s` is dense with unit stride on D, whatever the update's strides: as `[T, B, D]` in memory where the
-        update has unit stride on D and a larger stride over T than over B, else contiguous. Gradients follow their
-        streams alike.
+        dtype. `s` is dense with unit stride on D, whatever the update's strides: as `[T, B, D]` in memory if the
+        update has unit stride on D and a larger stride over T than over B, else contiguous. The gradient of each
+        stream follows the same rule.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+
+    Example::
+
+        >>> update = torch.randn(8, 100, 64)
+        >>> s, final = mk.linear_recurrence(torch.full((64,), 0.9), update)
+        >>> s.shape, final.shape
+        (torch.Size([8, 100, 64]), torch.Size([8, 64]))
     """
-    inputs = {"update": update, "decay": decay}
     return call(
-        CELL, inputs, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend
-    )
+        CELL, (update, decay), (), initial_state, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size,
+        backend=backend,
+    )  # fmt: skip
 
 
 def linear_recurrence_step(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,5 +87,11 @@ def linear_recurrence_step(decay: Tensor, update: Tensor, state: Tensor) -> tupl
     Raises:
         TypeError, ValueError: as `linear_recurrence`.
         RuntimeError: grad mode is on and an input requires grad.
+
+    Example::
+
+        >>> s, state = mk.linear_recurrence_step(torch.full((64,), 0.9), torch.randn(8, 64), torch.zeros(8, 64))
+        >>> s.shape, state.shape
+        (torch.Size([8, 64]), torch.Size([8, 64]))
     """
-    return step(CELL, {"update": update, "decay": decay}, state)
+    return step(CELL, (update, decay), (), state)

@@ -5,9 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends, ops
+from ..scalars import EPSILON, SURROGATE_SCALE
 from .call import call, step
 
-CELL = ops.add_cell(ops.Cell(name="schmitt", inputs=(3, 3), vectors=("low", "high"), event_inputs=3))
+CELL = ops.add_cell(
+    ops.Cell(
+        name="schmitt",
+        inputs=(
+            ops.Input("candidate"),
+            ops.Input("low", "channel"),
+            ops.Input("high", "channel"),
+            ops.Input("alpha", "channel", optional=True),
+        ),
+        scalars=(EPSILON, SURROGATE_SCALE),
+        codes=True,
+    )
+)
 
 
 def schmitt(
@@ -26,8 +39,8 @@ def schmitt(
 ) -> tuple[Tensor, Tensor]:
     """Scan a first-quadrant bistable memory recurrent unit over time (arXiv 2605.15216).
 
-    Each channel is a Schmitt trigger: it writes 1 where its candidate reaches `high`, 0 where it is below `low`, and
-    holds between them::
+    Each channel is a Schmitt trigger: it writes 1 if its candidate reaches `high`, 0 if the candidate is below `low`,
+    and keeps its state in between::
 
         L_t = H(candidate_t - low)    U_t = H(candidate_t - high)    hold_t = L_t (1 - U_t)
         s_t = hold_t s_{t-1} + (1 - hold_t) (U_t + epsilon s_{t-1})
@@ -36,35 +49,43 @@ def schmitt(
     In the backward pass the derivative of H is the arctangent surrogate `k / (1 + (pi k x)^2)`.
 
     Args:
-        candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Any strides on B and T are read in place.
-        low, high: `[D]`, in the candidate's dtype or float32. Usually `high >= low`; the formulas hold where not.
+        candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
+        low, high: `[D]`, in the candidate's dtype or float32. Usually `high >= low`; the formulas hold in any case.
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the
             candidate's or the state dtype; zeros if None.
-        epsilon: in [0, 1]; a float, or a 0-dim CPU tensor, which torch.compile does not specialise on.
+        epsilon: the share of the old state that a write keeps, in [0, 1]; a float, or a 0-dim CPU tensor, on which
+            torch.compile does not specialise.
         alpha: `[D]`, scale of the output; ones if None.
         surrogate_scale: k > 0 of the surrogate derivative, any finite value. Gradients out of range become infinite
             or 0.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
-        chunk_size: steps between the states that the forward pass saves for the backward pass, which scans each chunk
-            again: a multiple of 16 that the backend takes. None saves no state, and the backward pass first scans the
-            whole again.
+        chunk_size: steps between two checkpoints, the states that the forward pass saves for the backward pass, which
+            recomputes the states between them: a multiple of 16 that the backend supports. With None the forward pass
+            saves no state, and the backward pass first scans the whole again.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
         `h [B, T, D]` in the candidate's dtype, and the final state `[B, D]` (`[N, D]`): the raw state s, float64 for
         float64 streams, else float32. Under autocast floating streams are cast to the autocast dtype. `h` is dense
-        with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory where the candidate has unit
-        stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream has the same
-        layout rule.
+        with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory if the candidate has unit
+        stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream follows the
+        same rule.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+
+    Example::
+
+        >>> candidate = torch.rand(8, 100, 64)
+        >>> h, state = mk.schmitt(candidate, torch.full((64,), 0.2), torch.full((64,), 0.8))
+        >>> h.shape, state.shape
+        (torch.Size([8, 100, 64]), torch.Size([8, 64]))
     """
     return call(
-        CELL, {"candidate": candidate, "low": low, "high": high}, initial_state, epsilon=epsilon, alpha=alpha,
-        surrogate_scale=surrogate_scale, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
+        CELL, (candidate, low, high, alpha), (epsilon, surrogate_scale), initial_state, reverse=reverse,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
     )  # fmt: skip
 
 
@@ -90,5 +111,12 @@ def schmitt_step(
     Raises:
         TypeError, ValueError: as `schmitt`.
         RuntimeError: grad mode is on and an input requires grad.
+
+    Example::
+
+        >>> state = torch.zeros(8, 64)
+        >>> h, state = mk.schmitt_step(torch.rand(8, 64), torch.full((64,), 0.2), torch.full((64,), 0.8), state)
+        >>> h.shape
+        torch.Size([8, 64])
     """
-    return step(CELL, {"candidate": candidate, "low": low, "high": high}, state, epsilon=epsilon, alpha=alpha)
+    return step(CELL, (candidate, low, high, alpha), (epsilon, 1.0), state)

@@ -1,0 +1,71 @@
+"""The torch ops: schemas, fakes, autograd and vmap, the same for every cell and backend.
+
+For each cell there are four ops with one overload per backend, such as `mru::bmru.cpu`:
+
+    mru::<cell>             the scan: h `[B, T, D]`, the final state `[N, D]`, and what a backward pass needs
+    mru::<cell>_backward    its gradients
+    mru::<cell>_step        one step without gradients, on streams `[B, D]`
+    mru::<cell>_map         the steps of each sequence as one map of the state, s -> factor s + offset
+
+Arguments that they share:
+
+    inputs      the inputs that are given, in the cell's order: streams `[B, T, D]`, inputs per channel `[D]`, then
+                scalars that a schedule may change, 0-dim float64 on the CPU
+    given       bit i: input i is given
+    packed      bit i: input i is one of the streams that lie side by side in `inputs[0] [B, T, k D]`; 0: none
+    numbers     the other scalars
+    chunk       steps between two checkpoints, the states that are saved for the backward pass
+    segment     steps of a segment that is scanned in parallel with others; 0 scans each sequence as a whole. Results
+                differ from those of a whole scan by rounding only (csrc/maps/cut.h)
+    save        whether a backward pass may follow, so whether the op returns what it needs
+
+With `save` the results of the scan include the checkpoints `[B, floor((T - 1) / chunk), D]` and `events`, the write
+codes `[B, floor(T / 16) + (N or 1), D]` (int32, 16 steps of 2 bits), which have no rows if no codes are packed. h and
+the gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64 for
+float64 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
+"""
+
+from ..checks import state_dtype
+from .entry import as_maps, scan, step
+from .layout import (
+    CODES_PER_WORD,
+    allocate,
+    allocate_backward,
+    arrays,
+    check,
+    check_numbers,
+    dense_like,
+    first_stream,
+    places,
+    returned,
+    scalars,
+    sequences_of,
+    split_gates,
+)
+from .registration import add_backend, add_cell
+from .spec import CELLS, Cell, Input
+
+__all__ = [
+    "CELLS",
+    "CODES_PER_WORD",
+    "Cell",
+    "Input",
+    "add_backend",
+    "add_cell",
+    "allocate",
+    "allocate_backward",
+    "arrays",
+    "as_maps",
+    "check",
+    "check_numbers",
+    "dense_like",
+    "first_stream",
+    "places",
+    "returned",
+    "scalars",
+    "scan",
+    "sequences_of",
+    "split_gates",
+    "state_dtype",
+    "step",
+]

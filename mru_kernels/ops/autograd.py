@@ -1,0 +1,190 @@
+"""Derivatives of the ops: a first derivative in reverse mode; every other one raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import torch_private as private
+from ..checks import state_dtype
+from .layout import allocate_backward, first_stream, sequences_of
+from .spec import Cell
+
+
+def differentiable(cell: Cell, backend: str):
+    """The forward op's kernel for autograd."""
+
+    def autograd_kernel(*arguments):
+        inputs = differentiable_inputs(cell, arguments)
+        if _is_differentiated(*inputs):
+            return list(_apply(Scan, cell, backend, arguments, *inputs))
+        with private.BelowAutograd():
+            return cell.forward[backend](*arguments)
+
+    return autograd_kernel
+
+
+def once_differentiable(cell: Cell, backend: str):
+    """The backward op's kernel for autograd."""
+
+    def autograd_kernel(*arguments):
+        grad_h, grad_final, *rest = arguments
+        inputs = (grad_h, grad_final, *differentiable_inputs(cell, rest))
+        if _is_differentiated(*inputs):
+            reason = _no_other_derivative(cell)
+            return list(_apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
+        with private.BelowAutograd():
+            return cell.backward[backend](*arguments)
+
+    return autograd_kernel
+
+
+def not_differentiable(op: private.OpOverload, reason: str):
+    """The kernel for autograd of an op without derivatives."""
+
+    def autograd_kernel(inputs, *rest):
+        tensors = [*inputs, *(t for t in rest if isinstance(t, Tensor))]
+        return _apply(WithoutDerivative, op, reason, (inputs, *rest), *tensors)
+
+    return autograd_kernel
+
+
+def differentiable_inputs(cell: Cell, arguments) -> list[Tensor]:
+    """The arrays among the arguments of the forward op, and the initial state."""
+    inputs, _given, _packed, _numbers, initial_state, *_ = arguments
+    of_arrays = inputs[: len(inputs) - len(cell.scheduled)]
+    return of_arrays if initial_state is None else [*of_arrays, initial_state]
+
+
+def requires_grad(tensors) -> bool:
+    for t in tensors:  # noqa: SIM110  (a generator costs more)
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def _is_differentiated(*inputs: Tensor | None) -> bool:
+    return (torch.is_grad_enabled() and requires_grad(inputs)) or private.in_forward_mode()
+
+
+def _apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply` in an autograd kernel, which the dispatcher calls once for each level of torch.func."""
+    if not private.transforms_active():
+        return function.apply(*arguments)
+    with private.enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _below_autograd(op: private.OpOverload, arguments) -> list[Tensor]:
+    """`op` in the forward of an autograd Function: the kernel, or the next level of torch.func."""
+    if not private.transforms_active():
+        with private.BelowAutograd():
+            return op(*arguments)
+    # The Function has turned gradients off; the next level has its own.
+    with torch.enable_grad(), private.enable_forward_gradients(True), private.BelowAutograd():
+        return op(*arguments)
+
+
+class Scan(torch.autograd.Function):
+    """`mru::<cell>` below autograd, and `mru::<cell>_backward` as its gradient."""
+
+    @staticmethod
+    def forward(ctx, cell, backend, arguments, *inputs):
+        results = _below_autograd(cell.forward[backend], arguments)
+        saved = results[2:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # autograd would fill zeros for `saved`, which nobody reads
+        tensors, given, packed, numbers, initial_state, cu_seqlens, *rest, _save = arguments
+        scheduled = tensors[len(tensors) - len(cell.scheduled) :]
+        ctx.save_for_backward(*inputs, *scheduled, cu_seqlens, *saved)
+        ctx.call = (cell, backend, len(tensors), initial_state is not None)
+        ctx.constants = (given, packed, numbers)
+        ctx.rest = rest
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_final, *_):
+        cell, backend, count, has_initial = ctx.call
+        of_arrays = count - len(cell.scheduled)
+        tensors = list(ctx.saved_tensors)
+        initial_state = tensors.pop(of_arrays) if has_initial else None
+        inputs, (cu_seqlens, *saved) = tensors[:count], tensors[count:]
+        call = (inputs, *ctx.constants, initial_state, cu_seqlens, *ctx.rest)
+        if not saved:
+            with torch.no_grad():
+                saved = cell.forward[backend](*call, True)[2:]
+        _given, packed, _numbers = ctx.constants
+        if grad_h is None or grad_final is None:
+            first = first_stream(inputs, packed)
+            if grad_h is None:
+                grad_h = first.new_zeros(first.shape)
+            if grad_final is None:
+                states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
+                grad_final = first.new_zeros(states, dtype=state_dtype(first.dtype))
+        try:
+            grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
+        except RuntimeError as error:
+            raise_as_torch(error, allocate_backward, cell, inputs, initial_state)
+            raise
+        return None, None, None, *grads
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_no_other_derivative(ctx.call[0]))
+
+
+class WithoutDerivative(torch.autograd.Function):
+    """Run `op` below autograd; its derivatives raise NotImplementedError(`reason`).
+
+    torch.compile traces the derivative whether or not it is asked for: there the derivative is an op that raises when
+    it runs.
+    """
+
+    @staticmethod
+    def forward(ctx, op, reason, arguments, *inputs):
+        ctx.reason = reason
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return tuple(_below_autograd(op, arguments))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if any(t is not None and private.is_fake(t) for t in grads):
+            inputs = [t for t in ctx.saved_tensors if t is not None]
+            made = iter(torch.ops.mru.no_derivative([t for t in grads if t is not None], inputs, ctx.reason))
+            return None, None, None, *(None if t is None else next(made) for t in ctx.saved_tensors)
+        raise NotImplementedError(ctx.reason)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(ctx.reason)
+
+
+def raise_no_derivative(grads: list[Tensor], inputs: list[Tensor], reason: str) -> list[Tensor]:
+    """The kernel of `mru::no_derivative`. It takes `grads` so that a compiler leaves it in the backward pass."""
+    raise NotImplementedError(reason)
+
+
+def _no_other_derivative(cell: Cell) -> str:
+    return (
+        f"mru::{cell.name}: there is a first derivative in reverse mode only, no second derivative and no forward-mode"
+        " derivative (jvp, jacfwd, hessian)"
+    )
+
+
+def raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object], *arguments) -> None:
+    """Raise torch's own exception where a C++ kernel ran out of memory.
+
+    Torch's stable ABI reports an error without its type and, before torch 2.13, without its message; then the results
+    are allocated once more from Python.
+    """
+    message = str(error)
+    if "out of memory" in message and type(error) is RuntimeError:
+        raise torch.OutOfMemoryError(message) from error
+    if message.startswith("torch: "):
+        try:
+            allocate_results(*arguments)
+        except RuntimeError as again:
+            raise again from error

@@ -1,0 +1,111 @@
+"""The way in: from the arguments of a public function to the op of a backend."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from .. import torch_private as private
+from .autograd import Scan, differentiable_inputs, raise_as_torch, requires_grad
+from .layout import allocate
+from .spec import Cell
+
+_TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and takes the first: that of this backend
+
+
+class _Wanted(threading.local):
+    maps = False
+
+
+_wanted = _Wanted()
+
+
+@contextmanager
+def as_maps() -> Iterator[None]:
+    """Within it, `scan` returns the steps as one map of the state, (factor, offset), both `[N, D]`."""
+    before, _wanted.maps = _wanted.maps, True
+    try:
+        yield
+    finally:
+        _wanted.maps = before
+
+
+def scan(
+    cell: Cell,
+    inputs: list[Tensor],
+    given: int,
+    packed: int,
+    numbers: list[float],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    chunk_size: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Run `cell` on the backend that `backend` resolves to: (h, final state). The arguments are those of its op."""
+    first = inputs[0]
+    row = resolve(backend, first)
+    chunk = checks.chunk_size(chunk_size) or backends.CHUNK
+    if chunk != backends.CHUNK:
+        checks.check_chunk(chunk, row)
+    batch, time, channels = first.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    channels //= packed.bit_count() or 1
+    segment = row.module.segment(sequences, batch * time, channels, first.itemsize, first.device)
+    segment = -(-segment // chunk) * chunk
+    if _wanted.maps:
+        with private.BelowAutograd():
+            return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, segment)
+    constants = (given, packed, numbers)
+    rest = (initial_state, cu_seqlens, reverse, chunk, segment)
+    differentiated = torch.is_grad_enabled() and requires_grad((*inputs, initial_state))
+    compiling = torch.compiler.is_compiling()
+    tracing = not compiling and private.is_tracing()
+    if tracing and row.name != _TRACED_BACKEND:
+        raise RuntimeError(
+            f"backend: torch.jit.trace records {_TRACED_BACKEND!r} only, got {row.name!r}; trace the model on the CPU,"
+            " or use torch.export"
+        )
+    # A recorded graph saves no checkpoints: their number would fix T if it is 1, and jit.trace compares its graph with
+    # one made under no_grad. The backward pass of a recorded graph scans once more.
+    recorded = tracing or (compiling and torch.compiler.is_exporting())
+    save = differentiated and chunk_size is not None and not recorded
+    arguments = (inputs, *constants, *rest, save)
+    if compiling or tracing or private.transforms_active():
+        results = cell.forward[row.name](*arguments)
+        return results[0], results[1]
+    try:
+        if differentiated or private.in_forward_mode():  # what the autograd kernel does, without the dispatcher
+            results = Scan.apply(cell, row.name, arguments, *differentiable_inputs(cell, arguments))
+        else:
+            with private.BelowAutograd():
+                results = cell.forward[row.name](*arguments)
+    except RuntimeError as error:
+        raise_as_torch(error, allocate, cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
+        raise
+    return results[0], results[1]
+
+
+def step(
+    cell: Cell, inputs: Sequence[Tensor], given: int, numbers: Sequence[float], state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scan` of a single step, without gradients: streams are `[B, D]`, and so are the results."""
+    op = cell.step[resolve(None, state).name]
+    with private.BelowAutograd():
+        return op(inputs, given, numbers, state)
+
+
+def resolve(name: str | None, first: Tensor) -> backends.Backend:
+    """The backend of a call. Fake tensors have one even if their device is absent."""
+    try:
+        return backends.resolve(name, first.device)
+    except RuntimeError:
+        row = backends.resolve_fake(name, first.device) if private.is_fake(first) else None
+        if row is None:
+            raise
+        return row

@@ -1,0 +1,167 @@
+"""The tensors of a call: which input each is, what they must be, and the results that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..checks import state_dtype
+from ..torch_private import is_fake
+from .spec import Cell
+
+CODES_PER_WORD = 16  #: write codes of 2 bits in an int32
+
+
+def _unit_channels(t: Tensor) -> Tensor:
+    return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def dense_like(t: Tensor) -> Tensor:
+    """An uninitialised tensor for a stream `t [B, T, D]` with unit channel stride, in the layout of every such result.
+
+    It is dense with unit stride on D, whatever the strides of `t`: time-major, as `[T, B, D]` in memory, if the stride
+    of `t` over time is larger than that over the batch and neither is 0; else batch-major, which is contiguous.
+    """
+    batch, time, channels = t.shape
+    if t.stride(1) > t.stride(0) > 0:
+        return t.new_empty((time, batch, channels)).transpose(0, 1)
+    return t.new_empty((batch, time, channels))
+
+
+def split_gates(gates: Tensor, count: int) -> list[Tensor]:
+    """The streams `[B, T, D]` that lie side by side in `gates [B, T, count D]`, as views."""
+    channels = gates.size(-1) // count
+    return [gates.narrow(-1, i * channels, channels) for i in range(count)]
+
+
+def places(cell: Cell, given: int, packed: int) -> list[int | None]:
+    """The position in `inputs` of each of the cell's inputs, scheduled scalars included; None if it is not given."""
+    position = 0
+    found: list[int | None] = []
+    for i in range(len(cell.names)):
+        bit = 1 << i
+        if packed & bit or i == 0:
+            found.append(0)
+        elif given & bit:
+            position += 1
+            found.append(position)
+        else:
+            found.append(None)
+    return found
+
+
+def first_stream(inputs: Sequence[Tensor], packed: int) -> Tensor:
+    """The cell's first input `[B, T, D]`, with unit channel stride."""
+    first = _unit_channels(inputs[0])
+    return split_gates(first, packed.bit_count())[0] if packed else first
+
+
+def arrays(cell: Cell, inputs: Sequence[Tensor], given: int, packed: int) -> list[Tensor | None]:
+    """The cell's array inputs: `[B, T, D]` with unit channel stride, `[D]`, or None."""
+    gates = iter(split_gates(_unit_channels(inputs[0]), packed.bit_count()) if packed else [_unit_channels(inputs[0])])
+    found: list[Tensor | None] = []
+    for place in places(cell, given, packed)[: len(cell.inputs)]:
+        if place is None:
+            found.append(None)
+        elif place == 0:
+            found.append(next(gates))
+        else:
+            found.append(_unit_channels(inputs[place]))
+    return found
+
+
+def scalars(cell: Cell, inputs: Sequence[Tensor], numbers: Sequence[float]) -> list[float]:
+    """The values of the cell's scalars, in order."""
+    scheduled = inputs[len(inputs) - len(cell.scheduled) :]
+    return [*(t.item() for t in scheduled), *numbers]
+
+
+def sequences_of(inputs: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:
+    """The number of sequences N."""
+    return inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def allocate(
+    cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, cu_seqlens: Tensor | None, chunk: int, segment: int,
+    save: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Uninitialised results of the forward op, all four of them; the first `returned(save)` are returned."""
+    first = first_stream(inputs, packed)
+    batch, time, channels = first.shape
+    sequences = sequences_of(inputs, cu_seqlens)
+    state = state_dtype(first.dtype)
+    checkpoint_rows = max(time - 1, 0) // chunk if save else 0
+    packs = segment > 0 and cell.has_codes(given)
+    code_rows = time // CODES_PER_WORD + (1 if cu_seqlens is None else sequences) if packs else 0
+    return [
+        dense_like(first),
+        first.new_empty((sequences, channels), dtype=state),
+        first.new_empty((batch, checkpoint_rows, channels), dtype=state),
+        first.new_empty((batch, code_rows, channels), dtype=torch.int32),
+    ]
+
+
+def returned(save: bool) -> int:
+    """How many results the forward op has."""
+    return 4 if save else 2
+
+
+def allocate_backward(cell: Cell, inputs: Sequence[Tensor], initial_state: Tensor | None) -> list[Tensor]:
+    """Uninitialised results of the backward op: a gradient for each array in `inputs`, and for the initial state."""
+    of_arrays = inputs[: len(inputs) - len(cell.scheduled)]
+    grads = [dense_like(_unit_channels(t)) if t.dim() == 3 else t.new_empty(t.shape) for t in of_arrays]
+    return grads if initial_state is None else [*grads, initial_state.new_empty(initial_state.shape)]
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def check(cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens) -> None:
+    """Raise unless the tensors of a call fit together: for the kernels that are written in Python."""
+    array_bits = (1 << len(cell.inputs)) - 1
+    if packed & ~(given & array_bits) or (packed and not packed & 1):
+        raise ValueError(f"packed: expected a mask of given inputs, the first of them included, got {packed}")
+    if given & cell.required != cell.required or given >> len(cell.names):
+        raise ValueError(f"given: expected a mask of the inputs of {cell.name}, got {given}")
+    expected = given.bit_count() - max(packed.bit_count() - 1, 0)
+    if len(inputs) != expected:
+        raise ValueError(f"inputs: expected {expected} tensors for the masks {given} and {packed}, got {len(inputs)}")
+    streams, channel = {"inputs[0]": inputs[0]}, dict[str, Tensor]()
+    for i, (spec, place) in enumerate(zip(cell.inputs, places(cell, given, packed), strict=False)):
+        per_channel = spec.kind == "channel" or (spec.kind == "either" and place and inputs[place].dim() == 1)
+        if place == 0 and spec.kind == "channel":
+            raise ValueError(f"packed: expected streams, got {spec.name} among them, which comes per channel")
+        if place:
+            (channel if per_channel else streams)[f"inputs[{place}]"] = inputs[place]
+        if i > 0 and packed and place and not per_channel:
+            raise ValueError(f"packed: expected every stream side by side, got {spec.name} apart")
+    checks.arguments(streams, channel, initial_state, cu_seqlens, packed.bit_count(), cell.dtypes)
+
+
+def check_numbers(
+    cell: Cell, inputs: Sequence[Tensor], numbers: Sequence[float], chunk: int, segment: int | torch.SymInt,
+    chunk_sizes: tuple[int, int],
+) -> None:  # fmt: skip
+    """Raise unless the numbers of a call are such that the kernels may compute with them.
+
+    A fake scalar (no value) and a symbolic segment (made by `scan`) are not checked.
+    """
+    scheduled = inputs[len(inputs) - len(cell.scheduled) :]
+    for scalar, t in zip(cell.scheduled, scheduled, strict=True):
+        if t.device.type != "cpu" or t.dtype != torch.float64 or t.numel() != 1:
+            came = f"{t.dtype} of shape {list(t.shape)} on {t.device}"
+            raise ValueError(f"{scalar.name}: expected one float64 value on the CPU, got {came}")
+        if not is_fake(t):
+            scalar.check(t.item())
+    if len(numbers) != len(cell.numbers):
+        raise ValueError(f"numbers: expected {[s.name for s in cell.numbers]}, got {list(numbers)}")
+    for scalar, value in zip(cell.numbers, numbers, strict=True):
+        scalar.check(value)
+    least, most = chunk_sizes
+    if not least <= chunk <= most or chunk % CODES_PER_WORD:
+        raise ValueError(f"chunk: expected a multiple of {CODES_PER_WORD} from {least} to {most}, got {chunk}")
+    if isinstance(segment, int) and (not 0 <= segment <= checks.MOST_ELEMENTS or segment % chunk):
+        raise ValueError(f"segment: expected a multiple of the chunk {chunk} from 0 to 2^60, got {segment}")

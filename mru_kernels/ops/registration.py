@@ -1,0 +1,112 @@
+"""The schemas of the ops, and what every one of them is given: fake, autograd, vmap. The kernels come elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import state_dtype
+from .autograd import differentiable, not_differentiable, once_differentiable, raise_no_derivative
+from .batching import BACKWARD_NAMES, FORWARD_NAMES, batch_of_gradients, fold_into_channels
+from .layout import allocate, allocate_backward, check, check_numbers, first_stream, returned, sequences_of
+from .spec import CELLS, Cell
+
+_INPUTS = "Tensor[] inputs, int given, int packed, float[] numbers"
+_CALL = f"{_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, int chunk, SymInt segment"
+_SCHEMAS = {
+    "": f"({_CALL}, bool save) -> Tensor[]",
+    "_backward": f"(Tensor grad_h, Tensor grad_final, {_CALL}, Tensor checkpoints, Tensor events) -> Tensor[]",
+    "_step": "(Tensor[] inputs, int given, float[] numbers, Tensor state) -> (Tensor, Tensor)",
+    "_map": f"({_INPUTS}, Tensor? cu_seqlens, bool reverse, SymInt segment) -> (Tensor, Tensor)",
+}
+
+_library = torch.library.Library("mru", "DEF")
+_library.define("cpu_isa() -> str")
+_library.define("no_derivative(Tensor[] grads, Tensor[] inputs, str reason) -> Tensor[]")
+_library.impl("no_derivative", raise_no_derivative, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mru::no_derivative", lib=_library)
+def _(grads, inputs, reason):
+    return [torch.empty_like(t) for t in inputs]
+
+
+def add_cell(cell: Cell) -> Cell:
+    """Define the ops of `cell` for every backend."""
+    CELLS[cell.name] = cell
+    for backend in backends.TABLE:
+        _define(cell, backend)
+    return cell
+
+
+def add_backend(row: backends.Backend) -> None:
+    """Add a row to the table of backends and define the ops of every cell for it."""
+    backends.TABLE[row.name] = row
+    for cell in CELLS.values():
+        _define(cell, row.name)
+
+
+def _define(cell: Cell, backend: str) -> None:
+    """Define the ops of a cell for a backend: `mru::<cell>.<backend>` and those of _SCHEMAS."""
+    for suffix, schema in _SCHEMAS.items():
+        _library.define(f"{cell.name}{suffix}.{backend}{schema}")
+    for suffix, table in {"": cell.forward, "_backward": cell.backward, "_step": cell.step, "_map": cell.map}.items():
+        table[backend] = getattr(getattr(torch.ops.mru, cell.name + suffix), backend)
+    _register_fakes(cell, backend)
+
+    def name(suffix: str) -> str:
+        return f"mru::{cell.name}{suffix}.{backend}"
+
+    instead = f"there is no derivative; use mru::{cell.name}"
+    of_step = not_differentiable(cell.step[backend], f"mru::{cell.name}_step: {instead} with T = 1")
+    of_map = not_differentiable(cell.map[backend], f"mru::{cell.name}_map: {instead}")
+    _library.impl(name(""), differentiable(cell, backend), "Autograd")
+    _library.impl(name("_backward"), once_differentiable(cell, backend), "Autograd")
+    _library.impl(name("_step"), of_step, "Autograd")
+    _library.impl(name("_map"), of_map, "Autograd")
+    forward = fold_into_channels(cell, cell.forward[backend], FORWARD_NAMES)
+    backward = fold_into_channels(cell, cell.backward[backend], BACKWARD_NAMES)
+    torch.library.register_vmap(name(""), forward, lib=_library)
+    torch.library.register_vmap(name("_backward"), backward, lib=_library)
+    _library.impl(name("_backward"), batch_of_gradients(cell, cell.backward[backend]), "Batched")
+
+
+def _register_fakes(cell: Cell, backend: str) -> None:
+    def chunk_sizes() -> tuple[int, int]:
+        return backends.TABLE[backend].module.CHUNK_SIZES
+
+    def states(inputs, packed, cu_seqlens) -> Tensor:
+        first = first_stream(inputs, packed)
+        sizes = (sequences_of(inputs, cu_seqlens), first.shape[-1])
+        return first.new_empty(sizes, dtype=state_dtype(first.dtype))
+
+    @torch.library.register_fake(f"mru::{cell.name}.{backend}", lib=_library)
+    def _(inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save):
+        check(cell, inputs, given, packed, initial_state, cu_seqlens)
+        check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
+        return allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)[: returned(save)]
+
+    @torch.library.register_fake(f"mru::{cell.name}_backward.{backend}", lib=_library)
+    def _(grad_h, grad_final, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment,
+          checkpoints, events):  # fmt: skip
+        check(cell, inputs, given, packed, initial_state, cu_seqlens)
+        check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
+        tensors = {"grad_h": grad_h, "grad_final": grad_final, "checkpoints": checkpoints, "events": events}
+        for name, t in tensors.items():
+            if t.device != inputs[0].device:
+                raise ValueError(f"{name}: expected the streams' device {inputs[0].device}, got {t.device}")
+        return allocate_backward(cell, inputs, initial_state)
+
+    @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
+    def _(inputs, given, numbers, state):
+        first = inputs[0]
+        check(cell, [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs], given, 0, state, None)
+        check_numbers(cell, inputs, numbers, backends.CHUNK, 0, chunk_sizes())
+        return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
+
+    @torch.library.register_fake(f"mru::{cell.name}_map.{backend}", lib=_library)
+    def _(inputs, given, packed, numbers, cu_seqlens, reverse, segment):
+        check(cell, inputs, given, packed, None, cu_seqlens)
+        check_numbers(cell, inputs, numbers, backends.CHUNK, segment, chunk_sizes())
+        return states(inputs, packed, cu_seqlens), states(inputs, packed, cu_seqlens)

@@ -1,0 +1,89 @@
+"""What the ops know of a cell: its inputs, its scalars and its dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from .. import checks
+from ..scalars import Scalar
+from ..torch_private import OpOverload
+
+
+@dataclass(frozen=True)
+class Input:
+    """An array input of a cell.
+
+    Attributes:
+        name: of the argument of the public function.
+        kind: "stream", `[B, T, D]`; "channel", one value per channel `[D]`; or "either".
+        optional: whether it may be absent; then it is 1.
+    """
+
+    name: str
+    kind: str = "stream"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell, as csrc/cells/<name>.h states it in C++.
+
+    Attributes:
+        name: of its ops, `mru::<name>`, and of its public function.
+        inputs: its array inputs; the first is a stream and never absent.
+        scalars: its scalars; those that a schedule may change between calls come first.
+        codes: whether a step fits a write code of 2 bits (hold, one of two writes, NaN).
+        without_codes: inputs with which a step does not fit one.
+        dtypes: of its streams.
+        forward, backward, step, map: the ops of each backend.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
+    scalars: tuple[Scalar, ...] = ()
+    codes: bool = False
+    without_codes: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
+    forward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+    backward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+    step: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+    map: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def scheduled(self) -> tuple[Scalar, ...]:
+        """The scalars that come as 0-dim tensors, after the array inputs."""
+        return tuple(scalar for scalar in self.scalars if scalar.scheduled)
+
+    @cached_property
+    def numbers(self) -> tuple[Scalar, ...]:
+        """The scalars that come as numbers."""
+        return tuple(scalar for scalar in self.scalars if not scalar.scheduled)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of what the op's list `inputs` may hold."""
+        return (*(i.name for i in self.inputs), *(scalar.name for scalar in self.scheduled))
+
+    def mask(self, *names: str) -> int:
+        """The bits of these inputs."""
+        return sum(1 << self.names.index(name) for name in names)
+
+    @cached_property
+    def required(self) -> int:
+        """The bits of the inputs that are never absent."""
+        return self.mask(*(i.name for i in self.inputs if not i.optional), *(s.name for s in self.scheduled))
+
+    @cached_property
+    def _without_codes(self) -> int:
+        return self.mask(*self.without_codes)
+
+    def has_codes(self, given: int) -> bool:
+        """Whether a step with these inputs fits a write code."""
+        return self.codes and given & self._without_codes == 0
+
+
+#: Every cell that has ops, by name.
+CELLS: dict[str, Cell] = {}

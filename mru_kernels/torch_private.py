@@ -1,0 +1,73 @@
+"""The private names of torch that the package uses, in one place: tests/test_torch_private.py calls each.
+
+A torch release that drops one fails here, by name. Most of them make calls cheap: the dispatcher's own route to an
+autograd kernel takes longer than a short scan.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes as disable_modes
+
+__all__ = [
+    "FAKE_MODE",
+    "BelowAutograd",
+    "DisableFunctorch",
+    "DisableTorchFunction",
+    "FakeTensor",
+    "OpOverload",
+    "add_batch_dim",
+    "any_autocast",
+    "disable_modes",
+    "dispatch_mode",
+    "enable_forward_gradients",
+    "enable_single_level_autograd_function",
+    "has_kernel",
+    "in_forward_mode",
+    "is_batched",
+    "is_fake",
+    "is_legacy_batched",
+    "is_tracing",
+    "is_wrapped",
+    "modes_active",
+    "remove_batch_dim",
+    "transforms_active",
+    "unwrapped_tensor",
+]
+
+OpOverload = torch._ops.OpOverload
+
+#: A context in which ops run their kernels below autograd.
+BelowAutograd = torch._C._AutoDispatchBelowAutograd
+#: Whether `torch.jit.trace` records.
+is_tracing = torch._C._is_tracing
+#: Whether a transform of torch.func is active.
+transforms_active = torch._C._are_functorch_transforms_active
+any_autocast = torch._C._is_any_autocast_enabled
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+# Tensors that torch.func wraps, and batched ones among them; those of `is_grads_batched=True` are of the older vmap.
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_batched = torch._C._functorch.is_batchedtensor
+unwrapped_tensor = torch._C._functorch.get_unwrapped
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+remove_batch_dim = torch._remove_batch_dim
+add_batch_dim = torch._add_batch_dim
+
+# Modes: a tensor that outlives them is made without any.
+DisableTorchFunction = torch._C.DisableTorchFunction
+DisableFunctorch = torch._C._DisableFuncTorch
+modes_active = torch._C._len_torch_dispatch_stack
+dispatch_mode = torch._C._get_dispatch_mode
+FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
+
+#: A context that turns forward-mode gradients on or off.
+enable_forward_gradients = forward_ad._set_fwd_grad_enabled
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is entered."""
+    return forward_ad._current_level >= 0

@@ -1,0 +1,124 @@
+"""Each private name of torch that the package uses exists and does what the package expects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from mru_kernels import torch_private as private
+
+
+@pytest.mark.parametrize("name", private.__all__)
+def test_exists(name):
+    assert getattr(private, name) is not None
+
+
+def test_below_autograd_records_nothing():
+    x = torch.ones(2, requires_grad=True)
+    with private.BelowAutograd():
+        assert not (x + 1).requires_grad
+
+
+def test_tracing_is_told():
+    seen = []
+
+    def f(x):
+        seen.append(private.is_tracing())
+        return x + 1
+
+    torch.jit.trace(f, torch.ones(1), check_trace=False)
+    assert seen == [True]
+    assert not private.is_tracing()
+
+
+def test_forward_mode_is_told():
+    assert not private.in_forward_mode()
+    with forward_ad.dual_level():
+        assert private.in_forward_mode()
+
+
+def test_wrapped_tensors_are_told():
+    def f(x):
+        assert private.transforms_active()
+        assert private.is_wrapped(x)
+        assert private.is_batched(x)
+        assert private.unwrapped_tensor(x).shape == (3, 2)
+        return x
+
+    torch.func.vmap(f)(torch.ones(3, 2))
+    assert not private.transforms_active()
+    assert not private.is_wrapped(torch.ones(1))
+
+
+def test_legacy_batches_are_told():
+    seen = []
+
+    class Told(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(private.is_legacy_batched(grad))
+            return private.add_batch_dim(private.remove_batch_dim(grad, 1, 3, 0), 0, 1)
+
+    x = torch.ones(2, requires_grad=True)
+    (grad,) = torch.autograd.grad(Told.apply(x), x, torch.ones(3, 2), is_grads_batched=True)
+    assert seen == [True]
+    assert grad.shape == (3, 2)
+
+
+def test_modes_are_told_and_left():
+    assert private.modes_active() == 0
+    assert private.dispatch_mode(private.FAKE_MODE) is None
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert private.modes_active() == 1
+        assert private.dispatch_mode(private.FAKE_MODE) is not None
+        fake = torch.ones(1)
+        assert isinstance(fake, private.FakeTensor)
+        assert private.is_fake(fake)
+        with private.disable_modes():
+            assert type(torch.ones(1)) is torch.Tensor
+
+
+def test_functions_and_transforms_are_disabled():
+    def f(x):
+        with private.DisableFunctorch(), private.DisableTorchFunction():
+            made = torch.ones(1)
+        assert not private.is_wrapped(made)
+        return x
+
+    torch.func.vmap(f)(torch.ones(2))
+
+
+def test_autocast_is_told():
+    assert not private.any_autocast()
+    with torch.autocast("cpu"):
+        assert private.any_autocast()
+
+
+def test_kernels_are_found():
+    assert private.has_kernel("aten::add.Tensor", "CPU")
+
+
+def test_gradients_of_a_single_level():
+    class Twice(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    with private.enable_single_level_autograd_function(), private.enable_forward_gradients(True):
+        pass
+    assert torch.func.grad(lambda x: Twice.apply(x))(torch.tensor(1.0)) == 2
