@@ -66,6 +66,7 @@ struct Lanes {
   using Int = int;
   static MRU_INLINE V splat(Scalar a) { return a; }
   static MRU_INLINE V abs(V x) { return std::fabs(x); }
+  static MRU_INLINE V tanh(V x) { return std::tanh(x); }
   static MRU_INLINE V turned(V v, V x) {
 #ifdef __CUDA_ARCH__  // which compares and selects at half the rate of other instructions
     if constexpr (sizeof(V) == 4) return with_sign(v, x + V(0));
@@ -93,6 +94,11 @@ struct Lanes {
 template <class V>
 MRU_INLINE V splat(typename Lanes<V>::Scalar a) {
   return Lanes<V>::splat(a);
+}
+
+template <class V>
+MRU_INLINE V tanh(V x) {
+  return Lanes<V>::tanh(x);
 }
 
 // v sgn(x): -v where x < 0, else v.
