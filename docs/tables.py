@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import gpu_check, report
+from bench import records, report
+from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -18,11 +19,11 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 def _speed(file: Path) -> str:
     record = report.load(file)
-    return f"{report.machine(record)}\n\n{report.summary(record)}"
+    return f"{records.facts_of(record['machine'])}\n\n{report.summary(record)}"
 
 
 def _gpu(file: Path) -> str:
-    return gpu_check.summary(json.loads(file.read_text()))
+    return gpu_report.summary(json.loads(file.read_text()))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"python -m bench report": _speed, "make gpu-check": _gpu}

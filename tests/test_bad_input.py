@@ -644,7 +644,7 @@ def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, device, dtype
             raise
         return
     grads = {"grad_h": torch.zeros_like(h), "grad_final": torch.zeros_like(final)}
-    terms = python_ref.adjoint.bmru(**arguments, **grads, term=abs)
+    terms = python_ref.bmru.adjoint(**arguments, **grads, term=abs)
     results = {"h": h, "final_state": final}
     for (name, result), expected in zip(results.items(), python_ref.bmru(**arguments), strict=True):
         verdict = errors.judge(result, expected, terms[name])
