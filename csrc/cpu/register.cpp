@@ -1,4 +1,4 @@
-// Registers the CPU kernels of every cell as the ops that mru_kernels/ops.py defines.
+// Registers the CPU kernels of every cell as the ops that mru_kernels/ops defines.
 #include <cells.h>
 
 #include "../torch/ops.h"

@@ -1,5 +1,5 @@
-// Steps as one map of the state, s -> a s + b; of the adjoint, m -> a m + b. Maps compose, which is what lets segments of
-// time be scanned in parallel. Every rule for NaN, 0 and infinity of composition is in this file.
+// Steps as one map of the state, s -> a s + b; of the adjoint, m -> a m + b. Maps compose, so segments of time can be scanned in
+// parallel. Every rule for NaN, 0 and infinity of composition is in this file.
 #pragma once
 #include "../lanes.h"
 
