@@ -198,7 +198,8 @@ MRU_INLINE void store_raw(Partial<N> lanes, void* p, V v) {
   if constexpr (sizeof(V) == 32)
     return _mm256_maskstore_epi32(static_cast<int*>(p), first_bytes(lanes.count * kSize), (__m256i)v);
 #endif
-  asm("" : "+m"(v));  // opaque: GCC 12 would narrow the computation of v to the stored part, and fails with an internal error
+  // Opaque: GCC 12 would narrow the computation of v to the stored part, and fails with an internal error.
+  asm("" : "+m"(v));
   copy_few<N, kSize>(static_cast<char*>(p), reinterpret_cast<const char*>(&v), lanes.count);
 }
 #endif
