@@ -1,7 +1,7 @@
 """Faults planted into copies of the CPU sources, one at a time, each with the tests of this suite that must catch it.
 
-A copy is compiled for one instruction set and without optimization; only the object with the fault is compiled anew. The
-Python files are those of this package.
+A copy is compiled for one instruction set and without optimization; only the object with the fault is compiled anew.
+The Python files are those of this package.
 """
 
 from __future__ import annotations

@@ -126,15 +126,16 @@ struct Backward {
       const S* const before = states + (right - begin) * n;
       for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
         const InputLanes<F, L> inputs(in, lanes, j);
-        Value pulled = carried_m.get(lanes, m + j), sum[kInputs] = {};
+        Value pulled = carried_m.get(lanes, m + j), after = load(lanes, before + steps * n + j), sum[kInputs] = {};
         for (int k = 0; k < kInputs; ++k)
           if (sums_up(k)) sum[k] = carried_sum[k].get(lanes, chunk_sums + F::sum_row(k) * n + j);
         for (int64_t i = steps; i-- > 0;) {
           Value x[kInputs], dx[kInputs];
           inputs.load_at(i, x);
           const Value grad = load(lanes, g.ahead(i) + j);
-          const Value s = load(lanes, before + i * n + j), after = load(lanes, before + (i + 1) * n + j);
+          const Value s = load(lanes, before + i * n + j);
           pulled = cell.vjp(x, s, after, grad, pulled, dx);
+          after = s;
           for (int k = 0; k < kInputs; ++k) {
             if (sums_up(k)) sum[k] += dx[k];
             if (F::is_stream(k)) store(lanes, dx_row[k].ahead(i) + j, dx[k]);
