@@ -40,26 +40,12 @@ Segments cut(const Scan& scan) {
   return segments;
 }
 
-namespace {
-
-// Complex numbers are two elements.
-template <class Real>
-void fill_ones(std::vector<char>& row, bool is_complex) {
-  Real* const ones = reinterpret_cast<Real*>(row.data());
-  const size_t count = row.size() / sizeof(Real), step = is_complex ? 2 : 1;
-  for (size_t i = 0; i < count; i += step) ones[i] = 1;
-}
-
-}  // namespace
-
 Ones::Ones(Scan& scan, const Kernels& kernels) {
   for (int i = 0; i < kernels.inputs; ++i) {
     if ((kernels.channels >> i & 1) == 0 || scan.in[i].channel) continue;
     if (row_.empty()) {
       row_.resize(row_bytes(scan));
-      const bool is_double = scan.dtype == Dtype::kFloat64 || scan.dtype == Dtype::kComplex128;
-      if (is_double) fill_ones<double>(row_, is_complex(scan.dtype));
-      else fill_ones<float>(row_, is_complex(scan.dtype));
+      kernels.fill_ones(scan.channels, row_.data());
     }
     scan.in[i].channel = row_.data();
   }

@@ -47,8 +47,9 @@ struct Kernels {
   // total [n] = the sum over r < rows of the compensated sums at sums + r stride. `to_lost`: from a sum to what it lost.
   void (*reduce)(int64_t n, int64_t rows, int64_t stride, int64_t to_lost, const void* sums, void* total);
 
-  // state [D]: what enters a sequence that has steps.
+  // state [D]: the initial state -> the state that enters a sequence with steps.
   void (*enter)(const Scan&, void* state);
+  void (*fill_ones)(int64_t n, void* row);
 
   // Maps of whole rows. `resets`: factors are 0 or 1, and a factor 0 drops the state, NaN included.
   void (*identity)(int64_t n, MapRow map);

@@ -30,6 +30,10 @@ struct MapRows {
     }
   }
 
+  static void fill_ones(int64_t n, void* row) {
+    for (int64_t j = 0; j < n; ++j) static_cast<S*>(row)[j] = S(1);
+  }
+
   static void identity(int64_t n, MapRow map) {
     for (int64_t j = 0; j < n; ++j) put(map, j, Affine<S>::identity());
   }
