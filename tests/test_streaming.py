@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from mru_kernels.nn import unwrapped
+from mru_kernels.nn.wrappers import unwrapped
 
 CUTS = [1, 40, 0, 25, 34]  # steps of the chunks; an empty one is a chunk too
 
