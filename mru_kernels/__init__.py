@@ -1,8 +1,16 @@
-"""Fused parallel scans for memory recurrent units, as torch ops and modules."""
+"""Fused parallel scans for memory recurrent units, as torch ops and modules.
 
-from importlib import import_module as _import_module
+Example::
+
+    >>> unit = mk.BMRU(3, 8)  # import mru_kernels as mk
+    >>> output, h_n = unit(torch.randn(2, 10, 3))
+    >>> output.shape
+    torch.Size([2, 10, 8])
+"""
+
+import importlib as _importlib
+import typing as _typing
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
@@ -37,14 +45,14 @@ __all__ = [
 
 available_backends()  # registers the CPU kernels, which a loaded exported program needs before any call
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from . import distributed
 else:
 
     def __getattr__(name):
         """Import `distributed` when it is used: not every torch build has torch.distributed."""
         if name == "distributed":
-            return _import_module(f"{__name__}.{name}")
+            return _importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..nn import MRUBase, unwrapped
+from ..nn import MRUBase
+from ..nn.wrappers import unwrapped
 from .modules import SequenceParallel
 from .ops import parallel_op, scans
 from .ranks import Group

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..nn import unwrapped
+from ..nn.wrappers import unwrapped
 from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
 from .segments import Scan, scan_over_ranks
 
