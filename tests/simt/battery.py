@@ -316,7 +316,9 @@ def check_traffic(dtype: torch.dtype) -> None:
                 arrays = {}
                 for argument, kind in form.items():
                     per_channel = kind == "channel"
-                    shape, own = ((channels,), errors.state_dtype(dtype)) if per_channel else ((batch, time, channels), dtype)
+                    shape, own = (
+                        ((channels,), errors.state_dtype(dtype)) if per_channel else ((batch, time, channels), dtype)
+                    )
                     arrays[argument] = torch.randn(shape).to(own)
                     if argument in values:
                         arrays[argument].fill_(values[argument])

@@ -80,7 +80,11 @@ _FAULTS = {
         ("rows of sums added plainly", "sum.add(load<Traffic::kState, 1>(", "sum.sum += (load<Traffic::kState, 1>("),
         ("adjoint carried from the left", "(direction > 0 ? begin : row_segments - 1 - begin)", "begin"),
         ("check never fires", "store<Traffic::kState>(work.again, Vector<int, 1>{{1}});", ";"),
-        ("last boundary not checked", "next < 0 || next >= plan.row_segments)", "next < 0 || next > plan.row_segments - 2)"),
+        (
+            "last boundary not checked",
+            "next < 0 || next >= plan.row_segments)",
+            "next < 0 || next > plan.row_segments - 2)",
+        ),
         (
             "last boundary of the adjoint not checked",
             "next < 0 || next >= plan.row_segments)",
@@ -133,7 +137,9 @@ _FAULTS = {
         ("carry across sequences", "(a == S(0) && s == s) || is_head();", "a == S(0) && s == s;"),
         ("adjoint past a write", "holds ? b + before.b : b", "b + before.b"),
     ),
-    "../cells/bmru.h": (("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),),
+    "../cells/bmru.h": (
+        ("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),
+    ),
 }
 MUTANTS = tuple(Mutant(name, file, old, new) for file, faults in _FAULTS.items() for name, old, new in faults)
 
