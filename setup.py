@@ -35,6 +35,7 @@ CXX_FLAGS = [
     "-O3",
     "-g1",
     "-ffp-contract=off",  # the same bits on every instruction set
+    "-fno-math-errno",  # so that calls of libm whose results are not used are dropped
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -44,10 +45,11 @@ CXX_FLAGS = [
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
-# The files of csrc/cells are the list of cells. csrc/cpu/kernels.cpp is compiled once per cell and instruction set, by
-# its name in csrc/cpu/kernels.h; csrc/cpu/driver.cpp chooses at run time.
+# The files of csrc/cells are the list of cells. csrc/cpu/kernels/kernels.cpp is compiled once per cell and instruction
+# set, as csrc/cpu/kernels/kernels.h names it; csrc/cpu/isa.h chooses at run time.
 CELLS_MODULE = runpy.run_path(str(ROOT / "csrc/cells.py"))
 CELLS = CELLS_MODULE["names"](ROOT / "csrc")
+CPU_PARTS = ("backward", "cut_maps", "forward", "isa", "plan", "register")
 ISA_FLAGS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -63,10 +65,9 @@ if os.environ.get("MRU_SANITIZE") == "1":
 
 # Object name: (source, flags of its own).
 CPU_OBJECTS = {
-    "cpu_driver": ("csrc/cpu/driver.cpp", []),
-    "cpu_register": ("csrc/cpu/register.cpp", []),
+    **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in CPU_PARTS},
     **{
-        f"cpu_{cell}_{isa}": ("csrc/cpu/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
+        f"cpu_{cell}_{isa}": ("csrc/cpu/kernels/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
         for cell in CELLS
         for isa, flags in ISA_FLAGS.items()
     },

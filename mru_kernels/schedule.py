@@ -48,14 +48,16 @@ class EpsilonSchedule:
     Example::
 
         >>> model = mk.MRUNetwork(3, 2, width=8, num_blocks=2)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> schedule = mk.EpsilonSchedule(model, decay_steps=4, hold_steps=1)
+        >>> values = []
         >>> for _ in range(6):
-        ...     print(schedule.epsilon, end=" ")
+        ...     values.append(model.epsilon)
         ...     model(torch.randn(4, 10, 3))[0].square().mean().backward()
         ...     optimizer.step()
         ...     schedule.step()
-        1.0 1.0 0.75 0.5 0.25 0.0
+        >>> values
+        [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
     step_count: int

@@ -14,7 +14,7 @@ from mru_kernels.distributed import sequence_parallel
 
 
 def values(schedule: mk.EpsilonSchedule, unit: mk.BMRU, steps: int) -> list[float]:
-    """Epsilon of the unit before each of so many steps, and after the last."""
+    """Epsilon of the unit before each of `steps` steps, and after the last."""
     found = [unit.epsilon]
     for _ in range(steps):
         schedule.step()

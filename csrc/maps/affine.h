@@ -1,5 +1,5 @@
-// Steps as one map of the state, s -> a s + b; of the adjoint, m -> a m + b. Maps compose, which is what lets segments of
-// time be scanned in parallel. Every rule for NaN, 0 and infinity of composition is in this file.
+// Steps as one map of the state, s -> a s + b; of the adjoint, m -> a m + b. Maps compose, so segments of time can be scanned in
+// parallel. Every rule for NaN, 0 and infinity of composition is in this file.
 #pragma once
 #include "../lanes.h"
 
@@ -33,7 +33,17 @@ struct Affine {
   MRU_INLINE Affine then(Affine next) const { return {next.a * a, next.apply(b)}; }
   // The same for a `next` of steps that reset the state to `s`: nothing is computed, and NaN stays.
   MRU_INLINE Affine then_reset_to(S s) const { return {S(0), b == b ? s : b}; }
-  // `before`, then this map, where every factor is 0 or 1 and the maps are of the adjoint: values are added or left out.
+
+  // The rest is for cells whose writes reset the state: every factor is 0 or 1, and a factor 0 drops any s, NaN included.
+  // A state that is held (a = 1, b = 0) is copied, with the sign of its zero.
+  MRU_INLINE S apply_reset(S s) const {
+    const S both = b == S(0) ? s : s + b;
+    return a == S(0) ? b : both;
+  }
+  MRU_INLINE Affine then_reset(Affine next) const { return {next.a == S(0) ? next.a : a, next.apply_reset(b)}; }
+  // Whether the result does not depend on the state on entry.
+  MRU_INLINE bool is_settled() const { return a == S(0) || !(b == b); }
+  // `before`, then this map, for maps of the adjoint: values are added or left out.
   MRU_INLINE Affine after_selecting(Affine before) const {
     const bool holds = a != S(0);
     return {holds ? before.a : a, holds ? b + before.b : b};

@@ -7,7 +7,6 @@ its per-channel inputs and its scan.
 from .base import UNITS, MRUBase
 from .linear import LRU, MinGRU, MinLSTM
 from .network import MRUBlock, MRUNetwork
-from .wrappers import unwrapped
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
 __all__ = [
@@ -23,5 +22,4 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "WriteOrHold",
-    "unwrapped",
 ]
