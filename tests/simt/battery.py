@@ -405,7 +405,8 @@ def check_far_strides(dtype: torch.dtype) -> None:
 def check_misaligned(dtype: torch.dtype) -> None:
     """Channels that 16 bytes divide, in rows or tensors that do not begin on 16 bytes."""
     for cell in cells_of(dtype):
-        _check_misaligned(inputs.case(cell, dtype, time=70, channels=16, **per_channel_options(cell)).build())
+        call = inputs.case(cell, dtype, time=70, channels=16, **per_channel_options(cell)).build()
+        _check_misaligned(inputs.call(cell, call.tensors, call.settings))
 
 
 def _check_misaligned(aligned: inputs.Call) -> None:
@@ -439,6 +440,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
 
 CHECKS = (
     check_copies,
+    check_maps,
     check_cuts,
     check_held,
     check_traffic,
@@ -450,7 +452,6 @@ CHECKS = (
     check_sums,
     check_slopes,
     check_little_shared_memory,
-    check_maps,
     check_numbers,
 )
 
