@@ -18,8 +18,8 @@ class BackwardTile;
 template <class F>
 class BackwardAgent : public BackwardBase<F> {
   using Base = BackwardBase<F>;
-  using typename Base::Cell, typename Base::S, typename Base::Single;
   using Base::call, Base::d, Base::inside, Base::room, Base::segment, Base::span, Base::tile_steps;
+  using typename Base::Cell, typename Base::S, typename Base::Single;
   template <class, bool, class>
   friend class BackwardTile;
 
@@ -80,9 +80,8 @@ class BackwardAgent : public BackwardBase<F> {
           this->stage_inputs(part);
           this->stage(kGrad, {call.scan, call.scan.grad_h, span.row, d}, part);
         });
-      this->for_block([&](int c, int64_t d) {
-        stage_state(room.start(tile, c), begin > span.begin ? begin : span.begin, d);
-      });
+      this->for_block(
+          [&](int c, int64_t d) { stage_state(room.start(tile, c), begin > span.begin ? begin : span.begin, d); });
     }
     commit_copies();
   }
@@ -267,16 +266,15 @@ class BackwardTile {
       walk(factors, values, room_.channels, int(blockDim.y), start);
     } else {
       walk_or_scan<false>(factors, values, room_.channels, int(blockDim.y), start, [&](S s) {
-        return column(c, d).scan_steps(room_.row(1), 1, s,
-                                       [&](int, const S* x, S s) { return cell_.recompute(x, s); });
+        return column(c, d).scan_steps(room_.row(1), 1, s, [&](int, const S* x, S s) { return cell_.recompute(x, s); });
       });
     }
   }
   __device__ __forceinline__ void walk_adjoint(int c, int64_t d) const {
     const int groups = int(blockDim.y), last = c + (groups - 1) * room_.channels;
     S& carried = room_.carried(c);
-    carried = walk_or_scan<kSelects>(
-        room_.row(0) + last, room_.row(2) + last, -room_.channels, groups, carried, [&](S m) {
+    carried =
+        walk_or_scan<kSelects>(room_.row(0) + last, room_.row(2) + last, -room_.channels, groups, carried, [&](S m) {
           const auto of = column(c, d);
           return of.scan_steps(room_.row(2), -1, m, [&](int step, const S* x, S m) {
             S before = 0, after = 0;
@@ -307,9 +305,8 @@ class BackwardTile {
     for (int t = 0; t < kSteps<F>; ++t) {
       states_[t + 1] = states_[t];
       if (part_.has(t))
-        agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
-          states_[t + 1].at[w] = cell_.recompute(x, states_[t].at[w]);
-        });
+        agent_.for_channels(part_.tile, t,
+                            [&](int w, const S* x) { states_[t + 1].at[w] = cell_.recompute(x, states_[t].at[w]); });
     }
   }
   __device__ __forceinline__ S state(int t, int w) const {

@@ -99,8 +99,7 @@ struct Selection {
   using Cell = typename F::Cell;
   using S = typename F::S;
   using T = typename F::T;
-  static constexpr bool kPairs =
-      Cell::kCodes && sizeof(T) == 2 && F::W % 2 == 0 && (F::kStreamsDecide || !kDecides);
+  static constexpr bool kPairs = Cell::kCodes && sizeof(T) == 2 && F::W % 2 == 0 && (F::kStreamsDecide || !kDecides);
   using V = typename std::conditional_t<kPairs, std::type_identity<Pair<T>>, std::type_identity<S>>::type;
   using Mask = std::conditional_t<kPairs, PairMask, bool>;
   static constexpr int kEach = kElements<V>;

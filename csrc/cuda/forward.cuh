@@ -7,13 +7,13 @@ namespace mru::cuda {
 template <class F>
 class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   using Base = TileAgent<F, F::kStreams, 2, 1>;
-  using typename Base::Cell, typename Base::S, typename Base::Single;
   using Base::call, Base::channel, Base::d, Base::inside, Base::room, Base::segment, Base::span, Base::tile_steps;
+  using typename Base::Cell, typename Base::S, typename Base::Single;
   using Of = Selection<F>;
 
  public:
-  using typename Base::Room;
   using Base::Base;
+  using typename Base::Room;
 
   __device__ __forceinline__ void run() {
     Spans spans(call.scan, call.plan, segment, 1);
@@ -34,9 +34,8 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
     for (int tile = 0; begin < span.end; begin += tile_steps, ++tile) {
       stage_tile(tile + 1, begin + tile_steps);
       wait_for_copies<1>();
-      this->with_part_and_cell(tile, begin, [&]<bool kResets>(const auto& part, const Cell& cell) {
-        scan_tile<kResets>(part, cell);
-      });
+      this->with_part_and_cell(
+          tile, begin, [&]<bool kResets>(const auto& part, const Cell& cell) { scan_tile<kResets>(part, cell); });
     }
     wait_for_copies<0>();
     if (span.last)
@@ -46,8 +45,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   }
 
   __device__ __forceinline__ void stage_tile(int tile, int64_t begin) const {
-    if (inside && begin < span.end)
-      this->with_part(tile, begin, [&](const auto& part) { this->stage_inputs(part); });
+    if (inside && begin < span.end) this->with_part(tile, begin, [&](const auto& part) { this->stage_inputs(part); });
     commit_copies();
   }
 

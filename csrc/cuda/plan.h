@@ -20,8 +20,8 @@
 namespace mru::cuda {
 
 constexpr int64_t kMostSumRows = 8192;
-constexpr int64_t kMostChunk = 64;   // the streams of a chunk lie in shared memory
-constexpr int kSegmentStates = 5;    // factor, offset, late, entry, exit
+constexpr int64_t kMostChunk = 64;  // the streams of a chunk lie in shared memory
+constexpr int kSegmentStates = 5;   // factor, offset, late, entry, exit
 
 // Division of 0 <= n < 2^63 by a divisor that the host knows: a device's own 64-bit division is a call.
 class Divisor {
@@ -50,12 +50,12 @@ class Divisor {
 };
 
 struct Plan {
-  int64_t segments = 0;          // of all rows
-  int64_t row_segments = 1;      // of a batch row; 1: time is not cut, whatever scan.segment says
-  int64_t sum_rows = 0;          // segment i adds to row i % sum_rows of the sums over time and batch
-  int sums = 0;                  // of a row: gradients of the inputs that come per channel
-  int64_t uncut_sum_rows = 0;    // sum_rows of the uncut form, used when it scans again
-  int64_t states_bytes = 0;      // of one [segments, D] in the state dtype
+  int64_t segments = 0;        // of all rows
+  int64_t row_segments = 1;    // of a batch row; 1: time is not cut, whatever scan.segment says
+  int64_t sum_rows = 0;        // segment i adds to row i % sum_rows of the sums over time and batch
+  int sums = 0;                // of a row: gradients of the inputs that come per channel
+  int64_t uncut_sum_rows = 0;  // sum_rows of the uncut form, used when it scans again
+  int64_t states_bytes = 0;    // of one [segments, D] in the state dtype
   Divisor row_divisor, chunk_divisor;
 
   Plan() = default;

@@ -33,11 +33,13 @@ struct Cuda {
 
   template <class C>
   static void forward(const Scan& scan, const Tensor& like) {
-    launch(scan, false, like, [&](void* work, void* stream) { return kernels<C>(scan.dtype).forward(scan, work, stream); });
+    launch(scan, false, like,
+           [&](void* work, void* stream) { return kernels<C>(scan.dtype).forward(scan, work, stream); });
   }
   template <class C>
   static void backward(const Scan& scan, const Tensor& like) {
-    launch(scan, true, like, [&](void* work, void* stream) { return kernels<C>(scan.dtype).backward(scan, work, stream); });
+    launch(scan, true, like,
+           [&](void* work, void* stream) { return kernels<C>(scan.dtype).backward(scan, work, stream); });
   }
   template <class C>
   static void map(Scan scan, const Tensor& factor, const Tensor& offset) {

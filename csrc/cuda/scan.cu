@@ -1,8 +1,7 @@
 // Launches of the kernels of every cell for one element type: compiled once per row of `Element`, with
 // -DMRU_ELEMENT=float32 and so on. The build makes cells.h (csrc/cells.py).
-#include "cells.h"
-
 #include "backward.cuh"
+#include "cells.h"
 #include "forward.cuh"
 #include "segments.cuh"
 

@@ -315,11 +315,10 @@ def check_traffic(dtype: torch.dtype) -> None:
             for when, values in WRITES.get(name, {"": {}}).items():
                 arrays = {}
                 for argument, kind in form.items():
-                    per_channel = kind == "channel"
-                    shape, own = (
-                        ((channels,), errors.state_dtype(dtype)) if per_channel else ((batch, time, channels), dtype)
-                    )
-                    arrays[argument] = torch.randn(shape).to(own)
+                    if kind == "channel":
+                        arrays[argument] = torch.randn(channels).to(errors.state_dtype(dtype))
+                    else:
+                        arrays[argument] = torch.randn(batch, time, channels).to(dtype)
                     if argument in values:
                         arrays[argument].fill_(values[argument])
                 _check_traffic(Op(ops.CELLS[name], arrays, reverse, steps), arrays, when)
@@ -340,7 +339,7 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     packs = cut and has_codes
 
     results, moved = measure(op.forward)
-    h, final_state, checkpoints, codes = results
+    _, final_state, checkpoints, _ = results
     states = checkpoints.nbytes + final_state.nbytes
     form = f"{op.cell.name} of {', '.join(arrays)}, {when=} {channels=} {per_channel=} {op.arguments[-3]=} {steps=}"
     where = f"{form} {moved}"
@@ -349,7 +348,7 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     require(moved["codes"] == [n // 4 * packs] * 2, f"forward, codes: {where}")
     # factor, offset and entry written; inputs per channel for each kernel; factor and offset twice, entry.
     carries = segments * channels * s
-    # What is checked also: `exit`, a flag and, where writes do not reset, a magnitude each; all read, `entry` twice, and
+    # Where `check` follows: `exit`, a flag and, unless writes reset, a magnitude each. All are read, `entry` twice, and
     # the flag by each thread of the uncut form.
     late = carries // (2 if dtype.is_complex else 1) * (not resets) * cut
     flags = 4 * (256 * batch + 1) * cut

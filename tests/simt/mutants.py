@@ -83,7 +83,7 @@ _FAULTS = {
         (
             "last boundary not checked",
             "next < 0 || next >= plan.row_segments)",
-            "next < 0 || next > plan.row_segments - 2)",
+            "next < 0 || next >= plan.row_segments - 1)",
         ),
         (
             "last boundary of the adjoint not checked",
