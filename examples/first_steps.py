@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,9 @@ TEST_SEQUENCES = 512
 class Bare(nn.Module):
     """A unit that reads the symbols themselves, and a head on its last output."""
 
-    def __init__(self) -> None:
+    def __init__(self, surrogate_scale: float) -> None:
         super().__init__()
-        self.unit = mk.BMRU(SYMBOLS + 1, 32)
+        self.unit = mk.BMRU(SYMBOLS + 1, 32, surrogate_scale=surrogate_scale)
         self.head = nn.Linear(32, SYMBOLS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,16 +38,17 @@ class Bare(nn.Module):
         return self.head(output[:, -1]), state
 
 
-def network(**options: Any) -> nn.Module:
-    return mk.MRUNetwork(SYMBOLS + 1, SYMBOLS, **{"width": 32, "num_blocks": 2, "pool": "last"} | options)
+def network(surrogate_scale: float, num_blocks: int = 2) -> nn.Module:
+    units = {"bmru": {"surrogate_scale": surrogate_scale}}
+    return mk.MRUNetwork(SYMBOLS + 1, SYMBOLS, width=32, num_blocks=num_blocks, units=units, pool="last")
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[float], nn.Module]] = {
     "BMRU": Bare,
     "BMRU, epsilon 1 to 0": Bare,
     "MRUNetwork": network,
     "MRUNetwork, epsilon 1 to 0": network,
-    "MRUNetwork, one block": lambda: network(num_blocks=1),
+    "MRUNetwork, one block": lambda scale: network(scale, num_blocks=1),
 }
 
 
@@ -83,7 +83,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> list[tuple[float
 def train(name: str, seed: int, arguments: argparse.Namespace, learning_rate: float) -> tuple[float, ...]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = MODELS[name]()
+    model = MODELS[name](arguments.surrogate_scale)
     test, first = draw(TEST_SEQUENCES, arguments.length, torch.Generator().manual_seed(1000 + seed))
     before = write_rate(model, test)
 
@@ -101,9 +101,10 @@ def train(name: str, seed: int, arguments: argparse.Namespace, learning_rate: fl
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__, steps=300)
+    parser = common.parser(__doc__, steps=200)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], metavar="RATE")
+    parser.add_argument("--surrogate-scale", type=float, default=1.0)
     parser.add_argument("--length", type=int, default=200, help="steps of a sequence")
     arguments = parser.parse_args(argv)
     results = common.run_all(run, arguments.models, arguments)
@@ -117,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append([name, f"{rate:g}", *scores, common.spread(seconds, 1.0)])
     header = ["model", "learning rate", "percent right", "write rate before, %", "after, %", "seconds"]
     text = common.table(header, rows)
-    text += f"\n\nT = {arguments.length}, {arguments.steps} steps of {BATCH} sequences, {arguments.seeds} seeds."
+    text += f"\n\nT = {arguments.length}, {arguments.steps} steps of {BATCH} sequences, {arguments.seeds} seeds,"
+    text += f" surrogate scale {arguments.surrogate_scale:g}."
     common.finish("first_steps", text, lambda axes: common.bars(axes, groups, "percent right"), arguments.out)
 
 

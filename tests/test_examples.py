@@ -133,7 +133,7 @@ def test_the_first_symbol_is_the_one_that_is_marked():
 
 def test_the_write_rate_of_a_network_is_the_mean_of_its_units():
     torch.manual_seed(0)
-    model, (x, _) = first_steps.network(), first_steps.draw(4, 30, torch.Generator().manual_seed(0))
+    model, (x, _) = first_steps.network(surrogate_scale=1.0), first_steps.draw(4, 30, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for block, threshold in zip(model.blocks, (0.0, 100.0), strict=True):  # writes at every step, and at none
             block.units[0].weight_ih_l0[32:] = 0.0
