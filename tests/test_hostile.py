@@ -7,6 +7,7 @@ none reads or writes beyond its memory either.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from mru_kernels import backends, ops
+from bench import inputs
+from mru_kernels import backends
+from tests import raw
 
 # Of streams [B, T, D]: usual ones; then sizes that overflow, that are nothing, or beyond all memory, also with a size
 # less: what could be allocated is small.
@@ -73,31 +76,35 @@ def values(draw, kind: str, good: Any, device: torch.device) -> Any:
     return draw(st.sampled_from([[], good[1:], [*good, more], [more, *good[1:]], [*good, *good], 1000 * [more]]))
 
 
+def ones(cell: str, shape: tuple[int, int, int], one: Tensor, alpha: bool, state: bool, packed: bool) -> inputs.Call:
+    """A call of ones that takes no memory: streams `[B, T, D]` of `shape`; two packed sequences if `packed`."""
+    batch, time, channels = shape
+    drawn = inputs.case(cell, torch.float32, time=1, channels=1).build().tensors
+    tensors = {name: one.expand(shape if t.dim() == 3 else shape[2:]) for name, t in drawn.items()}
+    if alpha and "alpha" in inputs.CELLS[cell].optional:
+        tensors["alpha"] = one.expand(channels)
+    final = one.float().expand(2 if packed else batch, channels)
+    if state:
+        tensors["initial_state"] = final
+    settings = {"epsilon": 0.5} if "epsilon" in inputs.CELLS[cell].scalars else {}
+    offsets = {"cu_seqlens": torch.tensor([0, time // 2, time], device=one.device)} if packed else {}
+    return inputs.Call(cell, tensors, settings | offsets, one.expand(shape), final)
+
+
 @st.composite
-def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
+def scans(draw, cell: str, device: torch.device) -> dict[str, Any]:
     """Arguments of the forward op that fit together."""
-    batch, time, channels = draw(st.sampled_from(2 * USUAL + HUGE))
+    shape = draw(st.sampled_from(2 * USUAL + HUGE))
     one = torch.ones((), dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])), device=device)
-    per_channel, inputs = len(cell.vectors), cell.inputs[0]
-    packed = inputs if per_channel == 0 and draw(st.booleans()) else 0
-    count = 1 if packed else inputs - per_channel
-    shape = (batch, time, channels * (packed or 1))
-    cu_seqlens = torch.tensor([0, time // 2, time], device=device) if batch == 1 and draw(st.booleans()) else None
-    state = one.float().expand(batch if cu_seqlens is None else 2, channels)
-    return {
-        "streams": [one.expand(shape).requires_grad_(draw(st.booleans())) for _ in range(count)],
-        "channel": [one.expand(channels)] * per_channel,
-        "alpha": draw(st.sampled_from([None, one.expand(channels)])),
-        "initial_state": draw(st.sampled_from([None, state])),
-        "cu_seqlens": cu_seqlens,
-        "epsilon": torch.tensor(draw(st.sampled_from([0.0, 0.5])), dtype=torch.float64),
-        "surrogate_scale": 1.0,
-        "reverse": draw(st.booleans()),
-        "packed": packed,
-        "chunk": 64,
-        "segment": draw(st.sampled_from([0, 64])),
-        "save": draw(st.booleans()),
-    }  # fmt: skip
+    one.requires_grad_(draw(st.booleans()))
+    packed = shape[0] == 1 and draw(st.booleans())
+    call = ones(cell, shape, one, draw(st.booleans()), draw(st.booleans()), packed)
+    call = replace(call, settings=call.settings | {"reverse": draw(st.booleans())})
+    streams = sum(t.dim() == 3 for t in call.tensors.values())
+    gates = None
+    if streams == sum(name not in ("alpha", "initial_state") for name in call.tensors) and draw(st.booleans()):
+        gates = one.expand(*shape[:2], streams * shape[2])
+    return raw.scan(call, gates=gates, segment=draw(st.sampled_from([0, 64])), save=draw(st.booleans()))
 
 
 def shapes(op: torch._ops.OpOverload, arguments: list[Any]) -> list[tuple[torch.Size, torch.dtype]]:
@@ -107,37 +114,28 @@ def shapes(op: torch._ops.OpOverload, arguments: list[Any]) -> list[tuple[torch.
     return [(t.shape, t.dtype) for t in results]
 
 
-def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the backward op that fit those of a forward op."""
-    one = torch.ones((), device=scan["streams"][0].device)
-    given = [one.to(dtype).expand(shape) for shape, dtype in shapes(forward, list((scan | {"save": True}).values()))]
-    return scan | dict(zip(("grad_h", "grad_final", "checkpoints", "events"), given, strict=True))
-
-
-def step_of(scan: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the step op, of the streams of a forward op; one that is packed fits only by chance."""
-    rows = [t.detach().new_ones(()).expand(t.shape[0], t.shape[2]) for t in scan["streams"]]
-    first, second, third = [rows[0], *scan["channel"], *rows[1:], None, None][:3]
-    state = rows[0].new_ones((), dtype=torch.float32).expand(rows[0].shape)
-    return {"first": first, "second": second, "third": third, "alpha": scan["alpha"], "state": state, "epsilon": 0.5}
-
-
 @pytest.mark.parametrize("kind", ["forward", "backward", "step"])
-@pytest.mark.parametrize("cell", ops.CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", inputs.CELLS)
 @given(data=st.data())
 def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, kind, data):
     backends.resolve(backend, device)  # which registers its kernels
-    op = getattr(cell, kind)[backend]
-    arguments = data.draw(scans(cell, device))
+    ops = raw.CELLS[cell]
+    op = getattr(ops, kind)[backend]
+    if kind == "step":
+        shape = data.draw(st.sampled_from(2 * USUAL + HUGE))
+        one = torch.ones((), device=device)
+        arguments = raw.step(ones(cell, (shape[0], 1, shape[2]), one, data.draw(st.booleans()), True, False))
+    else:
+        arguments = data.draw(scans(cell, device))
     if kind == "backward":
-        if tuple(arguments["streams"][0].shape) in HUGE:
-            arguments["streams"] = [t.detach() for t in arguments["streams"]]
-        arguments = backward_of(cell.forward[backend], arguments)
-    elif kind == "step":
-        arguments = step_of(arguments)
+        if tuple(raw.stream_of(arguments).shape) in HUGE:
+            arguments = pytree.tree_map_only(Tensor, Tensor.detach, arguments)
+        one = torch.ones((), device=device)
+        results = shapes(ops.forward[backend], list((arguments | {"save": True}).values()))
+        arguments = raw.backward(arguments, [one.to(dtype).expand(size) for size, dtype in results])
     types = {argument.name: str(argument.type) for argument in op._schema.arguments}
     changed = data.draw(st.lists(st.sampled_from(list(types)), max_size=3))
-    must_run = not changed and kind != "step" and max(arguments["streams"][0].shape) < 1000
+    must_run = not changed and max(raw.stream_of(arguments).shape) < 1000
     for name in changed:
         arguments[name] = data.draw(values(types[name], arguments[name], device))
     given_arguments = [arguments[name] for name in types]

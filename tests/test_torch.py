@@ -13,14 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mru_kernels as mk
+from bench import inputs
 from mru_kernels import backends, checks, ops
-from mru_kernels.cells import bmru as bmru_module
-from mru_kernels.cells import linear_recurrence as linear_module
-from mru_kernels.cells import schmitt as schmitt_module
 from mru_kernels.cells.bmru import bmru_packed
-from tests import processes
+from tests import processes, raw
 
-CELL = bmru_module.CELL
+CELL = raw.CELLS["bmru"]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -35,102 +33,67 @@ LAYOUTS = {
     "windows": lambda t: t.flatten(1)[:, : t.shape[1] + t.shape[2] - 1].unfold(1, t.shape[2], 1),
 }
 
-
-def raw_arguments(variant: str, device: torch.device) -> tuple:
-    """Arguments of the forward op."""
-    words = variant.split()
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "c64": torch.complex64}
-    dtype = next((dtypes[word] for word in words if word in dtypes), torch.float32)
-    batch, time, channels = (1 if "offsets" in words else 2), 150, 5
-
-    def leaf(*shape: int, seed: int) -> Tensor:
-        x = draw(*shape, dtype=dtype, seed=seed, device=device)
-        return (x.sgn() * x.abs().clamp(max=0.9) if "linear" in words else x).requires_grad_()  # decays
-
-    streams = [leaf(batch, time, channels, seed=i) for i in range(3 if "amplitude" in words else 2)]
-    channel = []
-    if "channel" in words:
-        channel = [leaf(channels, seed=8)]
-        del streams[1]
-    if "schmitt" in words:
-        channel = [leaf(channels, seed=i) for i in (8, 7)]
-        del streams[1]
-    packed = len(streams) if "packed" in words else 0
-    if packed:
-        streams = [torch.cat(streams, -1).detach().requires_grad_()]
-    for word, relaid in LAYOUTS.items():
-        if word in words:
-            streams = [relaid(t.detach()).requires_grad_() for t in streams]
-    offsets = torch.tensor([0, 0, 70, 70, 150], device=device) if "offsets" in words else None
-    sequences = 4 if "offsets" in words else batch
-    alpha = leaf(channels, seed=9) if "alpha" in words else None
-    state = leaf(sequences, channels, seed=10) if "state" in words else None
-    epsilon = torch.tensor(0.5, dtype=torch.float64)
-    segment = backends.CHUNK if "segments" in words else 0
-    call = (streams, channel, alpha, state, offsets, epsilon, 1.0, "reverse" in words)
-    return *call, packed, backends.CHUNK, segment, True
-
-
-VARIANTS = [
-    "fp32",
-    "fp32 alpha state",
-    "fp64 channel alpha state segments",
-    "bf16 amplitude alpha state reverse",
-    "fp16 channel amplitude segments",
-    "fp32 packed alpha",
-    "fp32 packed amplitude state segments",
-    "fp32 offsets state alpha reverse segments",
-    "fp32 offsets packed",
-    "fp32 transposed alpha",
-    "fp32 windows amplitude",
-    "bf16 packed time-major state",
-    "schmitt fp32 alpha state reverse segments",
-    "schmitt bf16 offsets",
-    "linear fp32 state reverse segments",
-    "linear bf16 channel offsets",
-    "linear c64 channel state segments",
-    "linear c64 packed offsets reverse",
+#: Dtype, the index of the value of each factor of the cell, options, and words: a layout, "gates" for streams in one
+#: tensor, "segments".
+FORMS = [
+    ("fp32", 0, {}, ""),
+    ("fp64", 1, {"initial_state": "real"}, "segments"),
+    ("bf16", 1, {"initial_state": "real", "reverse": True}, "segments"),
+    ("fp16", 2, {"batch": "packed"}, ""),
+    ("fp32", 1, {"batch": "packed", "initial_state": "real", "reverse": True}, "gates segments"),
+    ("c64", 1, {"initial_state": "real"}, "segments"),
+    ("c64", 0, {"batch": "packed", "reverse": True}, "gates"),
+    ("fp32", 0, {}, "transposed"),
+    ("fp32", 1, {}, "windows"),
+    ("bf16", 0, {"initial_state": "real"}, "gates time-major"),
 ]
+VARIANTS = [(cell, *form) for cell, declared in inputs.CELLS.items() for form in FORMS if form[0] in declared.dtypes]
 
 
-def cell_of(variant: str) -> ops.Cell:
-    return {"schmitt": schmitt_module.CELL, "linear": linear_module.CELL}.get(variant.split()[0], CELL)
+def raw_arguments(variant: tuple, device: torch.device, save: bool = True) -> dict:
+    """Arguments of the forward op of a variant's cell, whose tensors require gradients."""
+    cell, dtype, index, options, words = variant
+    factors = inputs.CELLS[cell].factors
+    values = {name: x[index % len(x)] for name, x in factors.items()} | {"batch": 2, "parameters": "as streams"}
+    if "gates" in words:
+        values |= {name: "stream" for name, x in factors.items() if "stream" in x}
+    values |= {"epsilon": 0.5} if "epsilon" in factors else {}
+    case = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], time=150, channels=5, **values | options)
+    call = case.build().to(device)
+    gates = raw.gates_of(call) if "gates" in words else None
+    arguments = raw.scan(call, gates=gates, segment=backends.CHUNK if "segments" in words else 0, save=save)
+    relaid = next((LAYOUTS[word] for word in words.split() if word in LAYOUTS), lambda t: t)
+    tensors = [relaid(t) if t.dim() == 3 else t for t in raw.tensors_of(arguments)]
+    return raw.with_tensors(arguments, [t.detach().requires_grad_() for t in tensors])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_opcheck(backend, device, variant):
-    arguments, cell = raw_arguments(variant, device), cell_of(variant)
-    torch.library.opcheck(cell.forward[backend], arguments)
-    results = cell.forward[backend](*arguments)
-    h, final_state, checkpoints, events = (t.detach() for t in results)
-    inputs = (torch.ones_like(h), torch.ones_like(final_state), *arguments[:-1], checkpoints, events)
+    arguments, cell = raw_arguments(variant, device), raw.CELLS[variant[0]]
+    torch.library.opcheck(cell.forward[backend], tuple(arguments.values()))
+    results = raw.run(cell.forward[backend], arguments)
     # Second derivatives raise, so nothing that requires grad goes into the backward op.
-    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
-    torch.library.opcheck(cell.backward[backend], frozen)
+    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw.backward(arguments, results))
+    torch.library.opcheck(cell.backward[backend], tuple(frozen.values()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_raw_op_is_differentiable_by_itself(backend, device, variant):
     """Through the dispatcher, with boundary states saved or not, as through the public function."""
-    *arguments, _ = raw_arguments(variant, device)
-    leaves = ops._differentiable_inputs((*arguments, True))
+    arguments = raw_arguments(variant, device)
+    leaves = raw.tensors_of(arguments)
+    op = raw.CELLS[variant[0]].forward[backend]
+
+    def op_loss(leaves: list[Tensor], save: bool = True) -> Tensor:
+        h, final_state, *_ = raw.run(op, raw.with_tensors(arguments, leaves) | {"save": save})
+        return h.abs().float().square().sum() + final_state.abs().square().sum()
 
     def grads(save: bool):
-        h, final_state, *_ = cell_of(variant).forward[backend](*arguments, save)
-        return torch.autograd.grad(h.abs().float().square().sum() + final_state.abs().square().sum(), leaves)
+        return torch.autograd.grad(op_loss(leaves, save), leaves)
 
     for one, other in zip(grads(True), grads(False), strict=True):
         assert one.shape == other.shape
         assert torch.equal(one, other)
-
-    def op_loss(leaves):
-        streams, channel, alpha, state, *rest = arguments
-        given = iter(leaves)
-        inputs = [[next(given) for _ in streams], [next(given) for _ in channel]]
-        inputs += [None if t is None else next(given) for t in (alpha, state)]
-        h, final_state, *_ = cell_of(variant).forward[backend](*inputs, *rest, True)
-        return h.abs().float().square().sum() + final_state.abs().square().sum()
-
     detached = [t.detach() for t in leaves]
     assert_equal(torch.func.grad(op_loss)(detached), list(grads(True)))
     mapped = torch.vmap(torch.func.grad(op_loss))([torch.stack([t, t]) for t in detached])
@@ -368,15 +331,12 @@ def test_negated_view(backend, device):
         assert_equal(list(one), list(op(plain, plain, epsilon=1.0, backend=backend)))
 
 
-@pytest.mark.parametrize("variant", ["bmru", "bmru amplitude", "schmitt", "linear"])
-def test_opcheck_of_a_step(backend, device, variant):
-    x, y, z = torch.randn(3, 4, 9, device=device).unbind()
-    state, vector = torch.ones(4, 9, device=device), torch.ones(9, device=device)
-    inputs = {"bmru": (x, y, None), "bmru amplitude": (x, vector, z), "schmitt": (x, vector, vector)}
-    cell = cell_of(variant)
-    alpha = None if variant == "linear" else vector
-    arguments = (*inputs.get(variant, (x, y, None)), alpha, state, 0.5 if variant != "linear" else 0.0)
-    torch.library.opcheck(cell.step[backend], arguments)
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("cell", inputs.CELLS)
+def test_opcheck_of_a_step(backend, device, cell, index):
+    options = {name: values[index % len(values)] for name, values in inputs.CELLS[cell].factors.items()}
+    call = inputs.case(cell, torch.float32, time=1, batch=4, channels=9, **options).build().to(device)
+    torch.library.opcheck(raw.CELLS[cell].step[backend], tuple(raw.step(call).values()))
 
 
 def test_a_step_compiled_mapped_and_under_autocast(backend, device, monkeypatch):
@@ -714,9 +674,9 @@ def test_forward_mode_raises(backend, device, monkeypatch, way):
     ]
     if way not in ("around vjp", "functional", "hessian"):  # these take a first derivative, which a step refuses
         ops.append((lambda c: mk.bmru_step(c, c, state)[0], state))
-    for op, inputs in ops:
+    for op, point in ops:
         with pytest.raises(NotImplementedError, match="no forward-mode"):
-            FORWARD_MODE[way](op, inputs)
+            FORWARD_MODE[way](op, point)
     expected = torch.autograd.functional.vjp(lambda c: mk.bmru(c, c)[0].sum(), x)[1]
     assert torch.equal(torch.func.grad(lambda c: mk.bmru(c, c)[0].sum())(x), expected)
     with torch.autograd.forward_ad.dual_level():  # without a tangent
@@ -725,9 +685,11 @@ def test_forward_mode_raises(backend, device, monkeypatch, way):
 
 def test_the_op_of_a_step_has_no_derivative(backend, device):
     x, state = draw(2, 2, 3, device=device)
+    row = x[:, None]
 
     def op(x):
-        return CELL.step[backend](x, x, None, None, state, 0.5)[0]
+        call = inputs.call("bmru", {"candidate": row, "threshold": row}, {"epsilon": 0.5})
+        return raw.run(CELL.step[backend], raw.step(call) | {"first": x, "second": x, "state": state})[0]
 
     with pytest.raises(NotImplementedError, match="bmru_step: there is no derivative"):
         op(x.clone().requires_grad_()).sum().backward()
