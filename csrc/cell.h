@@ -20,7 +20,8 @@
 //   kCodes                       whether a step fits a write code of 2 bits (maps/write_or_hold.h); then also
 //     kFirstValue, kSecondValue  the two values that a step may write
 //     writes(x), value(x, first, second), encode(x), step_code(code, s), pull_code(code, m)
-//                                and `output` reads inputs per channel only
+//                                `output` and `cotangent` read inputs per channel only, and no state but `after`; what
+//                                decides a step reads no optional input per channel. It also has kResets
 //   kResets                      whether a write may reset the state; then also
 //     resets()                   whether every write does: factors are 0 or 1, and a forward pass only copies values
 //     resetting()                the same cell; the compiler knows that its resets() is true

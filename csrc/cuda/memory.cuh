@@ -8,7 +8,7 @@
 
 #include "../lanes.h"
 #ifndef __CUDACC__
-#include "../cpu/vector.h"  // conversions of half precision
+#include "../cpu/kernels/vector.h"  // conversions of half precision
 #endif
 
 namespace mru::cuda {
