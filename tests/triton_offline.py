@@ -200,7 +200,7 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     import triton.language as tl
 
     from mru_kernels.backends import CHUNK
-    from mru_kernels.backends.triton.kernels import arguments, backward
+    from mru_kernels.backends.triton.kernels import arguments
 
     spec, state = variant.spec, variant.state
     align = 16 // BYTES[variant.element] if variant.aligned else 1 + (variant.dtype in REAL)
@@ -229,7 +229,7 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
         "maps": arguments.Maps(f"*{state}", f"*{state}"),
         "groups": arguments.Maps(f"*{state}", f"*{state}"),
         "codes": "*i32",
-        "saved": backward.Saved(f"*{state}", "*i32", f"*{state}", f"*{state}"),
+        "saved": arguments.Saved(f"*{state}", "*i32", f"*{state}", f"*{state}"),
         **{name: _constants(value) for name, value in values.items()},
     }
     return types, values

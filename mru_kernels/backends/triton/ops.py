@@ -11,7 +11,7 @@ from ... import checks, ops
 from .. import CHUNK
 from .. import triton as backend
 from .cell import find
-from .kernels.backward import Saved
+from .kernels.arguments import Saved
 from .launch import Call, real
 from .tuning import CHUNK_SIZES, ceil_div, tile
 

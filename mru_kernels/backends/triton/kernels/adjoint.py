@@ -15,27 +15,26 @@ from .rows import get_whole, inputs_at, inputs_per_channel, load_tile, open_inpu
 @triton.jit
 def adjoint_word(c, map_, writes, late, opened, opened_grad, codes, first, MASKED: tl.constexpr):
     """The map of the steps so far, from the right, and of the 16 from `first` on, some beyond the end if MASKED."""
-    form = c.form
     TILE: tl.constexpr = c.block.tile
     STATE: tl.constexpr = late.dtype
     factor, m = map_
     left = left_of(c.at, first, WORD)
-    if form.codes:
+    if c.form.codes:
         word = get_whole(codes, word_row(c.scan, c.at, first), c.at)
         writes += c.cell.codes.writes(word)
     for j in tl.static_range(WORD - TILE, -1, -TILE):
         step = hidden(first + j, c.at)
         grads = load_tile(opened_grad, c.at, step, left - j, STATE, 1, TILE, MASKED)
-        if not form.codes:
-            tile = load_tile(opened, c.at, hidden(first + j, c.at), left - j, STATE, form.streams, TILE, MASKED)
-        if MASKED or not form.codes or left > j:  # always true: ptxas does not sink the loads below a branch
+        if not c.form.codes:
+            tile = load_tile(opened, c.at, hidden(first + j, c.at), left - j, STATE, c.form.streams, TILE, MASKED)
+        if MASKED or not c.form.codes or left > j:  # always true: ptxas does not sink the loads below a branch
             for i in tl.static_range(TILE - 1, -1, -1):
-                if form.codes:
-                    lam = c.cell.cotangent(inputs_per_channel(opened, form), 0.0, 0.0, grads[0][i], m)
+                if c.form.codes:
+                    lam = c.cell.cotangent(inputs_per_channel(opened, c.form), 0.0, 0.0, grads[0][i], m)
                     before = c.cell.codes.pull(word, j + i, lam, c.p)
                     product = factor
                 else:
-                    x = inputs_at(opened, tile, form, i)
+                    x = inputs_at(opened, tile, c.form, i)
                     before = c.cell.pull(x, c.cell.cotangent(x, 0.0, 0.0, grads[0][i], m), c.p)
                     product = c.cell.pull(x, factor, c.p)
                 if MASKED:
@@ -89,6 +88,27 @@ def from_the_right(c, map_, opened, opened_grad, codes, whole):
 
 
 @triton.jit
+def summarize_adjoint_segment(c, inputs, codes, grad_h, maps, lates, p_double):
+    """`summarize_adjoint` for the segment of a program; `p_double` is c.p in float64."""
+    STATE: tl.constexpr = maps.factor.dtype.element_ty
+    at = c.at
+    opened = open_inputs(inputs, c.scan, at, c.form, c.block, STATE)
+    opened_grad = (open_stream(grad_h, c.scan, at, c.block),)
+    map_ = identity(c.cell.rules, at.d, STATE)
+    whole = at.begin + (at.end - at.begin) // WORD * WORD
+    if c.form.resets:
+        factor, m = until_reset(c, map_, opened, opened_grad, codes, whole)
+    else:
+        map_, writes, late = from_the_right(c, map_, opened, opened_grad, codes, whole)
+        factor, m = map_
+        if c.form.codes:
+            factor = c.cell.codes.factor(writes, at.end - at.begin, p_double).to(STATE)
+        put(lates, at.segment, at, late, at.mask)
+    put(maps.factor, at.segment, at, factor, at.mask)
+    put(maps.offset, at.segment, at, m, at.mask)
+
+
+@triton.jit
 def summarize_adjoint(
     cell, form, block,
     inputs,  # the cell's inputs, a Stream each
@@ -105,17 +125,8 @@ def summarize_adjoint(
     segment, b = program(scan, block)
     if segment < scan.segments:
         at = place(scan, block, segment, b)
-        c = Context(cell, form, block, scan, at, scalars_of(scalars, form, STATE))
-        opened = open_inputs(inputs, scan, at, form, block, STATE)
-        opened_grad = (open_stream(grad_h, scan, at, block),)
-        whole = at.begin + (at.end - at.begin) // WORD * WORD
-        if form.resets:
-            factor, m = until_reset(c, identity(cell.rules, at.d, STATE), opened, opened_grad, codes, whole)
-        else:
-            map_, writes, late = from_the_right(c, identity(cell.rules, at.d, STATE), opened, opened_grad, codes, whole)
-            factor, m = map_
-            if form.codes:
-                factor = cell.codes.factor(writes, at.end - at.begin, scalars_of(scalars, form, tl.float64)).to(STATE)
-            put(lates, segment, at, late, at.mask)
-        put(maps.factor, segment, at, factor, at.mask)
-        put(maps.offset, segment, at, m, at.mask)
+        p = scalars_of(scalars, form, STATE)
+        p_double = scalars_of(scalars, form, tl.float64)
+        summarize_adjoint_segment(
+            Context(cell, form, block, scan, at, p), inputs, codes, grad_h, maps, lates, p_double
+        )

@@ -74,6 +74,15 @@ class Maps(NamedTuple):
     offset: Any
 
 
+class Saved(NamedTuple):
+    """What `backward` recomputes states from, and where it keeps them."""
+
+    initial: Any  # [N, D]
+    codes: Any  # [B, T // 16 + (N if packed else 1), D] int32
+    checkpoints: Any  # [B, (T - 1) // chunk, D]
+    states: Any  # [segments * (min(T, chunk) // tile), D]: room for the states before the tiles of a chunk
+
+
 class Double(NamedTuple):
     """The bits of a float64. Triton would pass a Python float as float32."""
 

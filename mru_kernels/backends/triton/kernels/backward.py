@@ -39,15 +39,6 @@ class Opened(NamedTuple):
     grads: Any
 
 
-class Saved(NamedTuple):
-    """What a program recomputes states from, and where it keeps them."""
-
-    initial: Any  # [N, D]
-    codes: Any  # [B, T // 16 + (N if packed else 1), D] int32
-    checkpoints: Any  # [B, (T - 1) // chunk, D]
-    states: Any  # [segments * (min(T, chunk) // tile), D]: room for the states before the tiles of a chunk
-
-
 @triton.jit
 def recompute(c, s, row, opened, saved, step, TILES: tl.constexpr):
     """The state after TILES tiles of one word. The state before each goes to `states`, from row `row` on."""
@@ -185,6 +176,39 @@ def put_sums(c, grads, row, sums):
 
 
 @triton.jit
+def backward_segment(c, opened, saved, grad_final, grads, grad_initial, lates):
+    """`backward` for the segment or sequence of a program."""
+    HALF: tl.constexpr = opened.inputs[0][0].dtype.element_ty.primitive_bitwidth == 16
+    TILE: tl.constexpr = c.block.tile
+    at = c.at
+    m = get(grad_final, tl.where(c.scan.segment_size != 0, at.segment, at.index), at, at.mask, 0.0)
+    late = tl.zeros_like(m)
+    room = at.segment * (tl.minimum(c.scan.time, c.form.chunk) // TILE)
+    chunks = (at.end - at.begin + c.form.chunk - 1) // c.form.chunk
+    chunk = at.begin + (chunks - 1) * c.form.chunk
+    row = checkpoint_row(c.scan, at, chunk, c.form)
+    summed = sums_row(c.scan, at, c.form) + chunk // c.form.chunk
+    left = chunks.to(tl.int32)
+    if left > 0:
+        ahead = ()
+        if HALF:
+            first = tl.maximum(at.end - (at.end - at.begin) % TILE - TILE, at.begin)
+            ahead = load_both(c, opened, first, left_of(at, first, TILE), True)
+        while left > 0:
+            m, late, sums, ahead = backward_chunk(c, m, late, ahead, opened, saved, room, chunk, row, HALF)
+            put_sums(c, grads, summed, sums)
+            chunk -= c.form.chunk
+            row -= 1
+            summed -= 1
+            left -= 1
+    # Without a split `chunk` is negative here. LLVM cannot tell, so it does not keep the row's address from the start on.
+    put(grad_initial, tl.where((c.scan.segment_size == 0) & (chunk < 0), at.index, at.segment), at, m, at.mask)
+    if c.cell.adjoint_sees_state:
+        if c.scan.segment_size != 0:
+            put(lates, at.segment, at, late, at.mask)
+
+
+@triton.jit
 def backward(
     cell, form, block,
     inputs,  # the cell's inputs, a Stream each
@@ -202,41 +226,14 @@ def backward(
     Sums over chunks are added up afterwards: many equal terms, added one by one, would lose more than rounding.
     """
     STATE: tl.constexpr = grad_final.dtype.element_ty
-    HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
-    TILE: tl.constexpr = block.tile
     scan = sizes(scan, block)
     segment, b = program(scan, block)
     if works(scan, segment):
         at = place(scan, block, segment, b)
-        c = Context(cell, form, block, scan, at, scalars_of(scalars, form, STATE))
-        opened = Opened(
-            open_inputs(inputs, scan, at, form, block, STATE),
-            (open_stream(grad_h, scan, at, block),),
-            open_grads(grads, scan, at, form, block),
+        opened_inputs = open_inputs(inputs, scan, at, form, block, STATE)
+        opened_grad_h = open_stream(grad_h, scan, at, block)
+        opened = Opened(opened_inputs, (opened_grad_h,), open_grads(grads, scan, at, form, block))
+        p = scalars_of(scalars, form, STATE)
+        backward_segment(
+            Context(cell, form, block, scan, at, p), opened, saved, grad_final, grads, grad_initial, lates
         )
-        m = get(grad_final, tl.where(scan.segment_size != 0, segment, at.index), at, at.mask, 0.0)
-        late = tl.zeros_like(m)
-        room = segment * (tl.minimum(scan.time, form.chunk) // TILE)
-        chunks = (at.end - at.begin + form.chunk - 1) // form.chunk
-        chunk = at.begin + (chunks - 1) * form.chunk
-        row = checkpoint_row(scan, at, chunk, form)
-        summed = sums_row(scan, at, form) + chunk // form.chunk
-        left = chunks.to(tl.int32)
-        if left > 0:
-            ahead = ()
-            if HALF:
-                first = tl.maximum(at.end - (at.end - at.begin) % TILE - TILE, at.begin)
-                ahead = load_both(c, opened, first, left_of(at, first, TILE), True)
-            while left > 0:
-                m, late, sums, ahead = backward_chunk(c, m, late, ahead, opened, saved, room, chunk, row, HALF)
-                put_sums(c, grads, summed, sums)
-                chunk -= form.chunk
-                row -= 1
-                summed -= 1
-                left -= 1
-        # Without a split `chunk` is negative here. LLVM cannot tell, so it does not keep the row's address from the
-        # start on.
-        put(grad_initial, tl.where((scan.segment_size == 0) & (chunk < 0), at.index, segment), at, m, at.mask)
-        if cell.adjoint_sees_state:
-            if scan.segment_size != 0:
-                put(lates, segment, at, late, at.mask)

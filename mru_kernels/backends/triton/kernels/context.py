@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Context(NamedTuple):
-    """A program's view of its call."""
+    """A program's view of its call. Triton takes it as an argument only: to assign it would make tensors of constants."""
 
     cell: Any  # its functions, see ..cell.Cell
     form: Any

@@ -33,19 +33,18 @@ def enter(c, opened, s):
 @triton.jit
 def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
     """Write h at the 16 steps from `first` on, some of which lie beyond the end if MASKED. Returns the state after."""
-    form = c.form
     left = left_of(c.at, first, WORD)
     for j in range(0, WORD, c.block.tile):
-        if not form.codes:
+        if not c.form.codes:
             step = hidden(first + j, c.at)
-            tile = load_tile(opened, c.at, step, left - j, s.dtype, form.streams, c.block.tile, MASKED)
+            tile = load_tile(opened, c.at, step, left - j, s.dtype, c.form.streams, c.block.tile, MASKED)
         row = row_at(opened_h, hidden(first + j, c.at))
         for i in tl.static_range(c.block.tile):
-            if form.codes:
-                x = inputs_per_channel(opened, form)
+            if c.form.codes:
+                x = inputs_per_channel(opened, c.form)
                 after = c.cell.codes.step(word, i, s, c.p)
             else:
-                x = inputs_at(opened, tile, form, i)
+                x = inputs_at(opened, tile, c.form, i)
                 after = c.cell.step(x, s, c.p)
             before = s
             if MASKED:
@@ -55,9 +54,39 @@ def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
             mask = when(j + i < left, c.at.mask) if MASKED else c.at.mask
             tl.store(row, c.cell.output(x, before, s, c.p), mask=mask, eviction_policy=STREAMED)
             row += opened_h[1]
-        if form.codes:
+        if c.form.codes:
             word = word >> (2 * c.block.tile)
     return s
+
+
+@triton.jit
+def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoints):
+    """`forward` for the segment or sequence of a program."""
+    at = c.at
+    scan = c.scan
+    opened = open_inputs(inputs, scan, at, c.form, c.block, final_state.dtype.element_ty)
+    opened_h = open_stream(h, scan, at, c.block)
+    if scan.segment_size != 0:
+        s = get(entries, at.segment, at, at.mask, 0.0)
+    else:
+        s = get(initial, at.index, at, when(scan.has_initial != 0, at.mask), 0.0)
+    s = enter(c, opened, s)
+    word = tl.zeros((c.block.channels,), tl.int32)
+    if c.form.codes:
+        word = get(codes, word_row(scan, at, at.begin), at, when(at.begin < at.end, at.mask), 0)
+    whole = at.end - (at.end - at.begin) % WORD
+    for first in range(at.begin, whole, WORD):
+        after = first + WORD
+        ahead = word
+        if c.form.codes:
+            ahead = get_whole(codes, word_row(scan, at, tl.minimum(after, at.end - 1)), at)
+        s = forward_word(c, s, word, opened, opened_h, first, False)
+        word = ahead
+        if (scan.saved != 0) & (after % c.form.chunk == 0) & (after < at.length):
+            put(checkpoints, checkpoint_row(scan, at, after, c.form), at, s, at.mask)
+    if whole < at.end:
+        s = forward_word(c, s, word, opened, opened_h, whole, True)
+    put(final_state, tl.where(scan.segment_size != 0, at.segment, at.index), at, s, at.mask)
 
 
 @triton.jit
@@ -79,27 +108,7 @@ def forward(
     segment, b = program(scan, block)
     if works(scan, segment):
         at = place(scan, block, segment, b)
-        c = Context(cell, form, block, scan, at, scalars_of(scalars, form, STATE))
-        opened = open_inputs(inputs, scan, at, form, block, STATE)
-        opened_h = open_stream(h, scan, at, block)
-        if scan.segment_size != 0:
-            s = get(entries, segment, at, at.mask, 0.0)
-        else:
-            s = get(initial, at.index, at, when(scan.has_initial != 0, at.mask), 0.0)
-        s = enter(c, opened, s)
-        word = tl.zeros((block.channels,), tl.int32)
-        if form.codes:
-            word = get(codes, word_row(scan, at, at.begin), at, when(at.begin < at.end, at.mask), 0)
-        whole = at.end - (at.end - at.begin) % WORD
-        for first in range(at.begin, whole, WORD):
-            after = first + WORD
-            ahead = word
-            if form.codes:
-                ahead = get_whole(codes, word_row(scan, at, tl.minimum(after, at.end - 1)), at)
-            s = forward_word(c, s, word, opened, opened_h, first, False)
-            word = ahead
-            if (scan.saved != 0) & (after % form.chunk == 0) & (after < at.length):
-                put(checkpoints, checkpoint_row(scan, at, after, form), at, s, at.mask)
-        if whole < at.end:
-            s = forward_word(c, s, word, opened, opened_h, whole, True)
-        put(final_state, tl.where(scan.segment_size != 0, segment, at.index), at, s, at.mask)
+        p = scalars_of(scalars, form, STATE)
+        forward_segment(
+            Context(cell, form, block, scan, at, p), inputs, initial, entries, codes, h, final_state, checkpoints
+        )

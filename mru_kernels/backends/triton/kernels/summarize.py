@@ -71,6 +71,33 @@ def add_word(c, ahead, map_, writes, late, opened, codes, first, whole, MASKED: 
 
 
 @triton.jit
+def summarize_segment(c, inputs, codes, maps, lates, p_double):
+    """`summarize` for the segment of a program; `p_double` is c.p in float64."""
+    STATE: tl.constexpr = maps.factor.dtype.element_ty
+    HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
+    at = c.at
+    opened = open_inputs(inputs, c.scan, at, c.form, c.block, STATE)
+    factor, offset = identity(c.cell.rules, at.d, STATE)
+    map_ = (factor, enter(c, opened, offset))
+    late = tl.full((c.block.channels,), 1.0 if c.form.codes else 0.0, STATE)  # a coded step adds at most 1
+    writes = tl.zeros((c.block.channels,), tl.int32)
+    whole = at.end - (at.end - at.begin) % WORD
+    if at.begin < whole:
+        ahead = load_ahead(c, opened, at.begin) if HALF else ()
+        for first in range(at.begin, whole, WORD):
+            ahead, map_, writes, late = add_word(c, ahead, map_, writes, late, opened, codes, first, whole, False)
+    if whole < at.end:
+        _, map_, writes, late = add_word(c, (), map_, writes, late, opened, codes, whole, at.end, True)
+    factor, offset = map_
+    if c.form.codes:
+        factor = c.cell.codes.factor(writes, at.end - at.begin, p_double).to(STATE)
+    put(maps.factor, at.segment, at, factor, at.mask)
+    put(maps.offset, at.segment, at, offset, at.mask)
+    if not c.form.resets:
+        put(lates, at.segment, at, late, at.mask)
+
+
+@triton.jit
 def summarize(
     cell, form, block,
     inputs,  # the cell's inputs, a Stream each
@@ -82,28 +109,10 @@ def summarize(
 ):  # fmt: skip
     """Each segment as one affine map, and its codes."""
     STATE: tl.constexpr = maps.factor.dtype.element_ty
-    HALF: tl.constexpr = inputs[0].data.dtype.element_ty.primitive_bitwidth == 16
     scan = sizes(scan, block)
     segment, b = program(scan, block)
     if segment < scan.segments:
         at = place(scan, block, segment, b)
-        c = Context(cell, form, block, scan, at, scalars_of(scalars, form, STATE))
-        opened = open_inputs(inputs, scan, at, form, block, STATE)
-        factor, offset = identity(cell.rules, at.d, STATE)
-        map_ = (factor, enter(c, opened, offset))
-        late = tl.full((block.channels,), 1.0 if form.codes else 0.0, STATE)  # a coded step adds at most 1
-        writes = tl.zeros((block.channels,), tl.int32)
-        whole = at.end - (at.end - at.begin) % WORD
-        if at.begin < whole:
-            ahead = load_ahead(c, opened, at.begin) if HALF else ()
-            for first in range(at.begin, whole, WORD):
-                ahead, map_, writes, late = add_word(c, ahead, map_, writes, late, opened, codes, first, whole, False)
-        if whole < at.end:
-            _, map_, writes, late = add_word(c, (), map_, writes, late, opened, codes, whole, at.end, True)
-        factor, offset = map_
-        if form.codes:
-            factor = cell.codes.factor(writes, at.end - at.begin, scalars_of(scalars, form, tl.float64)).to(STATE)
-        put(maps.factor, segment, at, factor, at.mask)
-        put(maps.offset, segment, at, offset, at.mask)
-        if not form.resets:
-            put(lates, segment, at, late, at.mask)
+        p = scalars_of(scalars, form, STATE)
+        p_double = scalars_of(scalars, form, tl.float64)
+        summarize_segment(Context(cell, form, block, scan, at, p), inputs, codes, maps, lates, p_double)
