@@ -20,26 +20,34 @@ def load_ahead(c, opened, step):
 
 
 @triton.jit
-def add_tile(c, map_, late, opened, tile, left, MASKED: tl.constexpr):
-    """Codes of a tile's steps; or, without codes, the map of the steps so far and of these, of which `left` exist."""
-    codes = tl.zeros(late.shape, tl.int32)
+def encode_tile(c, opened, tile, j, left, MASKED: tl.constexpr):
+    """The codes of the steps of a tile, the j-th of a word and the next. If MASKED, `left` steps of the word exist."""
+    codes = tl.zeros((c.block.channels,), tl.int32)
+    for i in tl.static_range(c.block.tile):
+        code = c.cell.codes.encode(inputs_at(opened, tile, c.form, i))
+        if MASKED:
+            code = tl.where(j + i < left, code, 0)
+        codes = codes | (code << (2 * i))
+    return codes
+
+
+@triton.jit
+def add_tile(c, map_, late, opened, tile, j, left, MASKED: tl.constexpr):
+    """The map of the steps so far and of those of a tile, see `encode_tile`; and the recent magnitude."""
     factor, offset = map_
     for i in tl.static_range(c.block.tile):
         x = inputs_at(opened, tile, c.form, i)
-        if c.form.codes:
-            code = c.cell.codes.encode(x)
-            if MASKED:
-                code = tl.where(i < left, code, 0)
-            codes = codes | (code << (2 * i))
-        elif MASKED:
-            offset = tl.where(i < left, c.cell.step(x, offset, c.p), offset)
-            factor = tl.where(i < left, c.cell.push(x, factor, c.p), factor)
-            late = tl.where(i < left, recent(c.cell.rules, offset, late), late)
+        after = c.cell.step(x, offset, c.p)
+        product = c.cell.push(x, factor, c.p)
+        if MASKED:
+            offset = tl.where(j + i < left, after, offset)
+            factor = tl.where(j + i < left, product, factor)
+            late = tl.where(j + i < left, recent(c.cell.rules, offset, late), late)
         else:
-            offset = c.cell.step(x, offset, c.p)
-            factor = c.cell.push(x, factor, c.p)
+            offset = after
+            factor = product
             late = recent(c.cell.rules, offset, late)
-    return codes, (factor, offset), late
+    return (factor, offset), late
 
 
 @triton.jit
@@ -61,8 +69,10 @@ def add_word(c, ahead, map_, writes, late, opened, codes, first, whole, MASKED: 
         else:
             tile = load_tile(opened, c.at, hidden(first + j, c.at), left - j, STATE, c.form.streams, TILE, MASKED)
         if MASKED or left > j:  # always true: ptxas does not sink the loads below a branch
-            of_tile, map_, late = add_tile(c, map_, late, opened, tile, left - j, MASKED)
-            word = word | (of_tile << (2 * j))
+            if c.form.codes:
+                word = word | (encode_tile(c, opened, tile, j, left, MASKED) << (2 * j))
+            else:
+                map_, late = add_tile(c, map_, late, opened, tile, j, left, MASKED)
     if c.form.codes:
         put(codes, word_row(c.scan, c.at, first), c.at, word, c.at.mask)
         writes += c.cell.codes.writes(word)
