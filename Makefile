@@ -1,6 +1,7 @@
 # make demo    sets up, then trains on real data, compares with the reference and times
 # make test    sets up, then the suite
 # make check   sets up, then what is slower: linters, sanitizers, several processes, the GPU kernels without a GPU
+# make docs     sets up, then builds the site of docs/ into build/docs
 # make examples   sets up, then trains what the examples show: what units remember, digits, speakers, text
 # make coverage   sets up, then the suite with the branches of mru_kernels that it does not take
 # make mutate   sets up, then mutation testing: MODULES="mru_kernels/checks.py" TESTS="tests/test_bad_input.py" COUNT=50
@@ -17,7 +18,7 @@ BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check examples coverage mutate gpu-check lint sanitize setup clean
+.PHONY: demo test check docs examples coverage mutate gpu-check lint sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -26,8 +27,11 @@ demo: setup
 test: setup
 	pytest -n 2 -m "not slow and not check"
 
-check: lint sanitize
+check: lint docs sanitize
 	pytest -n 2 --dist loadfile -m check
+
+docs: setup
+	python -m sphinx -E -W --keep-going -n -q -b html docs build/docs
 
 examples: setup
 	python -m pip install --no-deps aeon==1.6.0  # holds the data of `vowels`

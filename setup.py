@@ -15,6 +15,7 @@ Environment:
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 import ninja
 import torch
 from ninja import ninja_syntax
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils import cpp_extension
 
@@ -34,6 +35,7 @@ CXX_FLAGS = [
     "-O3",
     "-g1",
     "-ffp-contract=off",  # the same bits on every instruction set
+    "-fno-math-errno",  # so that calls of libm whose results are not used are dropped
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -43,9 +45,11 @@ CXX_FLAGS = [
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
-# The files of csrc/cells are the list of cells. csrc/cpu/kernels.cpp is compiled once per instruction set, by its name in
-# csrc/cpu/kernels.h, and cell; csrc/cpu/driver.cpp chooses at run time.
-CELLS = sorted(path.stem for path in (ROOT / "csrc/cells").glob("*.h"))
+# The files of csrc/cells are the list of cells. csrc/cpu/kernels/kernels.cpp is compiled once per cell and instruction set,
+# as csrc/cpu/kernels/kernels.h names it; csrc/cpu/isa.h chooses at run time.
+CELLS_MODULE = runpy.run_path(str(ROOT / "csrc/cells.py"))
+CELLS = CELLS_MODULE["names"](ROOT / "csrc")
+CPU_PARTS = ("backward", "cut_maps", "forward", "isa", "plan", "register")
 ISA_FLAGS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -61,10 +65,9 @@ if os.environ.get("MRU_SANITIZE") == "1":
 
 # Object name: (source, flags of its own).
 CPU_OBJECTS = {
-    "cpu_driver": ("csrc/cpu/driver.cpp", []),
-    "cpu_register": ("csrc/cpu/register.cpp", []),
+    **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in CPU_PARTS},
     **{
-        f"cpu_{cell}_{isa}": ("csrc/cpu/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
+        f"cpu_{cell}_{isa}": ("csrc/cpu/kernels/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
         for cell in CELLS
         for isa, flags in ISA_FLAGS.items()
     },
@@ -122,18 +125,6 @@ def gencode_flags():
     return flags
 
 
-def cells_header():
-    """The text of cells.h: every cell's header, and MRU_EACH_CELL(X), which is X(name) for each."""
-    includes = [f'#include "cells/{cell}.h"' for cell in CELLS]
-    return "\n".join(["#pragma once", *includes, f"#define MRU_EACH_CELL(X) {' '.join(f'X({c})' for c in CELLS)}", ""])
-
-
-def write_if_new(path, text):
-    """Write a file unless it holds `text` already, so that a build makes only what has changed."""
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-
-
 def quoted(path):
     """A path, which may hold spaces, as a word of a command in build.ninja."""
     return ninja_syntax.escape(shlex.quote(str(path)))
@@ -156,7 +147,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_if_new(folder / "cells.h", cells_header())
+        CELLS_MODULE["write_header"](ROOT / "csrc", folder)
         with open(folder / "build.ninja", "w") as file:
             self.write_ninja(ninja_syntax.Writer(file, width=110), target, home)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
@@ -182,7 +173,15 @@ class NinjaBuild(build_ext):
         n.build(str(target), "link", objects, variables={"link": link})
 
 
+# The comparison and the bench are installed as parts of the package, which does not import them.
+FOLDERS = {"mru_kernels.bench": "bench", "mru_kernels.bench.python_ref": "python_ref"}
+PACKAGES = find_packages(include=["mru_kernels*"])
+for name, folder in FOLDERS.items():
+    PACKAGES += [name, *(f"{name}.{part}" for part in find_packages(folder))]
+
 setup(
+    packages=PACKAGES,
+    package_dir=FOLDERS,
     ext_modules=[Extension("mru_kernels._C", [source for source, _ in CPU_OBJECTS.values()], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,1 +1,1 @@
-"""Comparison with the reference, and timing: `python -m bench compare | speed | ...`, from the repository."""
+"""Comparison with the reference, and timing: `python -m bench compare | speed | ...`."""

@@ -1,4 +1,7 @@
-"""`python -m bench NAME ...` runs `main` of the module of that name, imported only then."""
+"""`python -m bench NAME ...`, or `python -m mru_kernels.bench NAME ...` where the package is installed.
+
+The module of a command is imported only when it is called.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,28 @@ from importlib.util import find_spec
 
 from . import allocator
 
+#: Module and purpose. Those whose module is absent are left out: a wheel has no `gpu-check`.
 SUBCOMMANDS = {
-    "compare": "errors of every backend against the float64 reference",
-    "speed": "times against a pass over the same bytes",
-    "gpu-check": "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`",
-    "profile": "where the time goes",
-    "memory": "what a training step keeps, by the length of its chunks",
-    "report": "tables and figures from recorded results",
+    "compare": ("compare", "errors of every backend against the float64 reference"),
+    "speed": ("speed", "times against a pass over the same bytes"),
+    "gpu-check": ("gpu.command", "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`"),
+    "profile": ("profile", "where the time goes"),
+    "memory": ("memory", "what a training step keeps, by the length of its chunks"),
+    "report": ("report", "tables and figures from recorded results"),
 }
 
 _TIMED = ("speed", "profile", "memory")  # with the allocator pinned
 
 
-def _module(name: str) -> str:
-    return f"bench.{name.replace('-', '_')}"
-
-
 def main(argv: list[str]) -> int:
-    present = {name: what for name, what in SUBCOMMANDS.items() if find_spec(_module(name))}
+    present = {name: row for name, row in SUBCOMMANDS.items() if find_spec(f"{__package__}.{row[0].split('.')[0]}")}
     name, *rest = argv or [""]
     if name in _TIMED and not allocator.is_pinned():
-        os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], allocator.pinned())
+        os.execve(sys.executable, [sys.executable, "-m", __package__, *argv], allocator.pinned())
     if name in present:
-        return importlib.import_module(_module(name)).main(rest) or 0
-    print("usage: python -m bench NAME [--help]\n")
-    for name, what in present.items():
+        return importlib.import_module(f".{present[name][0]}", __package__).main(rest) or 0
+    print(f"usage: python -m {__package__} NAME [--help]\n")
+    for name, (_, what) in present.items():
         print(f"  {name:10}{what}")
     return 0 if argv in (["-h"], ["--help"]) else 2
 

@@ -1,17 +1,27 @@
-"""Values of command-line options: each function raises what argparse reports under the option's name."""
+"""Values of command-line options: each function raises what argparse reports under the option's name.
+
+`mru_kernels` is imported only where an option needs it, see `bench.gpu.stages.record_version`.
+"""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError
+from typing import TYPE_CHECKING
 
 import torch
 
-from mru_kernels import backends, checks
-
 from . import inputs
+
+if TYPE_CHECKING:
+    from mru_kernels import backends
 
 _MOST_ELEMENTS = 2**40  # more than any machine's memory
 DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
+
+
+def prog(name: str) -> str:
+    """How a command of the bench is called."""
+    return f"python -m {__package__} {name}"
 
 
 def shape(text: str) -> tuple[int, int, int]:
@@ -44,13 +54,17 @@ def part(text: str) -> tuple[int, int]:
 
 
 def epsilon(text: str) -> float:
+    from mru_kernels.scalars import EPSILON
+
     try:
-        return checks.epsilon(float(text)).item()
+        return EPSILON.number(float(text))
     except ValueError:
         raise ArgumentTypeError(f"expected a number in [0, 1], got {text!r}") from None
 
 
 def chunk_size(text: str) -> int | None:
+    from mru_kernels import checks
+
     try:
         return checks.chunk_size(None if text == "None" else int(text))
     except ValueError:
@@ -67,6 +81,8 @@ def check_dtypes(parser: ArgumentParser, cell: str, names: list[str]) -> None:
 
 def resolve(parser: ArgumentParser, name: str | None, device: torch.device) -> backends.Backend:
     """The backend that `--backend` names, or that None chooses. Ends the command where it cannot run on `--device`."""
+    from mru_kernels import backends
+
     try:
         return backends.resolve(name, device)
     except (RuntimeError, ValueError) as error:

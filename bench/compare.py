@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import python_ref
-
-from . import cli, errors, inputs
+from . import cli, errors, inputs, records
 from .inputs import Call, Case
 from .progress import tqdm
+from .reference import CELLS
 
 FORWARD = ("h", "final_state")
 REFERENCE = "reference"  #: as a backend: the plain loop in the dtype that the kernels accumulate in
@@ -100,22 +98,15 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
         call: its arguments.
         got: "h", "final_state", and under the name of each of the call's tensors its gradient.
     """
-    reference_op = getattr(python_ref, call.cell)
-    adjoint = getattr(python_ref.adjoint, call.cell)
+    reference_op = CELLS[call.cell]
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # gradients too
     reference = _results(wide, reference_op)
     given = call.tensors | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
-    terms = adjoint(**given, term=abs)
+    terms = reference_op.adjoint(**given, term=abs)
     float32_loop = cache(lambda: _results(wide, partial(reference_op, dtype=torch.float32)))
 
     state = errors.state_dtype(call.stream.dtype)
-    exact = errors.is_exact(
-        epsilon=call.settings.get("epsilon"),
-        amplitude="amplitude" in call.tensors,
-        initial_state=call.tensors.get("initial_state"),
-        time=call.stream.shape[1],
-        state=state,
-    )
+    exact = is_exact(call)
 
     def result(name: str, dtype: torch.dtype) -> Result:
         forward = name in FORWARD
@@ -131,6 +122,17 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
     dtypes = dict(zip(FORWARD, (call.stream.dtype, state), strict=True))
     dtypes |= {name: t.dtype for name, t in call.tensors.items()}
     return [result(name, dtype) for name, dtype in dtypes.items()]
+
+
+def is_exact(call: Call) -> bool:
+    """Whether every backend's forward pass equals the reference on this call."""
+    return errors.is_exact(
+        epsilon=call.settings.get("epsilon"),
+        amplitude="amplitude" in call.tensors,
+        initial_state=call.tensors.get("initial_state"),
+        time=call.stream.shape[1],
+        state=errors.state_dtype(call.stream.dtype),
+    )
 
 
 def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def reference(**arguments):
         dtype = next(iter(arguments.values())).dtype
-        h, final_state = getattr(python_ref, cell)(**arguments, dtype=errors.state_dtype(dtype).to_real())
+        h, final_state = CELLS[cell](**arguments, dtype=errors.state_dtype(dtype).to_real())
         return h.to(dtype), final_state
 
     return reference
@@ -190,9 +192,7 @@ def table(rows: Sequence[Row]) -> str:
             forward = _figures(max(row.results[:2], key=lambda r: r.share))
         verdict = "PASS" if row.passed else "FAIL"
         lines.append((row.cell, row.backend, row.dtype, shape, row.label, forward, gradient, verdict))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n".join([*padded, *failures])
+    return "\n".join([records.aligned(lines), *failures])
 
 
 def _figures(result: Result) -> str:
@@ -201,17 +201,17 @@ def _figures(result: Result) -> str:
     return f"{result.error:.1e} of {result.limit:.0e}"
 
 
-def to_json(rows: Sequence[Row]) -> str:
-    """The rows as JSON; an infinite error is null."""
+def to_record(rows: Sequence[Row]) -> dict:
+    """The rows for a JSON file; an infinite error is None."""
     entries = [asdict(row) | {"passed": row.passed} for row in rows]
     for entry in entries:
         for result in entry["results"]:
             result["error"] = result["error"] if math.isfinite(result["error"]) else None
-    return json.dumps({"torch": torch.__version__, "rows": entries}, indent=1, allow_nan=False)
+    return {"torch": torch.__version__, "rows": entries}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog=cli.prog("compare"), description=__doc__)
     parser.add_argument("--backend", nargs="+", help="default: every backend that can run on the device")
     parser.add_argument("--dtype", nargs="+", choices=cli.DTYPES, default=list(cli.DTYPES))
     parser.add_argument("--device", default="cpu", type=cli.device)
@@ -250,8 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = len(cases) * len(names) - len(rows)
     print(f"\n{len(rows)} calls, {failed} failed" + (f", no time for {left} more" if left else ""))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(to_json(rows) + "\n")
+        records.write_json(arguments.json, to_record(rows))
     return 1 if failed or left or not rows else 0
 
 

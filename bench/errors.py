@@ -3,7 +3,7 @@
     error = RMS(result - reference) / RMS(terms)
 
 where the reference is in float64 (complex128 for a complex result), and `terms` is the sum of the absolute
-values of the terms that each element of the result adds up (`python_ref.adjoint` with `term=abs`; for an
+values of the terms that each element of the result adds up (`adjoint` of `python_ref.Cell` with `term=abs`; for an
 element that sums nothing that is its own absolute value). So neither cancellation nor a reference that is zero
 everywhere decides.
 """

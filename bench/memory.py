@@ -23,7 +23,7 @@ import mru_kernels as mk
 from mru_kernels import ops
 from mru_kernels.backends import CHUNK, TABLE
 
-from . import allocator, cli, inputs, timing
+from . import allocator, cli, inputs, records, timing
 
 _MIB = 2**20
 
@@ -40,13 +40,14 @@ class Memory:
 
 def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[int, int]:
     """What is kept between the passes beside inputs and h, and the most beside inputs and the gradient of h."""
-    (cell,) = (cell for cell in ops.CELLS if cell.name == call.cell)
+    cell = ops.CELLS[call.cell]
     streams = [t for t in call.tensors.values() if t.dim() == 3]
     batch, time, channels = call.stream.shape
     segment = TABLE[backend].module.segment(batch, batch * time, channels, call.stream.itemsize, call.stream.device)
     chunk = chunk_size or CHUNK
-    meta = [t.to("meta") for t in streams]
-    saved = ops.allocate(cell, meta, [], None, 0, chunk, -(-segment // chunk) * chunk, save=True)[2:]
+    named = {i.name: call.tensors[i.name].to("meta") for i in cell.inputs if i.name in call.tensors}
+    inputs_of_op, given = list(named.values()), cell.mask(*named)
+    saved = ops.allocate(cell, inputs_of_op, given, 0, None, chunk, -(-segment // chunk) * chunk, save=True)[2:]
     states = sum(t.nbytes for t in saved)
     h, grads = call.stream.nbytes, sum(t.nbytes for t in streams)
     if chunk_size is None:  # the second forward pass has an h too, and frees it before there are gradients
@@ -106,7 +107,7 @@ def observe(call: inputs.Call, chunk_size: int | None, backend: str) -> Memory:
 def in_own_process(argv: Sequence[str]) -> list[Memory]:
     """What `main(argv)` measures for its chunk sizes, in a process that gives back what it frees."""
     environment = os.environ | allocator.RETURNED
-    command = [sys.executable, "-m", "bench.memory", *argv, "--here"]
+    command = [sys.executable, "-m", f"{__package__}.memory", *argv, "--here"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -116,16 +117,16 @@ def in_own_process(argv: Sequence[str]) -> list[Memory]:
 def table(rows: Sequence[tuple[int | None, Memory, float]]) -> str:
     """Markdown: a row a chunk size."""
     head = ["chunk_size", "kept, MiB", "measured", "peak, MiB", "measured", "forward + backward, ms"]
-    lines = [head, ["---:"] * len(head)]
+    lines = []
     for chunk_size, memory, seconds in rows:
         bytes_ = (memory.kept, memory.kept_measured, memory.peak, memory.peak_measured)
         lines.append([str(chunk_size), *(f"{n / _MIB:.1f}" for n in bytes_), f"{1e3 * seconds:.3g}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return records.table(head, lines, 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=cli.prog("memory"), description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
     parser.add_argument("--shape", type=cli.shape, default=(4, 4096, 2048), metavar="B,T,D")
     parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32")
@@ -154,15 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = {str(size): training_step(call, size, backend) for size in sizes}
     seconds = timing.measure(steps, arguments.device)
     rows = [(size, memory, seconds[str(size)][0]) for size, memory in zip(sizes, memories, strict=True)]
-    facts = timing.machine(arguments.device) | {"backend": backend}
-    print(", ".join(f"{k} {v}" for k, v in facts.items()))
-    shape, stream = ", ".join(map(str, arguments.shape)), call.stream.nbytes / _MIB
+    facts = records.machine(arguments.device) | {"backend": backend}
+    print(records.facts_of(facts))
+    shape, stream = records.name_of(arguments.shape), call.stream.nbytes / _MIB
     print(f"{arguments.cell}, {arguments.dtype}, B, T, D = {shape}: {stream:.0f} MiB a stream\n\n{table(rows)}")
     if arguments.json:
-        record = [{"chunk_size": size, "seconds": s} | asdict(memory) for size, memory, s in rows]
-        record = {"machine": facts, "shape": arguments.shape, "memory": record}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        found = [{"chunk_size": size, "seconds": s} | asdict(memory) for size, memory, s in rows]
+        records.write_json(arguments.json, {"machine": facts, "shape": arguments.shape, "memory": found})
     return 0
 
 

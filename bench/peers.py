@@ -1,16 +1,16 @@
 """The same job by other means: gates, scan and gradients. Each is checked before it is timed.
 
-A peer scans (a, w), `[B, T, D]` each: s_t = a_t s_{t-1} + w_t. Before it come the cell's gates in plain torch, with
-their surrogate derivatives, and autograd gives its gradients. A package is given the layout that it asks for, and the
-conversion belongs to the job. Not among them is mlstm_kernels: the mLSTM divides its output by a normaliser, so that it
-cannot give these results.
+A peer scans (a, w), `[B, T, D]` each: s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`) gives
+them in plain torch, with surrogate derivatives, and autograd gives the gradients. Each package gets the layout that it
+asks for, and the conversion is part of the job. mlstm_kernels is no peer: the mLSTM divides its output by a normaliser,
+so it cannot give these results.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -18,37 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_ref.surrogate import sgn, unit_step
-
 from .inputs import Call, Case
+from .reference import CELLS
 
 Scan = Callable[[Tensor, Tensor], Tensor]
-
-# ---------------------------------------------------------------------------------------------- gates
-
-
-def _bmru(candidate: Tensor, threshold: Tensor, epsilon: float, surrogate_scale: float) -> tuple[Tensor, Tensor]:
-    z = unit_step(candidate.abs(), threshold.abs(), surrogate_scale)
-    return 1 - (1 - epsilon) * z, z * sgn(candidate, surrogate_scale)
-
-
-def _schmitt(
-    candidate: Tensor, low: Tensor, high: Tensor, epsilon: float, surrogate_scale: float
-) -> tuple[Tensor, Tensor]:
-    above = unit_step(candidate, high, surrogate_scale)
-    z = 1 - unit_step(candidate, low, surrogate_scale) * (1 - above)
-    return 1 - (1 - epsilon) * z, z * above
-
-
-def _linear_recurrence(decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    return decay.expand_as(update), update
-
-
-#: (a, w) of the affine form, from a cell's tensors and settings.
-GATES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "bmru": _bmru, "schmitt": _schmitt, "linear_recurrence": _linear_recurrence,
-}  # fmt: skip
-
 
 # ---------------------------------------------------------------------------------------------- scans
 
@@ -231,9 +204,9 @@ class Peer:
             return f"{', '.join(missing)} not installed"
         if self.epsilon not in (None, case.options.get("epsilon")):
             return f"epsilon {self.epsilon:g} only"
-        if (self.decays != "all" and case.dtype.is_complex) or (
-            self.decays == "positive" and case.cell == "linear_recurrence"
-        ):
+        if CELLS[case.cell].affine is None:
+            return "linear steps only"
+        if (self.decays != "all" and case.dtype.is_complex) or (self.decays == "positive" and _has_negative(case)):
             return f"{self.decays} decays only"
         if self.only_on not in (None, device.type):
             return f"runs on {self.only_on} only"
@@ -247,10 +220,21 @@ class Peer:
         return self.compiled or bool({"jax", "ninja"} & set(self.needs))
 
 
+def _has_negative(case: Case) -> bool:
+    """Whether some decays are below 0, by a few of such inputs."""
+    few = replace(case, options={**case.options, "batch": 2, "time": 64, "channels": 64}).build()
+    reference = CELLS[case.cell]
+    decays, _ = reference.affine(**dict.fromkeys(reference.optional), **few.tensors, **few.settings)
+    return bool((decays < 0).any())
+
+
 @cache
 def _job(peer: Peer, cell: str, **settings: float) -> Callable[..., Tensor]:
+    reference = CELLS[cell]
+
     def job(**tensors: Tensor) -> Tensor:
-        return peer.scan(*GATES[cell](**tensors, **settings))
+        given = {**dict.fromkeys(reference.optional), **tensors, **settings}
+        return reference.output(peer.scan(*reference.affine(**given)), **given)
 
     return torch.compile(job, dynamic=False) if peer.compiled else job
 

@@ -15,7 +15,7 @@ import torch
 
 import mru_kernels as mk
 
-from . import cli, inputs, timing
+from . import cli, inputs, records, timing
 from .work import BOTH, floor_bytes, passes
 
 _PASSES = 10
@@ -34,15 +34,15 @@ def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
     own = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
     events = sorted((e for e in profile.key_averages() if own(e) > 0), key=own, reverse=True)
     total = sum(map(own, events))
-    lines = ["| event | times a pass | microseconds a pass | share |", "|---|---:|---:|---:|"]
-    for e in events[:15]:
-        numbers = (f"{e.count / _PASSES:.3g}", f"{own(e) / _PASSES:.1f}", f"{own(e) / total:.1%}")
-        lines.append(f"| {e.key[:80]} | " + " | ".join(numbers) + " |")
-    return "\n".join(lines)
+    lines = [
+        [e.key[:80], f"{e.count / _PASSES:.3g}", f"{own(e) / _PASSES:.1f}", f"{own(e) / total:.1%}"]
+        for e in events[:15]
+    ]
+    return records.table(["event", "times a pass", "microseconds a pass", "share"], lines, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=cli.prog("profile"), description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
     parser.add_argument("--shape", type=cli.shape, default=(4, 4096, 512), metavar="B,T,D")
     parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32")
@@ -79,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.synchronize(device)
     seconds, _ = timing.measure({"pass": run}, device, seconds=1.0)["pass"]
     ratio = seconds / (floor(call, device) * moved)
-    print(f"{arguments.cell}, {backend}, {arguments.dtype}, B, T, D = {', '.join(map(str, arguments.shape))}\n")
+    print(f"{arguments.cell}, {backend}, {arguments.dtype}, B, T, D = {records.name_of(arguments.shape)}\n")
     print(table(profile, on_gpu))
     print(f"\nA pass, forward and backward: {1e3 * seconds:.3g} ms, {moved / 2**20:.0f} MiB, {ratio:.2f} of the floor.")
     if arguments.trace:
         profile.export_chrome_trace(str(arguments.trace))
     if on_gpu:
         options = f"--cell {arguments.cell} --shape {','.join(map(str, arguments.shape))} --dtype {arguments.dtype}"
-        again = f"python -m bench profile --once --device {device} --backend {backend} {options}"
+        again = f"{cli.prog('profile')} --once --device {device} --backend {backend} {options}"
         print(f"\nncu --profile-from-start off --set full {again}")
     return 0

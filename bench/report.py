@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, MODULES, NOISY, PROJECTIONS
+from . import cli
+from .records import facts_of, name_of, table, table_without_empty
+from .reference import CELLS
+from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS
 
 Record = dict[str, Any]
 Key = tuple[str, str]  # subject and work
@@ -39,19 +42,8 @@ def _rows(record: Record) -> dict[tuple[str, str], dict[Key, Record]]:
     """Figures by subject and work, for each shape and dtype."""
     rows: dict[tuple[str, str], dict[Key, Record]] = {}
     for figure in record["figures"]:
-        shape = ", ".join(map(str, figure["shape"]))
-        rows.setdefault((shape, figure["dtype"]), {})[figure["subject"], figure["work"]] = figure
+        rows.setdefault((name_of(figure["shape"]), figure["dtype"]), {})[figure["subject"], figure["work"]] = figure
     return rows
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
-    """Markdown; the first `words` columns are text, the others numbers."""
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-
-
-def machine(record: Record) -> str:
-    return ", ".join(f"{name} {value}" for name, value in record["machine"].items())
 
 
 def summary(record: Record) -> str:
@@ -70,8 +62,7 @@ def summary(record: Record) -> str:
             line.append("" if value is None else form.format(value) + "?" * noisy)
         lines.append(line)
     head = ["B, T, D", "dtype", *columns]
-    kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
-    text = _table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], 2)
+    text = table_without_empty(head, lines, 2)
     calls = "; ".join(f"{name} {value:.0f}" for name, value in record["microseconds"].items())
     return f"{text}\n\n{_floors(record)}\n\nMicroseconds of a call: {calls}."
 
@@ -79,8 +70,8 @@ def summary(record: Record) -> str:
 def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
     """By its heading: the figure of a column, which of its values, the form, and the figure that it is a ratio to."""
     cell = record["machine"]["cell"]
-    module = MODULES[cell]
-    peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f["slower"] is not None]
+    module = CELLS[cell].unit
+    peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f.get("slower") is not None]
     columns: dict[str, tuple[Key, str, str, Key | None]] = {}
     for work in (FORWARD, BACKWARD, BOTH):
         columns[f"{work}, ms"] = ((cell, work), "ms", "{:.3g}", None)
@@ -123,15 +114,15 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
             times = (f"{was['ms']:.3g}", f"{new['ms']:.3g}", f"{ratio:.2f}", f"{band:.0%}")
             lines.append([*key, *subject, *times, change])
     head = ["B, T, D", "dtype", "subject", "work", "ms before", "ms", "ratio", "noise", "change"]
-    return _table(head, lines, 4), slower
+    return table(head, lines, 4), slower
 
 
 #: Of a plot's panels: the title, and what is drawn of a figure.
 _PANELS: dict[str, Callable[[Record], float | None]] = {
     "time, ms": lambda f: f["ms"],
-    "GB/s at the bytes of the floor, under torch.add's": lambda f: f["gb_per_s"],
-    "time over that of the floor": lambda f: f["floor_ratio"],
-    "times faster than": lambda f: f["slower"],
+    "GB/s at the bytes of the floor, under torch.add's": lambda f: f.get("gb_per_s"),
+    "time over that of the floor": lambda f: f.get("floor_ratio"),
+    "times faster than": lambda f: f.get("slower"),
 }
 _STYLES = {FORWARD: "--", BACKWARD: ":", BOTH: "-"}
 
@@ -153,7 +144,7 @@ def plot(record: Record, file: Path) -> None:
         raise ValueError(f"--plot: expected a sweep of one of B, T and D, got {len(varying)} that vary")
     (axis,) = varying
     cell = record["machine"]["cell"]
-    peers = {f["subject"] for f in record["figures"] if f["slower"] is not None} - {GRU}
+    peers = {f["subject"] for f in record["figures"] if f.get("slower") is not None} - {GRU}
     shown = [f for f in record["figures"] if f["work"] in _STYLES and f["subject"] in {ADD, cell} | peers]
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(f["subject"] for f in shown))} | {ADD: "black"}
     dtypes = list(dict.fromkeys(f["dtype"] for f in shown))
@@ -174,14 +165,14 @@ def plot(record: Record, file: Path) -> None:
             panel.set(xscale="log", yscale="log", title=f"{title} ({dtype})", xlabel="BTD"[axis])
             panel.grid(alpha=0.3, which="both")
     fixed = ", ".join(f"{name} = {values[0]}" for name, values in zip("BTD", sizes, strict=True) if name != "BTD"[axis])
-    figure.suptitle(f"{fixed}; {machine(record)}", fontsize=9)
+    figure.suptitle(f"{fixed}; {facts_of(record['machine'])}", fontsize=9)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=cli.prog("report"), description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="one record, or two to compare")
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="where to draw a sweep; .png or .svg")
     arguments = parser.parse_args(argv)
@@ -195,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for record in records:
-        print(f"{machine(record)}\n")
+        print(f"{facts_of(record['machine'])}\n")
     if len(records) == 1:
         print(summary(records[0]))
         return 0

@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,8 +32,9 @@ from . import allocator, cli, compare, errors, inputs
 from .inputs import Call, Case
 from .peers import PEERS, job
 from .progress import tqdm
-from .timing import machine, measure, per_call
-from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, MODULES, NOISY, PROJECTIONS, Passes, floor_bytes, passes
+from .records import Figure, facts_of, machine, name_of, table_without_empty, write_json
+from .timing import measure, per_call
+from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS, Passes, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # where the cost of a call shows
@@ -44,23 +45,6 @@ _MIB = 2**20
 
 Key = tuple[str, str]  # subject and work
 Subjects = dict[Key, Callable[[], object]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A time of one subject at one work (a pass, see `bench.work`) on one shape."""
-
-    shape: tuple[int, int, int]
-    dtype: str
-    subject: str
-    work: str
-    ms: float
-    spread: float
-    gb_per_s: float | None = None  # at the bytes of the floor
-    floor_ratio: float | None = None  # time over that of a streaming pass over the same bytes
-    slower: float | None = None  # of peers: time over that of the op, or of the module
-    share: float | None = None  # of a module's projections: time over that of the module
-    peak_mib: float | None = None  # beside the inputs and the gradient of h
 
 
 def op(call: Call, backend: str | None) -> Callable[..., Tensor]:
@@ -204,9 +188,10 @@ def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[
     Of the last two also what they stand beside. There is nothing for complex streams and for very many channels.
     """
     _, steps, channels = case.shape
-    if case.dtype.is_complex or channels > _WIDEST_MODULE:
+    unit = inputs.CELLS[case.cell].unit
+    if unit is None or case.dtype.is_complex or channels > _WIDEST_MODULE:
         return {}, {}
-    kind = getattr(mk, MODULES[case.cell])
+    kind = getattr(mk, unit)
     epsilon = {"epsilon": case.options["epsilon"]} if "epsilon" in case.options else {}
     module = kind(channels, channels, **epsilon, device=device, dtype=case.dtype)
     x, grad = (torch.randn(case.shape, device=device, dtype=case.dtype) for _ in range(2))
@@ -252,12 +237,12 @@ def time_op(case: Case, backend: str, device: torch.device) -> list[Figure]:
 def with_default_allocator(figures: list[Figure], case: Case, backend: str) -> list[Figure]:
     """The figures, and those of `time_op` in a process whose allocator has glibc's default settings."""
     options = {name: case.options[name] for name in ("epsilon", "writes") if name in case.options}
-    command = [sys.executable, "-m", "bench.speed", "--here", "--backend", backend, *_arguments(case)]
+    command = [sys.executable, "-m", f"{__package__}.speed", "--here", "--backend", backend, *_arguments(case)]
     command += [f"--{name}={value}" for name, value in options.items()]
     done = subprocess.run(command, capture_output=True, text=True, env=allocator.default())
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    seen = [Figure(**fields | {"shape": tuple(fields["shape"])}) for fields in json.loads(done.stdout)]
+    seen = [Figure.from_json(fields) for fields in json.loads(done.stdout)]
     return figures + [replace(f, subject=f.subject + DEFAULT_ALLOCATOR) for f in seen]
 
 
@@ -302,20 +287,18 @@ def table(figures: Sequence[Figure]) -> str:
     head = ["B, T, D", "dtype", "subject", "work", "ms", "spread", "GB/s", "time / floor", "times slower than ours"]
     head += ["share of the module", "peak, MiB"]
 
-    def cell(f: Figure, value: float | None, form: str) -> str:
+    def ratio(f: Figure, value: float | None, form: str) -> str:
         return "" if value is None else format(value, form) + "?" * (f.spread > NOISY)
 
     lines = [
         [
-            *(", ".join(map(str, f.shape)), f.dtype, f.subject, f.work, f"{f.ms:.3g}", f"{f.spread:.0%}"),
-            *(cell(f, f.gb_per_s, ".1f"), cell(f, f.floor_ratio, ".2f"), cell(f, f.slower, ".3g")),
-            *(cell(f, f.share, ".0%"), "" if f.peak_mib is None else f"{f.peak_mib:.1f}"),
+            *(name_of(f.shape), f.dtype, f.subject, f.work, f"{f.ms:.3g}", f"{f.spread:.0%}"),
+            *(ratio(f, f.gb_per_s, ".1f"), ratio(f, f.floor_ratio, ".2f"), ratio(f, f.slower, ".3g")),
+            *(ratio(f, f.share, ".0%"), "" if f.peak_mib is None else f"{f.peak_mib:.1f}"),
         ]
         for f in figures
     ]
-    rows = [head, ["---"] * 4 + ["---:"] * (len(head) - 4), *lines]
-    kept = [i for i in range(len(head)) if i < 6 or any(line[i] for line in lines)]
-    return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
+    return table_without_empty(head, lines, 4)
 
 
 def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]]:
@@ -326,7 +309,7 @@ def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench speed", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=cli.prog("speed"), description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=list(SHAPES), metavar="B,T,D")
     parser.add_argument("--sweep", choices="BTD", help="let this size of the one --shape grow to it in powers of 4")
@@ -334,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--epsilon", type=cli.epsilon, help="default: 0, for the cells that have one")
-    parser.add_argument("--writes", choices=inputs.WRITES, help="default: often, for the cells that write")
+    parser.add_argument("--writes", choices=inputs.values_of("writes"), help="default: often, for the cells that write")
     parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
     parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
     parser.add_argument("--here", action="store_true", help="print the op's times in this process as JSON, no more")
@@ -347,9 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.shape = sweep(arguments.shape[0], arguments.sweep)
     cli.check_dtypes(parser, cell, arguments.dtype)
     options = {}
-    for name, given, default in (("epsilon", arguments.epsilon, 0.0), ("writes", arguments.writes, "often")):
+    for name, given in (("epsilon", arguments.epsilon), ("writes", arguments.writes)):
         if name in inputs.CELLS[cell].factors:
-            options[name] = default if given is None else given
+            options[name] = inputs.CELLS[cell].factors[name][0] if given is None else given
         elif given is not None:
             parser.error(f"--{name}: {cell} has none")
     backend = cli.resolve(parser, arguments.backend, device).name
@@ -359,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = [dict(zip(("batch", "time", "channels"), shape, strict=True)) for shape in arguments.shape]
     cases = [inputs.case(cell, cli.DTYPES[dtype], **named, **options) for named in sizes for dtype in arguments.dtype]
     if arguments.here:
-        print(json.dumps([asdict(f) for case in cases for f in time_op(case, backend, device)]))
+        print(json.dumps([f.to_json() for case in cases for f in time_op(case, backend, device)]))
         return 0
     for case in tqdm(cases, "shapes", leave=False):
         timed, *told = time_case(case, backend, device, arguments.peer)
@@ -373,16 +356,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.compiler.reset()
     calls = overhead(device, backend, cell)
     facts = machine(device) | {"backend": backend, "cell": cell} | options
-    print(", ".join(f"{k} {v}" for k, v in facts.items()), end="\n\n")
+    print(facts_of(facts), end="\n\n")
     print(table(figures), end="\n\n")
     print("\n".join(f"{k}: {v:.1f} us a call" for k, v in calls.items()))
     for lines in ([f"left out: {reason}" for reason in left_out], failed):
         print("\n".join(lines), end="\n" * bool(lines))
     if arguments.json:
-        record = {"machine": facts, "figures": [asdict(f) for f in figures], "microseconds": calls}
+        record = {"machine": facts, "figures": [f.to_json() for f in figures], "microseconds": calls}
         record |= {"failed": failed, "left out": left_out}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""A stopwatch for calls on a device, and what a machine is: for all that measures time.
+"""A stopwatch for calls on a device, for all that measures time.
 
 All that is compared is interleaved in one process. A figure is a median; its spread is the range between the quartiles
 over the median. On a GPU a time is the device's own, between two events, with the caches emptied before it and the call
@@ -7,16 +7,11 @@ issued ahead of it.
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-
-from . import allocator
 
 Key = TypeVar("Key")
 
@@ -90,39 +85,3 @@ def per_call(subject: Callable[[], object], calls: int = 2000) -> float:
             subject()
         rounds.append((time.perf_counter() - start) / (calls // 5))
     return min(rounds)
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    """What the figures were measured on."""
-    commit = output_of("git", "describe", "--always", "--dirty", "--exclude=*")
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    facts: dict[str, object] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or None,
-    }
-    if device.type == "cpu":
-        from mru_kernels.backends import cpu as backend
-
-        facts |= {"isa": backend.isa(), "allocator": allocator.describe()}
-    return facts
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; empty where it is not there or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

@@ -14,12 +14,12 @@ FORWARD = "forward"  # without gradients; the output is allocated
 SAVING = "forward with gradients"  # what the backward pass asks for is made too
 BACKWARD = "backward"
 BOTH = "forward + backward"
+MAIN = (FORWARD, BACKWARD, BOTH)
 
 ADD = "torch.add(out=)"  # the streaming pass that the floor is scaled from
 GRU = "torch.nn.GRU"  # a peer of the modules: another unit, so that nothing is compared
 PROJECTIONS = ", projections alone"  # of a module
 DEFAULT_ALLOCATOR = ", default allocator"  # of the op and torch.add
-MODULES = {"bmru": "BMRU", "schmitt": "FirstQuadrantBMRU", "linear_recurrence": "MinGRU"}  # by the cell they scan
 
 NOISY = 1.0  # a spread from which on a figure says little: what is made of it is marked "?"
 

@@ -23,7 +23,7 @@
 //                                and `output` reads inputs per channel only
 //   kResets                      whether a write may reset the state; then also
 //     resets()                   whether every write does: factors are 0 or 1, and a forward pass only copies values
-//     resetting()                the same cell, of which the compiler knows that resets() is true
+//     resetting()                the same cell; the compiler knows that its resets() is true
 #pragma once
 #include "lanes.h"
 #include "scan.h"
@@ -44,7 +44,7 @@ struct Scalar {
 };
 constexpr Scalar positive(const char* name) { return {name, 5e-324, 1.7976931348623157e308}; }  // and finite
 
-// What most cells have in common: h is the state after the step.
+// The defaults of a cell: h is the state after the step.
 struct CellBase {
   static constexpr bool kAdjointSeesState = false, kCodes = false, kResets = false;
 

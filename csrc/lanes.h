@@ -1,6 +1,6 @@
-// What a cell's formulas need of the type they run on. Cells are templates over a value type V: a scalar (CUDA) or a
-// vector of lanes (CPU). `mask ? a : b`, `!` and `&&` mean the same for both, so only what C++ does not spell alike for
-// both stands here; csrc/cpu/vector.h specialises it for vectors.
+// Functions of the value types of cells. A cell is a template over V: a scalar (CUDA) or a vector of lanes (CPU). Operators
+// and `mask ? a : b` work on both. This file has the functions that C++ spells differently for them;
+// csrc/cpu/kernels/vector.h specialises Lanes for vectors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace mru {
 
-// A complex number, or a vector of them: V is its scalar type or vector of lanes.
+// A complex number, or a vector of complex numbers. V: the type of its real part.
 template <class V>
 struct Complex {
   V re, im;
@@ -66,8 +66,9 @@ struct Lanes {
   using Int = int;
   static MRU_INLINE V splat(Scalar a) { return a; }
   static MRU_INLINE V abs(V x) { return std::fabs(x); }
+  static MRU_INLINE V tanh(V x) { return std::tanh(x); }
   static MRU_INLINE V turned(V v, V x) {
-#ifdef __CUDA_ARCH__  // which compares and selects at half the rate of other instructions
+#ifdef __CUDA_ARCH__  // a GPU compares and selects at half the rate of other instructions
     if constexpr (sizeof(V) == 4) return with_sign(v, x + V(0));
 #endif
     return x < 0 ? -v : v;
@@ -81,7 +82,7 @@ struct Lanes {
 
 #ifdef __CUDA_ARCH__
  private:
-  // -v where x has a sign, else v. In PTX, as one instruction.
+  // -v if the sign bit of x is set, else v, in one instruction.
   static __device__ __forceinline__ float with_sign(float v, float x) {
     uint32_t bits;
     asm("lop3.b32 %0, %1, %2, 0x80000000, 0x78;" : "=r"(bits) : "r"(__float_as_uint(v)), "r"(__float_as_uint(x)));
@@ -95,18 +96,23 @@ MRU_INLINE V splat(typename Lanes<V>::Scalar a) {
   return Lanes<V>::splat(a);
 }
 
-// v sgn(x): -v where x < 0, else v.
+template <class V>
+MRU_INLINE V tanh(V x) {
+  return Lanes<V>::tanh(x);
+}
+
+// v sgn(x): -v if x < 0, else v.
 template <class V>
 MRU_INLINE V turned(V v, V x) {
   return Lanes<V>::turned(v, x);
 }
-// v sign(x), where sign(0) = 0: what |x| passes of a gradient.
+// v sign(x) with sign(0) = 0: v times the derivative of |x|.
 template <class V>
 MRU_INLINE V signed_as(V v, V x) {
   return Lanes<V>::signed_as(v, x);
 }
 
-// For gradients, which no rule wants exact: a b + c and 1 / x, as a device does them in one instruction.
+// a b + c and 1 / x, rounded as is fastest on a device: for gradients, which need not be the same bits on every backend.
 template <class V>
 MRU_INLINE V multiply_add(V a, V b, V c) {
 #ifdef __CUDA_ARCH__

@@ -46,7 +46,7 @@ struct Input {
 
 struct Scan {
   Dtype dtype;
-  Input in[kMaxInputs];             // in the order of the cell's kInputs
+  Input in[kMaxInputs];              // in the order of the cell's kInputs
   double scalars[kMaxScalars] = {};  // in the order of the cell's scalars
 
   int64_t batch = 0, time = 0, channels = 0;
@@ -58,7 +58,7 @@ struct Scan {
   const void* initial = nullptr;  // [sequences, D] state dtype, or null: zeros
 
   // Forward results. Row k of `checkpoints` is the state that enters the chunk at scan position (k + 1) chunk,
-  // for packed sequences the position floor(start / chunk) of the chunk's first step (unique, see Piece).
+  // for packed sequences the position floor(start / chunk) of the chunk's first step (no two sequences share a row).
   Stream h;
   void* final_state = nullptr;  // [sequences, D] state dtype
   void* checkpoints = nullptr;  // [B, checkpoint_rows, D] state dtype, or null: not saved

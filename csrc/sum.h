@@ -1,11 +1,11 @@
-// Compensated sums, which gradients of per-channel inputs need over long times.
+// Compensated sums. Gradients of per-channel inputs are sums over batch and time, of many terms.
 #pragma once
 #include "lanes.h"
 
 namespace mru {
 
-// A sum of any number of terms to about the last place. `lost` is what the additions rounded away (two-sum); NaN once `sum`
-// is infinite or NaN. Terms may themselves be sums of up to kSummed terms, which a loop adds plainly.
+// A sum of any number of terms, right to about the last place. `lost` is the sum of the rounding errors (two-sum); it is NaN
+// once `sum` is infinite or NaN. A term may be a plain sum of up to kSummed terms.
 constexpr int kSummed = 32;
 template <class V>
 struct Sum {

@@ -12,9 +12,9 @@ namespace mru {
 //
 //   gain / (tie + (bend x)^2)     tie = gain / k     bend = pi sqrt(k gain)     gain: a power of two
 //
-// `gain` is 1 where k and 1 / k are well within the range of S. Elsewhere it keeps `tie`, 1 / tie and `bend` normal numbers,
-// which a processor that flushes subnormals needs. Slopes below gain / 2^126 in float32 may become 0. In float32, k beyond
-// [2^-248, 2^186] counts as the nearest value in it, which gives 0 and infinity as k does, unless 0 < |x| < 2^-33.
+// `gain` is 1 if k and 1 / k are well within the range of S. Else it keeps `tie`, 1 / tie and `bend` normal numbers, as a
+// processor may flush subnormals to zero. Slopes below gain / 2^126 in float32 may become 0. In float32, k is clamped to
+// [2^-248, 2^186]; beyond it the results are 0 or infinity anyway, unless 0 < |x| < 2^-33.
 template <class S>
 struct Surrogate {
   S gain = 1, tie = 1, bend = 1;
@@ -22,7 +22,7 @@ struct Surrogate {
   Surrogate() = default;
   MRU_INLINE explicit Surrogate(double k) {
     constexpr int kMost = std::numeric_limits<S>::max_exponent - 4;  // the exponent of k from which on gain is not 1
-    const double least = std::ldexp(1.0, std::numeric_limits<S>::min_exponent - 1);  // normal number
+    const double least = std::ldexp(1.0, std::numeric_limits<S>::min_exponent - 1);  // the least normal number
     k = std::fmin(std::fmax(k, std::ldexp(1.0, -2 * kMost)), std::ldexp(1.0, kMost / 2 * 3));
     const int exponent = std::ilogb(k), past = exponent > 0 ? kMost : -kMost;
     const double power = std::ldexp(1.0, std::abs(exponent) > kMost ? exponent - past : 0);

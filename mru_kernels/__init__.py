@@ -1,14 +1,23 @@
-"""Fused parallel scans for memory recurrent units, as torch ops and modules."""
+"""Fused parallel scans for memory recurrent units, as torch ops and modules.
 
+Example::
+
+    >>> unit = mk.BMRU(3, 8)  # import mru_kernels as mk
+    >>> output, h_n = unit(torch.randn(2, 10, 3))
+    >>> output.shape
+    torch.Size([2, 10, 8])
+"""
+
+import importlib as _importlib
+import typing as _typing
 from importlib.metadata import version as _version
 
-from . import distributed
 from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
-from .network import MRUBlock, MRUNetwork
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM
+from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, MRUBlock, MRUNetwork
+from .schedule import EpsilonSchedule
 from .streaming import stream
 
 __version__ = _version("mru_kernels")
@@ -17,6 +26,7 @@ __all__ = [
     "CMRU",
     "LRU",
     "AlphaCMRU",
+    "EpsilonSchedule",
     "FirstQuadrantBMRU",
     "MRUBlock",
     "MRUNetwork",
@@ -33,4 +43,18 @@ __all__ = [
     "stream",
 ]
 
-available_backends()  # registers the CPU kernels, so that exported programs find them without a call through here
+available_backends()  # registers the CPU kernels, which a loaded exported program needs before any call
+
+if _typing.TYPE_CHECKING:
+    from . import distributed
+else:
+
+    def __getattr__(name):
+        """Import `distributed` when it is used: not every torch build has torch.distributed."""
+        if name == "distributed":
+            return _importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

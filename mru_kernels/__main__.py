@@ -1,4 +1,4 @@
-"""`python -m mru_kernels`: versions, devices, backends and why one is missing; what a bug report needs."""
+"""`python -m mru_kernels` prints versions, devices, backends, and why a backend is not available, for bug reports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _describe(device: torch.device) -> str:
 
 
 def report() -> str:
-    """The environment as text, one fact a line."""
+    """Versions, devices and backends as text, one fact per line."""
     kernels = cpu.isa() if available_backends()["cpu"] is None else "none"
     facts = [
         ("mru_kernels", __version__),

@@ -7,11 +7,8 @@ the kernels clamp the offsets.
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import ParamSpec
 
@@ -179,38 +176,3 @@ def check_chunk(chunk: int, backend: Backend) -> None:
         raise RuntimeError(
             f"backend: {backend.name!r} cannot run this call: it takes a chunk_size from {least} to {most}, got {chunk}"
         )
-
-
-def constructor(init: Callable[P, None]) -> Callable[P, None]:
-    """Decorate `__init__`: a TypeError for wrong arguments names the called class and the nearest argument."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def checked(*args: P.args, **options: P.kwargs) -> None:
-        try:
-            signature.bind(*args, **options)
-        except TypeError as error:
-            cls = type(args[0])
-            raise TypeError(f"{cls.__name__}: {_misfit(cls, len(args) - 1, options) or error}") from None
-        init(*args, **options)
-
-    return checked
-
-
-def _misfit(cls: type, positional: int, options: Mapping[str, object]) -> str | None:
-    """The message for too many positional or unknown keyword arguments; None if neither applies."""
-    parameters: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if base.__module__.split(".")[0] == __package__ and "__init__" in vars(base):
-            parameters |= inspect.signature(vars(base)["__init__"]).parameters
-    places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"]
-    keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-    if positional > len(places):
-        expected = f"expected at most {len(places)} positional arguments ({', '.join(places)}), got {positional}"
-        return f"{expected}; give by name: {', '.join(keywords)}"
-    for name in options:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, places + keywords, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(places + keywords)}"
-            return f"unknown argument {name!r}; {hint}"
-    return None

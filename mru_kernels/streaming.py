@@ -1,12 +1,12 @@
-"""Sequences that come in chunks, of which only the state is kept."""
+"""Sequences that arrive in chunks of time. Only the state is kept between chunks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .network import MRUBlock, MRUNetwork
-from .nn import MRUBase, unwrapped
+from .nn import MRUBase, MRUBlock, MRUNetwork
+from .nn.wrappers import unwrapped
 
 __all__ = ["Stream", "stream"]
 
@@ -14,12 +14,22 @@ State = Tensor | tuple[Tensor, ...]
 
 
 class Stream:
-    """A module and the state of the sequences that it is fed: see `stream`.
+    """A module and the state of the sequences that it reads; `stream` checks the module and makes it.
 
     Attributes:
-        module: what is fed.
-        state: as the module returns it, or None before the first chunk. It may be saved, and set again here or in
-            another process, on another device or backend; the next chunk goes on from it.
+        module: the module.
+        state: the state as the module returns it, or None before the first chunk. It may be saved, and set again here
+            or in another process, on another device or backend. The next chunk then continues from it.
+
+    Example::
+
+        >>> feed = mk.stream(mk.BMRU(3, 8))
+        >>> output = feed(torch.randn(2, 100, 3))
+        >>> saved = feed.state
+        >>> later = mk.stream(feed.module)
+        >>> later.state = saved
+        >>> later(torch.randn(2, 7, 3)).shape
+        torch.Size([2, 7, 8])
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -27,35 +37,45 @@ class Stream:
         self.state: State | None = None
 
     def __call__(self, chunk: Tensor) -> Tensor:
-        """The module's output for the next chunk of time, of any length; the state is kept."""
+        """The module's output for the next chunk of time, which may have any length. The new state is kept."""
         output, state = self.module(chunk, self.state)
         self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
         return output
 
     def reset(self) -> None:
-        """Forget the state: the next chunk begins new sequences."""
+        """Drop the state. The next chunk starts new sequences."""
         self.state = None
 
 
 def stream(module: torch.nn.Module) -> Stream:
-    """Feed a module sequences chunk by chunk, in memory that does not grow with time.
+    """Feed sequences to a module chunk by chunk, in memory that does not grow with time.
 
-    The outputs are those of one pass over the whole, given the same gates (a matrix product over fewer steps may round
-    differently, and where a gate is nearly tied flip it). No gradient passes from a chunk to those before it: with a
-    backward pass after every chunk this is truncated back-propagation through time, with the exact state carried over.
+    The outputs equal those of one pass over the whole sequence where the gates are equal. A matrix product over fewer
+    steps may round differently, and may flip a gate whose inputs are nearly tied.
+
+    No gradient passes from a chunk to the chunks before it. A backward pass after every chunk is truncated
+    back-propagation through time, with the exact state carried over.
 
     Args:
-        module: a recurrent module of one direction, an `MRUBlock` or an `MRUNetwork`. It may be wrapped by
-            `torch.compile` or `DistributedDataParallel`: pass the wrapper, which every chunk then goes through, so that
-            its hooks run.
+        module: a recurrent module of one direction, an `MRUBlock` or an `MRUNetwork`. `torch.compile` or
+            `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every chunk.
 
     Returns:
-        `feed = stream(module)`, to be called as `output = feed(chunk)`; `feed.state` is the state after the last chunk,
-        `feed.reset()` forgets it.
+        A `Stream`, called as `output = feed(chunk)`. `feed.state` is the state after the last chunk; `feed.reset()`
+        drops it.
 
     Raises:
         TypeError: the module is of another kind.
-        ValueError: the module needs the whole sequence: it is bidirectional, or it pools over time by the mean.
+        ValueError: the module needs the whole sequence, because it is bidirectional or pools by the mean over time.
+
+    Example::
+
+        >>> feed = mk.stream(mk.MRUNetwork(3, 5, width=8, num_blocks=2))
+        >>> for chunk in torch.randn(2, 100, 3).split(40, dim=1):
+        ...     print(tuple(feed(chunk).shape))
+        (2, 40, 5)
+        (2, 40, 5)
+        (2, 20, 5)
     """
     inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
     if not isinstance(inner, (MRUBase, MRUBlock, MRUNetwork)):

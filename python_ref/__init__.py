@@ -1,13 +1,19 @@
-"""The reference: each cell's step and the time loop, readable as the equations, in plain float64 PyTorch.
+"""The reference: each cell's equations, gradients derived by hand and drawn inputs, in plain float64 PyTorch.
 
-Every function takes the arguments of the op of the same name in `mru_kernels` (`backend` aside), and `dtype`:
-float64 makes it the reference, float32 the plain sequential float32 loop that error limits refer to; complex
-arguments are computed in its complex counterpart. Nothing is validated.
+A file that defines `CELL` is a cell; nothing else lists the cells. `python_ref.bmru` is the cell of that name: called,
+it is the op `mru_kernels.bmru` (see `Cell`).
 """
 
-from . import adjoint
-from .bmru import bmru
-from .linear_recurrence import linear_recurrence
-from .schmitt import schmitt
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["adjoint", "bmru", "linear_recurrence", "schmitt"]
+from .cell import Cell, itself
+from .draw import COMPLEX_DTYPES, DTYPES, Draw
+
+_modules = [import_module(f".{module.name}", __name__) for module in iter_modules(__path__)]
+
+#: Every cell, by its name.
+CELLS: dict[str, Cell] = {module.CELL.name: module.CELL for module in _modules if hasattr(module, "CELL")}
+globals().update(CELLS)  # in place of the modules of those names
+
+__all__ = ["CELLS", "COMPLEX_DTYPES", "DTYPES", "Cell", "Draw", "itself", *CELLS]

@@ -1,58 +1,90 @@
-"""The bistable memory recurrent unit and its cumulative form (arXiv 2601.09495, arXiv 2605.11855)."""
+"""The bistable memory recurrent unit and its cumulative form (arXiv 2601.09495, arXiv 2605.11855).
+
+    z_t = H(|c_t| - |b_t|)
+    v_t = m_t sgn(c_t)
+    s_t = z_t (v_t + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
+    h_t = alpha s_t
+
+with c the candidate, b the threshold and m the amplitude. Epsilon 0 is bistable, 1 cumulative.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .surrogate import sgn, unit_step
-from .write_or_hold import write_or_hold
+from . import write_or_hold
+from .cell import Cell, Steps, Term
+from .draw import Draw
+from .surrogate import sgn, slope, unit_step
 
 
-def bmru(
-    candidate: Tensor,
-    threshold: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    epsilon: float | Tensor = 0.0,
-    alpha: Tensor | None = None,
-    amplitude: Tensor | None = None,
-    surrogate_scale: float = 1.0,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Scan the unit over time, one step after the other.
+def gates(candidate, threshold, *, amplitude, alpha, surrogate_scale, **_) -> tuple[Tensor, Tensor]:
+    z = unit_step(candidate.abs(), threshold.abs(), surrogate_scale)  # a tie writes
+    v = sgn(candidate, surrogate_scale)  # 0.0 and -0.0 write +1
+    v = v if amplitude is None else amplitude * v
+    return write_or_hold.gates(z, v, candidate, threshold, amplitude, alpha)
 
-    ::
 
-        z_t = H(|c_t| - |b_t|)
-        v_t = m_t sgn(c_t)
-        s_t = z_t (v_t + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
-        h_t = alpha s_t
+def gradients(steps: Steps, term: Term, *, candidate, threshold, amplitude, epsilon, surrogate_scale, **_):
+    c, b, m, k = candidate, threshold, amplitude, surrogate_scale
+    z, v = steps.gates
+    x = c.abs() - b.abs()
+    dz = steps.lambda_ * (v + term(epsilon - 1) * steps.s_before)
+    return {
+        "candidate": term(dz * slope(x, k) * c.sign()) + term(steps.lambda_ * z * m * 2 * slope(c, k)),
+        "threshold": term(-dz * slope(x, k) * b.sign()),
+        "amplitude": term(steps.lambda_ * z * sgn(c, k)),
+        "alpha": steps.grad_h * steps.s,
+    }
 
-    Args:
-        candidate: c `[B, T, D]`, any floating dtype; it is cast to `dtype`, and so is all that follows.
-        threshold: b `[B, T, D]` or `[D]`.
-        initial_state: s_0 `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
-        epsilon: 0 is bistable, 1 cumulative.
-        alpha: `[D]`; 1 if None.
-        amplitude: m `[B, T, D]`; 1 if None.
-        surrogate_scale: k of the surrogate derivatives.
-        reverse: from the last step to the first.
-        cu_seqlens: `[N + 1]` offsets of sequences packed along T, with B = 1.
-        dtype: of the arithmetic and the results.
 
-    Returns:
-        h `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
+def affine(candidate, threshold, *, epsilon, surrogate_scale, **_) -> tuple[Tensor, Tensor]:
+    z = unit_step(candidate.abs(), threshold.abs(), surrogate_scale)
+    return write_or_hold.affine(z, sgn(candidate, surrogate_scale), epsilon=epsilon)
+
+
+def draw_inputs(draw: Draw, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A third of the steps write: candidates are standard normal, thresholds 0.8 to 1.2 in size; some tie. Or one step
+    in three hundred writes.
     """
-    k = surrogate_scale
-    c, b = candidate.to(dtype), threshold.to(dtype)
-    m = c.new_ones(()) if amplitude is None else amplitude.to(dtype)
-    scale = c.new_ones(()) if alpha is None else alpha.to(dtype)
+    shape = draw.shape
+    deviation, share = write_or_hold.WRITES[options["writes"]]
+    per_channel = options["threshold"] == "channel"
+    b_shape = shape[2:] if per_channel else shape
+    b = draw.signs(b_shape) * draw.uniform(b_shape, 0.8, 1.2)
+    b[draw.some(b_shape, 0.4 * share)] = -0.0
+    b = draw.parameter(b) if per_channel else draw.stream(b)
+    c = draw.normal(shape, deviation=deviation)
+    c[draw.some(shape, 0.02)] = 0.0
+    c[draw.some(shape, 0.02)] = -0.0
+    tie = draw.some(shape, share)
+    c = torch.where(tie & ~b.isnan(), draw.signs(shape) * b, c)
+    c = write_or_hold.draw_infinities(draw, c)
+    tensors = {"candidate": draw.stream(c), "threshold": b}
+    if options["amplitude"]:
+        tensors["amplitude"] = draw.stream(draw.normal(shape, mean=1.0, deviation=0.5))
+    return tensors | write_or_hold.draw_alpha(draw, options)
 
-    z = unit_step(c.abs(), b.abs(), k)  # a tie writes
-    v = m * sgn(c, k)  # 0.0 and -0.0 write +1
-    nan = c.isnan() | b.isnan() | m.isnan() | scale.isnan()  # in a stream or in a per-channel parameter
-    s, final_state = write_or_hold(z, v, nan, initial_state, epsilon, reverse=reverse, cu_seqlens=cu_seqlens)
-    return scale * s, final_state
+
+CELL = Cell(
+    name="bmru",
+    inputs=("candidate", "threshold"),
+    optional=("amplitude", "alpha"),
+    scalars=write_or_hold.SCALARS,
+    gates=gates,
+    step=write_or_hold.step,
+    output=write_or_hold.output,
+    slope=write_or_hold.slope,
+    decay=write_or_hold.decay,
+    gradients=gradients,
+    affine=affine,
+    draw=draw_inputs,
+    factors=write_or_hold.EPSILON
+    | {"threshold": ("stream", "channel"), "amplitude": (False, True)}
+    | write_or_hold.OTHER_FACTORS,
+    unit="BMRU",
+)

@@ -1,44 +1,68 @@
-"""The linear recurrence, real or complex."""
+"""The linear recurrence, real or complex, with the gradients of torch's convention.
+
+    s_t = a_t s_{t-1} + w_t
+    h_t = s_t
+
+with a the decay and w the update.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .scan import scan
+from .cell import Cell, Steps, Term
+from .draw import COMPLEX_DTYPES, DTYPES, Draw
 
 
-def linear_recurrence(
-    decay: Tensor,
-    update: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Scan the recurrence over time, one step after the other.
+def gates(decay, update, **_) -> tuple[Tensor, Tensor]:
+    return decay, update
 
-    ::
 
-        s_t = a_t s_{t-1} + w_t
+def step(s: Tensor, a: Tensor, w: Tensor, **_) -> Tensor:
+    return a * s + w
 
-    Args:
-        decay: a `[B, T, D]` or `[D]`.
-        update: w `[B, T, D]`, real or complex; all that is complex is cast to `dtype`'s complex counterpart.
-        initial_state: s_0 `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
-        reverse: from the last step to the first.
-        cu_seqlens: `[N + 1]` offsets of sequences packed along T, with B = 1.
-        dtype: of the arithmetic and the results.
 
-    Returns:
-        s `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
-    """
-    if update.is_complex():
-        dtype = dtype.to_complex()
-    a, w = decay.to(dtype), update.to(dtype)
-    if initial_state is None:
-        sequences = w.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial_state = w.new_zeros(sequences, w.shape[2])
-    streams = (a.expand_as(w), w)
-    return scan(lambda s, a, w: a * s + w, streams, initial_state.to(dtype), reverse=reverse, cu_seqlens=cu_seqlens)
+def decay(a: Tensor, w: Tensor, **_) -> Tensor:
+    return a
+
+
+def gradients(steps: Steps, term: Term, **_) -> dict[str, Tensor]:
+    return {"decay": steps.lambda_ * steps.s_before.conj(), "update": steps.lambda_}
+
+
+def affine(decay, update, **_) -> tuple[Tensor, Tensor]:
+    return decay.expand_as(update), update
+
+
+def draw_inputs(draw: Draw, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Most decays are between 0.8 and 1 in size, one in ten is negative (or turned), a few are 0 or 1."""
+    shape = draw.shape
+    a_shape = shape[2:] if options["decay"] == "channel" else shape
+    a = draw.uniform(a_shape, 0.8, 1.0) * torch.where(draw.some(a_shape, 0.1), -1.0, 1.0)
+    a[draw.some(a_shape, 0.02)] = 1.0
+    a[draw.some(a_shape, 0.02)] = 0.0
+    w = draw.normal(shape)
+    if draw.dtype.is_complex:
+        a = torch.polar(a.abs(), draw.uniform(a_shape, -3.0, 3.0))
+        w = torch.complex(w, draw.normal(shape))
+    a = draw.parameter(a) if options["decay"] == "channel" else draw.stream(a)
+    return {"update": draw.stream(w), "decay": a}
+
+
+CELL = Cell(
+    name="linear_recurrence",
+    inputs=("decay", "update"),
+    gates=gates,
+    step=step,
+    decay=decay,
+    gradients=gradients,
+    affine=affine,
+    draw=draw_inputs,
+    factors={"decay": ("stream", "channel")},
+    dtypes=DTYPES | COMPLEX_DTYPES,
+    unit="MinGRU",
+)

@@ -1,4 +1,4 @@
-"""The time loop that every cell's step plugs into."""
+"""The time loop that every cell's step plugs into, and what brings any call to it."""
 
 from __future__ import annotations
 
@@ -8,42 +8,59 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+Tensors = list[Tensor]
 
-def scan(
-    step: Callable[..., Tensor],
-    streams: Sequence[Tensor],
-    initial_state: Tensor,
-    *,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+
+def scan(step: Callable[..., Tensor], streams: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     """Run `state = step(state, *(x[:, t] for x in streams))` over time.
 
     Args:
         step: takes the state `[B, D]` and each stream's row `[B, D]`, returns the next state `[B, D]`.
-        streams: each `[B, T, D]`; with `cu_seqlens` `[1, total, D]`.
-        initial_state: `[B, D]`; with `cu_seqlens` `[N, D]`.
-        reverse: from the last step to the first; `initial_state` is then the state after the last step.
-        cu_seqlens: `[N + 1]` offsets of packed sequences, each scanned on its own. Empty ones are allowed.
+        streams: each `[B, T, D]`.
+        state: `[B, D]`, the state before the first step.
 
     Returns:
-        The states `[B, T, D]`, in the order of time, and the state after the last step scanned, which is the
-        initial state where there is no step.
+        The states `[B, T, D]`, and the state after the last step, which is the initial state where there is no step.
     """
-    no_steps = sum(x[:, :0] for x in streams)  # depends on them: their gradients are zeros, not missing
-    if cu_seqlens is not None:
-        sequences = [
-            scan(step, [x[:, start:stop] for x in streams], initial_state[n : n + 1], reverse=reverse)
-            for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist()))
-        ]
-        return (
-            torch.cat([no_steps, *(states for states, _ in sequences)], 1),
-            torch.cat([initial_state[:0], *(final for _, final in sequences)], 0),
-        )
-
-    rows = list(zip(*(x.unbind(1) for x in streams), strict=True))
-    state, states = initial_state, []
-    for row in reversed(rows) if reverse else rows:
+    states = []
+    for row in zip(*(x.unbind(1) for x in streams), strict=True):
         state = step(state, *row)
         states.append(state)
-    return torch.stack(states[::-1] if reverse else states, 1) if states else no_steps, state
+    # Without a step the result still depends on the streams: their gradients are zeros, not missing.
+    return torch.stack(states, 1) if states else sum(x[:, :0] for x in streams), state
+
+
+def over_sequences(
+    one: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]],
+    streams: Tensors,
+    states: Tensors,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensors, Tensors]:
+    """Apply `one` to each sequence in scan order.
+
+    Args:
+        one: takes streams `[B, T, D]` and states `[B, D]` in scan order, returns streams and states.
+        streams: each `[B, T, D]`; with `cu_seqlens` `[1, total, D]`.
+        states: each `[B, D]`; with `cu_seqlens` `[N, D]`.
+        reverse: from the last step to the first.
+        cu_seqlens: `[N + 1]` offsets of packed sequences. Empty ones are allowed.
+
+    Returns:
+        The streams, in the order of time, and the states that `one` returns, of all sequences.
+    """
+    if cu_seqlens is None:
+        if not reverse:
+            return one(streams, states)
+        stream_results, state_results = one([x.flip(1) for x in streams], states)
+        return [x.flip(1) for x in stream_results], state_results
+    empty = [x[:, :0] for x in streams], [torch.cat([x[:0], x.new_zeros(1, x.shape[1])]) for x in states]
+    parts = [one(*empty)]  # something to join where there is no sequence
+    for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        sequence = [x[:, start:stop] for x in streams], [x[n : n + 1] for x in states]
+        parts.append(over_sequences(one, *sequence, reverse, None))
+    stream_parts, state_parts = zip(*parts, strict=True)
+    return (
+        [torch.cat(x, 1) for x in zip(*stream_parts, strict=True)],
+        [torch.cat(x, 0)[1:] for x in zip(*state_parts, strict=True)],
+    )

@@ -1,57 +1,84 @@
-"""The first-quadrant bistable memory recurrent unit, a Schmitt trigger (arXiv 2605.15216)."""
+"""The first-quadrant bistable memory recurrent unit, a Schmitt trigger (arXiv 2605.15216).
+
+    L_t = H(c_t - low)
+    U_t = H(c_t - high)
+    z_t = 1 - L_t (1 - U_t)
+    s_t = z_t (U_t + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
+    h_t = alpha s_t
+
+with c the candidate.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .surrogate import unit_step
-from .write_or_hold import write_or_hold
+from . import write_or_hold
+from .cell import Cell, Steps, Term
+from .draw import Draw
+from .surrogate import slope, unit_step
 
 
-def schmitt(
-    candidate: Tensor,
-    low: Tensor,
-    high: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    epsilon: float | Tensor = 0.0,
-    alpha: Tensor | None = None,
-    surrogate_scale: float = 1.0,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Scan the unit over time, one step after the other.
+def gates(candidate, low, high, *, alpha, surrogate_scale, **_) -> tuple[Tensor, Tensor]:
+    L = unit_step(candidate, low, surrogate_scale)  # noqa: N806 as in the equations
+    U = unit_step(candidate, high, surrogate_scale)  # noqa: N806
+    return write_or_hold.gates(1 - L * (1 - U), U, candidate, low, high, alpha)
 
-    ::
 
-        L_t = H(c_t - low)
-        U_t = H(c_t - high)
-        hold_t = L_t (1 - U_t)
-        s_t = hold_t s_{t-1} + (1 - hold_t) (U_t + epsilon s_{t-1})
-        h_t = alpha s_t
+def gradients(steps: Steps, term: Term, *, candidate, low, high, epsilon, surrogate_scale, **_):
+    z, U = steps.gates  # noqa: N806
+    L = (candidate >= low).to(z.dtype)  # noqa: N806
+    dz = steps.lambda_ * (U + term(epsilon - 1) * steps.s_before)
+    dU = (steps.lambda_ * z + L * dz) * slope(candidate - high, surrogate_scale)  # noqa: N806
+    dL = term(-(1 - U) * dz) * slope(candidate - low, surrogate_scale)  # noqa: N806
+    return {"candidate": dU + dL, "low": term(-dL), "high": term(-dU), "alpha": steps.grad_h * steps.s}
 
-    Args:
-        candidate: c `[B, T, D]`, any floating dtype; it is cast to `dtype`, and so is all that follows.
-        low, high: `[D]`.
-        initial_state: s_0 `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
-        epsilon: share of the old state that a write keeps.
-        alpha: `[D]`; 1 if None.
-        surrogate_scale: k of the surrogate derivative.
-        reverse: from the last step to the first.
-        cu_seqlens: `[N + 1]` offsets of sequences packed along T, with B = 1.
-        dtype: of the arithmetic and the results.
 
-    Returns:
-        h `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
+def affine(candidate, low, high, *, epsilon, surrogate_scale, **_) -> tuple[Tensor, Tensor]:
+    U = unit_step(candidate, high, surrogate_scale)  # noqa: N806
+    z = 1 - unit_step(candidate, low, surrogate_scale) * (1 - U)
+    return write_or_hold.affine(z, U, epsilon=epsilon)
+
+
+def draw_inputs(draw: Draw, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A quarter of the steps hold: candidates are normal around 1/2, low about 0.15, width about 0.7; some tie. Or
+    nearly all hold in most channels: candidates lie close to the middle between low and high.
     """
-    c, low, high = candidate.to(dtype), low.to(dtype), high.to(dtype)
-    scale = c.new_ones(()) if alpha is None else alpha.to(dtype)
+    shape = draw.shape
+    deviation, share = write_or_hold.WRITES[options["writes"]]
+    low = draw.uniform(shape[2:], -0.1, 0.4)
+    high = low + draw.uniform(shape[2:], 0.5, 0.9)
+    crossed = draw.some(shape[2:], 0.1)  # high < low is allowed
+    middle = (low + high) / 2
+    low, high = draw.parameter(torch.where(crossed, high, low)), draw.parameter(torch.where(crossed, low, high))
+    if options["writes"] == "often":
+        c = draw.normal(shape, mean=0.5)
+    else:
+        c = middle + draw.normal(shape, deviation=deviation / 4)
+    for edge in (low, high):
+        tie = draw.some(shape, share) & ~edge.isnan()
+        c = torch.where(tie, edge.double(), c)
+    c = write_or_hold.draw_infinities(draw, c)
+    return {"candidate": draw.stream(c), "low": low, "high": high} | write_or_hold.draw_alpha(draw, options)
 
-    L = unit_step(c, low, surrogate_scale)  # noqa: N806 as in the equations
-    U = unit_step(c, high, surrogate_scale)  # noqa: N806
-    hold = L * (1 - U)
-    nan = c.isnan() | low.isnan() | high.isnan() | scale.isnan()  # in a stream or in a per-channel parameter
-    s, final_state = write_or_hold(1 - hold, U, nan, initial_state, epsilon, reverse=reverse, cu_seqlens=cu_seqlens)
-    return scale * s, final_state
+
+CELL = Cell(
+    name="schmitt",
+    inputs=("candidate", "low", "high"),
+    optional=("alpha",),
+    scalars=write_or_hold.SCALARS,
+    gates=gates,
+    step=write_or_hold.step,
+    output=write_or_hold.output,
+    slope=write_or_hold.slope,
+    decay=write_or_hold.decay,
+    gradients=gradients,
+    affine=affine,
+    draw=draw_inputs,
+    factors=write_or_hold.EPSILON | write_or_hold.OTHER_FACTORS,
+    unit="FirstQuadrantBMRU",
+)

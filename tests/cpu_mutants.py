@@ -1,12 +1,13 @@
 """Faults planted into copies of the CPU sources, one at a time, each with the tests of this suite that must catch it.
 
-A copy is compiled for one instruction set and without optimization, and only the file that holds the fault anew. The
-package around it is this one.
+A copy is compiled for one instruction set and without optimization; only the object with the fault is compiled anew.
+The Python files are those of this package.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,26 +23,26 @@ FOLDER = ROOT / "build" / "cpu-mutants"
 
 COMPILER = [
     *(os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DMRU_ONE_ISA", "-DMRU_ISA=kBaseline"),
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DMRU_ONE_ISA", "-DMRU_ISA=kBaseline", f"-I{FOLDER}"),
     *(f"-isystem{path}" for path in cpp_extension.include_paths()),
 ]
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-#: Objects by their source and the cell they hold.
-OBJECTS = {
-    "driver": ("driver.cpp", None),
-    "register": ("register.cpp", None),
-    **{cell: ("kernels.cpp", cell) for cell in ("kBmru", "kSchmitt", "kLinear")},
+CELLS = runpy.run_path(str(ROOT / "csrc/cells.py"))
+#: Objects by their source below csrc/cpu and the cell that they contain.
+OBJECTS: dict[str, tuple[str, str | None]] = {
+    **{path.stem: (path.name, None) for path in (ROOT / "csrc/cpu").glob("*.cpp")},
+    **{cell: ("kernels/kernels.cpp", cell) for cell in CELLS["names"](ROOT / "csrc")},
 }
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: in `file` below csrc, the text `old`, which stands there once, becomes `new`.
+    """A fault: in `file` below csrc, the text `old`, which occurs once, becomes `new`.
 
     Attributes:
         anew: the object that is compiled with the fault.
-        tests: what must fail, in words of pytest's -k, of test_precision.py and test_isa.py.
+        tests: the tests of test_precision.py and test_isa.py that must fail, as an expression of pytest's -k.
         isa: the compiler's flags for the instruction set.
     """
 
@@ -56,34 +57,35 @@ class Mutant:
 
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
 MUTANTS = (
-    Mutant("a NaN rounded", "cpu/vector.h", _NARROW_NAN, "return rounded;", "kBmru", "ieee"),
-    Mutant("a tie rounded up", "cpu/vector.h", "0x7fffu + ((u >> 16) & 1u)", "0x8000u", "kBmru", "ieee"),
-    Mutant("a half subnormal tie rounded up", "cpu/vector.h", "bit_cast<F>(magnitude) + 0.5f",
-           "bit_cast<F>(magnitude + 1u) + 0.5f", "kBmru", "ieee"),
-    Mutant("a half tie rounded up", "cpu/vector.h", "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u", "kBmru", "ieee"),
-    Mutant("65519 made infinite", "cpu/vector.h", "0x477ff000u", "0x477fe000u", "kBmru", "ieee"),
-    Mutant("a half subnormal scaled", "cpu/vector.h", "bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f",
-           "bit_cast<F>(magnitude) * 0x1p112f", "kBmru", "ieee"),
-    Mutant("halves truncated by AVX-512", "cpu/vector.h", "(__m512)v, _MM_FROUND_TO_NEAREST_INT",
-           "(__m512)v, _MM_FROUND_TO_ZERO", "kBmru", "ieee", AVX512),
-    Mutant("halves truncated by AVX2", "cpu/vector.h", "(__m256)v, _MM_FROUND_TO_NEAREST_INT",
-           "(__m256)v, _MM_FROUND_TO_ZERO", "kBmru", "ieee", AVX2),
-    Mutant("a channel too many read", "cpu/vector.h", "? load_few_bytes(from + 8, bytes - 8) : 0",
-           "? load_as<uint64_t>(from + 8) : 0", "kBmru", "behind"),
-    Mutant("a channel too few stored", "cpu/vector.h", "reinterpret_cast<const char*>(&v), lanes.count)",
-           "reinterpret_cast<const char*>(&v), lanes.count & ~1)", "kSchmitt", "channels and schmitt"),
-    Mutant("last channels of a sum not cleared", "cpu/kernels.cpp", "          carried_sum[k] = {};\n", "", "kSchmitt",
-           "sums and schmitt"),
-    Mutant("terms added plainly", "cpu/kernels.cpp", "if ((right - begin) % kSummed != 0) continue;",
-           "if (right != begin) continue;", "kSchmitt", "sums and schmitt"),
-    Mutant("what a sum lost left out", "cells/lanes.h", "lost == lost ? sum + lost : sum", "sum", "kSchmitt",
+    Mutant("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "bmru", "ieee"),
+    Mutant("a tie rounded up", "cpu/kernels/vector.h", "0x7fffu + ((u >> 16) & 1u)", "0x8000u", "bmru", "ieee"),
+    Mutant("a half subnormal tie rounded up", "cpu/kernels/vector.h", "bit_cast<F>(magnitude) + 0.5f",
+           "bit_cast<F>(magnitude + 1u) + 0.5f", "bmru", "ieee"),
+    Mutant("a half tie rounded up", "cpu/kernels/vector.h", "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u", "bmru",
+           "ieee"),
+    Mutant("65519 made infinite", "cpu/kernels/vector.h", "0x477ff000u", "0x477fe000u", "bmru", "ieee"),
+    Mutant("a half subnormal scaled", "cpu/kernels/vector.h", "bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f",
+           "bit_cast<F>(magnitude) * 0x1p112f", "bmru", "ieee"),
+    Mutant("halves truncated by AVX-512", "cpu/kernels/vector.h", "(__m512)v, _MM_FROUND_TO_NEAREST_INT",
+           "(__m512)v, _MM_FROUND_TO_ZERO", "bmru", "ieee", AVX512),
+    Mutant("halves truncated by AVX2", "cpu/kernels/vector.h", "(__m256)v, _MM_FROUND_TO_NEAREST_INT",
+           "(__m256)v, _MM_FROUND_TO_ZERO", "bmru", "ieee", AVX2),
+    Mutant("a channel too many read", "cpu/kernels/vector.h", "? load_few_bytes(from + 8, bytes - 8) : 0",
+           "? load_as<uint64_t>(from + 8) : 0", "bmru", "behind"),
+    Mutant("a channel too few stored", "cpu/kernels/vector.h", "reinterpret_cast<const char*>(&v), lanes.count)",
+           "reinterpret_cast<const char*>(&v), lanes.count & ~1)", "schmitt", "channels and schmitt"),
+    Mutant("last channels of a sum not cleared", "cpu/kernels/backward.h", "      carried_sum[k] = {};\n", "",
+           "schmitt", "sums and schmitt"),
+    Mutant("terms added plainly", "cpu/kernels/backward.h", "if ((right - begin) % kSummed == 0) add_up_chunk();",
+           "if (right == begin) add_up_chunk();", "schmitt", "sums and schmitt"),
+    Mutant("what a sum lost left out", "sum.h", "lost == lost ? sum + lost : sum", "sum", "schmitt",
            "sums and schmitt"),
     Mutant("gain of slopes left out", "cells/schmitt.h", "gained = lambda * splat<V>(surrogate.gain);",
-           "gained = lambda;", "kSchmitt", "slopes and schmitt"),
-    Mutant("a look back given up", "cpu/driver.cpp", "part.begin > piece.begin; steps *= 2",
-           "part.begin > piece.begin && steps <= 1 << 13; steps *= 2", "driver", "held"),
-    Mutant("a look ahead given up", "cpu/driver.cpp", "part.end < piece.end; steps *= 2",
-           "part.end < piece.end && steps <= 1 << 13; steps *= 2", "driver", "held"),
+           "gained = lambda;", "schmitt", "slopes and schmitt"),
+    Mutant("a look back given up", "cpu/forward.cpp", "part.begin > segment.begin; steps *= 2",
+           "part.begin > segment.begin && steps <= 1 << 13; steps *= 2", "forward", "held"),
+    Mutant("a look ahead given up", "cpu/backward.cpp", "part.end < segment.end; steps *= 2",
+           "part.end < segment.end && steps <= 1 << 13; steps *= 2", "backward", "held"),
 )  # fmt: skip
 
 
@@ -96,13 +98,14 @@ def _run(*command: str | Path) -> None:
 def _compile(csrc: Path, name: str, target: Path, isa: tuple[str, ...] = ()) -> None:
     source, cell = OBJECTS[name]
     own = (f"-DMRU_CELL={cell}",) if cell else ()
-    _run(*COMPILER, *isa, *own, "-c", csrc / "cpu" / source, "-o", target)
+    _run(*COMPILER, *isa, *own, f"-I{csrc}", "-c", csrc / "cpu" / source, "-o", target)
 
 
 @cache
 def unchanged() -> dict[str, Path]:
     """The objects of the sources as they are, for the narrowest instruction set."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    CELLS["write_header"](ROOT / "csrc", FOLDER)
     objects = {name: FOLDER / f"{name}.o" for name in OBJECTS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda name: _compile(ROOT / "csrc", name, objects[name]), objects))

@@ -1,12 +1,12 @@
 """Counts the instructions that kernels issue, without a GPU.
 
-    python -m tests.sass bfloat16 "backward<Form<Bmru<float, false>" sm_90
+    python -m tests.sass bfloat16 "backward<Form<cells::bmru, BFloat16Bits, 4" sm_90
     python -m tests.sass triton "backward bf16 bmru events 2 inputs epsilon 0" sm_90
 
 Prints the longer straight runs of instructions, and how many of each go to the units that add and multiply, and to
-those that compare, select and move bits, which on NVIDIA devices have half the rate. Of CUDA kernels it shows those
-whose name holds the text, in the objects that `pytest -m check tests/test_cuda_binary.py` builds; of Triton's the
-variant of that name (`python -m tests.triton_offline` lists them), which it compiles.
+those that compare, select and move bits, which run at half the rate on NVIDIA devices. It shows the CUDA kernels whose
+name contains the text, from the objects that `pytest -m check tests/test_cuda_binary.py` builds, or compiles the
+variant of Triton's kernels with that name (`python -m tests.triton_offline` lists them).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def runs(listing: str) -> Iterator[Counter[str]]:
 
 
 def listings(element: str, name: str, architecture: str) -> Iterator[tuple[str, str]]:
-    """Name and instructions of every kernel that is meant."""
+    """Name and instructions of every kernel that matches."""
     if element == "triton":
         for variant in triton_offline.variants():
             if (variant.name, variant.arch) == (name, architecture):

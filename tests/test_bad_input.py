@@ -21,8 +21,10 @@ import mru_kernels as mk
 import python_ref
 from bench import errors
 from mru_kernels import backends, checks
-from mru_kernels.cells.bmru import CELL
+from mru_kernels.ops import CELLS
+from tests import raw
 
+CELL = CELLS["bmru"]
 B, T, D = 2, 5, 3
 
 
@@ -372,92 +374,114 @@ def test_step_of_a_linear_recurrence_names_the_argument(argument, value):
 
 # ------------------------------------------------------------------------------------------------ the ops themselves
 
-NAMES = [argument.name for argument in CELL.forward["cpu"]._schema.arguments]
-BACKWARD_NAMES = [argument.name for argument in CELL.backward["cpu"]._schema.arguments]
+STREAMS = ("candidate", "threshold")
 
 
-def raw(device: torch.device) -> dict[str, Any]:
-    """Arguments of the forward op that are all as they should be, boundary states and events included."""
-    streams = [torch.randn(B, 150, D, device=device) for _ in range(2)]
-    vectors = {name: torch.randn(D, device=device) for name in ("alpha", "channel")}
-    numbers = {"epsilon": torch.tensor(0.5, dtype=torch.float64), "surrogate_scale": 1.0, "reverse": False}
-    split = {"packed": 0, "chunk": 64, "segment": 64, "save": True}
-    given = {"streams": streams, "channel": [], "alpha": vectors["alpha"], "cu_seqlens": None}
-    return given | {"initial_state": torch.randn(B, D, device=device)} | numbers | split
+def good_call(device: torch.device, **changes: Any) -> dict[str, Any]:
+    """Arguments of the forward op that are all as they should be; checkpoints and write codes are saved."""
+    arrays = {name: torch.randn(B, 150, D, device=device) for name in STREAMS} | {"alpha": ones(D).to(device)}
+    state = torch.randn(B, D, device=device)
+    named = raw.arguments(CELL, arrays | changes.pop("arrays", {}), initial_state=state, segment=64, epsilon=0.5)
+    return named | changes
 
 
+def forward(named: dict[str, Any], backend: str = "cpu") -> list[torch.Tensor]:
+    return CELL.forward[backend](*raw.of(raw.FORWARD, named))
+
+
+def backward(named: dict[str, Any], backend: str = "cpu") -> list[torch.Tensor]:
+    return CELL.backward[backend](*raw.of(raw.BACKWARD, named))
+
+
+def with_results(named: dict[str, Any], backend: str = "cpu") -> dict[str, Any]:
+    """Arguments of the backward op."""
+    h, final, checkpoints, events = forward(named, backend)
+    return named | {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
+
+
+RAW_BAD_ARRAYS = [
+    {"threshold": ones(B, T, D + 1)},
+    {"threshold": ones(B, T, D).double()},
+    {"candidate": ones(T, D), "threshold": ones(T, D)},
+    {"candidate": ones(B, T, D, dtype=torch.int32), "threshold": ones(B, T, D, dtype=torch.int32)},
+    {"threshold": ones(D - 1)},
+    {"threshold": ones(D, dtype=torch.int32)},
+    {"amplitude": ones(D)},
+    {"alpha": ones(1)},
+    {"alpha": ones(D, 1)},
+    {"alpha": ones(D, dtype=torch.float16)},
+]
+EPSILON = torch.tensor(0.5, dtype=torch.float64)
 RAW_BAD = [
-    ("streams", []),
-    ("streams", [ones(B, T, D)]),
-    ("streams", [ones(B, T, D), ones(B, T, D + 1)]),
-    ("streams", [ones(B, T, D), ones(B, T, D).double()]),
-    ("streams", [ones(B, T, D)] * 4),
-    ("streams", [ones(T, D)] * 2),
-    ("streams", [ones(B, T, D, dtype=torch.int32)] * 2),
-    ("channel", [ones(D - 1)]),
-    ("channel", [ones(D), ones(D)]),
-    ("channel", [ones(D, dtype=torch.int32)]),
-    ("alpha", ones(1)),
-    ("alpha", ones(D, 1)),
-    ("alpha", ones(D, dtype=torch.float16)),
+    ("inputs", []),
+    ("inputs", [ones(B, 150, D), EPSILON]),
+    ("inputs", [ones(B, 150, D)] * 5),
+    ("inputs", [ones(B, 150, D), ones(B, 150, D), ones(D), ones()]),
+    ("given", 0),
+    ("given", 1),
+    ("given", -1),
+    ("given", 2**40),
+    ("numbers", []),
+    ("numbers", [1.0, 1.0]),
     ("initial_state", ones(B + 1, D)),
     ("initial_state", ones(D)),
     ("cu_seqlens", offsets(0, 150)),  # batch is 2
     ("cu_seqlens", ones(2)),
-    ("packed", 4),
+    ("packed", 2),
     ("packed", 3),
+    ("packed", 7),
     ("packed", -1),
 ]
+
+
+@pytest.mark.parametrize("arrays", RAW_BAD_ARRAYS)
+def test_raw_op_checks_its_arrays(backend, device, arrays):
+    arrays = {name: t.to(device) for name, t in arrays.items()}
+    with pytest.raises((RuntimeError, TypeError, ValueError), match="inputs"):
+        forward(good_call(device, arrays=arrays), backend)
 
 
 @pytest.mark.parametrize(("name", "value"), RAW_BAD)
 def test_raw_op_checks_what_its_kernel_relies_on(backend, device, name, value):
     def move(t: Any) -> Any:
-        return t.to(device) if isinstance(t, torch.Tensor) else t
+        return t.to(device) if isinstance(t, torch.Tensor) and t is not EPSILON else t
 
     value = [move(t) for t in value] if isinstance(value, list) else move(value)
-    arguments = raw(device) | {name: value}
-    if name == "channel":
-        arguments["streams"] = arguments["streams"][:1]
-    if (name, value) == ("packed", 4):
-        arguments["streams"] = arguments["streams"][:1]
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=name):
-        CELL.forward[backend](*(arguments[n] for n in NAMES))
+    with pytest.raises((RuntimeError, TypeError, ValueError), match="inputs|given|packed|numbers|" + name):
+        forward(good_call(device, **{name: value}), backend)
 
 
 NUMBERS = [("epsilon", 1.5), ("epsilon", math.nan), ("surrogate_scale", 0.0), ("surrogate_scale", math.inf)]
 NUMBERS += [("chunk", value) for value in (0, -64, 8, 8192, 2**59, 2**63 - 64)]
 NUMBERS += [("segment", value) for value in (65, -64, 2**60 + 64, 2**63 - 64)]
-NUMBERS += [("packed", value) for value in (-1, 10**7, 2**63 - 1)]
 
 
 @pytest.mark.parametrize(("name", "value"), NUMBERS)
 def test_raw_op_checks_its_numbers(backend, device, name, value):
-    value = torch.tensor(value, dtype=torch.float64) if name == "epsilon" else value
-    arguments = raw(device)
-    if name == "packed":
-        arguments["streams"] = [arguments["streams"][0][..., :0]]  # any number divides 0 channels
-        arguments["alpha"] = arguments["initial_state"] = None
-    arguments[name] = value
+    named = good_call(device)
+    if name == "epsilon":
+        named["inputs"][-1] = torch.tensor(value, dtype=torch.float64)
+    elif name == "surrogate_scale":
+        named["numbers"] = [value]
+    else:
+        named[name] = value
     with pytest.raises((RuntimeError, ValueError), match=name):
-        CELL.forward[backend](*(arguments[n] for n in NAMES))
+        forward(named, backend)
     with FakeTensorMode() as mode:
-        fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, named)
         if name != "epsilon":  # a fake one has no value
             with pytest.raises((RuntimeError, ValueError), match=name):
-                CELL.forward[backend](*(fakes[n] for n in NAMES))
+                forward(fakes, backend)
 
 
 def test_the_longest_chunk_and_segment(backend, device):
-    """Are taken, and change nothing but how much is saved."""
+    """They are taken, and change only how much is saved."""
     _, most = backends.TABLE[backend].module.CHUNK_SIZES
-    arguments = raw(device) | {"segment": 2**60, "chunk": most}
-    h, final, checkpoints, events = CELL.forward[backend](*(arguments[n] for n in NAMES))
-    expected, *_ = CELL.forward[backend](*((arguments | {"segment": 0})[n] for n in NAMES))
-    assert torch.equal(h, expected)
-    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
-    grads = CELL.backward[backend](*(arguments[n] for n in BACKWARD_NAMES))
-    assert [g.shape for g in grads] == [(B, 150, D), (B, 150, D), (D,), (B, D)]
+    named = good_call(device, segment=2**60, chunk=most)
+    expected, *_ = forward(named | {"segment": 0}, backend)
+    named = with_results(named, backend)
+    assert torch.equal(named["grad_h"], expected)
+    assert [g.shape for g in backward(named, backend)] == [(B, 150, D), (B, 150, D), (D,), (B, D)]
 
 
 def test_the_extension_takes_the_standard_library_from_libstdcxx_alone():
@@ -483,23 +507,19 @@ SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]
 
 @pytest.mark.parametrize(("name", "shape"), SAVED)
 def test_raw_backward_of_a_cpp_backend_checks_what_it_is_given(name, shape):
-    arguments = raw(torch.device("cpu"))
-    h, final, checkpoints, events = CELL.forward["cpu"](*(arguments[n] for n in NAMES))
-    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
-    assert len(CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))) == 4
-    arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype)
+    named = with_results(good_call(torch.device("cpu")))
+    assert len(backward(named)) == 4
+    named[name] = torch.zeros(shape, dtype=named[name].dtype)
     with pytest.raises(RuntimeError, match=name):
-        CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
+        backward(named)
 
 
 @pytest.mark.parametrize(("name", "dtype"), SAVED_DTYPES)
 def test_raw_backward_of_a_cpp_backend_checks_dtypes(name, dtype):
-    arguments = raw(torch.device("cpu"))
-    h, final, checkpoints, events = CELL.forward["cpu"](*(arguments[n] for n in NAMES))
-    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
-    arguments[name] = arguments[name].to(dtype)
+    named = with_results(good_call(torch.device("cpu")))
+    named[name] = named[name].to(dtype)
     with pytest.raises(RuntimeError, match=name):
-        CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
+        backward(named)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is reset by way of /proc")
@@ -508,12 +528,10 @@ def test_many_sequences_without_channels_take_no_memory():
         return int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
     none = torch.zeros(2**24, 3, 0)
-    arguments = raw(torch.device("cpu")) | {"streams": [none, none], "alpha": None, "initial_state": None}
+    named = raw.arguments(CELL, dict.fromkeys(STREAMS, none), segment=64)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kib("VmRSS")
-    h, final, checkpoints, events = CELL.forward["cpu"](*(arguments[n] for n in NAMES))
-    arguments |= {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
-    CELL.backward["cpu"](*(arguments[n] for n in BACKWARD_NAMES))
+    backward(with_results(named))
     assert resident_kib("VmHWM") - before < 2**15
 
 
@@ -644,7 +662,7 @@ def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, device, dtype
             raise
         return
     grads = {"grad_h": torch.zeros_like(h), "grad_final": torch.zeros_like(final)}
-    terms = python_ref.adjoint.bmru(**arguments, **grads, term=abs)
+    terms = python_ref.bmru.adjoint(**arguments, **grads, term=abs)
     results = {"h": h, "final_state": final}
     for (name, result), expected in zip(results.items(), python_ref.bmru(**arguments), strict=True):
         verdict = errors.judge(result, expected, terms[name])

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.check
 def test_paths_with_spaces(tmp_path, monkeypatch):
-    """The repository and torch lie in folders whose names hold a space: an object compiles, the link names them."""
+    """The repository and torch are in folders with a space in their names: an object compiles, the link names them."""
     folder = tmp_path / "with space"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy(ROOT / "setup.py", folder)
@@ -31,6 +31,7 @@ def test_paths_with_spaces(tmp_path, monkeypatch):
         monkeypatch.setattr(cpp_extension, function, lambda links=links: list(map(str, links)))
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     build = runpy.run_path(str(folder / "setup.py"))["NinjaBuild"](setuptools.Distribution())
+    runpy.run_path(str(folder / "csrc/cells.py"))["write_header"](folder / "csrc", folder)
     with open(folder / "build.ninja", "w") as file:
         build.write_ninja(ninja_syntax.Writer(file), folder / "_C.so", None)
     run = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]

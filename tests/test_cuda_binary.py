@@ -25,7 +25,7 @@ OBJECTS = ROOT / "build" / "objects"  # of any build: those of the CPU kernels a
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ELEMENTS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16}
 
-# Threads of a multiprocessor that the registers of a kernel must leave room for, by the kernel's name.
+# Threads of a multiprocessor that the registers of a kernel must allow, by the kernel's name.
 WANTED_THREADS = {
     "forward": 256,
     "summarize": 384,
@@ -57,7 +57,7 @@ class Kernel:
 
     @property
     def moves_words(self) -> bool:
-        """Whether it is of a form whose threads move 16 bytes at once."""
+        """Whether the threads of its form move 16 bytes at once."""
         return f", {16 // ELEMENTS[self.element]}, " in self.name
 
     def count(self, opcode: str) -> int:
@@ -93,7 +93,7 @@ def built() -> Path:
 
 
 def kernels_of(element: str) -> list[Kernel]:
-    """The kernels in the object of an element type, which `built` leaves."""
+    """The kernels in the object of an element type, which `built` makes."""
     cuobjdump, nvdisasm = _tool("cuobjdump"), _tool("nvdisasm")
     cubins = FOLDER / "cubins" / element
     shutil.rmtree(cubins, ignore_errors=True)
@@ -129,7 +129,7 @@ def test_every_kernel_for_every_architecture(kernels):
 
 
 def summary(kernels: list[Kernel]) -> str:
-    """Markdown: of each kernel, over its forms, the most registers for each architecture."""
+    """Markdown: the most registers of each kernel over its forms, for each architecture."""
     lines = [f"| CUDA kernel | forms | {' | '.join(ARCHITECTURES)} | local memory |", "|---|---:|---:|---:|---:|---:|"]
     for function in dict.fromkeys(k.function for k in kernels):
         of_function = [k for k in kernels if k.function == function]
@@ -140,7 +140,7 @@ def summary(kernels: list[Kernel]) -> str:
 
 
 def test_registers_and_local_memory(kernels):
-    """No spills, no local memory; registers for the threads that a multiprocessor is to hold."""
+    """No spills and no local memory; few enough registers for the threads that a multiprocessor is to hold."""
     print(f"\n{summary(kernels)}\n")
     for k in kernels:
         loads = sum(map(k.count, LOADS))
@@ -155,7 +155,7 @@ def test_registers_and_local_memory(kernels):
 
 
 def test_words_of_sixteen_bytes(kernels):
-    """Where threads move words; and nowhere an access that does not know that it is global."""
+    """Threads of such forms move words, and no access goes through a generic address."""
     checked = 0
     for k in kernels:
         assert not re.search(r"\b(LD|ST)\.E\b", k.instructions), k.name

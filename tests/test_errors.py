@@ -257,9 +257,10 @@ def small_case(dtype=torch.float32, **options):
     return inputs.case("bmru", dtype, **(SMALL | options))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reference_passes(dtype):
-    cases = [case for case in inputs.covering_cases("bmru", dtype) if case.options["time"] < 100]
+@pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell, x in inputs.CELLS.items() for name in x.dtypes])
+def test_the_reference_passes(cell, dtype):
+    every = inputs.covering_cases(cell, inputs.CELLS[cell].dtypes[dtype])
+    cases = [case for case in every if case.options["time"] < 100]
     rows = compare.run(cases, "reference")
     assert len(rows) == len(cases)
     assert [row for row in rows if not row.passed] == []
@@ -369,7 +370,7 @@ def test_a_call_that_raises_is_a_failed_row(monkeypatch):
     assert not row.passed
     assert "no such luck" in row.failure
     assert "no such luck" in compare.table([row])
-    assert not json.loads(compare.to_json([row]))["rows"][0]["passed"]
+    assert not compare.to_record([row])["rows"][0]["passed"]
 
 
 def test_command_writes_json_and_exits_with_1_where_something_fails(monkeypatch, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import gpu_check, peers, speed, timing
-from bench.gpu_check import Outcome
+from bench import peers, records, speed, timing, work
+from bench.gpu import command, jobs, processes, report, stages
+from bench.gpu.processes import Outcome
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 64, 8, "fp32"), (1, 70, 3, "bf16")]
@@ -27,8 +29,8 @@ def python(code: str) -> list[str]:
 
 
 @pytest.fixture
-def check(tmp_path) -> gpu_check.Check:
-    return gpu_check.Check("cpu", SHAPES, tmp_path / "logs")
+def check(tmp_path) -> stages.Check:
+    return stages.Check("cpu", SHAPES, tmp_path / "logs")
 
 
 def test_jobs_run_side_by_side_and_each_outcome_is_told(tmp_path, capsys):
@@ -39,7 +41,7 @@ def test_jobs_run_side_by_side_and_each_outcome_is_told(tmp_path, capsys):
         "absent": [str(tmp_path / "no such program")],
     }
     start = time.monotonic()
-    outcomes = {outcome.name: outcome for outcome in gpu_check.run_jobs(jobs, 3, tmp_path)}
+    outcomes = {outcome.name: outcome for outcome in processes.run_jobs(jobs, 3, tmp_path)}
     assert time.monotonic() - start < 30
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "good": "passed", "bad": "failed", "slow": "timed out", "absent": "failed",
@@ -57,7 +59,7 @@ def test_a_job_that_is_late_ends_with_its_own_processes(tmp_path):
         "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
         "print(p.pid, flush=True); p.wait()"
     )
-    (outcome,) = gpu_check.run_jobs({"parent": python(code)}, 3, tmp_path)
+    (outcome,) = processes.run_jobs({"parent": python(code)}, 3, tmp_path)
     assert outcome.status == "timed out"
     child = int((tmp_path / "parent.log").read_text().split()[0])
     state = ""
@@ -90,22 +92,22 @@ def test_stages_that_raise_do_not_stop_the_others_and_time_left_over_is_passed_o
 
     check.build, check.find_backends, check.checks = stage("build"), found, stage("checks", KeyError("lost"))
     check.times, check.sanitizers = stage("times"), stage("sanitizers")
-    outcomes = gpu_check.run_stages(check, gpu_check.DEADLINES)
+    outcomes = stages.run_stages(check, stages.DEADLINES)
     assert [o.name for o in outcomes if o.status == "passed"] == ["build", "times", "sanitizers"]
     (failed,) = (o for o in outcomes if o.bad)
     assert (failed.name, failed.reason) == ("checks", "KeyError: 'lost'")
-    assert given == pytest.approx(gpu_check.DEADLINES, abs=5)
+    assert given == pytest.approx(stages.DEADLINES, abs=5)
 
 
 def test_without_a_backend_the_rest_is_skipped(check):
     check.build = lambda seconds: [Outcome("build", "failed", "no compiler")]
     check.find_backends = list
-    outcomes = gpu_check.run_stages(check, gpu_check.DEADLINES)
+    outcomes = stages.run_stages(check, stages.DEADLINES)
     assert [o.status for o in outcomes] == ["failed"] + ["skipped"] * 3
 
 
 def test_everything_fits_nine_minutes():
-    ends = list(gpu_check.DEADLINES.values())
+    ends = list(stages.DEADLINES.values())
     assert ends == sorted(ends)
     assert ends[-1] + 15 <= 540
 
@@ -115,7 +117,7 @@ def test_tests_and_comparison_share_the_cores(check):
     given = []
     with (
         patch.object(os, "cpu_count", lambda: 16),
-        patch.object(gpu_check, "run_jobs", lambda *jobs, **environment: given.append((*jobs, environment)) or []),
+        patch.object(stages, "run_jobs", lambda *jobs, **environment: given.append((*jobs, environment)) or []),
     ):
         assert list(check.checks(130)) == []
     ((jobs, seconds, _, environment),) = given
@@ -133,8 +135,8 @@ def test_tests_and_comparison_share_the_cores(check):
 
 def test_what_is_missing_is_skipped_by_name(check):
     check.backends = ["cpu"]
-    with patch.object(gpu_check, "find_spec", lambda name: None if name in ("hypothesis", "ninja") else object()):
-        with patch.object(gpu_check, "run_jobs", lambda jobs, *_, **__: [Outcome(name, "passed") for name in jobs]):
+    with patch.object(processes, "find_spec", lambda name: None if name in ("hypothesis", "ninja") else object()):
+        with patch.object(stages, "run_jobs", lambda jobs, *_, **__: [Outcome(name, "passed") for name in jobs]):
             tests, *comparison = check.checks(30)
         (build,) = check.build(5)
     assert {outcome.name.split()[0] for outcome in comparison} == {"compare"}
@@ -161,11 +163,15 @@ def test_each_sanitizer_runs_the_small_set_and_its_findings_count(check, tmp_pat
 
 def test_the_version_is_recorded_in_the_tree_where_nothing_is_installed(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "mru_kernels"\nversion = "4.5.6"\n')
-    error = gpu_check.metadata.PackageNotFoundError
-    with patch.object(gpu_check, "ROOT", tmp_path), patch.object(gpu_check.metadata, "version", side_effect=error):
-        gpu_check.give_metadata()
-    (found,) = gpu_check.metadata.distributions(name="mru_kernels", path=[str(tmp_path)])
+    with patch.object(stages, "ROOT", tmp_path), patch.object(records, "version_of", lambda package: None):
+        stages.record_version()
+    (found,) = records.metadata.distributions(name="mru_kernels", path=[str(tmp_path)])
     assert found.version == "4.5.6"
+
+
+def test_nothing_imports_the_package_before_its_version_is_recorded():
+    code = "import sys, bench.gpu.command; sys.exit('mru_kernels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=processes.ROOT, check=False).returncode == 0
 
 
 @pytest.mark.check
@@ -176,7 +182,7 @@ def test_backends_are_found_in_a_new_process(check):
 
 def test_a_machine_without_a_gpu_gets_one_line(capsys):
     with patch.object(torch.cuda, "is_available", lambda: False):
-        assert gpu_check.main([]) == 2
+        assert command.main([]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
@@ -184,23 +190,23 @@ def test_a_machine_without_a_gpu_gets_one_line(capsys):
 def timed(tmp_path_factory):
     """What is written of times on the CPU: by the file's path."""
     path = tmp_path_factory.mktemp("times") / "figures.jsonl"
-    with open(path, "w") as file, patch.object(gpu_check, "_PER_SUBJECT", 0.01):
-        timing = gpu_check.Timing(CPU, lambda kind, what: print(json.dumps([kind, what]), file=file), 2**20)
+    with open(path, "w") as file, patch.object(jobs, "_PER_SUBJECT", 0.01):
+        timing = jobs.Timing(CPU, lambda kind, what: print(json.dumps([kind, what]), file=file), 2**20)
         timing.calls = lambda name: timing.write("call", {"backend": name, "microseconds": {"a call": 1.0}})
         deadline = time.monotonic() + 60
-        gpu_check.time_all(timing, SHAPES, ["cpu"], deadline, [*IN_TORCH[:2], "cumsum"])
-        gpu_check.time_all(timing, SHAPES[:1], [], time.monotonic() - 1, ["log-step scan"])
-        gpu_check.time_all(timing, SHAPES[:1], [], time.monotonic() + 30, ["log-step scan, compiled"])
+        jobs.time_all(timing, SHAPES, ["cpu"], deadline, [*IN_TORCH[:2], "cumsum"])
+        jobs.time_all(timing, SHAPES[:1], [], time.monotonic() - 1, ["log-step scan"])
+        jobs.time_all(timing, SHAPES[:1], [], time.monotonic() + 30, ["log-step scan, compiled"])
     return path
 
 
 def test_times_are_at_the_bytes_of_the_floor(timed):
-    found = gpu_check.read_figures(timed)
+    found = report.read_figures(timed)
     assert found["failed"] == []
     (copy,) = found["copy"]
     subjects = {(f["subject"], f["work"]) for f in found["figure"]}
     whole = {(name, work) for name in ("cpu", "log-step scan") for work in ("forward", "forward + backward")}
-    whole |= {("cpu" + gpu_check.SELDOM, work) for work in gpu_check.WORKS} | {("cpu", "backward")}
+    whole |= {("cpu" + jobs.SELDOM, work) for work in work.MAIN} | {("cpu", "backward")}
     assert subjects == whole | {("torch.add(out=)", "forward"), ("cummax + gather", "forward")}
     for f in found["figure"]:
         batch, steps, channels = f["shape"]
@@ -217,7 +223,7 @@ def test_times_are_at_the_bytes_of_the_floor(timed):
 def test_a_backend_that_is_wrong_is_not_timed():
     written = []
     with patch.object(speed, "meets_limits", lambda *_: False):
-        timing = gpu_check.Timing(CPU, lambda *what: written.append(what), 2**16)
+        timing = jobs.Timing(CPU, lambda *what: written.append(what), 2**16)
         timing.backends(["cpu"], SHAPES[0])
     assert [kind for kind, _ in written] == ["copy", "failed", "figure"]
     assert written[-1][1]["subject"] == "torch.add(out=)"
@@ -225,10 +231,10 @@ def test_a_backend_that_is_wrong_is_not_timed():
 
 def test_what_raises_is_told_and_the_rest_goes_on():
     written = []
-    timing = gpu_check.Timing(CPU, lambda *what: written.append(what), 2**16)
+    timing = jobs.Timing(CPU, lambda *what: written.append(what), 2**16)
     broken = {"log-step scan": peers.Peer(lambda a, w: 1 / 0)}
     with patch.dict(peers.PEERS, broken), patch.object(timing, "backends", side_effect=RuntimeError("no\nmemory")):
-        gpu_check.time_all(timing, SHAPES[:1], [], time.monotonic() + 60, ["log-step scan", "cummax + gather"])
+        jobs.time_all(timing, SHAPES[:1], [], time.monotonic() + 60, ["log-step scan", "cummax + gather"])
     kinds = [kind for kind, _ in written]
     assert kinds == ["copy", "failed", "left out", "figure"]
     assert written[1][1].endswith("RuntimeError: no")
@@ -272,7 +278,7 @@ def test_ratios_are_to_the_same_work():
         same | {"subject": "cuda", "ms": 4.0, "dtype": "bf16"},
         same | {"subject": "peer", "ms": 8.0},
     ]
-    *_, peer = gpu_check.with_ratios(figures, ["triton", "cuda"])
+    *_, peer = report.with_ratios(figures, ["triton", "cuda"])
     assert peer["slower_than"] == {"triton": 4.0}
 
 
@@ -286,21 +292,21 @@ def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_pa
         text = json.dumps({"torch": "2", "rows": [{"part": part}]})
         (check.logs / f"compare-cuda-{part}.json").write_text(text)
     outcomes = [Outcome("checks", "timed out", "at work", 9.0)]
-    paths = gpu_check.report(check, outcomes, tmp_path / "results")
+    paths = report.report(check, outcomes, tmp_path / "results")
     capsys.readouterr()
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
     assert all(set(path.name) <= set(map(chr, range(48, 123))) | set("-.") for path in paths)
     assert f"torch{torch.__version__}".replace("+", "-") in paths[0].name
     record = json.loads(paths[0].read_text())
     assert record["machine"]["torch"] == torch.__version__
-    assert len(record["figures"]) == len(gpu_check.read_figures(timed)["figure"])
+    assert len(record["figures"]) == len(report.read_figures(timed)["figure"])
     assert all(f["slower_than"]["cpu"] > 0 for f in record["figures"] if f["subject"] != "cpu")
     assert record["stages"][0]["status"] == "timed out"
     text = paths[1].read_text()
     assert "timed out" in text
     assert "no time was left" in text
     assert text.count("| fp32 |") + text.count("| bf16 |") == len(record["figures"])
-    gpu_check.copy_out(paths, check.logs, tmp_path / "out")
+    report.copy_out(paths, check.logs, tmp_path / "out")
     names = {p.name for p in paths} | {"compare.json", "gpu-check.log"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     comparison = json.loads((tmp_path / "out" / "compare.json").read_text())
@@ -308,9 +314,9 @@ def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_pa
 
 
 def test_the_small_set_runs_whole_and_split(capsys):
-    assert gpu_check.run_small_set(["cpu"], CPU)
+    assert jobs.run_small_set(["cpu"], CPU)
     assert capsys.readouterr().out.count("PASS") == 12
-    assert not gpu_check.run_small_set([], CPU)
+    assert not jobs.run_small_set([], CPU)
 
 
 @pytest.mark.check
@@ -319,10 +325,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     arguments = ["--device", "cpu", "--stage", "checks", "times", "--shape", "1,64,4,fp32"]
     arguments += ["--logs", str(tmp_path / "logs"), "--results", str(tmp_path / "results")]
     with (
-        patch.object(gpu_check.Check, "checks", lambda self, seconds: [Outcome("checks", "failed", "by design")]),
-        patch.object(gpu_check, "run_stages", _with_backend(gpu_check.run_stages)),
+        patch.object(stages.Check, "checks", lambda self, seconds: [Outcome("checks", "failed", "by design")]),
+        patch.object(command, "run_stages", _with_backend(stages.run_stages)),
     ):
-        assert gpu_check.main(arguments) == 1
+        assert command.main(arguments) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "failed: checks"
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png", ".log"}
 
@@ -335,10 +341,8 @@ def _with_backend(run_stages):
     return run
 
 
-def test_the_readme_shows_what_its_record_says():
-    """Each table between the comments of README.md is the summary of the record that the first of them names."""
-    text = (gpu_check.ROOT / "README.md").read_text()
-    tables = re.findall(r"<!-- make gpu-check (\S+) -->\n(.*?)\n<!-- end", text, re.DOTALL)
-    assert tables
-    for file, table in tables:
-        assert table == gpu_check.summary(json.loads((gpu_check.ROOT / file).read_text()))
+@pytest.mark.parametrize("file", sorted(command.RESULTS.glob("NVIDIA*.json")), ids=lambda file: file.stem)
+def test_committed_records_are_read(file):
+    record = json.loads(file.read_text())
+    assert record["machine"]["device"] in report.markdown(record)
+    assert report.summary(record).count("%") == 4 * len({(*f["shape"], f["dtype"]) for f in record["figures"]})

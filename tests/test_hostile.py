@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mru_kernels import backends, ops
+from tests import raw
 
 # Of streams [B, T, D]: usual ones; then sizes that overflow, that are nothing, or beyond all memory, also with a size
 # less: what could be allocated is small.
@@ -66,6 +67,8 @@ def values(draw, kind: str, good: Any, device: torch.device) -> Any:
         return draw(st.sampled_from(NUMBERS))
     if kind == "float":
         return draw(st.sampled_from(FLOATS))
+    if kind == "List[float]":
+        return draw(st.sampled_from([[], [draw(st.sampled_from(FLOATS))], [*good, 1.0], 1000 * [1.0]]))
     if kind != "List[Tensor]":
         none = kind == "Optional[Tensor]" and draw(st.booleans())
         return None if none else draw(tensors(good, device))
@@ -78,26 +81,21 @@ def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
     """Arguments of the forward op that fit together."""
     batch, time, channels = draw(st.sampled_from(2 * USUAL + HUGE))
     one = torch.ones((), dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])), device=device)
-    per_channel, inputs = len(cell.vectors), cell.inputs[0]
-    packed = inputs if per_channel == 0 and draw(st.booleans()) else 0
-    count = 1 if packed else inputs - per_channel
-    shape = (batch, time, channels * (packed or 1))
+    names = [i.name for i in cell.inputs if not i.optional or draw(st.booleans())]
+    streams = [i.name for i in cell.inputs if i.name in names and i.kind != "channel"]
+    packed = streams if len(streams) > 1 and draw(st.booleans()) else []
+    shape = (batch, time, channels * (len(packed) or 1))
+    arrays = {name: one.expand(shape if name in streams else (channels,)) for name in names if name not in packed}
+    if packed:
+        arrays = {"gates": one.expand(shape), **arrays}
+    arrays = {name: t.requires_grad_(draw(st.booleans())) if t.dim() == 3 else t for name, t in arrays.items()}
     cu_seqlens = torch.tensor([0, time // 2, time], device=device) if batch == 1 and draw(st.booleans()) else None
     state = one.float().expand(batch if cu_seqlens is None else 2, channels)
-    return {
-        "streams": [one.expand(shape).requires_grad_(draw(st.booleans())) for _ in range(count)],
-        "channel": [one.expand(channels)] * per_channel,
-        "alpha": draw(st.sampled_from([None, one.expand(channels)])),
-        "initial_state": draw(st.sampled_from([None, state])),
-        "cu_seqlens": cu_seqlens,
-        "epsilon": torch.tensor(draw(st.sampled_from([0.0, 0.5])), dtype=torch.float64),
-        "surrogate_scale": 1.0,
-        "reverse": draw(st.booleans()),
-        "packed": packed,
-        "chunk": 64,
-        "segment": draw(st.sampled_from([0, 64])),
-        "save": draw(st.booleans()),
-    }  # fmt: skip
+    return raw.arguments(
+        cell, arrays, packed=packed, initial_state=draw(st.sampled_from([None, state])), cu_seqlens=cu_seqlens,
+        reverse=draw(st.booleans()), segment=draw(st.sampled_from([0, 64])), save=draw(st.booleans()),
+        epsilon=draw(st.sampled_from([0.0, 0.5])),
+    )  # fmt: skip
 
 
 def shapes(op: torch._ops.OpOverload, arguments: list[Any]) -> list[tuple[torch.Size, torch.dtype]]:
@@ -109,35 +107,34 @@ def shapes(op: torch._ops.OpOverload, arguments: list[Any]) -> list[tuple[torch.
 
 def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backward op that fit those of a forward op."""
-    one = torch.ones((), device=scan["streams"][0].device)
-    given = [one.to(dtype).expand(shape) for shape, dtype in shapes(forward, list((scan | {"save": True}).values()))]
+    one = torch.ones((), device=scan["inputs"][0].device)
+    made = shapes(forward, raw.of(raw.FORWARD, scan | {"save": True}))
+    given = [one.to(dtype).expand(shape) for shape, dtype in made]
     return scan | dict(zip(("grad_h", "grad_final", "checkpoints", "events"), given, strict=True))
 
 
 def step_of(scan: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the step op, of the streams of a forward op; one that is packed fits only by chance."""
-    rows = [t.detach().new_ones(()).expand(t.shape[0], t.shape[2]) for t in scan["streams"]]
-    first, second, third = [rows[0], *scan["channel"], *rows[1:], None, None][:3]
-    state = rows[0].new_ones((), dtype=torch.float32).expand(rows[0].shape)
-    return {"first": first, "second": second, "third": third, "alpha": scan["alpha"], "state": state, "epsilon": 0.5}
+    """Arguments of the step op, of the inputs of a forward op; those that are packed fit only by chance."""
+    inputs = [t.detach().new_ones(()).expand(t.shape[0], t.shape[2]) if t.dim() == 3 else t for t in scan["inputs"]]
+    return scan | {"inputs": inputs, "state": inputs[0].new_ones((), dtype=torch.float32).expand(inputs[0].shape)}
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward", "step"])
-@pytest.mark.parametrize("cell", ops.CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("kind", ["forward", "backward", "step", "map"])
+@pytest.mark.parametrize("cell", ops.CELLS.values(), ids=lambda cell: cell.name)
 @given(data=st.data())
 def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, kind, data):
     backends.resolve(backend, device)  # which registers its kernels
     op = getattr(cell, kind)[backend]
     arguments = data.draw(scans(cell, device))
     if kind == "backward":
-        if tuple(arguments["streams"][0].shape) in HUGE:
-            arguments["streams"] = [t.detach() for t in arguments["streams"]]
+        if tuple(arguments["inputs"][0].shape) in HUGE:
+            arguments["inputs"] = [t.detach() for t in arguments["inputs"]]
         arguments = backward_of(cell.forward[backend], arguments)
     elif kind == "step":
         arguments = step_of(arguments)
     types = {argument.name: str(argument.type) for argument in op._schema.arguments}
     changed = data.draw(st.lists(st.sampled_from(list(types)), max_size=3))
-    must_run = not changed and kind != "step" and max(arguments["streams"][0].shape) < 1000
+    must_run = not changed and kind != "step" and max(arguments["inputs"][0].shape) < 1000
     for name in changed:
         arguments[name] = data.draw(values(types[name], arguments[name], device))
     given_arguments = [arguments[name] for name in types]

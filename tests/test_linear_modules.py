@@ -1,4 +1,4 @@
-"""The modules on the linear recurrence: equations against a loop, initial values, layouts, states, and torch around."""
+"""The linear recurrent units: equations against a loop, initial values, layouts, states, and the tools of torch."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ gated = pytest.mark.parametrize("cls", [MinGRU, MinLSTM])
 
 
 def make(cls, *sizes, seed=0, dtype=torch.float64, **options):
-    """A module with initial states that are not zero."""
+    """A module with random initial states."""
     torch.manual_seed(seed)
     module = cls(*sizes, dtype=dtype, **options)
     for name, parameter in module.named_parameters():
@@ -46,8 +46,8 @@ def g(x):
     return torch.where(x >= 0, x + 0.5, 1 / (1 + torch.exp(-x)))
 
 
-def keep_and_write(cls, x, p, hidden):
-    """Share of the old state that stays, and what is added, at one step."""
+def decay_and_update(cls, x, p, hidden):
+    """Decay and update of one step."""
     weight, bias = p["weight_ih"].split(hidden), p["bias_ih"].split(hidden)
     if len(bias) < len(weight):
         bias = (torch.zeros(hidden, dtype=x.dtype), *bias)
@@ -72,7 +72,7 @@ def loop(module, x, p, state, reverse):
             through = p["skip"] * x[:, t] if p["skip"].dim() == 1 else x[:, t] @ p["skip"].T
             output[t] = (state @ c.T).real + through
         else:
-            keep, write = keep_and_write(type(module), x[:, t], p, hidden)
+            keep, write = decay_and_update(type(module), x[:, t], p, hidden)
             state = output[t] = keep * state + write
     return torch.stack(output, 1), state
 
@@ -126,7 +126,7 @@ def test_gates_near_0_and_1_are_finite(cls):
         (output.sum() + h_n.sum()).backward()
         assert output.isfinite().all()
         assert x.grad.isfinite().all()
-        if cls is MinLSTM:  # both gates vanish alike, so their shares are halves
+        if cls is MinLSTM:  # both gates are equal, so the decay is 1/2
             start = module.initial_state_l0
             write = 3000.5 if scale > 0 else 0.0
             bias = module.bias_ih_l0[:4] if scale > 0 else 0.0
@@ -180,7 +180,7 @@ def test_initial_values_of_the_ring():
 
 
 @pytest.mark.parametrize("options", [{}, {"r_min": 1.0}, {"r_max": 0.0, "max_phase": 0.0}])
-def test_the_ring_is_finite_at_its_ends(options):
+def test_parameters_are_finite_at_the_ends_of_the_ring(options):
     module = LRU(3, 500, **options)
     module(torch.randn(1, 20, 3))[0].sum().backward()
     for name, parameter in module.named_parameters():
@@ -296,7 +296,7 @@ def test_dtypes_of_complex_states(dtype, state):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_complex_states_in_half_precision_are_refused(dtype):
+def test_complex_states_reject_half_precision(dtype):
     with pytest.raises(TypeError, match=f"dtype: expected float32 or float64, got {dtype}"):
         LRU(4, 6, dtype=dtype)
     with pytest.raises(TypeError, match=f"dtype: expected float32 or float64, got {dtype}"):
@@ -311,8 +311,8 @@ def test_autocast(cls):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, h_n = module(x)
         again, _ = module(x, h_n)
-        # There is no other complex dtype.
-        assert cls is not LRU or module._project(x, module._read()[0]).dtype == torch.float32
+        # The scan needs a complex64 update, so the projection is float32.
+        assert cls is not LRU or module._project(x, module._parameters_by_scan()[0]).dtype == torch.float32
     assert output.dtype == again.dtype == torch.bfloat16
     assert h_n.dtype == exact_h_n.dtype
     torch.testing.assert_close(output.float(), exact, rtol=0.1, atol=0.1)
@@ -337,7 +337,12 @@ def test_autocast(cls):
         (LRU, {"r_max": 1.1}, ValueError, r"r_max: expected a finite number in \[0, 1\], got 1.1"),
         (LRU, {"r_min": 0.9, "r_max": 0.5}, ValueError, r"r_min: expected a finite number in \[0, 0.5\], got 0.9"),
         (LRU, {"max_phase": -1.0}, ValueError, "max_phase: expected a finite"),
-        (LRU, {"bias": False}, TypeError, "bias: the unit has none"),
+        (
+            LRU,
+            {"bias": False},
+            TypeError,
+            "LRU: unknown argument 'bias'; it takes input_size, hidden_size, num_layers, r_min",
+        ),
         (LRU, {"num_layers": 0}, ValueError, "num_layers: expected a positive int, got 0"),
     ],
 )
@@ -359,7 +364,7 @@ def test_bad_input(x, hx, error, match):
         LRU(4, 6, 2)(x, hx)
 
 
-# ------------------------------------------------------------------------------------------------ torch around
+# ------------------------------------------------------------------------------------------------ tools of torch
 
 
 @all_classes
@@ -406,7 +411,7 @@ def test_copies_and_checkpoints(cls):
 
 
 @all_classes
-def test_learns_what_lies_in_the_past(cls):
+def test_learns_to_recall(cls):
     torch.manual_seed(0)
     options = {"r_min": 0.9} if cls is LRU else {"max_time_scale": 50.0}
     module, head = cls(1, 16, **options), torch.nn.Linear(16, 1)

@@ -1,8 +1,9 @@
-"""What all modules share: parametrizations, default devices, layouts, messages, and what code for nn.GRU expects."""
+"""Properties that all modules share: parametrizations, default devices, layouts, messages, and the use of nn.GRU."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def packed() -> PackedSequence:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The tensors of a result, which may be nested."""
+    """All tensors of a result, which may be nested."""
     if isinstance(result, Tensor):
         return [result]
     return [t for part in result if part is not None for t in tensors(part)]
@@ -54,7 +55,7 @@ UNIT_CALLS: dict[str, tuple[dict[str, Any], Callable[[], Any], Callable]] = {
     "packed": ({"bidirectional": True}, packed, lambda m, x, hx: m(x, hx if hx is None else hx[:, [0, 1, 0]])),
     "step": ({}, lambda: torch.randn(2, 4), lambda m, x, hx: m.step(x, hx)),
 }
-#: The same of blocks and networks.
+#: Ways of calling a block or a network, in the same form.
 NETWORK_CALLS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any], Callable]] = {
     "block": (lambda: mk.MRUBlock(4, MIXED, conv_size=3), lambda: torch.randn(2, 5, 4), lambda m, x, s: m(x, s)),
     "network": (network, lambda: torch.randn(2, 5, 4), lambda m, x, s: m(x, s)),
@@ -88,13 +89,13 @@ class Counted(torch.nn.Module):
 
 
 def computations(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[Counter, Counter]:
-    """How often the call computes every parameter of the module, and 1 for each."""
+    """How often the call computes each parameter of the module, and the expected count, 1 for each."""
     counts: Counter = Counter()
     names = [name for name, _ in module.named_parameters()]
     for name in names:
         owner, _, own = name.rpartition(".")
         register_parametrization(module.get_submodule(owner), own, Counted(name, counts))
-    counts.clear()  # to register one computes it
+    counts.clear()  # registering computes the parametrization
     call()
     return counts, Counter(names)
 
@@ -131,11 +132,11 @@ def test_weight_norm(cls, register):
     assert all(p.grad is not None for p in module.parameters())
 
 
-# ------------------------------------------------------------------------------------------------ where things are made
+# ------------------------------------------------------------------------------------------------ devices and dtypes
 
 
 def trained(module: torch.nn.Module, call: Callable[[], Any]) -> list[Tensor]:
-    """Results of a call, and gradients where it has any."""
+    """Results of a call, and the gradients of all parameters that have one."""
     module.zero_grad()
     results = tensors(call())
     if results[0].requires_grad:
@@ -145,7 +146,7 @@ def trained(module: torch.nn.Module, call: Callable[[], Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("cls", [*UNITS, mk.MRUBlock, mk.MRUNetwork])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parameters_are_made_where_and_as_the_constructor_says(cls, dtype):
+def test_parameters_have_the_device_and_dtype_of_the_constructor(cls, dtype):
     where: dict[str, Any] = {"device": "meta", "dtype": dtype}
     if cls in UNITS:
         module = cls(4, 6, 2, bidirectional=True, **where)
@@ -166,7 +167,7 @@ def assert_a_default_device_changes_nothing(run: Callable[[], list[Tensor]]) -> 
 @every_unit
 @unit_calls
 @given_or_not
-def test_a_default_device_changes_nothing_of_a_unit(cls, options, draw, call, given):
+def test_a_default_device_does_not_change_a_unit(cls, options, draw, call, given):
     module, x = unit(cls, **options), draw()
     hx = state_of(module) if given else None
     assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, hx)))
@@ -174,7 +175,7 @@ def test_a_default_device_changes_nothing_of_a_unit(cls, options, draw, call, gi
 
 @network_calls
 @given_or_not
-def test_a_default_device_changes_nothing_of_a_network(make, draw, call, given):
+def test_a_default_device_does_not_change_a_network(make, draw, call, given):
     module, x = make(), draw()
     state = tuple(s.detach() for s in call(module, x, None)[1]) if given else None
     assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, state)))
@@ -191,7 +192,7 @@ def test_a_module_in_one_half_precision_under_autocast_to_the_other(cls, dtypes)
     exact = copy.deepcopy(module).float()
     for hx in (None, torch.ones(4, 2, 6), torch.ones(4, 2, 6, dtype=dtypes[1])):
         with torch.autocast("cpu", dtype=dtypes[1]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of hx in half precision
+            warnings.simplefilter("ignore")  # the warning about hx in half precision
             got, expected = module(x, hx), exact(x.float(), hx)
         assert got[0].dtype == dtypes[1]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -203,7 +204,7 @@ def test_a_module_in_one_half_precision_under_autocast_to_the_other(cls, dtypes)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of RMSNorm
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # from RMSNorm
 def test_a_network_in_one_half_precision_under_autocast_to_the_other(dtypes):
     module = network(units=("bmru", "schmitt", "min_gru"), dtype=dtypes[0])
     x = torch.randn(2, 33, 4).to(dtypes[0])
@@ -217,7 +218,7 @@ def test_a_network_in_one_half_precision_under_autocast_to_the_other(dtypes):
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
-def test_an_op_under_autocast_takes_what_is_not_a_stream_in_the_other_half_precision():
+def test_an_op_under_autocast_takes_states_and_channels_in_the_other_half_precision():
     x, channel, state = torch.randn(2, 9, 3).bfloat16(), torch.rand(3).bfloat16(), torch.randn(2, 3).bfloat16()
     with torch.autocast("cpu", dtype=torch.float16):
         got = [*mk.bmru(x, channel, state, alpha=channel), *mk.schmitt(x, channel, channel, state, alpha=channel)]
@@ -245,7 +246,7 @@ def hx_warnings(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("cls", HALF)
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
-def test_a_state_that_accumulates_and_comes_in_half_precision_is_a_warning(cls, epsilon):
+def test_an_accumulating_state_in_half_precision_is_a_warning(cls, epsilon):
     module, x = unit(cls, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
     accumulates = cls in (mk.MinGRU, mk.MinLSTM) or epsilon > 0
     if hasattr(module, "epsilon"):
@@ -269,7 +270,7 @@ def test_a_compiled_module_takes_a_state_in_half_precision_without_a_graph_break
 
 
 def counter(**options: Any) -> mk.CMRU:
-    """A CMRU that counts its steps."""
+    """A CMRU whose state counts the steps."""
     module = mk.CMRU(1, 1, **options)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -315,7 +316,7 @@ def refusal(name: str, kind: str) -> str:
 @every_unit
 @other_layouts
 @ignore_prototypes
-def test_a_unit_refuses_other_layouts_by_name(cls, kind):
+def test_a_unit_refuses_other_layouts(cls, kind):
     module, other = unit(cls), OTHER[kind]()
     with pytest.raises(TypeError, match=refusal("input", kind)):
         module(other)
@@ -327,7 +328,7 @@ def test_a_unit_refuses_other_layouts_by_name(cls, kind):
 
 @other_layouts
 @ignore_prototypes
-def test_a_network_refuses_other_layouts_by_name(kind):
+def test_a_network_refuses_other_layouts(kind):
     module, block, other = network(), mk.MRUBlock(4), OTHER[kind]()
     for call in (module, module.step, block):
         with pytest.raises(TypeError, match=refusal("input", kind)):
@@ -336,7 +337,7 @@ def test_a_network_refuses_other_layouts_by_name(kind):
 
 @other_layouts
 @ignore_prototypes
-def test_an_op_refuses_other_layouts_by_name(kind, backend, device):
+def test_an_op_refuses_other_layouts(kind, backend, device):
     x, channel, state = (torch.ones(shape, device=device) for shape in ((2, 5, 4), (4,), (2, 4)))
     other = OTHER[kind]().to(device)
     for op, arguments in (
@@ -393,6 +394,38 @@ def test_flatten_parameters_does_nothing(cls):
     assert torch.equal(module(x)[0], expected)
 
 
+#: The arguments that every unit has, and those that only some have.
+COMMON = {
+    "input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional", "learn_initial_state",
+    "chunk_size", "device", "dtype",
+}  # fmt: skip
+WRITE_OR_HOLD = {"bias", "epsilon", "surrogate_scale"}
+OWN = {
+    mk.BMRU: WRITE_OR_HOLD,
+    mk.CMRU: WRITE_OR_HOLD,
+    mk.AlphaCMRU: WRITE_OR_HOLD,
+    mk.FirstQuadrantBMRU: WRITE_OR_HOLD,
+    mk.MinGRU: {"bias", "max_time_scale"},
+    mk.MinLSTM: {"bias", "max_time_scale"},
+    mk.LRU: {"r_min", "r_max", "max_phase"},
+}
+
+
+@every_unit
+def test_the_signature_of_a_unit_spells_all_arguments_out(cls):
+    parameters = inspect.signature(cls).parameters
+    assert set(parameters) == COMMON | OWN[cls]
+    assert parameters["batch_first"].default is True
+    if "epsilon" in parameters:
+        assert parameters["epsilon"].default == cls(1, 1).epsilon
+
+
+@pytest.mark.parametrize("cls", [mk.MRUBlock, mk.MRUNetwork, mk.EpsilonSchedule, mk.nn.MRUBase, mk.nn.WriteOrHold])
+def test_the_signature_of_a_class_spells_all_arguments_out(cls):
+    kinds = {p.kind for p in inspect.signature(cls).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
 class Derived(mk.CMRU):
     """A user's subclass."""
 
@@ -412,7 +445,7 @@ def test_a_constructor_names_its_class_and_the_nearest_argument(cls):
     with pytest.raises(
         TypeError,
         match=rf"^{name}: expected at most 3 positional arguments \(input_size, hidden_size, num_layers\), got 4; give"
-        " by name: .*bias, batch_first",
+        " by name: .*batch_first, dropout",
     ):
         cls(4, 6, 1, True)
     with pytest.raises(TypeError, match=rf"^{name}: missing a required argument: 'hidden_size'"):

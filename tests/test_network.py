@@ -1,4 +1,4 @@
-"""Blocks and networks: equations, streaming, epsilon, checks, and the tools of torch around them.
+"""Blocks and networks: equations, streaming, epsilon, argument checks, and use with the tools of torch.
 
 Streaming is compared in float64, where a matrix product of another shape rounds too little to flip a gate.
 """
@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mru_kernels.network import UNITS, MRUBlock, MRUNetwork
-from mru_kernels.nn import BMRU, LRU, MinGRU, WriteOrHold
+from mru_kernels.nn import BMRU, LRU, UNITS, MinGRU, MRUBlock, MRUNetwork, WriteOrHold
 
 HYBRID = {"bmru": {}, "min_gru": {"max_time_scale": 100.0}, "lru": {"r_min": 0.5}}
 
@@ -40,7 +39,7 @@ def close(got, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("combine", ["sum", "concatenate"])
 @pytest.mark.parametrize("conv_size", [0, 1, 4])
-def test_block_is_its_equations(combine, conv_size):
+def test_block_equals_its_equations(combine, conv_size):
     block = make(MRUBlock, 6, HYBRID, hidden_size=10, combine=combine, conv_size=conv_size, mlp_size=9)
     for name, parameter in block.named_parameters():
         if "norm" in name:
@@ -75,7 +74,7 @@ def test_block_is_its_equations(combine, conv_size):
 
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("pool", [None, "last", "mean"])
-def test_network_is_its_parts_in_turn(tokens, pool):
+def test_network_equals_its_parts_in_turn(tokens, pool):
     module = network(tokens=tokens, pool=pool, units=("bmru", "min_gru"))
     x = torch.randint(0, 5, (2, 9)) if tokens else random(2, 9, 5)
     output, state = module(x)
@@ -87,6 +86,22 @@ def test_network_is_its_parts_in_turn(tokens, pool):
     every = module.head(module.norm(y))
     close(output, {None: every, "last": every[:, -1], "mean": every.mean(1)}[pool])
     assert all(torch.equal(a, b) for a, b in zip(state, states, strict=True))
+
+
+def test_a_unit_class_registers_its_names(monkeypatch):
+    for name in ("two", "twice"):
+        monkeypatch.setitem(UNITS, name, None)  # monkeypatch removes the name after the test
+
+    class Twice(MinGRU, names=("two", "twice")):
+        def _output(self, h, x, p):
+            return 2.0 * h
+
+    class Derived(Twice):
+        pass
+
+    assert UNITS["two"] is UNITS["twice"] is Twice
+    assert Derived not in UNITS.values()
+    assert [type(unit) for unit in MRUBlock(4, ("twice", "min_gru")).units] == [Twice, MinGRU]
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -106,7 +121,7 @@ def test_every_unit_has_its_options_and_gradients(name):
 
 
 @pytest.mark.parametrize("units", [*UNITS, HYBRID], ids=str)
-def test_chunks_and_steps_are_the_whole_pass(units):
+def test_chunks_and_steps_equal_the_whole(units):
     module = network(units, conv_size=4, combine="concatenate")
     x = random(2, 30, 5)
     output, last = module(x)
@@ -146,7 +161,7 @@ def test_the_gradient_flows_through_states():
         close(a, b, 1e-10)
 
 
-def test_a_state_keeps_nothing_else_alive():
+def test_a_state_holds_no_other_memory():
     with torch.no_grad():
         _, state = network("bmru", conv_size=4)(random(2, 1000, 5))
     assert all(s.untyped_storage().nbytes() == s.nbytes for s in state)
@@ -220,7 +235,7 @@ def test_half_precision():
 
 @pytest.mark.parametrize("units", [("bmru", "min_gru"), "min_gru"], ids=str)
 def test_learns_to_hold(units):
-    """A sign, then 49 zeros: what the bistable unit of a hybrid holds, and a unit of short memory forgets."""
+    """Recall a sign after 49 zeros: a network with a bistable unit learns it, one with a short memory does not."""
     torch.manual_seed(0)
     module = MRUNetwork(1, 1, width=16, num_blocks=1, units=units, pool="last")
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
@@ -234,7 +249,7 @@ def test_learns_to_hold(units):
     assert (loss < 0.1) == ("bmru" in units)
 
 
-# ------------------------------------------------------------------------------------------------ torch around
+# ------------------------------------------------------------------------------------------------ tools of torch
 
 
 def test_compile():
@@ -353,7 +368,7 @@ def test_bad_input(tokens, x, state, error, match):
         network(tokens=tokens)(x, state)
 
 
-def test_a_network_hands_its_options_to_its_blocks():
+def test_a_network_passes_its_options_to_its_blocks():
     module = network(("bmru", "lru"), combine="concatenate", conv_size=3, mlp_size=7, dropout=0.25)
     for block in module.blocks:
         assert (block.hidden_size, block.combine, block.conv_size, block.dropout.p) == (12, "concatenate", 3, 0.25)

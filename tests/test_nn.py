@@ -1,4 +1,4 @@
-"""The modules: equations, layouts, states, checks, and the tools of torch around them.
+"""The modules: equations, layouts, states, argument checks, and use with the tools of torch.
 
 Where two ways of running a module must agree exactly, weights and inputs are small integers: a matrix product
 then has one result, however it is split, and no gate flips by rounding.
@@ -65,7 +65,7 @@ def loop(module, gates, state, alpha, reverse=False):
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_equations(cls, bias, epsilon):
     module = make(cls, 5, 7, bias=bias, bidirectional=True, epsilon=epsilon, dtype=torch.float64)
-    has_alpha = "alpha" in module.vectors
+    has_alpha = "alpha" in module.per_channel
     if has_alpha:
         for suffix in ("", "_reverse"):
             torch.nn.init.normal_(getattr(module, f"alpha_l0{suffix}"))
@@ -114,7 +114,7 @@ def test_initial_values_of_the_first_quadrant():
 
 
 def assert_gradients_are_those_of(op, module) -> None:
-    """`op` takes the input and the parameters by name, and gives h and the final state."""
+    """Compare the module's gradients with those of `op(input, parameters)`, which returns h and the final state."""
     x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
     output, h_n = module(x)
     weights = torch.randn_like(output), torch.randn_like(h_n)
@@ -184,7 +184,7 @@ def test_initial_values():
     assert [mk.BMRU(1, 1).epsilon, mk.CMRU(1, 1).epsilon, mk.AlphaCMRU(1, 1).epsilon] == [0.0, 1.0, 1.0]
 
 
-def test_bias_false_drops_the_candidates_bias_only():
+def test_bias_false_removes_only_the_bias_of_the_candidate():
     module = make(mk.AlphaCMRU, 5, 7, bias=False)
     assert module.bias_ih_l0.shape == (14,)
     full = mk.AlphaCMRU(5, 7)
@@ -206,7 +206,7 @@ def test_repr():
 
 
 @pytest.mark.parametrize("cls", [mk.BMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinLSTM, mk.LRU])
-def test_chunk_size_changes_what_is_saved_alone(cls):
+def test_chunk_size_changes_only_what_is_saved(cls):
     def saved_and_grads(chunk_size: int | None) -> tuple[int, list[torch.Tensor]]:
         torch.manual_seed(0)
         module, x = cls(3, 5, dtype=torch.float64, chunk_size=chunk_size), torch.randn(2, 200, 3, dtype=torch.float64)
@@ -288,14 +288,14 @@ def test_packed_sequence_unsorted_by_hand():
     for i, n in enumerate([2, 4, 1]):
         assert torch.equal(h_n[:, i], module(padded[i, :n])[1])
     assert output.batch_sizes.tolist() == [3, 2, 1, 1]
-    assert torch.equal(output.data[0], module(padded[1])[0][0])  # the longest comes first
+    assert torch.equal(output.data[0], module(padded[1])[0][0])  # the longest sequence comes first
 
 
 # -------------------------------------------------------------------------------- states
 
 
 @all_classes
-def test_two_halves_with_the_state_handed_over(cls):
+def test_two_halves_equal_the_whole(cls):
     module = make(cls, 4, 6, 3, integer=True)
     x = integers(2, 50, 4)
     output, h_n = module(x)
@@ -307,7 +307,7 @@ def test_two_halves_with_the_state_handed_over(cls):
 
 @all_classes
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_steps_are_the_whole_pass(cls, batch_first):
+def test_steps_equal_the_whole(cls, batch_first):
     module = make(cls, 4, 6, 3, integer=True, batch_first=batch_first)
     x = integers(2, 30, 4)
     output, h_n = module(x if batch_first else x.transpose(0, 1))
@@ -344,7 +344,7 @@ def test_learned_initial_state():
     assert torch.equal(fixed(x)[0], fixed(x, torch.zeros(2, 3, 6))[0])
 
 
-def test_given_state_leaves_the_learned_ones_gradient_zero():
+def test_the_learned_state_has_gradient_zero_where_a_state_is_given():
     module = make(mk.CMRU, 4, 6)
     with torch.no_grad():
         module.initial_state_l0.fill_(float("nan"))
@@ -387,7 +387,7 @@ def test_dropout_acts_between_layers_in_training_only():
 # -------------------------------------------------------------------------------- epsilon
 
 
-def test_epsilon_is_untouched_by_moves():
+def test_moves_leave_epsilon_unchanged():
     module = make(mk.BMRU, 4, 6, epsilon=0.1)
     for move in ("half", "bfloat16", "double", "float", "cpu"):
         getattr(module, move)()
@@ -398,7 +398,7 @@ def test_epsilon_is_untouched_by_moves():
         assert mk.BMRU(4, 6, epsilon=0.1).epsilon == 0.1
 
 
-def test_epsilon_acts_and_is_checked():
+def test_epsilon_has_an_effect_and_is_checked():
     module = make(mk.BMRU, 4, 6)
     x = torch.randn(3, 40, 4)
     module.epsilon = 1.0
@@ -467,7 +467,7 @@ def test_epsilon_set_in_compiled_code(kind):
     x, compilations = torch.randn(2, 9, 4), []
     for i in range(20):
         output = run(x, kind(i / 32))
-        module.epsilon = eager.epsilon = i / 32  # as a schedule outside would
+        module.epsilon = eager.epsilon = i / 32  # outside the compiled code, as a schedule does
         assert torch.equal(output, eager(x)[0])
         assert torch.equal(run(x, kind(1 - i / 32)), module(x)[0])
         assert module.epsilon == 1 - i / 32
@@ -522,12 +522,12 @@ def test_a_distributed_checkpoint_is_loaded_in_place(tmp_path):
     x = torch.randn(2, 9, 4)
     assert loaded.epsilon == 0.3
     assert torch.equal(loaded(x)[0], module(x)[0])
-    assert mk.BMRU(4, 6, epsilon=0.0).epsilon == 0.0  # the tensor that was written is no other's
+    assert mk.BMRU(4, 6, epsilon=0.0).epsilon == 0.0  # the load wrote into no other module's tensor
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_the_epsilon_of_an_averaged_model_and_of_an_ensemble(use_buffers):
-    """As the documentation says: assigned, because torch averages and stacks parameters and buffers alone."""
+    """Torch averages and stacks only parameters and buffers, so epsilon is assigned, as the documentation says."""
     model, x = make(mk.CMRU, 4, 6), torch.randn(2, 9, 4)
     averaged = AveragedModel(model, use_buffers=use_buffers)
     for epsilon in (1.0, 0.5, 0.0):
@@ -542,14 +542,14 @@ def test_the_epsilon_of_an_averaged_model_and_of_an_ensemble(use_buffers):
     torch.testing.assert_close(output, model(x)[0].expand(2, -1, -1, -1))
 
 
-# -------------------------------------------------------------------------------- meta, fake
+# -------------------------------------------------------------------------------- meta and fake tensors
 
 UNITS = [*CLASSES, mk.MinGRU, mk.MinLSTM, mk.LRU]
 all_units = pytest.mark.parametrize("cls", UNITS)
 
 
 def run_all(module, like):
-    """The shapes of all that a module computes and of its gradients, for tensors such as `like`."""
+    """Shapes of all results and gradients of a module, for tensors with the dtype and device of `like`."""
     x, hx = like.new_ones(2, 9, 4, requires_grad=True), module(like.new_ones(2, 9, 4))[1]
     output, h_n = module(x, hx.detach())
     (output.sum() + h_n.abs().sum()).backward()
@@ -583,7 +583,7 @@ def test_fake(cls):
 
 
 @all_units
-def test_from_meta_and_to_it(cls):
+def test_load_from_meta_and_to_meta(cls):
     module, x = make(cls, 4, 6, 2), torch.randn(2, 9, 4)
     options = {"epsilon": 0.3} if cls in CLASSES else {}
     if options:
@@ -679,7 +679,7 @@ def test_bad_input(x, hx, error, match):
         make(mk.BMRU, 4, 6, 2)(x, hx)
 
 
-# -------------------------------------------------------------------------------- torch around
+# -------------------------------------------------------------------------------- tools of torch
 
 
 def step(module, x, hx=None):
@@ -779,7 +779,7 @@ def test_a_training_step_copies_no_stream_and_runs_no_cat(cls, batch_first):
     sizes = (4, 128) if batch_first else (128, 4)
     x = torch.randn(*sizes, 16, requires_grad=True)
     gradient = torch.randn(*sizes, 32)
-    module(x)[0].backward(gradient)  # whatever happens once has happened
+    module(x)[0].backward(gradient)  # one-time allocations happen here
     module.zero_grad(), setattr(x, "grad", None)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

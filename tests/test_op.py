@@ -83,7 +83,7 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 def assert_agree(call: inputs.Call, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Two ways to the same results: equal where the forward pass is exact, elsewhere within the limit."""
-    terms = getattr(python_ref.adjoint, call.cell)(
+    terms = python_ref.CELLS[call.cell].adjoint(
         **call.tensors, **call.settings, grad_h=call.grad_h, grad_final=call.grad_final, term=abs
     )
     exact = is_exact(call)
@@ -379,6 +379,28 @@ def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
 
     with segments(backend, steps):
         assert_agree(call, run(call, separate, device), run(call, op_of(call.cell, backend), device))
+
+
+@given(st.data())
+def test_a_sequence_does_not_depend_on_its_batch(backend, device, largest, data):
+    """One call for each row of the batch gives what one call for all gives."""
+    steps = data.draw(SEGMENTS)
+    call = data.draw(cases(largest, batch=data.draw(st.integers(2, 3)), nonfinite=False)).build()
+    op = op_of(call.cell, backend)
+
+    def alone(*, initial_state=None, **arguments):
+        results = []
+        for n in range(call.stream.shape[0]):
+            row = {
+                name: t[n : n + 1] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
+                for name, t in arguments.items()
+            }
+            results.append(op(**row, initial_state=None if initial_state is None else initial_state[n : n + 1]))
+        h, final_state = zip(*results, strict=True)
+        return torch.cat(h, 0), torch.cat(final_state, 0)
+
+    with segments(backend, steps):
+        assert_agree(call, run(call, alone, device), run(call, op, device))
 
 
 @given(st.data())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -332,7 +334,7 @@ def test_gradients_by_hand(epsilon, derivation):
         h, _ = python_ref.bmru(**leaves, **settings)
         grads = dict(zip(leaves, torch.autograd.grad(h.sum(), list(leaves.values())), strict=True))
     else:
-        grads = python_ref.adjoint.bmru(**leaves, **settings, grad_h=torch.ones_like(c), grad_final=state(0))
+        grads = python_ref.bmru.adjoint(**leaves, **settings, grad_h=torch.ones_like(c), grad_final=state(0))
     grads = [math.pi * grads["candidate"], math.pi * grads["threshold"], grads["amplitude"]] + [
         grads[name] for name in ("alpha", "initial_state")
     ]
@@ -349,16 +351,22 @@ def test_the_sign_of_the_threshold_and_zeros_have_the_slopes_of_abs():
         assert b.grad.item() == pytest.approx(-sign / math.pi / (1 + x * x), rel=1e-14)
 
 
+def forms(cell: str) -> list[dict]:
+    """Options of a cell: every optional input, each form of the others, and every value of epsilon."""
+    factors = python_ref.CELLS[cell].factors
+    values = {name: (True,) if set(x) == {False, True} else x for name, x in factors.items() if name != "writes"}
+    values |= {"surrogate_scale": (1.5,), "epsilon": (0.0, 0.3, 1.0)}
+    named = [[(name, x) for x in values[name]] for name in factors if name in values]
+    return [dict(options) for options in product(*named)]
+
+
+WIDE = (torch.float64, torch.complex128)
 FORMS = [
-    ("bmru", torch.float64, {"threshold": threshold, "amplitude": True, "alpha": True, "epsilon": epsilon})
-    for threshold in ("stream", "channel")
-    for epsilon in (0.0, 0.3, 1.0)
-]
-FORMS += [("schmitt", torch.float64, {"alpha": True, "epsilon": epsilon}) for epsilon in (0.0, 0.3, 1.0)]
-FORMS += [
-    ("linear_recurrence", dtype, {"decay": decay})
-    for dtype in (torch.float64, torch.complex128)
-    for decay in ("stream", "channel")
+    (cell, dtype, form)
+    for cell, declared in python_ref.CELLS.items()
+    for dtype in WIDE
+    if dtype in declared.dtypes.values()
+    for form in forms(cell)
 ]
 
 
@@ -367,15 +375,13 @@ FORMS += [
 @pytest.mark.parametrize("reverse", [False, True])
 def test_adjoint_equals_autograd(cell, dtype, form, batch, reverse):
     options = {"batch": batch, "reverse": reverse, "initial_state": "real", "parameters": "as streams"} | form
-    if "surrogate_scale" in inputs.CELLS[cell].factors:
-        options["surrogate_scale"] = 1.5
     for seed, time in enumerate((0, 1, 2, 40)):
         call = inputs.case(cell, dtype, seed, time=time, **options).build()
         leaves = {name: x.requires_grad_() for name, x in call.tensors.items()}
-        outputs = getattr(python_ref, cell)(**leaves, **call.settings)
+        outputs = python_ref.CELLS[cell](**leaves, **call.settings)
         grads = torch.autograd.grad(outputs, list(leaves.values()), (call.grad_h, call.grad_final))
         given = leaves | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
-        derived = getattr(python_ref.adjoint, cell)(**given)
+        derived = python_ref.CELLS[cell].adjoint(**given)
         expected = dict(zip(("h", "final_state", *leaves), (*outputs, *grads), strict=True))
         assert derived.keys() == expected.keys()
         for name in expected:
@@ -388,9 +394,9 @@ def test_adjoint_equals_autograd(cell, dtype, form, batch, reverse):
 def test_absolute_terms_by_hand():
     # As above with epsilon 1, s_0 = -5, G = (1, -1, 1): |s| adds up to (6, 6, 7), |lambda| to (3, 2, 1).
     c, b, m, s, alpha = column(2, 1, -3), column(1, 2, 1), column(1, 1, 1), state(-5), torch.ones(1).double()
-    terms = python_ref.adjoint.bmru(
-        c, b, s, epsilon=1, alpha=-alpha, amplitude=m, surrogate_scale=1 / math.pi, grad_h=column(1, -1, 1),
-        grad_final=state(0), term=abs,
+    terms = python_ref.bmru.adjoint(
+        candidate=c, threshold=b, initial_state=s, epsilon=1, alpha=-alpha, amplitude=m, surrogate_scale=1 / math.pi,
+        grad_h=column(1, -1, 1), grad_final=state(0), term=abs,
     )  # fmt: skip
     expected = {
         "h": (6, 6, 7),
@@ -412,10 +418,55 @@ def test_absolute_terms_by_hand():
 def test_absolute_terms_bound_the_values(cell, dtype, form, batch):
     call = inputs.case(cell, dtype, batch=batch, initial_state="real", reverse=True, **form).build()
     given = {**call.tensors, **call.settings, "grad_h": call.grad_h, "grad_final": call.grad_final}
-    adjoint = getattr(python_ref.adjoint, cell)
+    adjoint = python_ref.CELLS[cell].adjoint
     values, terms = adjoint(**given), adjoint(**given, term=abs)
     for name, value in values.items():
         assert (terms[name] >= value.abs() * (1 - 1e-12)).all(), name
     if form.get("epsilon") == 0:  # a state sums nothing
         assert errors.same_values(terms["h"], values["h"].abs())
         assert errors.same_values(terms["final_state"], values["final_state"].abs())
+
+
+# ------------------------------------------------------------------------------------------ other outputs
+
+#: A cell whose output is not linear in its state.
+SQUASHED = replace(
+    python_ref.linear_recurrence,
+    output=lambda s, **_: s.tanh(),
+    slope=lambda s, **_: 1 - s.tanh().square(),
+)
+
+
+def squashed_call(dtype: torch.dtype) -> inputs.Call:
+    options = {"batch": "packed", "initial_state": "real", "reverse": True, "parameters": "as streams"}
+    return inputs.case("linear_recurrence", dtype, **options).build()
+
+
+def test_the_adjoint_of_an_output_that_is_not_the_state():
+    call = squashed_call(torch.float64)
+    leaves = {name: x.requires_grad_() for name, x in call.tensors.items()}
+    outputs = SQUASHED(**leaves, **call.settings)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), (call.grad_h, call.grad_final))
+    given = leaves | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
+    derived = SQUASHED.adjoint(**given)
+    for name, expected in zip(("h", "final_state", *leaves), (*outputs, *grads), strict=True):
+        torch.testing.assert_close(derived[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_terms_of_an_output_that_is_not_the_state():
+    """To first order: |h| at least, and the slope at the state times the terms of the state."""
+    call = squashed_call(torch.float32)
+    given = {**call.tensors, **call.settings, "grad_h": call.grad_h, "grad_final": call.grad_final}
+    values, terms = SQUASHED.adjoint(**given), SQUASHED.adjoint(**given, term=abs)
+    of_state = python_ref.linear_recurrence.adjoint(**given, term=abs)["h"]
+    size = values["h"].abs()
+    slope = 1 - size.square()
+    torch.testing.assert_close(terms["h"], size + slope * (of_state - size.atanh()))
+    assert (terms["h"] >= size).all()
+    h, _ = SQUASHED(**call.tensors, **call.settings, dtype=torch.float32)
+    assert errors.judge(h, values["h"], terms["h"]).passed
+
+
+def test_a_name_that_no_cell_takes_is_refused():
+    with pytest.raises(TypeError, match=r"^bmru: expected some of candidate, .*, got colour$"):
+        python_ref.bmru(C, B, colour="red")

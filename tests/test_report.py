@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import report, speed, work
+from docs import tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,12 +117,20 @@ def test_what_is_no_record(text, tmp_path, capsys):
     assert "record.json: expected a record" in capsys.readouterr().err
 
 
-def test_the_readme_shows_what_its_record_says():
-    """Each page between the comments of README.md is what the command in the first of them prints."""
-    pages = re.findall(
-        r"<!-- python -m bench report (\S+) -->\n(.*?)\n<!-- end", (ROOT / "README.md").read_text(), re.S
-    )
-    assert pages
-    for file, page in pages:
-        record = report.load(ROOT / file)
-        assert page == f"{report.machine(record)}\n\n{report.summary(record)}"
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
+def test_tables_are_what_their_records_say(page):
+    """Each table between comments is what the command in the first of them prints from the record that it names."""
+    text = page.read_text()
+    assert text == tables.filled(text)
+    assert ("<!-- " in text) == (page.name in ("README.md", "performance.md"))
+
+
+def test_the_readme_has_the_range_of_its_record():
+    record = report.load(ROOT / "bench/results/intel-xeon-torch2.13.0.json")
+    figures = [f for f in record["figures"] if f["work"] == work.BOTH]
+    floors = [f["floor_ratio"] for f in figures if f["subject"] == "bmru"]
+    gru = [f["slower"] for f in figures if f["subject"] == work.GRU]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"`bmru` takes {min(floors):.2f} to {max(floors):.2f} times as long" in readme
+    assert f"`BMRU` is {min(gru):.3g} to {max(gru):.3g} times as fast as `nn.GRU`" in readme
+    assert f"at commit {record['machine']['commit']}" in readme

@@ -1,4 +1,4 @@
-"""Streams: chunks of any length, with the state carried over, equal the whole, in constant memory."""
+"""Streams: chunks of any length equal the whole sequence, in constant memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from mru_kernels.nn import unwrapped
+from mru_kernels.nn.wrappers import unwrapped
 
-CUTS = [1, 40, 0, 25, 34]  # steps of the chunks; an empty one is a chunk too
+CUTS = [1, 40, 0, 25, 34]  # steps of the chunks, one of them empty
 
 
 def _module(kind: str) -> torch.nn.Module:
@@ -42,7 +42,7 @@ def test_chunks_equal_the_whole(kind):
 
 
 def test_integers_are_exact():
-    """Integer weights and inputs: the same gates for any cut, so the same bits."""
+    """With integer weights and inputs the gates, and so all bits, do not depend on the chunks."""
     torch.manual_seed(0)
     module = mk.CMRU(5, 8)
     with torch.no_grad():
@@ -74,8 +74,8 @@ def test_no_gradient_passes_between_chunks(kind):
         assert torch.equal(one, parameter.grad)
 
 
-def test_a_state_is_data(tmp_path):
-    """Saved in the middle of a stream, loaded by a stream of another module with the same weights."""
+def test_a_saved_state_continues_in_another_stream(tmp_path):
+    """The other stream has another module with the same weights."""
     module, other = _module("network"), _module("network")
     x = torch.randn(3, 60, 5, dtype=torch.float64)
     feed, again = mk.stream(module), mk.stream(other)
@@ -85,7 +85,7 @@ def test_a_state_is_data(tmp_path):
     assert torch.equal(feed(x[:, 30:]), again(x[:, 30:]))
 
 
-def test_a_state_that_does_not_fit_is_refused():
+def test_a_state_that_does_not_fit_raises():
     feed, x = mk.stream(_module("BMRU")), torch.randn(3, 4, 5, dtype=torch.float64)
     feed(x)
     state = feed.state
@@ -98,7 +98,7 @@ def test_a_state_that_does_not_fit_is_refused():
             feed(x)
 
 
-def test_what_cannot_be_streamed_is_refused():
+def test_a_module_that_cannot_stream_raises():
     for other in (torch.nn.GRU(3, 4), torch.compile(torch.nn.GRU(3, 4)), "GRU"):
         with pytest.raises(TypeError, match=r"^module: expected a recurrent module.*(GRU|str)"):
             mk.stream(other)
@@ -110,8 +110,8 @@ def test_what_cannot_be_streamed_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["BMRU", "block"])
-def test_wrappers_are_called_and_looked_through(kind, group_of_one):
-    """Gradients of a stream over DistributedDataParallel are synchronised: its hook sees every backward pass."""
+def test_a_stream_calls_the_wrapper_of_its_module(kind, group_of_one):
+    """The hook of DistributedDataParallel runs in every backward pass, so gradients are synchronised."""
     torch._dynamo.reset()
     module = _module(kind)
     x = torch.randn(3, 20, 5, dtype=torch.float64)
@@ -155,9 +155,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.check
 def test_a_million_steps_take_the_memory_of_a_few():
     def peak(chunks: int) -> int:
-        """KiB."""
+        """Peak memory in KiB."""
         done = subprocess.run([sys.executable, "-c", PROGRAM, str(chunks)], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     few, many = peak(20), peak(1000)
-    assert many < few + 8 * 1024  # the outputs alone are 61 MiB
+    assert many < few + 8 * 1024  # all outputs together are 61 MiB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import mru_kernels as mk
 from mru_kernels import backends, checks, ops
-from mru_kernels.cells import bmru as bmru_module
-from mru_kernels.cells import linear_recurrence as linear_module
-from mru_kernels.cells import schmitt as schmitt_module
 from mru_kernels.cells.bmru import bmru_packed
-from tests import processes
+from mru_kernels.ops.autograd import differentiable_inputs
+from mru_kernels.scalars import EPSILON
+from tests import processes, raw
 
-CELL = bmru_module.CELL
+CELL = ops.CELLS["bmru"]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -36,8 +36,8 @@ LAYOUTS = {
 }
 
 
-def raw_arguments(variant: str, device: torch.device) -> tuple:
-    """Arguments of the forward op."""
+def raw_arguments(variant: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of the forward op, by name."""
     words = variant.split()
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "c64": torch.complex64}
     dtype = next((dtypes[word] for word in words if word in dtypes), torch.float32)
@@ -47,28 +47,32 @@ def raw_arguments(variant: str, device: torch.device) -> tuple:
         x = draw(*shape, dtype=dtype, seed=seed, device=device)
         return (x.sgn() * x.abs().clamp(max=0.9) if "linear" in words else x).requires_grad_()  # decays
 
-    streams = [leaf(batch, time, channels, seed=i) for i in range(3 if "amplitude" in words else 2)]
-    channel = []
-    if "channel" in words:
-        channel = [leaf(channels, seed=8)]
-        del streams[1]
-    if "schmitt" in words:
-        channel = [leaf(channels, seed=i) for i in (8, 7)]
-        del streams[1]
-    packed = len(streams) if "packed" in words else 0
+    def is_given(i: ops.Input) -> bool:
+        return not i.optional or i.name in words
+
+    cell = cell_of(variant)
+    kinds = {
+        i.name: ("channel" if "channel" in words else "stream") if i.kind == "either" else i.kind for i in cell.inputs
+    }
+    arrays, streams = {}, []
+    for seed, i in enumerate(filter(is_given, cell.inputs)):
+        channel = kinds[i.name] == "channel"
+        arrays[i.name] = leaf(*((channels,) if channel else (batch, time, channels)), seed=seed)
+        streams += [] if channel else [i.name]
+    packed = streams if "packed" in words else []
     if packed:
-        streams = [torch.cat(streams, -1).detach().requires_grad_()]
+        gates = torch.cat([arrays.pop(name) for name in packed], -1)
+        arrays, streams = {"gates": gates.detach().requires_grad_(), **arrays}, ["gates"]
     for word, relaid in LAYOUTS.items():
         if word in words:
-            streams = [relaid(t.detach()).requires_grad_() for t in streams]
+            arrays |= {name: relaid(arrays[name].detach()).requires_grad_() for name in streams}
     offsets = torch.tensor([0, 0, 70, 70, 150], device=device) if "offsets" in words else None
     sequences = 4 if "offsets" in words else batch
-    alpha = leaf(channels, seed=9) if "alpha" in words else None
     state = leaf(sequences, channels, seed=10) if "state" in words else None
-    epsilon = torch.tensor(0.5, dtype=torch.float64)
-    segment = backends.CHUNK if "segments" in words else 0
-    call = (streams, channel, alpha, state, offsets, epsilon, 1.0, "reverse" in words)
-    return *call, packed, backends.CHUNK, segment, True
+    return raw.arguments(
+        cell, arrays, packed=packed, initial_state=state, cu_seqlens=offsets, reverse="reverse" in words,
+        segment=backends.CHUNK if "segments" in words else 0, epsilon=0.5,
+    )  # fmt: skip
 
 
 VARIANTS = [
@@ -94,46 +98,63 @@ VARIANTS = [
 
 
 def cell_of(variant: str) -> ops.Cell:
-    return {"schmitt": schmitt_module.CELL, "linear": linear_module.CELL}.get(variant.split()[0], CELL)
+    return ops.CELLS[{"schmitt": "schmitt", "linear": "linear_recurrence"}.get(variant.split()[0], "bmru")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck(backend, device, variant):
-    arguments, cell = raw_arguments(variant, device), cell_of(variant)
+    named, cell = raw_arguments(variant, device), cell_of(variant)
+    arguments = raw.of(raw.FORWARD, named)
     torch.library.opcheck(cell.forward[backend], arguments)
-    results = cell.forward[backend](*arguments)
-    h, final_state, checkpoints, events = (t.detach() for t in results)
-    inputs = (torch.ones_like(h), torch.ones_like(final_state), *arguments[:-1], checkpoints, events)
+    h, final_state, *saved = (t.detach() for t in cell.forward[backend](*arguments))
+    named |= {"grad_h": torch.ones_like(h), "grad_final": torch.ones_like(final_state)}
+    named |= dict(zip(("checkpoints", "events"), saved, strict=True))
     # Second derivatives raise, so nothing that requires grad goes into the backward op.
-    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw.of(raw.BACKWARD, named))
     torch.library.opcheck(cell.backward[backend], frozen)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_the_map_of_a_scan(backend, device, variant):
+    """It takes the state on entry to the final state."""
+    named, cell = raw_arguments(variant, device), cell_of(variant)
+    named = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, named)
+    torch.library.opcheck(cell.map[backend], raw.of(raw.MAP, named))
+    factor, offset = cell.map[backend](*raw.of(raw.MAP, named))
+    state = named["initial_state"]
+    if state is None:
+        named["initial_state"] = state = torch.zeros_like(offset)
+    final_state = cell.forward[backend](*raw.of(raw.FORWARD, named))[1]
+    assert final_state.dtype == factor.dtype == offset.dtype
+    torch.testing.assert_close(factor * state.to(factor.dtype) + offset, final_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_raw_op_is_differentiable_by_itself(backend, device, variant):
-    """Through the dispatcher, with boundary states saved or not, as through the public function."""
-    *arguments, _ = raw_arguments(variant, device)
-    leaves = ops._differentiable_inputs((*arguments, True))
+    """Through the dispatcher, with checkpoints saved or not, as through the public function."""
+    named, cell = raw_arguments(variant, device), cell_of(variant)
+    leaves = differentiable_inputs(cell, raw.of(raw.FORWARD, named))
+
+    def loss(arguments) -> Tensor:
+        h, final_state, *_ = cell.forward[backend](*raw.of(raw.FORWARD, arguments))
+        return h.abs().float().square().sum() + final_state.abs().square().sum()
 
     def grads(save: bool):
-        h, final_state, *_ = cell_of(variant).forward[backend](*arguments, save)
-        return torch.autograd.grad(h.abs().float().square().sum() + final_state.abs().square().sum(), leaves)
+        return torch.autograd.grad(loss(named | {"save": save}), leaves)
 
     for one, other in zip(grads(True), grads(False), strict=True):
         assert one.shape == other.shape
         assert torch.equal(one, other)
 
-    def op_loss(leaves):
-        streams, channel, alpha, state, *rest = arguments
-        given = iter(leaves)
-        inputs = [[next(given) for _ in streams], [next(given) for _ in channel]]
-        inputs += [None if t is None else next(given) for t in (alpha, state)]
-        h, final_state, *_ = cell_of(variant).forward[backend](*inputs, *rest, True)
-        return h.abs().float().square().sum() + final_state.abs().square().sum()
+    def loss_of(leaves):
+        arrays = len(named["inputs"]) - len(cell.scheduled)
+        inputs = [*leaves[:arrays], *named["inputs"][arrays:]]
+        state = None if named["initial_state"] is None else leaves[-1]
+        return loss(named | {"inputs": inputs, "initial_state": state})
 
     detached = [t.detach() for t in leaves]
-    assert_equal(torch.func.grad(op_loss)(detached), list(grads(True)))
-    mapped = torch.vmap(torch.func.grad(op_loss))([torch.stack([t, t]) for t in detached])
+    assert_equal(torch.func.grad(loss_of)(detached), list(grads(True)))
+    mapped = torch.vmap(torch.func.grad(loss_of))([torch.stack([t, t]) for t in detached])
     for one, other in zip(mapped, grads(True), strict=True):
         torch.testing.assert_close(one[1], other)
 
@@ -368,15 +389,12 @@ def test_negated_view(backend, device):
         assert_equal(list(one), list(op(plain, plain, epsilon=1.0, backend=backend)))
 
 
-@pytest.mark.parametrize("variant", ["bmru", "bmru amplitude", "schmitt", "linear"])
+@pytest.mark.parametrize("variant", ["fp32", "fp32 channel amplitude alpha", "schmitt fp32 alpha", "linear fp32 state"])
 def test_opcheck_of_a_step(backend, device, variant):
-    x, y, z = torch.randn(3, 4, 9, device=device).unbind()
-    state, vector = torch.ones(4, 9, device=device), torch.ones(9, device=device)
-    inputs = {"bmru": (x, y, None), "bmru amplitude": (x, vector, z), "schmitt": (x, vector, vector)}
-    cell = cell_of(variant)
-    alpha = None if variant == "linear" else vector
-    arguments = (*inputs.get(variant, (x, y, None)), alpha, state, 0.5 if variant != "linear" else 0.0)
-    torch.library.opcheck(cell.step[backend], arguments)
+    named, cell = raw_arguments(variant, device), cell_of(variant)
+    inputs = [t.detach()[:, 0] if t.dim() == 3 else t.detach() for t in named["inputs"]]
+    state = torch.ones(inputs[0].shape, device=device)
+    torch.library.opcheck(cell.step[backend], raw.of(raw.STEP, named | {"inputs": inputs, "state": state}))
 
 
 def test_a_step_compiled_mapped_and_under_autocast(backend, device, monkeypatch):
@@ -727,7 +745,8 @@ def test_the_op_of_a_step_has_no_derivative(backend, device):
     x, state = draw(2, 2, 3, device=device)
 
     def op(x):
-        return CELL.step[backend](x, x, None, None, state, 0.5)[0]
+        named = raw.arguments(CELL, {"candidate": x, "threshold": x}, epsilon=0.5)
+        return CELL.step[backend](*raw.of(raw.STEP, named | {"state": state}))[0]
 
     with pytest.raises(NotImplementedError, match="bmru_step: there is no derivative"):
         op(x.clone().requires_grad_()).sum().backward()
@@ -870,7 +889,7 @@ SURROUNDINGS = {
 @pytest.mark.parametrize("first", SURROUNDINGS)
 def test_a_call_leaves_nothing_of_what_it_runs_under(backend, device, first, monkeypatch):
     """Every surrounding in turn makes the cached epsilon; then calls of every kind use it."""
-    monkeypatch.setattr(checks, "_epsilons", {})
+    EPSILON._known.clear()
     x = draw(1, 5, 2, device=device)
 
     def op(x):
@@ -882,7 +901,7 @@ def test_a_call_leaves_nothing_of_what_it_runs_under(backend, device, first, mon
     assert torch.equal(torch.func.grad(op)(x), leaf.grad)
     for surrounding in SURROUNDINGS.values():
         surrounding(op, x)
-    assert all(type(t) is Tensor and t.item() == number for number, t in checks._epsilons.items())
+    assert all(type(t) is Tensor and t.item() == number for number, t in EPSILON._known.items())
 
 
 def _every_op(x: Tensor, vector: Tensor, **settings):

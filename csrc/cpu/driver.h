@@ -1,12 +1,18 @@
-// Runs a Scan on the CPU: splits it into pieces and blocks of channels and threads over them.
+// Runs a Scan on the CPU: cuts it into segments and blocks of channels and spreads these over threads.
+//
+//   time       A sequence is one segment or, if scan.segment > 0, several: they are reduced to maps in parallel, given their
+//              entry states by a short sequential pass, and then scanned in parallel. The cut and the order of every sum are
+//              functions of sizes only, so results do not depend on the number of threads. If writes reset the state, a
+//              forward pass only copies values, so its cut may suit the threads.
+//   channels   Channels never interact, so a row may be cut into blocks to suit the threads without changing a bit.
 #pragma once
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace mru::cpu {
 
-Isa isa();  // the widest instruction set that this machine has and this build holds
-const char* isa_name();
-void forward(Scan scan);
-void backward(Scan scan);
+void forward(Scan scan, const Kernels& kernels);
+void backward(Scan scan, const Kernels& kernels);
+// The steps of each sequence as one map of the state: [sequences, D].
+void map(Scan scan, const Kernels& kernels, MapRow maps);
 
 }  // namespace mru::cpu

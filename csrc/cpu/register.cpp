@@ -1,19 +1,39 @@
-// The CPU backend's kernels of the ops that mru_kernels/ops.py defines.
+// Registers the CPU kernels of every cell as the ops that mru_kernels/ops defines.
+#include <cells.h>
+
 #include "../torch/ops.h"
 #include "driver.h"
+#include "isa.h"
 
 namespace {
 
+using mru::Scan;
+using mru::Tensor;
+
 struct Cpu {
   static constexpr int64_t kMostChunk = 4096;
-  static void forward(const mru::Scan& scan, const mru::Tensor&) { mru::cpu::forward(scan); }
-  static void backward(const mru::Scan& scan, const mru::Tensor&) { mru::cpu::backward(scan); }
+
+  template <class C>
+  static void forward(const Scan& scan, const Tensor&) {
+    mru::cpu::forward(scan, mru::cpu::choose<C>(scan));
+  }
+  template <class C>
+  static void backward(const Scan& scan, const Tensor&) {
+    mru::cpu::backward(scan, mru::cpu::choose<C>(scan));
+  }
+  template <class C>
+  static void map(const Scan& scan, Tensor& factor, Tensor& offset) {
+    mru::cpu::map(scan, mru::cpu::choose<C>(scan), {factor.data_ptr(), offset.data_ptr()});
+  }
 };
 
 std::string cpu_isa() { return mru::cpu::isa_name(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { mru::implement_cells<Cpu>(m, "cpu"); }
+#define MRU_IMPLEMENT(name) mru::implement<Cpu, mru::cells::name>(m, #name, "cpu");
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m){MRU_EACH_CELL(MRU_IMPLEMENT)}
 
-STABLE_TORCH_LIBRARY_IMPL(mru, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(mru, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}

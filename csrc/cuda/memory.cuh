@@ -1,5 +1,5 @@
-// How the CUDA kernels touch memory: elements of a stream and their state type, vectors that move as 16-byte words,
-// and every load and store of global memory. The host execution (csrc/simt) counts the bytes of these few functions.
+// How the CUDA kernels access memory: elements of a stream and their state type, vectors that move as 16-byte words, and
+// every load and store of global memory. The host execution (csrc/simt) counts the bytes that these functions move.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -33,7 +33,7 @@ struct StateOf<Complex<S>> {
   using type = Complex<S>;
 };
 
-// N values; as an object in memory it is aligned to its size, at most 16 bytes.
+// N values. In memory they are aligned to their size, at most to 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];
@@ -56,9 +56,9 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// What the bytes belong to: the budget of a pass is stated per kind. A stream that passes by is the first to leave the
-// second-level cache, so that events, which the next launch reads, stay there.
-enum class Traffic { kStream, kEvents, kState, kIndex, kPassing };
+// What the bytes belong to: tests state the budget of a pass per kind. kPassing is a stream that leaves the second-level
+// cache first, so that codes, which the next launch reads, stay there.
+enum class Traffic { kStream, kCodes, kState, kIndex, kPassing };
 
 #ifdef __CUDACC__
 
@@ -81,7 +81,7 @@ struct WordOf<16> {
   using type = uint4;
 };
 
-// Nothing that a kernel reads is written by the same launch, so that loads may take the read-only path.
+// A kernel reads nothing that its own launch writes, so loads may take the read-only path.
 template <Traffic, class Word>
 __device__ __forceinline__ Word load_word(const Word* p) {
   return __ldg(p);
@@ -91,7 +91,7 @@ __device__ __forceinline__ uint64_t leaves_first() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// In PTX, because `advance` hides that a pointer is global, and so that a word is not taken apart.
+// In PTX, because `advance` hides that a pointer is global, and because the compiler might split a word.
 template <Traffic kind>
 __device__ __forceinline__ void store_word(uint4* p, uint4 w) {
   if constexpr (kind == Traffic::kPassing)
@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_word(unsigned short* p, unsigned short w) 
   asm volatile("st.global.u16 [%0], %1;" : : "l"(p), "h"(w));
 }
 
-// One step further; opaque to the compiler, which else keeps every multiple of a stride in registers.
+// p + step. The empty asm keeps the compiler from holding every multiple of a stride in registers.
 template <class T>
 __device__ __forceinline__ T* advance(T* p, int64_t step) {
   p += step;
@@ -121,8 +121,8 @@ __device__ __forceinline__ T* advance(T* p, int64_t step) {
   return p;
 }
 
-// Copies of a thread from global to shared memory, which it goes on ahead of. `commit_copies` closes a group;
-// `wait_for_copies` waits until at most n groups are on their way.
+// Asynchronous copies of a thread from global to shared memory. `commit_copies` closes a group of copies;
+// `wait_for_copies` waits until at most n groups are under way.
 template <Traffic kind, class Word>
 __device__ __forceinline__ void copy_word_ahead(Word* to, const Word* from) {
   static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
@@ -141,8 +141,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
 }
 
-// A word of shared memory, not as it is remembered: what was read before, and all that was made of it, is not kept in
-// registers until here.
+// A volatile load of shared memory: the compiler reads the word again instead of keeping it, and what it made of it, in
+// registers.
 __device__ __forceinline__ uint4 read_word_again(const uint4* p) {
   uint4 w;
   asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -174,7 +174,7 @@ __device__ __forceinline__ float widen(Float16Bits x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-// Two values side by side, the first in the low half; rounded to nearest even.
+// Two values in one word, the first in the low half, rounded to nearest even.
 __device__ __forceinline__ uint32_t narrow_pair(BFloat16Bits, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -247,7 +247,7 @@ __device__ __forceinline__ Complex<S> widen(Complex<S> x) {
 template <class T, int N>
 __device__ __forceinline__ auto widen(const Vector<T, N>& v, int i) {
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, BFloat16Bits> && N % 2 == 0) {  // two in a register: neither is taken out of it
+  if constexpr (std::is_same_v<T, BFloat16Bits> && N % 2 == 0) {  // a shift or a mask of the register that holds two
     const uint32_t pair = bits_as<Vector<uint32_t, N / 2>>(v).at[i / 2];
     return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
@@ -280,7 +280,7 @@ template <Traffic kind, int N, class T>
 __device__ __forceinline__ void copy_ahead(Vector<T, N>* to, const T* from) {
   using V = Vector<T, N>;
   using Word = typename WordOf<alignof(V)>::type;
-  if constexpr (sizeof(Word) < 4) {  // no copy is so narrow
+  if constexpr (sizeof(Word) < 4) {  // narrower than the narrowest copy
     *to = load<kind, N>(from);
   } else {
 #pragma unroll
@@ -307,7 +307,7 @@ __device__ __forceinline__ V read_again(const V& v) {
   return bits_as<V>(read_word_again(reinterpret_cast<const Word*>(&v)));
 }
 
-// State values rounded once to elements of a stream.
+// State values as elements of a stream, rounded once.
 template <class T, int N, class S>
 __device__ __forceinline__ Vector<T, N> narrow(const Vector<S, N>& x) {
   if constexpr (sizeof(T) == sizeof(S)) {

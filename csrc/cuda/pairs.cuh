@@ -1,6 +1,6 @@
-// Two 16-bit elements in a register at once, as far as a bistable cell needs that to decide: magnitudes compared as the
-// integers that they are, signs turned, bits selected. Half the instructions of one element after another, and exact:
-// nothing is rounded. A cell runs on a Pair as on a float, but knows no NaN there: look for them with `squares`.
+// Two 16-bit elements in one register, with what a bistable cell needs to decide: it compares magnitudes as integers, flips
+// signs and selects bits. That takes half the instructions of single elements and rounds nothing. A cell runs on a Pair as
+// on a float, but its comparisons do not see NaN: `squares` finds them.
 #pragma once
 #include "memory.cuh"
 
@@ -14,12 +14,12 @@ struct Magnitudes {
   uint32_t bits;
 };
 struct PairMask {
-  uint32_t bits;  // each half's sign bit is what counts
+  uint32_t bits;  // the sign bit of each half is its value
 };
 __device__ __forceinline__ PairMask operator|(PairMask a, PairMask b) { return {a.bits | b.bits}; }
 constexpr uint32_t kSigns = 0x80008000u;
 
-// The left sign bit of each half stays where nothing is borrowed from it.
+// The sign bit that is set in each half of `a` stays unless the difference borrows from it.
 __device__ __forceinline__ PairMask operator>=(Magnitudes a, Magnitudes b) { return {(a.bits | kSigns) - b.bits}; }
 
 #ifdef __CUDACC__
@@ -34,7 +34,7 @@ __device__ __forceinline__ uint32_t fused(Pair<Float16Bits> a, uint32_t b, uint3
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a.bits), "r"(b), "r"(c));
   return d;
 }
-// All bits of each half as its sign.
+// Fills each half with its sign bit.
 __device__ __forceinline__ uint32_t whole(PairMask mask) {
   uint32_t d;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(d) : "r"(mask.bits));
@@ -52,7 +52,7 @@ inline uint32_t whole(PairMask mask) { return (mask.bits >> 15 & 0x00010001u) * 
 
 #endif
 
-// What the kernels do alike with a Pair and with a single value, beside what cells do (Lanes).
+// What the kernels themselves do with a Pair as with a single value; what cells do is in Lanes, below.
 
 template <class V>
 constexpr int kElements = 1;
@@ -68,7 +68,7 @@ __device__ __forceinline__ S lane(S x, int) {
   return x;
 }
 
-// x^2 + sum: NaN where either is, and never else.
+// x^2 + sum, which is NaN if and only if x or sum is.
 template <class T>
 __device__ __forceinline__ Pair<T> squares(Pair<T> x, Pair<T> sum) {
   return {fused(x, x.bits, sum.bits)};
@@ -98,7 +98,7 @@ struct Lanes<cuda::Pair<T>> {
   static MRU_INLINE V splat(float x) { return {cuda::narrow_pair(T{}, x, x)}; }
   static MRU_INLINE cuda::Magnitudes abs(V x) { return {x.bits & ~cuda::kSigns}; }
   static MRU_INLINE V turned(V v, V x) {
-    const uint32_t plus_zero = fused(x, splat(1).bits, 0);  // of both zeros; else x
+    const uint32_t plus_zero = fused(x, splat(1).bits, 0);  // x, but +0 for both zeros
     return {v.bits ^ (plus_zero & cuda::kSigns)};
   }
 };

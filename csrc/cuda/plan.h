@@ -1,14 +1,16 @@
-// What both sides of a launch agree on: how a Scan is cut into jobs, and its workspace. Plain C++.
+// What both sides of a launch agree on: how a Scan is cut into segments, and its workspace. Plain C++.
 //
-//   job       scan positions that are scanned without others' help: a whole sequence, or, in the chunked form, one segment
-//             of a batch row, in which several packed sequences may begin and end
-//   forward   wide: `forward`, one pass over the streams.
-//             chunked: `summarize` each job and pack its events, `carry`, `expand` the events from the entry states;
-//             where steps do not fit events, `forward` from the entry states.
-//   backward  wide: `backward`, one pass. chunked: `summarize_adjoint` each job, where a write forgets as far as to it;
-//             `carry`; `backward` from the entry states of m.
-//   check     chunked: whether every job left what `carry` handed to the next one (csrc/maps/cut.h). The wide form is
-//             launched after it and returns at once if no check failed. A forward pass that only copies values needs neither.
+//   segment   scan positions that are scanned without the others: `scan.segment` steps of a batch row, in which several
+//             packed sequences may begin and end; where time is not cut, a whole sequence
+//   forward   uncut: `forward`, one pass over the streams.
+//             cut: `summarize` each segment and write its codes; `carry`; `expand` the codes from the entry states. If
+//             steps do not fit codes: `forward` from the entry states.
+//   backward  uncut: `backward`, one pass.
+//             cut: `summarize_adjoint` each segment, as far as to a write that resets; `carry`; `backward` from the entry
+//             m. If the adjoint sees the state: `summarize` for the factors and `backward` from m = 0 for the offsets.
+//   map       `summarize` each segment; `compose` the segments of a row.
+//   check     cut: whether every segment left what `carry` handed to the next one (maps/cut.h). The uncut kernels are
+//             launched after it and return at once if it passed. A forward pass that only copies values needs neither.
 #pragma once
 #include <algorithm>
 
@@ -19,9 +21,9 @@ namespace mru::cuda {
 
 constexpr int64_t kMostSumRows = 8192;
 constexpr int64_t kMostChunk = 64;  // the streams of a chunk lie in shared memory
-constexpr int kJobStates = 5;       // factor, offset, late, entry, exit
+constexpr int kSegmentStates = 5;   // factor, offset, late, entry, exit
 
-// Division of 0 <= n < 2^63 by a divisor that a launch knows: a device's own 64-bit division is a call.
+// Division of 0 <= n < 2^63 by a divisor that the host knows: a device's own 64-bit division is a call.
 class Divisor {
  public:
   Divisor() = default;
@@ -48,35 +50,35 @@ class Divisor {
 };
 
 struct Plan {
-  int64_t segments = 1;  // of a batch row; 1: the wide form, whatever scan.segment says
-  int64_t jobs = 0;
-  int64_t sum_rows = 0;        // job j adds what is summed over time and batch to row j % sum_rows
-  int sums = 0;                // of a row: alpha's gradient, then each per-channel input's
-  int64_t whole_sum_rows = 0;  // sum_rows of the wide form, used when it scans again
-  int64_t states_bytes = 0;    // of one [jobs, D] in the state dtype
-  Divisor segments_divisor, chunk_divisor;
+  int64_t segments = 0;        // of all rows
+  int64_t row_segments = 1;    // of a batch row; 1: time is not cut, whatever scan.segment says
+  int64_t sum_rows = 0;        // segment i adds to row i % sum_rows of the sums over time and batch
+  int sums = 0;                // of a row: gradients of the inputs that come per channel
+  int64_t uncut_sum_rows = 0;  // sum_rows of the uncut form, used when it scans again
+  int64_t states_bytes = 0;    // of one [segments, D] in the state dtype
+  Divisor row_divisor, chunk_divisor;
 
   Plan() = default;
   Plan(const Scan& scan, bool backward) {
-    if (scan.segment > 0) segments = std::max<int64_t>(1, (scan.time + scan.segment - 1) / scan.segment);
-    jobs = chunked() ? scan.batch * segments : scan.sequences;
-    segments_divisor = Divisor(segments), chunk_divisor = Divisor(scan.chunk);
+    if (scan.segment > 0) row_segments = std::max<int64_t>(1, (scan.time + scan.segment - 1) / scan.segment);
+    segments = is_cut() ? scan.batch * row_segments : scan.sequences;
+    row_divisor = Divisor(row_segments), chunk_divisor = Divisor(scan.chunk);
     state_size_ = state_bytes(scan.dtype);
-    states_bytes = (jobs * scan.channels * state_size_ + 15) / 16 * 16;
+    states_bytes = (segments * scan.channels * state_size_ + 15) / 16 * 16;
     if (!backward) return;
-    sum_rows = std::min(jobs, kMostSumRows);
-    sums = 1;
-    for (int i = 0; i < scan.inputs; ++i) sums += scan.in[i].channel != nullptr;
-    if (sums == 1 && !scan.grad_alpha) sums = 0, sum_rows = jobs;
-    whole_sum_rows = std::min(scan.sequences, kMostSumRows);
-    sums_bytes_ = std::max(sum_rows, whole_sum_rows) * sums * scan.channels * state_size_;
+    for (const Input& input : scan.in) sums += input.channel != nullptr;
+    sum_rows = sums > 0 ? std::min(segments, kMostSumRows) : segments;
+    uncut_sum_rows = std::min(scan.sequences, kMostSumRows);
+    sums_bytes_ = std::max(sum_rows, uncut_sum_rows) * sums * scan.channels * state_size_;
   }
 
-  MRU_INLINE bool chunked() const { return segments > 1; }
-  // Layout: kJobStates arrays [jobs, D], the flag, the rows of sums.
+  MRU_INLINE bool is_cut() const { return row_segments > 1; }
+  MRU_INLINE int64_t row_of(int64_t segment) const { return row_divisor(segment); }
+  MRU_INLINE int64_t in_row(int64_t segment) const { return segment - row_of(segment) * row_segments; }
+  // Layout: kSegmentStates arrays [segments, D], the flag, the rows of sums.
   int64_t workspace_bytes() const { return sums_offset() + sums_bytes_; }
-  int64_t flag_offset() const { return kJobStates * states_bytes; }
-  int64_t sums_offset() const { return chunked() ? flag_offset() + 16 : 0; }
+  int64_t flag_offset() const { return kSegmentStates * states_bytes; }
+  int64_t sums_offset() const { return is_cut() ? flag_offset() + 16 : 0; }
 
  private:
   int64_t state_size_ = 4, sums_bytes_ = 0;
@@ -91,32 +93,41 @@ inline bool moves_words(const Scan& scan, int64_t width) {
     all = all && s.batch % width == 0 && s.time % width == 0;
   };
   stream(scan.h), stream(scan.grad_h);
-  for (int i = 0; i < scan.inputs; ++i) {
+  for (int i = 0; i < kMaxInputs; ++i) {
     stream(scan.in[i].stream), stream(scan.grad_in[i]);
     word(scan.in[i].channel), word(scan.grad_channel[i]);
   }
-  for (const void* p : {scan.alpha, scan.initial, scan.grad_final}) word(p);
-  for (const void* p : {scan.final_state, scan.checkpoints, scan.grad_alpha, scan.grad_initial}) word(p);
+  for (const void* p : {scan.initial, scan.grad_final}) word(p);
+  for (const void* p : {scan.final_state, scan.checkpoints, scan.grad_initial}) word(p);
   word(scan.events);
   return all;
 }
 
-// Launches on a stream of the current device; null, or what CUDA says is wrong. One pair an element type (scan.cu).
+// Launches on a stream of the current device. They return null, or what CUDA says is wrong.
 struct Kernels {
   const char* (*forward)(const Scan&, void* workspace, void* stream);
   const char* (*backward)(const Scan&, void* workspace, void* stream);
+  // factor, offset: [sequences, D], state dtype
+  const char* (*map)(const Scan&, void* factor, void* offset, void* workspace, void* stream);
 };
-extern const Kernels kernels_float32, kernels_float64, kernels_bfloat16, kernels_float16, kernels_complex64,
-    kernels_complex128;
 
-inline const Kernels& kernels(Dtype dtype) {
+// Those of one cell, C its declaration (cell.h), by the element type of its streams. Null where the cell takes none of it.
+// scan.cu, compiled once per element type, defines them for every cell.
+template <class C>
+struct KernelsOf {
+  static const Kernels float32, float64, bfloat16, float16, complex64, complex128;
+};
+
+template <class C>
+const Kernels& kernels(Dtype dtype) {
+  using Of = KernelsOf<C>;
   switch (dtype) {
-    case Dtype::kFloat64: return kernels_float64;
-    case Dtype::kBFloat16: return kernels_bfloat16;
-    case Dtype::kFloat16: return kernels_float16;
-    case Dtype::kComplex64: return kernels_complex64;
-    case Dtype::kComplex128: return kernels_complex128;
-    default: return kernels_float32;
+    case Dtype::kFloat64: return Of::float64;
+    case Dtype::kBFloat16: return Of::bfloat16;
+    case Dtype::kFloat16: return Of::float16;
+    case Dtype::kComplex64: return Of::complex64;
+    case Dtype::kComplex128: return Of::complex128;
+    default: return Of::float32;
   }
 }
 

@@ -1,8 +1,9 @@
-// Launches of the kernels for one element type: compiled once per row of `Element`, with -DMRU_ELEMENT=float32 and so on.
-#include "../cells/bmru.h"
-#include "../cells/linear.h"
-#include "../cells/schmitt.h"
-#include "tiles.cuh"
+// Launches of the kernels of every cell for one element type: compiled once per row of `Element`, with
+// -DMRU_ELEMENT=float32 and so on. The build makes cells.h (csrc/cells.py).
+#include "backward.cuh"
+#include "cells.h"
+#include "forward.cuh"
+#include "segments.cuh"
 
 namespace mru::cuda {
 namespace {
@@ -66,152 +67,200 @@ class Launcher {
 };
 
 // One call of an op: its launches, in order.
-struct Run {
-  const Scan& scan;
-  const Plan plan;
-  const bool forgets, checks;  // whether a write forgets the state; whether `check` follows
-  const Workspace<S> work;
-  Launcher launch;
+template <class F>
+class Op {
+ public:
+  Op(const Scan& scan, bool backward, void* workspace, void* stream)
+      : scan_(scan),
+        plan_(scan, backward),
+        cell_(scan.scalars),
+        checks_(plan_.is_cut() && (backward || !resets())),
+        work_(layout(static_cast<char*>(workspace))),
+        launch_(stream) {}
 
-  Run(const Scan& scan, bool backward, void* workspace, void* stream)
-      : scan(scan),
-        plan(scan, backward),
-        forgets(scan.epsilon == 0 && scan.cell != CellKind::kLinear),
-        checks(plan.chunked() && (backward || !forgets)),
-        work(cut(static_cast<char*>(workspace))),
-        launch(stream) {}
+  const char* forward();
+  const char* backward();
+  const char* map(S* factor, S* offset);
 
-  Workspace<S> cut(char* base) const {
-    const auto states = [&](int k) { return reinterpret_cast<S*>(base + k * plan.states_bytes); };
-    return {states(0),
-            states(1),
-            reinterpret_cast<typename RealOf<S>::type*>(states(2)),
-            states(3),
-            checks ? states(4) : nullptr,
-            checks ? reinterpret_cast<int*>(base + plan.flag_offset()) : nullptr,
-            reinterpret_cast<S*>(base + plan.sums_offset()),
-            forgets};
+ private:
+  // Registers bear 16 bytes of states in `backward`.
+  using Narrow = typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;
+
+  bool resets() const {
+    if constexpr (F::Cell::kResets) return cell_.resets();
+    else return false;
   }
-  Call<S> call_over(const Plan& plan, int64_t across, const int* unless_zero = nullptr) const {
-    return {scan, plan, work, Divisor(across), Surrogate<RealOf<S>::type>(scan.surrogate_scale), unless_zero};
+  Workspace<S> layout(char* base) const {
+    const auto states = [&](int k) { return reinterpret_cast<S*>(base + k * plan_.states_bytes); };
+    Workspace<S> work{};
+    work.factor = states(0), work.offset = states(1), work.entry = states(3);
+    if (checks_ && !resets()) work.late = reinterpret_cast<typename RealOf<S>::type*>(states(2));
+    if (checks_) work.exit = states(4), work.again = reinterpret_cast<int*>(base + plan_.flag_offset());
+    work.sums = reinterpret_cast<S*>(base + plan_.sums_offset());
+    work.resets = resets();
+    return work;
   }
-  // A thread for each of `rows` jobs and W channels.
-  template <class F>
-  void over_channels(void (*kernel)(Call<S>), int64_t rows, int threads, int64_t shared = 0) {
-    const int64_t across = scan.channels / F::W;
-    launch(kernel, ceil_div(rows * across, threads), dim3(threads), shared, call_over(plan, across));
+
+  // Launches a kernel with a thread for each segment and W channels.
+  void over_segments(void (*kernel)(Call<F>), int64_t shared = 0, Heads heads = Heads::kBegin) {
+    const int64_t across = scan_.channels / F::W;
+    launch_(kernel, ceil_div(plan_.segments * across, kSegmentThreads), dim3(kSegmentThreads), shared,
+            Call<F>{scan_, plan_, work_, Divisor(across), cell_, heads});
   }
-  // Launches blocks of tiles for `rows` jobs of `plan`. The blocks return at once if *unless_zero is 0.
-  template <class F, class Room>
-  void over_tiles(void (*kernel)(Call<S>), int64_t rows, const Plan& plan, const int* unless_zero = nullptr) {
-    const Tiling tiling(scan, rows, kRowLanes<F>, F::W, kSteps<F>, launch.most_shared(), Room::bytes);
-    launch(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
-           call_over(plan, tiling.across, unless_zero));
+  void summarize_segments(Heads heads) {
+    constexpr int64_t ahead = TilesAhead<F, kSegmentTile<F>>::bytes(kSegmentThreads);
+    static_assert(ahead <= 99 << 10);  // what a block may have on every device from compute capability 8.0 on
+    over_segments(summarize<F>, ahead, heads);
   }
-  // Launches `check`, which sets work.again. Returns the plan of the wide form.
-  Plan check_jobs(int direction) {
-    launch(check<S>, ceil_div(plan.jobs * scan.channels, kCheckThreads), dim3(kCheckThreads), 0,
-           call_over(plan, scan.channels), direction);
-    Scan whole = scan;
-    whole.segment = 0;
-    return Plan(whole, direction < 0);
+  // Launches blocks of tiles for `rows` segments of `plan`. They return at once if *unless_zero is 0.
+  template <class G, class Room>
+  void over_tiles(void (*kernel)(Call<G>), int64_t rows, const Plan& plan, const Workspace<S>& work,
+                  const int* unless_zero = nullptr) {
+    const Tiling tiling(scan_, rows, kRowLanes<G>, G::W, kSteps<G>, launch_.most_shared(), Room::bytes);
+    launch_(kernel, rows * tiling.across, dim3(tiling.lanes, tiling.groups), Room::bytes(tiling.lanes, tiling.groups),
+            Call<G>{scan_, plan, work, Divisor(tiling.across), cell_, Heads::kBegin, unless_zero});
   }
+  void forward_tiles(const Plan& plan, const int* unless_zero = nullptr) {
+    over_tiles<F, typename ForwardAgent<F>::Room>(cuda::forward<F>, plan.segments, plan, work_, unless_zero);
+  }
+  void backward_tiles(const Plan& plan, const Workspace<S>& work, const int* unless_zero = nullptr) {
+    over_tiles<Narrow, typename BackwardAgent<Narrow>::Room>(cuda::backward<Narrow>, plan.sum_rows, plan, work,
+                                                             unless_zero);
+  }
+
   void carry_over(int direction) {
-    const int64_t runs = ceil_div(plan.segments, kCarryRun<S>), turns = ceil_div(runs, kCarryGroups);
-    const int64_t groups = ceil_div(runs, turns), run = ceil_div(plan.segments, groups * turns);
+    const int64_t runs = ceil_div(plan_.row_segments, kCarryRun<S>), turns = ceil_div(runs, kCarryGroups);
+    const int64_t groups = ceil_div(runs, turns), run = ceil_div(plan_.row_segments, groups * turns);
     const int64_t maps = groups + ceil_div(groups, kCarryPart);
-    launch(carry<S>, scan.batch * ceil_div(scan.channels, kCarryLanes), dim3(kCarryLanes, groups),
-           2 * maps * kCarryLanes * sizeof(S), work, plan.segments, int(run), scan.channels, direction);
+    launch_(carry<S>, scan_.batch * ceil_div(scan_.channels, kCarryLanes), dim3(kCarryLanes, groups),
+            2 * maps * kCarryLanes * sizeof(S), work_, plan_.row_segments, int(run), scan_.channels, direction);
   }
+  // Launches `check`, which sets work.again. Returns the plan of the uncut form.
+  Plan check_segments(int direction) {
+    launch_(check<S>, ceil_div(plan_.segments * scan_.channels, kCheckThreads), dim3(kCheckThreads), 0, work_, plan_,
+            Divisor(scan_.channels), direction);
+    Scan uncut = scan_;
+    uncut.segment = 0;
+    return Plan(uncut, direction < 0);
+  }
+  void summarize_backward();
+  void reduce_sums();
+
+  const Scan& scan_;
+  const Plan plan_;
+  const typename F::Cell cell_;
+  const bool checks_;  // whether `check` follows
+  Workspace<S> work_;
+  Launcher launch_;
 };
 
 template <class F>
-void run_forward(Run& run) {
-  const Scan& scan = run.scan;
-  const auto from_streams = [&](const Plan& plan, const int* unless_zero = nullptr) {
-    run.over_tiles<F, ForwardRoom<F>>(forward<F>, plan.jobs, plan, unless_zero);
-  };
-  if (!run.plan.chunked()) return from_streams(run.plan);
-  if (scan.offsets) run.launch.copy_rows(scan.final_state, scan.initial, scan.sequences * scan.channels * sizeof(S));
-  constexpr int64_t ahead = TilesAhead<F, kJobTile<F>>::bytes(kJobThreads);
-  static_assert(ahead <= 99 << 10);  // what a block may have on every device from compute capability 8.0 on
-  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, ahead);
-  run.carry_over(1);
-  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);
-  else from_streams(run.plan);
-  if (run.checks) from_streams(run.check_jobs(1), run.work.again);
+const char* Op<F>::forward() {
+  if (!plan_.is_cut()) {
+    forward_tiles(plan_);
+    return launch_.result();
+  }
+  if (scan_.offsets) launch_.copy_rows(scan_.final_state, scan_.initial, scan_.sequences * scan_.channels * sizeof(S));
+  summarize_segments(Heads::kBegin);
+  carry_over(1);
+  if constexpr (F::Cell::kCodes) over_segments(expand<F>);
+  else forward_tiles(plan_);
+  if (checks_) forward_tiles(check_segments(1), work_.again);
+  return launch_.result();
+}
+
+// The maps of m of the segments.
+template <class F>
+void Op<F>::summarize_backward() {
+  if constexpr (F::Cell::kAdjointSeesState) {
+    // The factors are those of the states. `backward` from m = 0 gives the offsets; its other results are overwritten.
+    work_.late = nullptr;
+    summarize_segments(Heads::kEnd);
+    launch_.copy_rows(work_.entry, nullptr, plan_.segments * scan_.channels * sizeof(S));
+    Workspace<S> from_zero = work_;
+    from_zero.exit = work_.offset;
+    backward_tiles(plan_, from_zero);
+  } else {
+    over_segments(summarize_adjoint<F, F::Cell::kCodes>);
+  }
 }
 
 template <class F>
-void run_backward(Run& run) {
-  const Scan& scan = run.scan;
-  const Plan& plan = run.plan;
-  if (plan.chunked()) {
-    if (scan.offsets)
-      run.launch.copy_rows(scan.grad_initial, scan.grad_final, scan.sequences * scan.channels * sizeof(S));
-    run.over_channels<F>(summarize_adjoint<F, F::Cell::kEvents>, plan.jobs, kJobThreads);
-    run.carry_over(-1);
+const char* Op<F>::backward() {
+  if (plan_.is_cut()) {
+    if (scan_.offsets)
+      launch_.copy_rows(scan_.grad_initial, scan_.grad_final, scan_.sequences * scan_.channels * sizeof(S));
+    summarize_backward();
+    carry_over(-1);
   }
-  // Registers bear 16 bytes of states.
-  using N = typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;
-  run.over_tiles<N, BackwardRoom<N>>(backward<N>, plan.sum_rows, plan);
-  if (run.checks) {
-    const Plan whole = run.check_jobs(-1);
-    run.over_tiles<N, BackwardRoom<N>>(backward<N>, whole.sum_rows, whole, run.work.again);
+  backward_tiles(plan_, work_);
+  if (checks_) {
+    const Plan uncut = check_segments(-1);
+    backward_tiles(uncut, work_, work_.again);
   }
+  reduce_sums();
+  return launch_.result();
+}
+
+template <class F>
+void Op<F>::reduce_sums() {
   int which = 0;
-  const auto sum = [&](void* total) {
+  for (void* const total : scan_.grad_channel)
     if (total)
-      run.launch(reduce<S>, ceil_div(scan.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
-                 run.work, plan.sum_rows, plan.whole_sum_rows, plan.sums, which, scan.channels, static_cast<S*>(total));
-    ++which;
-  };
-  sum(scan.grad_alpha);
-  for (int i = 0; i < scan.inputs; ++i)
-    if (F::per_channel(i)) sum(scan.grad_channel[i]);
+      launch_(reduce<S>, ceil_div(scan_.channels, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S), work_,
+              plan_.sum_rows, plan_.uncut_sum_rows, plan_.sums, which++, scan_.channels, static_cast<S*>(total));
 }
 
-// Calls f<Form>() for the cell, the inputs that come per channel and the width of a thread.
-template <class Cell, unsigned kChannels, class Each>
-void with_width(const Scan& scan, Each each) {
-  if (moves_words(scan, kVectorWidth)) each.template operator()<Form<Cell, T, kVectorWidth, kChannels>>();
-  else each.template operator()<Form<Cell, T, 1, kChannels>>();
+template <class F>
+const char* Op<F>::map(S* factor, S* offset) {
+  work_.late = nullptr;
+  if (!plan_.is_cut()) work_.factor = factor, work_.offset = offset;
+  summarize_segments(Heads::kNone);
+  if (plan_.is_cut())
+    launch_(compose<S>, ceil_div(scan_.batch * scan_.channels, kComposeThreads), dim3(kComposeThreads), 0, work_,
+            scan_.batch, plan_.row_segments, Divisor(scan_.channels), factor, offset);
+  return launch_.result();
 }
-template <class Cell, class Each>
-void with_channels(const Scan& scan, Each each) {
-  if (scan.in[1].channel) with_width<Cell, 2u>(scan, each);
-  else with_width<Cell, 0u>(scan, each);
-}
-template <class Each>
-void with_form(const Scan& scan, Each each) {
-  if constexpr (RealOf<S>::is_complex) {
-    with_channels<Linear<S>>(scan, each);
-  } else {
-    switch (scan.cell) {
-      case CellKind::kBmru:
-        return scan.inputs == 3 ? with_channels<Bmru<S, true>>(scan, each) : with_channels<Bmru<S, false>>(scan, each);
-      case CellKind::kSchmitt: return with_width<Schmitt<S>, 6u>(scan, each);
-      case CellKind::kLinear: return with_channels<Linear<S>>(scan, each);
-    }
+
+// Calls f<Form>() with the inputs that a call is given, and the width of a thread.
+template <class C, class Each>
+const char* with_form_and_width(const Scan& scan, Each each) {
+  unsigned given = 0, per_channel = 0;
+  for (int i = 0; i < kMaxInputs; ++i) {
+    given |= unsigned(scan.in[i].stream.data || scan.in[i].channel) << i;
+    per_channel |= unsigned(scan.in[i].channel != nullptr) << i;
   }
+  return with_form<C>(given, per_channel, [&]<unsigned kGiven, unsigned kChannels>() {
+    if (moves_words(scan, kVectorWidth)) return each.template operator()<Form<C, T, kVectorWidth, kGiven, kChannels>>();
+    return each.template operator()<Form<C, T, 1, kGiven, kChannels>>();
+  });
 }
 
+template <class C>
 const char* launch_forward(const Scan& scan, void* workspace, void* stream) {
-  Run run(scan, false, workspace, stream);
-  with_form(scan, [&]<class F>() { run_forward<F>(run); });
-  return run.launch.result();
+  return with_form_and_width<C>(scan, [&]<class F>() { return Op<F>(scan, false, workspace, stream).forward(); });
 }
+template <class C>
 const char* launch_backward(const Scan& scan, void* workspace, void* stream) {
-  Run run(scan, true, workspace, stream);
-  with_form(scan, [&]<class F>() { run_backward<F>(run); });
-  return run.launch.result();
+  return with_form_and_width<C>(scan, [&]<class F>() { return Op<F>(scan, true, workspace, stream).backward(); });
+}
+template <class C>
+const char* launch_map(const Scan& scan, void* factor, void* offset, void* workspace, void* stream) {
+  return with_form_and_width<C>(scan, [&]<class F>() {
+    return Op<F>(scan, false, workspace, stream).map(static_cast<S*>(factor), static_cast<S*>(offset));
+  });
+}
+template <class C>
+constexpr Kernels kernels_of() {
+  if constexpr (RealOf<S>::is_complex && !C::kComplex) return {};
+  else return {&launch_forward<C>, &launch_backward<C>, &launch_map<C>};
 }
 
 }  // namespace
 
-#define MRU_CONCAT(a, b) a##b
-#define MRU_NAME(element) MRU_CONCAT(kernels_, element)
-
-const Kernels MRU_NAME(MRU_ELEMENT) = {&launch_forward, &launch_backward};
+#define MRU_DEFINE(cell) \
+  template <>            \
+  const Kernels KernelsOf<cells::cell>::MRU_ELEMENT = kernels_of<cells::cell>();
+MRU_EACH_CELL(MRU_DEFINE)
 
 }  // namespace mru::cuda

@@ -1,4 +1,4 @@
-// What CUDA sources use of CUDA, under a host compiler: the names of cuda_runtime.h on top of simt.h.
+// The part of cuda_runtime.h that the CUDA sources use, for a host compiler, on top of simt.h.
 #pragma once
 #include "simt.h"
 
@@ -9,7 +9,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
-#define __shared__ static __attribute__((section("mru_simt_shared")))  // not in inline functions nor templates
+#define __shared__ static __attribute__((section("mru_simt_shared")))  // not for inline functions or templates
 
 inline void __syncthreads(std::source_location at = std::source_location::current()) { simt::barrier(at); }
 inline void __syncwarp(unsigned mask = ~0u) { simt::meet(mask, 0, 0); }
@@ -30,7 +30,7 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
 namespace simt {
-// A value from lane from(lane); `from` may say to keep the own value by giving the own lane.
+// The value of lane from(lane). A lane keeps its own value if `from` returns the lane itself.
 template <class T, class From>
 T exchange(unsigned mask, T value, int operation, From from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));

@@ -1,19 +1,21 @@
-// The CUDA kernels under host execution, as ops `mru::*.simt` on CPU tensors and, for the tests, what there is to set and
-// to count. Everything that a call allocates is filled with NaN first.
+// The CUDA kernels under host execution as ops `mru::*.simt` on CPU tensors, and functions for the tests that set the
+// scheduler and count the traffic. Everything that a call allocates is filled with NaN first. The build makes cells.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <map>
 
-#include "../torch/ops.h"
 #include "../cuda/plan.h"
+#include "../torch/ops.h"
+#include "cells.h"
 #include "simt.h"
 
 namespace {
 
 using mru::Scan;
 using mru::Tensor;
+using mru::cuda::kernels;
 
 void poison(void* p, int64_t bytes) {
   if (p && bytes > 0) std::memset(p, simt::kNanByte, bytes);
@@ -26,53 +28,84 @@ void poison(const Scan& scan, const mru::Stream& stream) {
       poison(static_cast<char*>(stream.data) + (b * stream.batch + t * stream.time) * size, scan.channels * size);
 }
 
-void launch(const Scan& scan, bool backward) {
-  const int64_t row = scan.channels * mru::state_bytes(scan.dtype);
-  if (backward) {
-    for (int i = 0; i < scan.inputs; ++i) poison(scan, scan.grad_in[i]), poison(scan.grad_channel[i], row);
-    poison(scan.grad_alpha, row);
-    poison(scan.grad_initial, scan.sequences * row);
-  } else {
-    poison(scan, scan.h);
-    poison(scan.final_state, scan.sequences * row);
-    poison(scan.checkpoints, scan.batch * scan.checkpoint_rows * row);
-    poison(scan.events, scan.batch * scan.event_rows * scan.channels * int64_t(sizeof(int32_t)));
-  }
+// Calls run(workspace) with a workspace of the exact size, so that the address sanitizer sees an access beyond its end.
+template <class Run>
+void launch(const Scan& scan, bool backward, Run run) {
   const mru::cuda::Plan plan(scan, backward);
   const int64_t bytes = plan.workspace_bytes();
-  // Of the exact size, so that the address sanitizer sees an access beyond its end.
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), &std::free);
   poison(workspace.get(), bytes);
-  const mru::cuda::Kernels& kernels = mru::cuda::kernels(scan.dtype);
-  const char* error = (backward ? kernels.backward : kernels.forward)(scan, workspace.get(), nullptr);
+  const char* const error = run(workspace.get());
   MRU_EXPECT(!error, "simt: ", error ? error : "");
 }
 
 struct Simt {
   static constexpr int64_t kMostChunk = mru::cuda::kMostChunk;
-  static void forward(const Scan& scan, const Tensor&) { launch(scan, false); }
-  static void backward(const Scan& scan, const Tensor&) { launch(scan, true); }
+
+  template <class C>
+  static void forward(const Scan& scan, const Tensor&) {
+    poison(scan, scan.h);
+    poison(scan.final_state, scan.sequences * row_bytes(scan));
+    poison(scan.checkpoints, scan.batch * scan.checkpoint_rows * row_bytes(scan));
+    poison(scan.events, scan.batch * scan.event_rows * scan.channels * int64_t(sizeof(int32_t)));
+    launch(scan, false, [&](void* work) { return kernels<C>(scan.dtype).forward(scan, work, nullptr); });
+  }
+  template <class C>
+  static void backward(const Scan& scan, const Tensor&) {
+    for (const mru::Stream& grad : scan.grad_in) poison(scan, grad);
+    for (void* const grad : scan.grad_channel) poison(grad, row_bytes(scan));
+    poison(scan.grad_initial, scan.sequences * row_bytes(scan));
+    launch(scan, true, [&](void* work) { return kernels<C>(scan.dtype).backward(scan, work, nullptr); });
+  }
+  template <class C>
+  static void map(Scan scan, const Tensor& factor, const Tensor& offset) {
+    if (scan.offsets) scan.segment = 0;  // a packed sequence is one segment
+    for (const Tensor& t : {factor, offset}) poison(t.data_ptr(), scan.sequences * row_bytes(scan));
+    launch(scan, false, [&](void* work) {
+      return kernels<C>(scan.dtype).map(scan, factor.data_ptr(), offset.data_ptr(), work, nullptr);
+    });
+  }
+
+ private:
+  static int64_t row_bytes(const Scan& scan) { return scan.channels * mru::state_bytes(scan.dtype); }
 };
 
 std::map<std::string, std::array<uint64_t, 2>> traffic() {
-  constexpr const char* names[simt::kKinds] = {"stream", "events", "state", "index"};
+  constexpr const char* names[simt::kKinds] = {"stream", "codes", "state", "index"};
   std::map<std::string, std::array<uint64_t, 2>> all;
   for (int i = 0; i < simt::kKinds; ++i) all[names[i]] = {simt::control.read[i], simt::control.written[i]};
   return all;
 }
 
+// What the tests cannot know of a cell from Python.
+template <class C>
+std::map<std::string, bool> traits() {
+  using Cell = typename C::template Cell<float, C::all()>;
+  return {{"resets", Cell::kResets}, {"adjoint_sees_state", Cell::kAdjointSeesState}};
+}
+std::map<std::string, std::map<std::string, bool>> cells() {
+#define MRU_TRAITS(cell) {#cell, traits<mru::cells::cell>()},
+  return {MRU_EACH_CELL(MRU_TRAITS)};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { mru::implement_cells<Simt>(m, "simt"); }
+#define MRU_IMPLEMENT(cell) mru::implement<Simt, mru::cells::cell>(m, #cell, "simt");
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { MRU_EACH_CELL(MRU_IMPLEMENT) }
 
-#ifdef MRU_MISSING  // element types that this module is built without
+#ifdef MRU_MISSING  // MRU_MISSING(X, cell): X(cell, element) for the element types that this module is built without
 namespace mru::cuda {
-const Kernels MRU_MISSING;
-}
+#define MRU_NONE(cell, element) \
+  template <>                   \
+  const Kernels KernelsOf<cells::cell>::element{};
+#define MRU_NONE_OF(cell) MRU_MISSING(MRU_NONE, cell)
+MRU_EACH_CELL(MRU_NONE_OF)
+}  // namespace mru::cuda
 #endif
 
 PYBIND11_MODULE(MRU_MODULE, m) {
   m.def("traffic", &traffic, "Bytes read and written since the last reset, by kind.");
+  m.def("cells", &cells, "Traits of every cell.");
   m.def("reset_traffic", [] {
     for (int i = 0; i < simt::kKinds; ++i) simt::control.read[i] = simt::control.written[i] = 0;
   });

@@ -1,14 +1,14 @@
 // Host execution of CUDA sources, for tests: one fiber per CUDA thread, on one CPU thread. x86-64 Linux only.
 //
-// csrc/simt/cuda_runtime.h gives a .cu file, unmodified, what it uses of CUDA; this file is what stands behind it. It is
-// sequentially consistent, so a missing fence is invisible to it, and it says nothing of speed. What it does find:
+// csrc/simt/cuda_runtime.h declares what an unmodified .cu file uses of CUDA; this file implements it. Memory is
+// sequentially consistent, so a missing fence goes unnoticed, and times mean nothing. It finds:
 //
-//   memory nobody wrote     shared memory starts as NaN; the caller does the same for what it allocates
-//   races at barriers       threads and blocks run in a random order, so what needs a barrier is read too early
+//   reads before writes     shared memory starts as NaN; the caller does the same for what it allocates
+//   races at barriers       threads and blocks run in a random order, so that a missing barrier lets a read come too early
 //   barriers that differ    all threads of a block must meet at the same call of __syncthreads
-//   deadlocks, livelocks    a launch may switch between fibers and access memory so many times, then it fails
+//   deadlocks, livelocks    a launch fails once it has spent its budget of switches and accesses
 //   misalignment            every access of a word must be aligned to its size
-//   traffic                 bytes read from and written to global memory are counted, by kind
+//   traffic                 it counts the bytes read from and written to global memory, by kind
 #pragma once
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the host execution of CUDA sources needs x86-64 Linux"
@@ -40,14 +40,14 @@ namespace simt {
 
 constexpr int kKinds = 4;
 constexpr int kWarp = 32;
-constexpr unsigned char kNanByte = 0xff;  // four or eight of them are a NaN
+constexpr unsigned char kNanByte = 0xff;  // four or eight such bytes are a NaN
 
 // What tests set and read.
 struct Control {
-  uint64_t seed = 1;             // of the order of threads and blocks
-  unsigned resident = 24;        // blocks that run at the same time, at most
-  uint64_t budget = 20'000'000;  // of a launch: switches between fibers and accesses of global memory
-  int most_shared = 163 << 10;   // bytes of shared memory that a block may have: sm_80's
+  uint64_t seed = 1;             // sets the order of threads and blocks
+  unsigned resident = 24;        // most blocks that run at the same time
+  uint64_t budget = 20'000'000;  // switches between fibers and accesses of global memory that a launch may make
+  int most_shared = 163 << 10;   // bytes of shared memory that a block may have, as on sm_80
   uint64_t read[kKinds] = {}, written[kKinds] = {};
 };
 inline Control control;
@@ -69,8 +69,8 @@ struct Fiber {
   void* stack = nullptr;
   void* pointer = nullptr;  // saved stack pointer
   void* fake_stack = nullptr;
-  std::vector<Copy> copies;  // on their way
-  unsigned groups = 0;       // of copies, committed
+  std::vector<Copy> copies;  // under way
+  unsigned groups = 0;       // committed groups of copies
 };
 struct Warp {
   uint64_t slots[2][kWarp];
@@ -100,8 +100,8 @@ constexpr unsigned kMostFibers = 8192;  // at once: each takes two of a process'
 inline Fiber* current = nullptr;
 inline void* scheduler_pointer = nullptr;
 inline const std::function<void()>* body = nullptr;
-inline std::string failure;  // of the launch at hand
-inline uint64_t spent = 0;   // of the budget
+inline std::string failure;  // of the last launch
+inline uint64_t spent = 0;   // part of the budget
 inline dim3 threads_of_block;
 
 extern "C" void mru_simt_switch(void** save, void* to);
@@ -223,7 +223,7 @@ inline void resume(Fiber& fiber) {
 
 // ------------------------------------------------------------------------------------------------ meeting points
 
-// A place where a fiber lets others run: a spin on global memory passes through here.
+// Lets other fibers run. A loop that waits on global memory calls it.
 inline void yield() {
   spend();
   to_scheduler();
@@ -292,7 +292,7 @@ extern unsigned char __start_mru_simt_shared[] __attribute__((weak, visibility("
 extern unsigned char __stop_mru_simt_shared[] __attribute__((weak, visibility("hidden")));
 }
 
-// Runs every thread of a grid; false if something failed, then `failure` says what.
+// Runs every thread of a grid. If something fails it returns false, and `failure` says what.
 inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel) {
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const unsigned count = threads.x * threads.y * threads.z;
@@ -343,7 +343,7 @@ inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
     if (block.done == count) active.erase(active.begin() + chosen);
     else if (!resumed) failure = "deadlock: no thread of a block can go on";
   }
-  for (auto& block : active)  // what a failure left behind; new stacks, because these still hold frames
+  for (auto& block : active)  // after a failure; these stacks still hold frames, so they are not used again
     for (Fiber& fiber : block->fibers)
       if (fiber.stack && fiber.state != State::kDone) munmap(fiber.stack, kGuard + kStack);
   current = nullptr;
@@ -366,7 +366,7 @@ Word load(int kind, const Word* p) {
   std::memcpy(&word, p, sizeof word);
   return word;
 }
-// A copy to shared memory arrives as late as it may: when its thread waits for it.
+// A copy to shared memory arrives as late as allowed: when its thread waits for it.
 template <class Word>
 void copy_ahead(int kind, Word* to, const Word* from) {
   check_aligned(to, sizeof(Word));

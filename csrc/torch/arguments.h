@@ -1,19 +1,18 @@
-// From the arguments of a torch op to a Scan. The schemas and the shapes of the results are stated in mru_kernels/ops.py.
+// From the arguments of a torch op to a Scan. The schemas and the shapes of the results are stated in mru_kernels/ops.
 #pragma once
-#include "tensors.h"
-
 #include <array>
 #include <bit>
 #include <limits>
 
 #include "../cell.h"
+#include "tensors.h"
 
 namespace mru {
 
-// What forward and backward have in common.
+// The arguments that forward and backward share.
 struct Arguments {
-  const Tensors& inputs;      // the arrays and the scheduled scalars that are given
-  int64_t given, packed;      // bit i: input i is given; it lies in inputs[0], side by side with others
+  const Tensors& inputs;               // the arrays and the scheduled scalars that are given
+  int64_t given, packed;               // bit i: input i is given; it lies in inputs[0], side by side with others
   const std::vector<double>& numbers;  // the other scalars
   const OptionalTensor &initial_state, &cu_seqlens;
   bool reverse;
@@ -25,7 +24,7 @@ struct Arguments {
 struct CellInfo {
   int inputs, scalars;
   const Scalar* scalar;  // [scalars]
-  bool is_complex;  // whether it takes complex streams
+  bool is_complex;       // whether it takes complex streams
   bool (*takes)(unsigned given, unsigned per_channel);
   bool (*has_codes)(unsigned given, unsigned per_channel);
 };
@@ -37,19 +36,20 @@ bool has_codes(unsigned given, unsigned per_channel) {
 template <class C>
 constexpr CellInfo info_of = {C::inputs(), C::scalars(), C::kScalars, C::kComplex, &C::takes, &has_codes<C>};
 
-// A Scan and the tensors that it points into. Everything that a kernel relies on is checked here; the public functions of
-// the package put what they can into the words of their own arguments.
-class Bound {
+// A Scan and the tensors that it points into. Checks everything that a kernel relies on; the public functions of the package
+// check first, in terms of their own arguments.
+class BoundArguments {
  public:
   Scan scan{};
-  Tensors streams;                          // one view per stream, in the cell's order
-  std::array<int, kMaxInputs> place{};      // of input i among the tensors `inputs`; -1: it is not given
-  std::array<int, kMaxInputs> stream{};     // of input i among `streams`; -1: it is none
-  unsigned given = 0, per_channel = 0;      // bit i: array input i is given; it comes per channel
-  ScalarType type, state;
+  Tensors streams;                       // one view per stream, in the cell's order
+  std::array<int, kMaxInputs> place{};   // of input i among the tensors `inputs`; -1: it is not given
+  std::array<int, kMaxInputs> stream{};  // of input i among `streams`; -1: it is none
+  unsigned given = 0, per_channel = 0;   // bit i: array input i is given; it comes per channel
+  ScalarType type, state;                // of the streams, of the states
+  bool packs_codes = false;              // whether forward packs the codes, and backward is given them
 
   // `most_chunk`: the longest chunk that the backend takes.
-  Bound(const CellInfo& cell, int64_t most_chunk, const Arguments& arguments) {
+  BoundArguments(const CellInfo& cell, int64_t most_chunk, const Arguments& arguments) {
     MRU_EXPECT(!arguments.inputs.empty(), "inputs: expected at least one tensor");
     kept_.reserve(2 * kMaxInputs);
     streams.reserve(kMaxInputs);
@@ -65,11 +65,9 @@ class Bound {
                scan.segment);
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
     scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
-    // Codes are worth packing where several segments scan a sequence at once.
+    // Packing the codes pays off if time is cut, as a cut reads the inputs twice.
     packs_codes = scan.segment > 0 && cell.has_codes(given, per_channel);
   }
-
-  bool packs_codes = false;
 
   // A tensor [sequences, D], in the state dtype.
   Tensor sequence_states(const Tensor& t, const char* name) const {
@@ -125,39 +123,44 @@ class Bound {
                "inputs[0]: expected a size that 64 bits can address");
   }
 
-  // The array inputs: the packed streams, then the other tensors in ascending order of the inputs.
+  // The array inputs: those side by side in inputs[0], and the others in ascending order, each as a tensor of its own.
   void bind_inputs(const CellInfo& cell, const Arguments& arguments) {
     place.fill(-1), stream.fill(-1);
+    const int64_t arrays = (int64_t(1) << cell.inputs) - 1;
+    MRU_EXPECT((arguments.packed & ~(arguments.given & arrays)) == 0,
+               "packed: expected a mask of inputs that are given, got ", arguments.packed, " of ", arguments.given);
+    int gates = 0;
     for (int i = 0; i < cell.inputs; ++i) {
-      const bool packed = arguments.packed >> i & 1;
-      MRU_EXPECT(!packed || (arguments.given >> i & 1) != 0, "packed: expected inputs that are given, got ",
-                 arguments.packed, " of ", arguments.given);
       if ((arguments.given >> i & 1) == 0) continue;
       given |= 1u << i;
-      place[i] = packed || i == 0 ? 0 : int(next_);
-      if (!packed && i > 0) {
-        const Tensor& t = following(arguments);
-        expect_device(t, "inputs");
-        if (t.dim() == 1) {
-          MRU_EXPECT(t.size(0) == scan.channels, "inputs[", place[i], "]: expected [", scan.channels, "]");
-          scan.in[i].channel = keep(parameter(t, "inputs"));
-          per_channel |= 1u << i;
-          continue;
-        }
-        MRU_EXPECT(t.dim() == arguments.rank, "inputs[", place[i], "]: expected ", arguments.rank, " dimensions or [",
-                   scan.channels, "], got ", t.dim(), " dimensions");
-        stream[i] = int(streams.size());
-        streams.push_back(unit_channels(t));
-      } else {
-        stream[i] = std::popcount(uint64_t(arguments.packed) & ((uint64_t(1) << i) - 1));
-      }
-      const Tensor& t = streams[stream[i]];
-      MRU_EXPECT(t.scalar_type() == type && t.sizes().equals(streams[0].sizes()),
-                 "inputs: expected streams of one dtype and shape");
-      scan.in[i].stream = stream_of(t);
+      if (i == 0 || (arguments.packed >> i & 1) != 0) place[i] = 0, stream[i] = gates++;
+      else bind_own(i, arguments);
+      if (stream[i] >= 0) scan.in[i].stream = stream_of(streams[stream[i]]);
     }
     MRU_EXPECT(cell.takes(given, per_channel) && (!is_complex(scan.dtype) || cell.is_complex),
                "inputs: expected the inputs of the cell, got those of the mask ", given, ", per channel ", per_channel);
+  }
+
+  // Input i, the next tensor of `inputs`: a stream or one value per channel.
+  void bind_own(int i, const Arguments& arguments) {
+    MRU_EXPECT(next_ < int64_t(arguments.inputs.size()), "inputs: expected a tensor for each input of the mask ",
+               arguments.given, ", got ", arguments.inputs.size());
+    place[i] = int(next_);
+    const Tensor& t = arguments.inputs[next_++];
+    expect_device(t, "inputs");
+    if (t.dim() == 1) {
+      MRU_EXPECT(t.size(0) == scan.channels, "inputs[", place[i], "]: expected [", scan.channels, "], got [", t.size(0),
+                 "]");
+      scan.in[i].channel = keep(parameter(t, "inputs"));
+      per_channel |= 1u << i;
+      return;
+    }
+    MRU_EXPECT(t.dim() == arguments.rank, "inputs[", place[i], "]: expected ", arguments.rank, " dimensions or [",
+               scan.channels, "], got ", t.dim(), " dimensions");
+    stream[i] = int(streams.size());
+    streams.push_back(unit_channels(t));
+    MRU_EXPECT(streams.back().scalar_type() == type && streams.back().sizes().equals(streams[0].sizes()), "inputs[",
+               place[i], "]: expected the dtype and shape of the first stream");
   }
 
   // The scheduled scalars, as tensors that follow the arrays, then the numbers.
@@ -195,11 +198,6 @@ class Bound {
     if (arguments.initial_state) scan.initial = keep(sequence_states(*arguments.initial_state, "initial_state"));
   }
 
-  const Tensor& following(const Arguments& arguments) {
-    MRU_EXPECT(next_ < int64_t(arguments.inputs.size()), "inputs: expected a tensor for each input of the mask ",
-               arguments.given, ", got ", arguments.inputs.size());
-    return arguments.inputs[next_++];
-  }
   void expect_device(const Tensor& t, const char* name) const {
     MRU_EXPECT(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
                ": expected the streams' device");

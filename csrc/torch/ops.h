@@ -2,8 +2,8 @@
 //
 // A backend is a type with
 //   kMostChunk                              the longest chunk that it takes
-//   forward<C>(scan, like), backward<C>(scan, like), map<C>(scan, factor, offset, like)
-//                                           run cell C on the device and stream of the tensor `like`
+//   forward<C>(scan, like), backward<C>(scan, like), map<C>(scan, factor, offset)
+//                                           run cell C on the device of `like` or `factor`
 #pragma once
 #include <tuple>
 
@@ -15,8 +15,8 @@ template <class Backend, class C>
 Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                 OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse, int64_t chunk, int64_t segment,
                 bool save) {
-  Bound bound(info_of<C>, Backend::kMostChunk,
-              {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
+  BoundArguments bound(info_of<C>, Backend::kMostChunk,
+                       {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
   Scan& scan = bound.scan;
   Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
   scan.h = stream_of(results[0]);
@@ -36,7 +36,7 @@ Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<doubl
 }
 
 // The gradients of the arrays in `inputs`, in their order, and that of the initial state.
-inline Tensors allocate_gradients(Bound& bound, const Tensors& inputs, int64_t packed) {
+inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, int64_t packed) {
   Scan& scan = bound.scan;
   Tensors grads, gates;
   if (packed != 0) {
@@ -65,8 +65,8 @@ template <class Backend, class C>
 Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given, int64_t packed,
                  std::vector<double> numbers, OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse,
                  int64_t chunk, int64_t segment, Tensor checkpoints, Tensor events) {
-  Bound bound(info_of<C>, Backend::kMostChunk,
-              {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
+  BoundArguments bound(info_of<C>, Backend::kMostChunk,
+                       {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
   Scan& scan = bound.scan;
   MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
                  grad_h.size(2) == scan.channels,
@@ -93,9 +93,10 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given
 template <class Backend, class C>
 std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<double> numbers, Tensor state) {
   const OptionalTensor initial = state, none;
-  Bound bound(info_of<C>, Backend::kMostChunk,
-              {inputs, given, /*packed=*/0, numbers, initial, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
-               /*segment=*/0, /*rank=*/2});
+  BoundArguments bound(
+      info_of<C>, Backend::kMostChunk,
+      {inputs, given, /*packed=*/0, numbers, initial, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+       /*segment=*/0, /*rank=*/2});
   Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
   bound.scan.h = stream_of(h);
   bound.scan.final_state = after.data_ptr();
@@ -108,8 +109,8 @@ template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                                OptionalTensor cu_seqlens, bool reverse, int64_t segment) {
   const OptionalTensor none;
-  Bound bound(info_of<C>, Backend::kMostChunk,
-              {inputs, given, packed, numbers, none, cu_seqlens, reverse, /*chunk=*/kEventsPerWord, segment});
+  BoundArguments bound(info_of<C>, Backend::kMostChunk,
+                       {inputs, given, packed, numbers, none, cu_seqlens, reverse, /*chunk=*/kEventsPerWord, segment});
   Tensor factor = bound.states(bound.scan.sequences), offset = bound.states(bound.scan.sequences);
   Backend::template map<C>(bound.scan, factor, offset);
   return {factor, offset};
@@ -118,6 +119,7 @@ std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, st
 // `m` is what STABLE_TORCH_LIBRARY_IMPL gives.
 template <class Backend, class C, class Library>
 void implement(Library& m, const std::string& cell, const std::string& backend) {
+  static_assert(C::inputs() <= kMaxInputs && C::scalars() <= kMaxScalars);
   m.impl((cell + "." + backend).c_str(), TORCH_BOX((&forward<Backend, C>)));
   m.impl((cell + "_backward." + backend).c_str(), TORCH_BOX((&backward<Backend, C>)));
   m.impl((cell + "_step." + backend).c_str(), TORCH_BOX((&step<Backend, C>)));

@@ -10,7 +10,7 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace mru {
 
-// Raises torch's own words, which users and tools look for ("out of memory", "can't allocate memory").
+// Raises with torch's own message, which users and tools look for ("out of memory", "can't allocate memory").
 [[noreturn, gnu::cold, gnu::noinline]] inline void refuse_as_torch(const char* call) {
   const auto words = torch_exception_get_what_without_backtrace;
   const char* const said = words ? words() : nullptr;
@@ -70,7 +70,7 @@ inline Dtype dtype_of(ScalarType type) {
 
 constexpr int64_t kMostElements = int64_t(1) << 60;  // of a tensor: 64 bits address its bytes, whatever the dtype
 
-// Kernels take any strides on batch and time but a unit stride on channels: other layouts are copied once.
+// Kernels take any strides on batch and time and a unit stride on channels; other layouts are copied once.
 inline Tensor unit_channels(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
@@ -87,7 +87,7 @@ inline int32_t device_type(const Tensor& t) {
   return type;
 }
 
-// Uninitialised, on the device of `like`; without the dispatcher, which costs more than a short scan.
+// An uninitialised tensor on the device of `like`. It bypasses the dispatcher, which costs more than a short scan.
 inline Tensor allocate(const Tensor& like, size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
@@ -107,7 +107,7 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
   return allocate(like, sizes.size(), sizes.begin(), strides, type);
 }
 
-// For the stream `t`, [B, T, gates D] or [B, D], in the layout that mru_kernels/ops.py states (`dense_like`).
+// An uninitialised tensor [B, T, gates D] for a stream [B, T, D], or [B, D], in the layout of `dense_like` in mru_kernels/ops.
 inline Tensor allocate_like(const Tensor& t, int64_t gates = 1) {
   if (t.dim() == 2) return allocate(t, {t.size(0), t.size(1)}, t.scalar_type());
   const int64_t batch = t.size(0), time = t.size(1), channels = gates * t.size(2);
@@ -118,7 +118,7 @@ inline Tensor allocate_like(const Tensor& t, int64_t gates = 1) {
   return allocate(t, 3, sizes, strides, t.scalar_type());
 }
 
-// Of a tensor [B, T, D], or [B, D] for a single step. The stride of a dimension of size 1 may be any number.
+// The stream of a tensor [B, T, D], or [B, D] for a single step. A dimension of size 1 may have any stride, so it counts as 0.
 inline Stream stream_of(const Tensor& t) {
   const auto stride = [&](int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; };
   return {t.data_ptr(), stride(0), t.dim() == 3 ? stride(1) : 0};

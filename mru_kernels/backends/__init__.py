@@ -1,7 +1,7 @@
-"""The backends: one row a backend, one file a backend, and the only place that chooses between them.
+"""The backends: one row and one module each, and the only place that chooses between them.
 
-A backend implements three ops per cell (see `mru_kernels.ops`) under its own overload name, such as `mru::bmru.cpu`,
-and says in one function how it splits time.
+A backend implements the ops of every cell (see `mru_kernels.ops`) under its own overload name, such as `mru::bmru.cpu`,
+and decides in one function how to cut time into segments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-CHUNK = 64  #: steps between two boundary states that the forward pass saves for the backward pass, unless told
+CHUNK = 64  #: the default of `chunk_size`: steps between two checkpoints, the states saved for the backward pass
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,14 @@ class Backend:
     Its module offers:
 
     load(): called once; registers the ops or raises ImportError with the reason why it cannot.
-    segment(sequences, steps, channels, itemsize, device): how many steps one unit scans while others scan the same
-        sequence (a multiple of `CHUNK`), or 0 where a sequence is scanned whole, for so many sequences that have so
-        many steps all together, of streams with elements of so many bytes.
-    CHUNK_SIZES: the least and the most steps between two boundary states, multiples of 16, that its kernels take.
+    segment(sequences, steps, channels, itemsize, device): steps of a segment, a multiple of `CHUNK`; 0 scans each
+        sequence as a whole. `steps` is the total of all sequences, `itemsize` the bytes of a stream's element.
+    CHUNK_SIZES: the least and the greatest `chunk_size`, multiples of 16, that its kernels support.
     """
 
     name: str
     device_types: tuple[str, ...]
-    needs: str  # what to say where the device is of another type
+    needs: str  # the reason in an error for a device of another type
     module_name: str
 
     @cached_property
@@ -40,7 +39,7 @@ class Backend:
         return importlib.import_module(self.module_name)
 
 
-_CHOSEN = os.environ.get("MRU_BACKEND") or None  # read once: a look into the environment costs as much as a short scan
+_CHOSEN = os.environ.get("MRU_BACKEND") or None  # read once: reading the environment costs as much as a short scan
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: In order of preference.
@@ -69,7 +68,7 @@ def _load_error(name: str) -> str | None:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why backend `name` cannot run on `device`; None where it can."""
+    """The reason why backend `name` cannot run on `device`; None if it can."""
     backend = TABLE[name]
     if device.type == "meta":
         return None  # shapes need no kernels
@@ -81,9 +80,14 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Every backend's name, with None where it can run on `device`, else the reason why it cannot.
+    """Every backend's name, with None if it can run on `device`, else the reason why it cannot.
 
     On "meta" every backend runs: a call computes shapes, which needs no kernels.
+
+    Example::
+
+        >>> mk.available_backends("cpu")["cpu"]  # None: it can run
+
     """
     device = torch.device(device)
     return {name: why_not(name, device) for name in TABLE}
@@ -114,7 +118,7 @@ def _resolved(name: str | None, device: torch.device) -> str:
 
 
 def resolve(name: str | None, device: torch.device) -> Backend:
-    """The backend that a call runs on. A name, given as argument or by `MRU_BACKEND`, is taken or raises; None chooses.
+    """The backend that a call runs on: `name`, else `MRU_BACKEND`; if neither is given, the first that can run.
 
     Raises:
         ValueError: `name` is not a backend.
@@ -124,7 +128,7 @@ def resolve(name: str | None, device: torch.device) -> Backend:
 
 
 def resolve_fake(name: str | None, device: torch.device) -> Backend | None:
-    """As `resolve` for fake tensors, which need neither the device nor its kernels; None where `resolve` is right."""
+    """`resolve` for fake tensors, which need neither the device nor its kernels; None if `resolve` decides."""
     name = name or _CHOSEN
     rows = (row for row in TABLE.values() if device.type in row.device_types)
     return next((row for row in rows if name in (None, row.name)), None)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from .. import torch_private as private
 from . import CHUNK, cpu
 
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
 _WORD = 16  # bytes that a thread moves at once
-_ENOUGH = 2**11  # words of all sequences' channels from which on time is not split
-_MOST = 2**15  # threads where it is: eight warps a multiprocessor of an H100, each with its next tile on the way
-_FEW = 4 * CHUNK  # steps of a sequence that is not worth it
+_ENOUGH = 2**11  # words in a row of all sequences: with so many or more, time is not cut
+_MOST = 2**15  # threads if time is cut: eight warps per multiprocessor of an H100, each of which loads a tile ahead
+_FEW = 4 * CHUNK  # shorter sequences are not cut
 
 
 def load() -> None:
     """Load the extension, which registers `mru::*.cuda` if it was built with CUDA."""
     cpu.load()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("mru::bmru.cuda", "CUDA"):
+    if not private.has_kernel("mru::bmru.cuda", "CUDA"):
         raise ImportError("the extension is built without CUDA (needs nvcc and a CUDA build of torch, see setup.py)")
     if torch.version.cuda is None:
         raise ImportError("torch is built without CUDA")

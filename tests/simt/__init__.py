@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -57,9 +58,11 @@ def build(
     target = folder / f"mru_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
     headers = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
     includes = " ".join(f"-isystem {path}" for path in headers)
+    own_headers = f"-I. -I{csrc}"  # cells.h is in ninja's folder
     libraries = " ".join(f"-L{path}" for path in cpp_extension.library_paths())
-    missing = ",".join(f"kernels_{element}{{}}" for element in ELEMENTS if element not in elements)
-    without = f"'-DMRU_MISSING={missing}'" if missing else ""
+    missing = " ".join(f"X(cell,{element})" for element in ELEMENTS if element not in elements)
+    without = f"'-DMRU_MISSING(X,cell)={missing}'" if missing else ""
+    runpy.run_path(str(csrc / "cells.py"))["write_header"](csrc, folder)
     with open(folder / "build.ninja", "w") as file:
         n = ninja_syntax.Writer(file, width=110)
         n.variable("cxx", COMPILER)
@@ -67,10 +70,10 @@ def build(
         n.rule("link", f"$cxx $in {libraries} -shared -ltorch -ltorch_cpu -lc10 -o $out")
         objects = []
         for element in elements:
-            own = f"-x c++ -I {csrc / 'simt'} -DMRU_ELEMENT={element} {optimization}"
+            own = f"-x c++ {own_headers} -I {csrc / 'simt'} -DMRU_ELEMENT={element} {optimization}"
             objects += n.build(f"{element}.o", "cxx", str(csrc / "cuda" / "scan.cu"), variables={"own": own})
         if module is None:
-            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {without} {includes}"
+            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {own_headers} {without} {includes}"
             objects += n.build("module.o", "cxx", str(csrc / "simt" / "module.cpp"), variables={"own": own})
         else:
             objects.append(str(module))

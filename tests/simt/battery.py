@@ -18,9 +18,8 @@ from torch import Tensor
 import mru_kernels as mk
 import simt
 from bench import compare, errors, inputs
+from mru_kernels import ops
 from mru_kernels.backends import CHUNK
-from mru_kernels.cells.bmru import CELL as BMRU
-from mru_kernels.cells.linear_recurrence import CELL as LINEAR
 from simt import backend
 from tests import test_cuts
 
@@ -73,11 +72,36 @@ def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
     return cases
 
 
+def per_channel_options(cell: str) -> dict[str, object]:
+    """Options of a case in which everything that may come per channel does, and alpha is given."""
+    factors = inputs.CELLS[cell].factors
+    options: dict[str, object] = {name: "channel" for name, values in factors.items() if "channel" in values}
+    return options | {name: True for name in factors if name == "alpha"}
+
+
 def check_numbers(dtype: torch.dtype) -> None:
     compare_cases(small_cases(dtype))
 
 
-def check_many_jobs(dtype: torch.dtype) -> None:
+def check_maps(dtype: torch.dtype) -> None:
+    """The map of each sequence gives the final state of any initial state; in segments as a whole."""
+    for cell, packed, reverse in product(cells_of(dtype), (False, True), (False, True)):
+        batch = "packed" if packed else 2
+        case = inputs.case(cell, dtype, time=4 * CHUNK + 5, batch=batch, channels=20, initial_state="real",
+                           reverse=reverse, **per_channel_options(cell))  # fmt: skip
+        call = case.build()
+        state = call.tensors["initial_state"].to(errors.state_dtype(dtype))
+        arrays = {name: t for name, t in call.tensors.items() if name != "initial_state"}
+        _, final = getattr(mk, cell)(**arrays, **call.settings, initial_state=state, backend="simt")
+        for steps in (0, CHUNK):
+            with segments(steps), ops.as_maps():
+                factor, offset = getattr(mk, cell)(**arrays, **call.settings, backend="simt")
+            terms = errors.wide(factor * state), errors.wide(offset)
+            error = errors.relative_error(final, sum(terms), sum(t.abs() for t in terms))
+            require(error <= errors.LIMITS[torch.float32], f"map of {case.label()}, segments of {steps}: {error}")
+
+
+def check_many_segments(dtype: torch.dtype) -> None:
     """More segments than `carry` has parts, and than it takes in a turn; more sequences than rows of sums."""
     parameters = {"threshold": "channel", "alpha": True, "epsilon": 0.5, "initial_state": "real"}
     for reverse in (False, True):
@@ -107,7 +131,7 @@ def scan_once(call: inputs.Call) -> dict[str, Tensor]:
 
 
 def check_held(dtype: torch.dtype) -> None:
-    """Where a write forgets and few steps write, gradients pass the ends of many jobs, and of sequences none."""
+    """Where writes reset and few steps write, gradients pass the ends of many segments, and of sequences none."""
     batch, time, channels = 2, 6 * CHUNK + 3, 20
     for offsets in (None, [0, 0, 40, 41, 3 * CHUNK, time]):
         rows, n = (batch, batch) if offsets is None else (1, len(offsets) - 1)
@@ -190,20 +214,20 @@ def results(call: inputs.Call, steps: int, backend: str = "simt") -> dict[str, T
 
 def check_any_order(dtype: torch.dtype) -> None:
     """The order in which threads and blocks run changes no bit."""
-    case = inputs.case("bmru", dtype, time=5 * CHUNK + 3, channels=20, epsilon=0.5, threshold="channel", alpha=True)
-    call = case.build()
-    for steps in (0, CHUNK):
+    for cell, steps in product(cells_of(dtype), (0, CHUNK)):
+        options = per_channel_options(cell) | ({"epsilon": 0.5} if "epsilon" in inputs.CELLS[cell].factors else {})
+        call = inputs.case(cell, dtype, time=5 * CHUNK + 3, channels=20, **options).build()
         runs = []
         for seed, resident in WAVES:
             simt.control().configure(seed=seed, resident=resident)
             runs.append(results(call, steps))
         for name, first in runs[0].items():
             for other in runs[1:]:
-                require(torch.equal(first, other[name]), f"{name} depends on the order, segments of {steps}")
+                require(torch.equal(first, other[name]), f"{name} of {cell} depends on the order, segments of {steps}")
 
 
 def check_copies(dtype: torch.dtype) -> None:
-    """Where a write forgets, values are copied, and NaN is what it was: ties, zeros of both signs, infinities, NaN."""
+    """Where writes reset, values are copied, and NaN stays: ties, zeros of both signs, infinities, NaN."""
     values = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, torch.inf, -torch.inf], dtype=dtype)
     shape = (2, 4 * CHUNK, 16)
     candidate, threshold = values[torch.randint(len(values), (2, *shape))].unbind()
@@ -248,67 +272,114 @@ def measure(op: Callable, *arguments) -> tuple[Sequence[Tensor], dict[str, list[
     return op(*arguments), simt.control().traffic()
 
 
-def check_traffic(dtype: torch.dtype) -> None:
-    """Bytes of streams and events equal the budget; what else is moved is a few states a job."""
-    e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
-    batch, time, epsilon = 2, 4 * CHUNK, torch.zeros((), dtype=torch.float64)
-    forms = [(LINEAR, 2, 0.0)]
-    if not dtype.is_complex:
-        forms += [(BMRU, n_inputs, threshold) for n_inputs in (2, 3) for threshold in (0.0, torch.inf)]
-    for channels, (cell, n_inputs, second), per_channel, reverse, steps in product(
-        (16, 3), forms, (False, True), (False, True), (0, CHUNK)
-    ):
-        shape = (batch, time, channels)
-        streams = [torch.randn(shape).to(dtype) for _ in range(n_inputs - per_channel)]
-        channel = [torch.full((channels,), second, dtype=errors.state_dtype(dtype))] if per_channel else []
-        if not per_channel:
-            streams[1].fill_(second)
-        alpha = None if dtype.is_complex else torch.randn(channels)
-        call = (streams, channel, alpha, None, None, epsilon, 1.0, reverse, 0, CHUNK, steps)
-        n = batch * time * channels
-        jobs = batch * time // (steps or time)
-        chunked, events_fit = steps > 0, n_inputs == cell.event_inputs
-        packs = chunked and events_fit
-        (h, final_state, checkpoints, events), moved = measure(cell.forward["simt"], *call, True)
-        states = checkpoints.nbytes + final_state.nbytes
-        form = f"{cell.name} of {n_inputs}, {second=} {channels=} {per_channel=} {reverse=} {steps=}"
-        where = f"{form} {moved}"
-        rereads = 2 if chunked and not events_fit else 1
-        require(moved["stream"] == [rereads * len(streams) * n * e, n * e], f"forward, streams: {where}")
-        require(moved["events"] == [n // 4 * packs] * 2, f"forward, events: {where}")
-        # factor, offset and entry written; alpha and threshold for each kernel; factor and offset twice, entry.
-        carries = jobs * channels * s
-        # What is checked also: `exit`, a flag and, where a write does not forget, a magnitude each; all read, `entry`
-        # twice, and the flag by each thread of the wide form.
-        late = carries // (2 if dtype.is_complex else 1) * (cell is LINEAR) * chunked
-        flags = 4 * (256 * batch + 1) * chunked
-        checked = chunked and cell is LINEAR
-        written = states + 3 * carries * chunked + (carries + late + 4) * checked
-        require(moved["state"][1] == written, f"forward, states written: {where}")
-        # Each group of a tile's steps reads alpha and what comes per channel once more.
-        block = -(-channels // 64) * 64
-        groups = GROUPS * jobs * block * s * ((alpha is not None) + per_channel)
-        bound = (9 if chunked else 2) * carries + groups + (5 * carries + late + flags) * checked
-        require(moved["state"][0] <= bound, f"forward, states read: {where}, at most {bound}")
+class Op:
+    """The private ops of a cell with some of its inputs: a call below the public functions."""
 
-        _, moved = measure(cell.backward["simt"], h, final_state, *call, checkpoints, events)
-        where = f"{form} {moved}"
-        again = n if chunked else 0  # steps whose map is made first
-        if chunked and cell is BMRU and second == 0:  # all write: of each job the first that are loaded together
-            again = jobs * channels * (4 if channels == 16 and e == 2 and not events_fit else 8)
-        reads = (len(streams) + 1) * n + (1 + len(streams) * (not events_fit)) * again
-        require(moved["stream"] == [reads * e, len(streams) * n * e], f"backward, streams: {where}")
-        words = 2 * jobs if again < n else time * batch // 16  # and the word after it
-        require(moved["events"] == [4 * words * channels * packs, 0], f"backward, events: {where}")
-        totals = (alpha is not None) + per_channel
-        sums = (1 + per_channel) * carries * (totals > 0) + totals * channels * s
-        states = final_state.nbytes + sums
-        written = states + (4 * carries + late + 4) * chunked
-        require(moved["state"][1] == written, f"backward, states written: {where}")
-        flags += 4 * 1024 * totals * chunked  # and by each thread that adds up sums
-        bound = checkpoints.nbytes + (16 if chunked else 3) * carries + late + flags + sums + groups
-        require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
-        require(moved["index"] == [0, 0], where)
+    def __init__(self, cell: ops.Cell, arrays: dict[str, Tensor], reverse: bool = False, steps: int = 0,
+                 cu_seqlens: Tensor | None = None) -> None:  # fmt: skip
+        self.cell = cell
+        least = {scalar.name: torch.tensor(scalar.least, dtype=torch.float64) for scalar in cell.scheduled}
+        self.given = cell.mask(*arrays, *least)
+        values = [(arrays | least)[name] for name in cell.names if name in arrays | least]
+        numbers = [1.0 for _ in cell.numbers]
+        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, reverse, CHUNK, steps)
+
+    def forward(self) -> list[Tensor]:
+        return self.cell.forward["simt"](*self.arguments, True)
+
+    def backward(self, results: list[Tensor]) -> list[Tensor]:
+        h, final_state, *saved = results
+        return self.cell.backward["simt"](h, final_state, *self.arguments, *saved)
+
+
+#: Values with which every step of a cell writes, or none does.
+WRITES: dict[str, dict[str, dict[str, float]]] = {
+    "bmru": {"always": {"threshold": 0.0}, "never": {"threshold": torch.inf}},
+    "schmitt": {"always": {"low": 0.0, "high": 0.0}, "never": {"low": -torch.inf, "high": torch.inf}},
+}
+
+
+def forms(cell: ops.Cell) -> list[dict[str, str]]:
+    """Each choice of a cell's optional inputs, and of how those come that may come as either: kinds by name."""
+    choices = [[None, i.kind] if i.optional else ["stream", "channel"] if i.kind == "either" else [i.kind]
+               for i in cell.inputs]  # fmt: skip
+    names = [i.name for i in cell.inputs]
+    return [{name: kind for name, kind in zip(names, row, strict=True) if kind} for row in product(*choices)]
+
+
+def check_traffic(dtype: torch.dtype) -> None:
+    """Bytes of streams and codes equal the budget; what else is moved is a few states a segment."""
+    batch, time = 2, 4 * CHUNK
+    for name in cells_of(dtype):
+        for form, channels, reverse, steps in product(forms(ops.CELLS[name]), (16, 3), (False, True), (0, CHUNK)):
+            for when, values in WRITES.get(name, {"": {}}).items():
+                arrays = {}
+                for argument, kind in form.items():
+                    if kind == "channel":
+                        arrays[argument] = torch.randn(channels).to(errors.state_dtype(dtype))
+                    else:
+                        arrays[argument] = torch.randn(batch, time, channels).to(dtype)
+                    if argument in values:
+                        arrays[argument].fill_(values[argument])
+                _check_traffic(Op(ops.CELLS[name], arrays, reverse, steps), arrays, when)
+
+
+def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
+    stream = next(iter(arrays.values()))
+    batch, time, channels = stream.shape
+    dtype, steps = stream.dtype, op.arguments[-1]
+    e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
+    streams = sum(t.dim() == 3 for t in arrays.values())
+    per_channel = len(arrays) - streams
+    traits = simt.control().cells()[op.cell.name]
+    resets, sees_state = traits["resets"], traits["adjoint_sees_state"]
+    n = stream.numel()
+    cut, has_codes = steps > 0, op.cell.has_codes(op.given)
+    segments = batch * time // (steps or time)
+    packs = cut and has_codes
+
+    results, moved = measure(op.forward)
+    _, final_state, checkpoints, _ = results
+    states = checkpoints.nbytes + final_state.nbytes
+    form = f"{op.cell.name} of {', '.join(arrays)}, {when=} {channels=} {per_channel=} {op.arguments[-3]=} {steps=}"
+    where = f"{form} {moved}"
+    rereads = 2 if cut and not has_codes else 1
+    require(moved["stream"] == [rereads * streams * n * e, n * e], f"forward, streams: {where}")
+    require(moved["codes"] == [n // 4 * packs] * 2, f"forward, codes: {where}")
+    # factor, offset and entry written; inputs per channel for each kernel; factor and offset twice, entry.
+    carries = segments * channels * s
+    # Where `check` follows: `exit`, a flag and, unless writes reset, a magnitude each. All are read, `entry` twice, and
+    # the flag by each thread of the uncut form.
+    late = carries // (2 if dtype.is_complex else 1) * (not resets) * cut
+    flags = 4 * (256 * batch + 1) * cut
+    checked = cut and not resets
+    written = states + 3 * carries * cut + (carries + late + 4) * checked
+    require(moved["state"][1] == written, f"forward, states written: {where}, not {written}")
+    # Each group of a tile's steps reads what comes per channel once more.
+    block = -(-channels // 64) * 64
+    groups = GROUPS * segments * block * s * per_channel
+    bound = (9 if cut else 2) * carries + groups + (5 * carries + late + flags) * checked
+    require(moved["state"][0] <= bound, f"forward, states read: {where}, at most {bound}")
+
+    _, moved = measure(op.backward, results)
+    where = f"{form} {moved}"
+    again = n if cut else 0  # steps whose map is made first
+    if cut and when == "always":  # of each segment the first steps that are loaded together
+        again = segments * channels * (4 if channels == 16 and e == 2 and not has_codes else 8)
+    passes = 2 if cut and sees_state else 1  # of `backward`; then the maps are made from the inputs alone
+    reads = passes * (streams + 1) * n + (streams * (not has_codes) + (not sees_state)) * again
+    require(moved["stream"] == [reads * e, passes * streams * n * e], f"backward, streams: {where}, not {reads * e}")
+    words = 2 * segments if again < n else time * batch // 16  # and the word after it
+    require(moved["codes"] == [4 * words * channels * packs, 0], f"backward, codes: {where}")
+    sums = per_channel * carries * passes + per_channel * channels * s
+    states = passes * final_state.nbytes + sums
+    late = 0 if sees_state else late
+    written = states + (4 * carries + late + 4 + (passes - 1) * carries) * cut
+    require(moved["state"][1] == written, f"backward, states written: {where}, not {written}")
+    flags += 4 * 1024 * per_channel * cut  # and by each thread that adds up sums
+    bound = passes * (checkpoints.nbytes + groups) + (16 if cut else 3) * passes * carries + late + flags + sums
+    require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
+    require(moved["index"] == [0, 0], where)
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -333,13 +404,8 @@ def check_far_strides(dtype: torch.dtype) -> None:
 
 def check_misaligned(dtype: torch.dtype) -> None:
     """Channels that 16 bytes divide, in rows or tensors that do not begin on 16 bytes."""
-    for cell, options, settings in (
-        ("bmru", {"alpha": True, "threshold": "channel"}, {"epsilon": 0.5}),
-        ("linear_recurrence", {"decay": "channel"}, {}),
-    ):
-        if cell in cells_of(dtype):
-            call = inputs.case(cell, dtype, time=70, channels=16, **options).build()
-            _check_misaligned(inputs.call(cell, call.tensors, settings))
+    for cell in cells_of(dtype):
+        _check_misaligned(inputs.case(cell, dtype, time=70, channels=16, **per_channel_options(cell)).build())
 
 
 def _check_misaligned(aligned: inputs.Call) -> None:
@@ -360,14 +426,15 @@ def _check_misaligned(aligned: inputs.Call) -> None:
 
 def check_offsets_are_clamped(dtype: torch.dtype) -> None:
     """Values of cu_seqlens are device data: wrong ones may give anything but an access out of bounds."""
-    time, epsilon = 3 * CHUNK + 1, torch.zeros((), dtype=torch.float64)
-    c = torch.randn(1, time, 5).to(dtype)
-    for offsets in ([0, 2**40, time], [-7, 60, 9999], [100, 50, 3], [time, time, 0], [9, 9, 9]):
-        cu_seqlens = torch.tensor(offsets)
-        for reverse, steps in product((False, True), (0, CHUNK)):
-            call = ([c, c], [], None, None, cu_seqlens, epsilon, 1.0, reverse, 0, CHUNK, steps)
-            h, final_state, checkpoints, events = BMRU.forward["simt"](*call, True)
-            BMRU.backward["simt"](h, final_state, *call, checkpoints, events)
+    time = 3 * CHUNK + 1
+    for name in cells_of(dtype):
+        cell = ops.CELLS[name]
+        arrays = {i.name: torch.randn(5) if i.kind == "channel" else torch.randn(1, time, 5) for i in cell.inputs}
+        arrays = {n: t.to(dtype if t.dim() == 3 else errors.state_dtype(dtype)) for n, t in arrays.items()}
+        for offsets in ([0, 2**40, time], [-7, 60, 9999], [100, 50, 3], [time, time, 0], [9, 9, 9]):
+            for reverse, steps in product((False, True), (0, CHUNK)):
+                op = Op(cell, arrays, reverse, steps, torch.tensor(offsets))
+                op.backward(op.forward())
 
 
 CHECKS = (
@@ -379,10 +446,11 @@ CHECKS = (
     check_far_strides,
     check_misaligned,
     check_offsets_are_clamped,
-    check_many_jobs,
+    check_many_segments,
     check_sums,
     check_slopes,
     check_little_shared_memory,
+    check_maps,
     check_numbers,
 )
 

@@ -14,7 +14,7 @@ from . import FOLDER, ROOT, build
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: in `file`, from csrc/cuda on, the text `old`, which stands there once, becomes `new`."""
+    """A fault: in `file`, relative to csrc/cuda, the text `old`, which occurs once, becomes `new`."""
 
     name: str
     file: str
@@ -40,85 +40,108 @@ class Mutant:
                 target.write_text(text)
 
 
-_BARRIER = "  __syncthreads();\n"
-_AFTER_CARRY = "    offsets[own] = u;\n"
-_AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own], apply<S>);\n"
+_BARRIER = "    __syncthreads();\n"
+_AFTER_RUNS = "    offsets[own] = of_run.b;\n"
+_AFTER_PARTS = "kCarryLanes, of_part, part_offsets[own]);\n"
 _AFTER_REDUCE = "  partial[threadIdx.y * kLanes + threadIdx.x] = sum.total();\n"
-_AFTER_MAPS = "      room.own(0) = a, room.own(1) = u;\n"
+_AFTER_MAPS = "    reduce<kResets>(part, cell, copies);\n"
+_AFTER_ADJOINT_MAPS = "    else reduce();\n"
 _WAIT = "      wait_for_copies<1>();\n"
-_EXPAND = "  if constexpr (F::Cell::kEvents) run.over_channels<F>(expand<F>, run.plan.jobs, kJobThreads);\n"
-_CARRY = "  run.carry_over(1);\n"
-_SUMMARIZE = "  run.over_channels<F>(summarize<F>, run.plan.jobs, kJobThreads, ahead);\n"
+_EXPAND = "  if constexpr (F::Cell::kCodes) over_segments(expand<F>);\n"
+_CARRY = "  carry_over(1);\n"
+_SUMMARIZE = "  summarize_segments(Heads::kBegin);\n"
 
-_KERNELS = (
-    ("dropped barrier in carry", _AFTER_CARRY + "  " + _BARRIER, _AFTER_CARRY),
-    ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER, _AFTER_REDUCE),
-    # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
-    ("exchange off by one", "kCarryLanes, parts, left, apply<S>);", "kCarryLanes, parts - 1, left, apply<S>);"),
-    ("dropped barrier after the parts", _AFTER_PARTS + "  " + _BARRIER, _AFTER_PARTS),
-    ("turns of carry apart", "left = walk(part_factors", "walk(part_factors"),
-    ("tile ahead not waited for", "    wait_for_copies<1>();\n    Tile", "    Tile"),
-    ("word ahead is the last one", "if (begin_ <= next && next < end_) ahead_ =", "if (next < begin_) ahead_ ="),
-    ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
-    ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
-    ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
-    ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
-    ("rows of sums added plainly", "sum.add(load<Traffic::kState, 1>(", "sum.sum += (load<Traffic::kState, 1>("),
-    ("carry across sequences", "(a == S(0) && s == s) || a != a;", "a == S(0) && s == s;"),
-    ("event shifted", "words.at[w] |= codes << before;", "words.at[w] |= codes << before / 2;"),
-    ("adjoint carried from the left", "(direction > 0 ? begin : segments - 1 - begin)", "begin"),
-    ("adjoint past a write", "held ? m.at[w] + right_m.at[w] : m.at[w];", "m.at[w] + right_m.at[w];"),
-    ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
-    ("end of a sequence passed over", "if (holds && span.last) append", "if (false) append"),
-    ("check never fires", "store<Traffic::kState>(work.again, Vector<int, 1>{{1}});", ";"),
-    ("last boundary not checked", "next < 0 || next >= plan.segments)", "next < 0 || next >= plan.segments - 1)"),
-    (
-        "last boundary of the adjoint not checked",
-        "next < 0 || next >= plan.segments)",
-        "next <= 0 || next >= plan.segments)",
+#: By file: name, old text, new text.
+_FAULTS = {
+    "spans.cuh": (("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),),
+    "streams.cuh": (
+        ("tile ahead not waited for", "    wait_for_copies<1>();\n    Tile", "    Tile"),
+        ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
+        ("missing tail mask", "if (position % U == 0 && position + U <= end) each", "if (position % U == 0) each"),
+        ("wrong reverse offset", "(scan.reverse ? scan.time - 1 : 0) *", "(scan.reverse ? scan.time : 0) *"),
+        ("32-bit offset", "return data + (first + position * step);", "return data + int(first + position * step);"),
     ),
-    ("sums of both scans", "!= 0) rows = whole_rows;", "!= 0) rows += 0;"),
-    ("small by chance scanned again", "late = work.forgets ? 0 : load", "late = 0 * load"),
-    ("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),
-)
-_TILES = (
-    ("dropped barrier in a tile", _AFTER_MAPS + "    " + _BARRIER, _AFTER_MAPS),
-    ("copies not waited for", _WAIT + "      with_part", "      with_part"),
-    ("wrong chunk boundary", "position > span.begin ? position : span.begin", "span.begin"),
-    ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
-    ("missing head mask", "(low <= t && t < high)", "t < high"),
-    ("walk from the wrong end", "+ (groups - 1) * room.channels;", ";"),
-    ("NaN in a tile overlooked", "copies = !Writes<F>::has_nan(squared);", "copies = true;"),
-    ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
-    ("terms of a thread added plainly", "if (summed == kSummed) add_up<F>(room, sums), summed = 0;", ";"),
-    ("maps applied beyond the range", "is_nan(finite) && !is_nan(carried) ? scan(carried) : left;", "left;"),
-    ("rows of sums left out", "job < plan.jobs; job += plan.sum_rows", "job < plan.sum_rows; job += plan.sum_rows"),
-)
-_PAIRS = (
-    ("sign of a zero", "plus_zero = fused(x, splat(1).bits, 0);", "plus_zero = x.bits;"),
-    ("borrow between halves", "(a.bits | kSigns) - b.bits", "a.bits - b.bits"),
-)
-_CELLS = (("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),)
-_LAUNCHES = (
-    ("carry used before it is written", _CARRY + _EXPAND, _EXPAND.rstrip("\n").rstrip(";") + ", run.carry_over(1);\n"),
-    ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
-)
-_PLAN = (
-    ("misaligned pointers", "all = all && reinterpret_cast<uintptr_t>(p) % 16 == 0;", ""),
-    ("misaligned rows", "s.batch % width == 0 && s.time % width == 0", "true"),
-)
-MUTANTS = tuple(
-    Mutant(name, file, old, new)
-    for file, faults in {
-        "kernels.cuh": _KERNELS,
-        "tiles.cuh": _TILES,
-        "pairs.cuh": _PAIRS,
-        "scan.cu": _LAUNCHES,
-        "plan.h": _PLAN,
-        "../cells/bmru.h": _CELLS,
-    }.items()
-    for name, old, new in faults
-)
+    "codes.cuh": (
+        ("word ahead is the last one", "if (begin_ <= next && next < end_) ahead_ =", "if (next < begin_) ahead_ ="),
+        ("code shifted", "words_.at[w] |= codes << before;", "words_.at[w] |= codes << before / 2;"),
+    ),
+    "segments.cuh": (
+        ("end of a sequence passed over", "if (holds && span.last)", "if (false)"),
+        ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
+        ("map of a head", "call.heads == Heads::kBegin ? span.first", "call.heads != Heads::kEnd ? span.first"),
+    ),
+    "carry.cuh": (
+        ("dropped barrier in carry", _AFTER_RUNS + _BARRIER, _AFTER_RUNS),
+        ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER[2:], _AFTER_REDUCE),
+        # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
+        ("exchange off by one", "kCarryLanes, parts, left);", "kCarryLanes, parts - 1, left);"),
+        ("dropped barrier after the parts", _AFTER_PARTS + _BARRIER, _AFTER_PARTS),
+        ("turns of carry apart", "left = walk(part_factors", "walk(part_factors"),
+        ("rows of sums added plainly", "sum.add(load<Traffic::kState, 1>(", "sum.sum += (load<Traffic::kState, 1>("),
+        ("adjoint carried from the left", "(direction > 0 ? begin : row_segments - 1 - begin)", "begin"),
+        ("check never fires", "store<Traffic::kState>(work.again, Vector<int, 1>{{1}});", ";"),
+        (
+            "last boundary not checked",
+            "next < 0 || next >= plan.row_segments)",
+            "next < 0 || next >= plan.row_segments - 1)",
+        ),
+        (
+            "last boundary of the adjoint not checked",
+            "next < 0 || next >= plan.row_segments)",
+            "next <= 0 || next >= plan.row_segments)",
+        ),
+        ("sums of both scans", "!= 0) rows = uncut_rows;", "!= 0) rows += 0;"),
+        ("small by chance scanned again", "late = work.late ? load", "late = false ? load"),
+        ("a segment left out of a map", "i < row_segments; ++i", "i < row_segments - 1; ++i"),
+    ),
+    "tiles.cuh": (
+        ("missing head mask", "(low <= t && t < high)", "t < high"),
+        ("maps applied beyond the range", "is_nan(finite) && !is_nan(carried) ? scan(carried) : left;", "left;"),
+    ),
+    "forward.cuh": (
+        ("dropped barrier in a tile", _AFTER_MAPS + _BARRIER, _AFTER_MAPS),
+        ("copies not waited for", _WAIT, ""),
+        ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
+        ("NaN in a tile overlooked", "copies = !Of::has_nan(squared);", "copies = true;"),
+        ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
+    ),
+    "backward.cuh": (
+        ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
+        ("copies of the adjoint not waited for", _WAIT, ""),
+        ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
+        ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
+        ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
+        (
+            "rows of sums left out",
+            "segment < plan.segments; segment += plan.sum_rows",
+            "segment < plan.sum_rows; segment += plan.sum_rows",
+        ),
+    ),
+    "pairs.cuh": (
+        ("sign of a zero", "plus_zero = fused(x, splat(1).bits, 0);", "plus_zero = x.bits;"),
+        ("borrow between halves", "(a.bits | kSigns) - b.bits", "a.bits - b.bits"),
+    ),
+    "scan.cu": (
+        (
+            "carry used before it is written",
+            _CARRY + _EXPAND,
+            _EXPAND.rstrip(";\n") + ", carry_over(1);\n",
+        ),
+        ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
+    ),
+    "plan.h": (
+        ("misaligned pointers", "all = all && reinterpret_cast<uintptr_t>(p) % 16 == 0;", ""),
+        ("misaligned rows", "s.batch % width == 0 && s.time % width == 0", "true"),
+    ),
+    "../maps/affine.h": (
+        ("carry across sequences", "(a == S(0) && s == s) || is_head();", "a == S(0) && s == s;"),
+        ("adjoint past a write", "holds ? b + before.b : b", "b + before.b"),
+    ),
+    "../cells/bmru.h": (
+        ("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),
+    ),
+}
+MUTANTS = tuple(Mutant(name, file, old, new) for file, faults in _FAULTS.items() for name, old, new in faults)
 
 
 def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
@@ -129,7 +152,7 @@ def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
 
 
 def outcome(mutant: Mutant, modules: Mapping[str, Path]) -> subprocess.CompletedProcess[str]:
-    """Build the mutant for its element beside the object of the unchanged module, and run the battery on it."""
+    """Build the mutant for its element, with the object of the unchanged module, and run the battery on it."""
     folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
     mutant.plant(folder / "csrc")
     module = None if mutant.file == "plan.h" else modules[mutant.element]

@@ -1,4 +1,4 @@
-// The host execution itself: each case is one small kernel. Prints what came of the case that argv[1] names.
+// Tests of the host execution itself: each case is one small kernel. Prints the result of the case that argv[1] names.
 #include <cuda_runtime.h>
 
 #include <cmath>

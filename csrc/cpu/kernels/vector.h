@@ -1,6 +1,6 @@
-// Lanes of the CPU kernels: GCC/Clang vector types as wide as the instruction set that this file is compiled for,
-// and loads and stores that convert between a stream's element type and the state type.
-// Included once per instruction set, inside its own namespace (see kernels.cpp): no standard library in here.
+// Vector types of GCC and Clang, as wide as the instruction set that this file is compiled for, and loads and stores that
+// convert between the element type of a stream and the state type. It does not use the standard library, whose inline
+// functions one instruction set could link into another's code (see rows.h).
 #pragma once
 #include <stdint.h>
 
@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../lanes.h"
+#include "../../lanes.h"
 
 namespace mru {
 
@@ -36,17 +36,17 @@ struct VectorOf<Complex<S>, N> {
   using type = Complex<Vector<S, N>>;
 };
 
-// How many lanes of a vector stand for channels: all N of them, or the first `count`, in which case the others are
-// loaded as 0 and not stored.
+// A full or a partial vector of N channels. In a partial one the first `count` lanes are valid; the others are loaded as 0 and
+// not stored.
 template <int N>
-struct Whole {
+struct Full {
   static constexpr int kLanes = N;
-  static constexpr bool kWhole = true;
+  static constexpr bool kFull = true;
 };
 template <int N>
-struct Part {
+struct Partial {
   static constexpr int kLanes = N;
-  static constexpr bool kWhole = false;
+  static constexpr bool kFull = false;
   int count;
 };
 
@@ -57,6 +57,14 @@ struct VectorLanes {
   using V = Vector<S, N>;
   static MRU_INLINE V splat(S a) { return a - V{}; }
   static MRU_INLINE V abs(V x) { return (V)((Int)x & ~kSign); }
+  static MRU_INLINE V tanh(V x) {  // lane by lane, as the C library rounds it
+    V y{};
+    for (int i = 0; i < N; ++i) {
+      if constexpr (sizeof(S) == 4) y[i] = __builtin_tanhf(x[i]);
+      else y[i] = __builtin_tanh(x[i]);
+    }
+    return y;
+  }
   static MRU_INLINE V turned(V v, V x) { return x < V{} ? -v : v; }
   static MRU_INLINE V signed_as(V v, V x) { return x == V{} ? V{} : (V)((Int)v ^ ((Int)x & kSign)); }
 
@@ -72,7 +80,7 @@ struct Lanes<Vector<float, kVectorBytes / 4>> : VectorLanes<float, int32_t, kVec
 template <>
 struct Lanes<Vector<double, kVectorBytes / 8>> : VectorLanes<double, int64_t, kVectorBytes / 8> {};
 
-// The integers from 0 to N - 1, as what a fold expression goes over.
+// The integers from 0 to N - 1 as a parameter pack.
 template <int... i>
 struct Indices {};
 template <int N, int... i>
@@ -117,19 +125,19 @@ MRU_INLINE V load_as(const void* p) {
   return v;
 }
 
-// Vectors of N numbers as they lie in memory.
+// Loads and stores of N numbers without conversion.
 template <class V, int N>
-MRU_INLINE V load_raw(Whole<N>, const void* p) {
+MRU_INLINE V load_raw(Full<N>, const void* p) {
   return load_as<V>(p);
 }
 template <class V, int N>
-MRU_INLINE void store_raw(Whole<N>, void* p, V v) {
+MRU_INLINE void store_raw(Full<N>, void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
 #if defined(__AVX512F__)
 template <class V, int N>
-MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
+MRU_INLINE V load_raw(Partial<N> lanes, const void* p) {
   const unsigned mask = (1u << lanes.count) - 1;
   constexpr int kBytes = sizeof(V), kSize = kBytes / N;
   if constexpr (kBytes == 64 && kSize == 8) return (V)_mm512_maskz_loadu_epi64(mask, p);
@@ -138,7 +146,7 @@ MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
   else if constexpr (kBytes == 32 && kSize == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
 }
 template <class V, int N>
-MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
+MRU_INLINE void store_raw(Partial<N> lanes, void* p, V v) {
   const unsigned mask = (1u << lanes.count) - 1;
   constexpr int kBytes = sizeof(V), kSize = kBytes / N;
   if constexpr (kBytes == 64 && kSize == 8) _mm512_mask_storeu_epi64(p, mask, (__m512i)v);
@@ -148,8 +156,8 @@ MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
   else static_assert(kBytes == 0);
 }
 #else
-// The first `bytes` <= 8 bytes at p, an even number, the others 0. By way of integer registers: a vector that is read
-// from memory just after its parts were written there waits for them.
+// The first `bytes` <= 8 bytes at p, an even number, and zeros. It uses integer registers, as a vector load that follows the
+// stores of its parts waits until they have reached the cache.
 MRU_INLINE uint64_t load_few_bytes(const char* p, int bytes) {
   const auto two = [](const char* at) { return uint64_t(load_as<uint16_t>(at)); };
   const auto four = [](const char* at) { return uint64_t(load_as<uint32_t>(at)); };
@@ -169,7 +177,7 @@ MRU_INLINE __m256i first_bytes(int bytes) {
 }
 #endif
 template <class V, int N>
-MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
+MRU_INLINE V load_raw(Partial<N> lanes, const void* p) {
   const int bytes = lanes.count * int(sizeof(V) / N);
   const char* const from = static_cast<const char*>(p);
 #if defined(__AVX2__)
@@ -184,21 +192,22 @@ MRU_INLINE V load_raw(Part<N> lanes, const void* p) {
   }
 }
 template <class V, int N>
-MRU_INLINE void store_raw(Part<N> lanes, void* p, V v) {
+MRU_INLINE void store_raw(Partial<N> lanes, void* p, V v) {
   constexpr int kSize = sizeof(V) / N;
 #if defined(__AVX2__)
   if constexpr (sizeof(V) == 32)
     return _mm256_maskstore_epi32(static_cast<int*>(p), first_bytes(lanes.count * kSize), (__m256i)v);
 #endif
-  asm("" : "+m"(v));  // GCC 12, seeing that only a part is stored, narrows what made v and ends in an internal error
+  // Opaque: GCC 12 would narrow the computation of v to the stored part, and fails with an internal error.
+  asm("" : "+m"(v));
   copy_few<N, kSize>(static_cast<char*>(p), reinterpret_cast<const char*>(&v), lanes.count);
 }
 #endif
 
-// Conversions on N lanes of raw 16-bit patterns, N = 1 included: `U` holds them widened to 32 bits.
-// Subnormals are converted as IEEE 754 says, whether or not the processor flushes subnormals: those of float16 are normal
-// float32 numbers, and of bfloat16 the bits are copied. Arithmetic on float32 subnormals follows the processor's mode, on
-// every instruction set alike.
+// Conversions between float32 and 16-bit patterns in N lanes. `U`: the patterns, widened to 32 bits.
+// Subnormals are converted as IEEE 754 says, even if the processor flushes subnormals to zero: a float16 subnormal is a normal
+// float32 number, and the bits of a bfloat16 are copied. Arithmetic on float32 subnormals follows the processor's mode on
+// every instruction set.
 template <int N, class T>
 struct Half;
 
@@ -228,9 +237,9 @@ struct Half<N, Float16> {
   static MRU_INLINE U narrow(F x) {
     const U u = bit_cast<U>(x);
     const U sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-    // Normal results: rebias the exponent, add half of the last place kept (to even).
+    // Normal results: rebias the exponent and round the last place to even.
     const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Subnormal results: let the float adder round, at the place where a half's last bit lies.
+    // Subnormal results: adding 0.5 rounds at the place of a half's last bit.
     const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
     U half = magnitude < (113u << 23) ? subnormal : normal;
     half = magnitude >= 0x477ff000u ? U{} + 0x7c00u : half;  // 65520 and above round to infinity
@@ -261,14 +270,14 @@ MRU_INLINE Vector<uint16_t, N> narrow_bits(Vector<uint32_t, N> u) {
 #endif
 }
 
-// The even elements, or the odd ones, of two vectors side by side.
+// Elements kFirst, kFirst + 2, ... of a and b, concatenated.
 template <int kFirst, int N, class V>
 MRU_INLINE V every_other(V a, V b) {
   return [&]<int... i>(Indices<i...>) {
     return __builtin_shufflevector(a, b, (2 * i + kFirst)...);
   }(typename Count<N>::type{});
 }
-// Elements of two vectors in turn, from the kFirst-th of each on.
+// Elements of a and b in turn, from element kFirst of each.
 template <int kFirst, int N, class V>
 MRU_INLINE V in_turn(V a, V b) {
   return [&]<int... i>(Indices<i...>) {
@@ -276,18 +285,18 @@ MRU_INLINE V in_turn(V a, V b) {
   }(typename Count<N>::type{});
 }
 
-// The lower half of the real numbers that N complex ones are, or the upper half.
+// The lanes of half kHalf (0 or 1) of the 2 N real numbers that N complex numbers are.
 template <int kHalf, int N>
-MRU_INLINE Whole<N> half(Whole<N> lanes) {
+MRU_INLINE Full<N> half(Full<N> lanes) {
   return lanes;
 }
 template <int kHalf, int N>
-MRU_INLINE Part<N> half(Part<N> lanes) {
+MRU_INLINE Partial<N> half(Partial<N> lanes) {
   const int reals = 2 * lanes.count - kHalf * N;
   return {reals < 0 ? 0 : reals < N ? reals : N};
 }
 
-// Elements at p, in the lanes that stand for channels, as state values.
+// The elements at p in the valid lanes, converted to the state type.
 template <class L, class T>
 MRU_INLINE auto load(L lanes, const T* p) {
   constexpr int N = L::kLanes;
@@ -309,6 +318,7 @@ MRU_INLINE auto load(L lanes, const T* p) {
   }
 }
 
+// Converts v to the element type and stores its valid lanes at p.
 template <class L, class T>
 MRU_INLINE void store(L lanes, T* p, Vector<typename StateOf<T>::type, L::kLanes> v) {
   constexpr int N = L::kLanes;

@@ -1,7 +1,7 @@
-"""Residual networks of recurrent units: bistable ones for memory that lasts beside linear ones for transients.
+"""Residual networks of recurrent units, for instance bistable units for long memory with linear units for transients.
 
-`MRUBlock` is a recurrent mixer and an MLP, each on a pre-normed residual branch; `MRUNetwork` puts an input map, blocks
-and a head together. Both run over whole sequences, chunk by chunk from state to state, and step by step.
+`MRUBlock` is a recurrent mixer and an MLP, each on a pre-normalised residual branch. `MRUNetwork` is an input map,
+blocks and a head. Both process whole sequences, chunks of sequences, and single steps.
 """
 
 from __future__ import annotations
@@ -14,54 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from . import checks
-from .nn import (
-    BMRU,
-    CMRU,
-    LRU,
-    AlphaCMRU,
-    FirstQuadrantBMRU,
-    MinGRU,
-    MinLSTM,
-    WriteOrHold,
-    check_input_dtype,
-    check_sizes,
-    fx_node,
-)
-
-__all__ = ["UNITS", "MRUBlock", "MRUNetwork"]
+from .. import checks
+from .arguments import check_choice, check_input_dtype, check_sizes, constructor
+from .base import UNITS
+from .wrappers import fx_node
+from .write_or_hold import WriteOrHold
 
 Units = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 State = Sequence[Tensor]
 
-UNITS: dict[str, type[torch.nn.Module]] = {
-    "bmru": BMRU,
-    "cmru": CMRU,
-    "alpha_cmru": AlphaCMRU,
-    "first_quadrant_bmru": FirstQuadrantBMRU,
-    "schmitt": FirstQuadrantBMRU,
-    "min_gru": MinGRU,
-    "min_lstm": MinLSTM,
-    "lru": LRU,
-    "gru": torch.nn.GRU,
-}
-"""Units by name; each is made as `unit(input_size, hidden_size, batch_first=True, **options)`.
 
-"gru", torch's own, is there to compare with: `torch.compile(fullgraph=True)` refuses it.
-"""
-
-
-class _Recurrent(torch.nn.Module):
-    """What block and network share: epsilon, and steps made of `forward`."""
+class _WithUnits(torch.nn.Module):
+    """Base class of block and network: epsilon of all units they contain."""
 
     def _write_or_hold(self) -> list[WriteOrHold]:
         return [m for m in self.modules() if isinstance(m, WriteOrHold)]
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of all bistable and cumulative units, which a schedule may set at any time: see `BMRU`.
+        """Epsilon of all bistable and cumulative units. It may be set at any time; see `EpsilonSchedule`.
 
-        Reading it where units differ is a ValueError; without such units there is no such attribute.
+        Reading it raises ValueError where the units differ. Without such units the attribute does not exist.
         """
         values = {unit.epsilon for unit in self._write_or_hold()}
         if not values:
@@ -79,39 +52,48 @@ class _Recurrent(torch.nn.Module):
             unit.epsilon = value
 
 
-class MRUBlock(_Recurrent):
-    """A recurrent mixer and an MLP, each on a pre-normed residual branch.
+class MRUBlock(_WithUnits):
+    """A recurrent mixer and an MLP, each on a pre-normalised residual branch.
 
-    For `x [B, T, width]`, with RMSNorm (arXiv 1910.07467), gates as in arXiv 2002.05202, and units in parallel::
+    For `x [B, T, width]`, with RMSNorm (arXiv 1910.07467), gates as in arXiv 2002.05202, and all units on one input::
 
-        u = RMSNorm(x)                       v = SiLU(causal depthwise convolution of u); v = u without one
+        u = RMSNorm(x)                       v = SiLU(causal depthwise convolution of u), or u if conv_size is 0
         x = x + W_o (units(v) * SiLU(W_g u))
         x = x + W_2 GLU(W_1 RMSNorm(x))
 
     Args:
-        width: features of input and output.
-        units: what remembers: a name from `UNITS`, several names, or a mapping from names to further arguments of
-            that unit, as `{"bmru": {}, "min_gru": {"max_time_scale": 1000}}`; one layer and direction each.
-        hidden_size: channels of each unit; None: `width`.
-        combine: "sum" of the units' outputs, or "concatenate".
-        conv_size: steps that the convolution sees, this one included; 0: no convolution.
-        mlp_size: channels inside the MLP; None: twice `width`.
+        width: number of features of input and output.
+        units: the recurrent units: a name, a sequence of names, or a mapping from names to further arguments of that
+            unit, such as `{"bmru": {}, "min_gru": {"max_time_scale": 1000}}`. Each has one layer and one direction. The
+            names are "bmru", "cmru", "alpha_cmru", "first_quadrant_bmru" or "schmitt", "min_gru", "min_lstm", "lru",
+            and "gru" for `torch.nn.GRU`.
+        hidden_size: number of channels of each unit; `width` if None.
+        combine: "sum" or "concatenate", how to combine the outputs of the units.
+        conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
+        mlp_size: number of channels inside the MLP; twice `width` if None.
         dropout: probability of dropout at the end of each branch.
-        device, dtype: of the parameters; what the units allow.
+        device, dtype: of the parameters; the units restrict the dtype.
 
     Call:
         `output, state = block(input, state=None)`
 
         input, output: `[B, T, width]`, T >= 1.
-        state: the last `conv_size - 1` inputs of the convolution `[B, width, conv_size - 1]`, if there is one, then
-            the state `[B, hidden_size]` of each unit, as a tuple; given, it is what the sequence goes on from.
-            None: zeros for the convolution, each unit's own initial state.
+        state: a tuple of tensors. With a convolution the first is its last `conv_size - 1` inputs
+            `[B, width, conv_size - 1]`. The others are the states of the units, `[B, hidden_size]` each. A call with
+            the returned state continues the sequences. None stands for zeros and the units' own initial states.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example::
+
+        >>> block = mk.MRUBlock(8, {"bmru": {}, "min_gru": {"max_time_scale": 100}}, conv_size=4)
+        >>> output, state = block(torch.randn(2, 10, 8))
+        >>> output.shape, [tuple(t.shape) for t in state]
+        (torch.Size([2, 10, 8]), [(2, 8, 3), (2, 8), (2, 8)])
     """
 
-    @checks.constructor
+    @constructor
     def __init__(
         self,
         width: int,
@@ -131,7 +113,7 @@ class MRUBlock(_Recurrent):
         mlp_size = 2 * width if mlp_size is None else mlp_size
         check_sizes(hidden_size=hidden_size, mlp_size=mlp_size)
         check_sizes(0, conv_size=conv_size)
-        _one_of("combine", combine, ("sum", "concatenate"))
+        check_choice("combine", combine, ("sum", "concatenate"))
         named = _units(units)
         self.width = width
         self.hidden_size = hidden_size
@@ -153,7 +135,7 @@ class MRUBlock(_Recurrent):
         self.num_states = len(self.units) + (conv_size > 0)
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See the class."""
+        """Run the block; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state)
         _check_shape(input, self.width, "width", 3)
@@ -162,7 +144,7 @@ class MRUBlock(_Recurrent):
         after: list[Tensor] = []
         u = v = self.norm(input)
         if self.conv is not None:
-            if v.dtype in checks.HALF_DTYPES:  # under autocast `cat` refuses the other half precision
+            if v.dtype in checks.HALF_DTYPES:  # `cat` does not mix the two half precisions, also not under autocast
                 v = v.to(checks.autocast_dtype(v.device) or v.dtype)
             time_last = v.transpose(1, 2)
             past = given.pop(0)
@@ -170,9 +152,9 @@ class MRUBlock(_Recurrent):
                 past = time_last.new_zeros((input.shape[0], self.width, self.conv_size - 1))
             elif past.dtype != v.dtype:
                 raise TypeError(f"state: expected dtype {v.dtype} for tensor 0, got {past.dtype}")
-            seen = torch.cat([past, time_last], -1)
-            after.append(seen[..., input.shape[1] :].clone())  # a view would keep all of the call alive
-            v = F.silu(self.conv(seen)).transpose(1, 2)
+            padded = torch.cat([past, time_last], -1)
+            after.append(padded[..., input.shape[1] :].clone())  # a view would keep `padded` in memory
+            v = F.silu(self.conv(padded)).transpose(1, 2)
         outputs = []
         for unit, before in zip(self.units, given, strict=True):
             output, h_n = unit(v, None if before is None else before.unsqueeze(0))
@@ -183,7 +165,7 @@ class MRUBlock(_Recurrent):
         return x + self.dropout(self.mlp_out(F.glu(self.mlp_in(self.mlp_norm(x))))), tuple(after)
 
     def _given(self, state: State | None, input: Tensor) -> list[Tensor | None]:
-        """The parts of `state`, checked; units check the dtypes of theirs."""
+        """The tensors of `state`, with shapes and devices checked; each unit checks the dtype of its own."""
         if state is None:
             return [None] * self.num_states
         _check_state(state, self.num_states)
@@ -200,35 +182,45 @@ class MRUBlock(_Recurrent):
         return list(state)
 
 
-class MRUNetwork(_Recurrent):
+class MRUNetwork(_WithUnits):
     """An input map, residual blocks of recurrent units, and a head.
 
     Args:
-        input_size: features of the input; with `tokens`, how many tokens there are.
-        output_size: features of the output.
-        width: features of the residual stream.
-        num_blocks: how many `MRUBlock`s.
-        units, hidden_size, combine, conv_size, mlp_size, dropout: of every block, see `MRUBlock`.
-        tokens: whether the input is token numbers, which are embedded, or features, which go through a linear map.
-        pool: None for an output at every step; "last" for one after the last step, "mean" for one of the mean over
-            the steps of a call.
-        device, dtype: of the parameters; what the units allow.
+        input_size: number of features of the input; with `tokens`, number of tokens.
+        output_size: number of features of the output.
+        width: number of features of the residual stream.
+        num_blocks: number of `MRUBlock`s.
+        units, hidden_size, combine, conv_size, mlp_size, dropout: arguments of every `MRUBlock`.
+        tokens: whether the input is token numbers, which an embedding maps, or features, which a linear map maps.
+        pool: None for an output at every step, "last" for one output at the last step, "mean" for one output of the
+            mean over all steps of a call.
+        device, dtype: of the parameters; the units restrict the dtype.
 
     Call:
         `output, state = network(input, state=None)`
 
         input: `[B, T, input_size]`, or int64 `[B, T]` with `tokens`; T >= 1.
         output: `[B, T, output_size]`, or `[B, output_size]` with `pool`.
-        state: the blocks' states one after another, a tuple of tensors with the batch first; given, it is what the
-            sequences go on from. Detach its tensors to cut the gradient.
+        state: a tuple with the states of all blocks in turn; each tensor has the batch first. A call with the returned
+            state continues the sequences. Detach its tensors to cut the gradient.
 
-        `output, state = network.step(input, state=None)` is one step of it.
+        `output, state = network.step(input, state=None)` runs one step.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example::
+
+        >>> network = mk.MRUNetwork(3, 5, width=8, num_blocks=2, units=("bmru", "lru"))
+        >>> output, state = network(torch.randn(2, 10, 3))
+        >>> output.shape, len(state)
+        (torch.Size([2, 10, 5]), 4)
+        >>> output, state = network.step(torch.randn(2, 3), state)
+        >>> output.shape
+        torch.Size([2, 5])
     """
 
-    @checks.constructor
+    @constructor
     def __init__(
         self,
         input_size: int,
@@ -249,7 +241,7 @@ class MRUNetwork(_Recurrent):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, output_size=output_size, width=width, num_blocks=num_blocks)
-        _one_of("pool", pool, (None, "last", "mean"))
+        check_choice("pool", pool, (None, "last", "mean"))
         self.input_size = input_size
         self.tokens = tokens
         self.pool = pool
@@ -270,7 +262,7 @@ class MRUNetwork(_Recurrent):
         self.head = torch.nn.Linear(width, output_size, **where)
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See the class."""
+        """Run the network; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state)
         self._check_shape(input, 2)
@@ -279,7 +271,7 @@ class MRUNetwork(_Recurrent):
             check_input_dtype(input, dtype)
         if state is not None:
             _check_state(state, sum(self._num_states))
-        x = self.input_map(input).to(dtype)  # the residual stream is not autocast's to halve
+        x = self.input_map(input).to(dtype)  # also under autocast the residual stream keeps full precision
         after: tuple[Tensor, ...] = ()
         for block, count in zip(self.blocks, self._num_states, strict=True):
             first = len(after)
@@ -294,7 +286,7 @@ class MRUNetwork(_Recurrent):
 
     @torch.no_grad()
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One step of `forward`, for streaming inference; there is no gradient.
+        """One step of `forward`, for streaming inference, without gradients.
 
         Args:
             input: `[B, input_size]`, or int64 `[B]` with `tokens`.
@@ -325,7 +317,7 @@ class MRUNetwork(_Recurrent):
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:
-    """The dtype of the parameters. `module.weight` would compute it where it is parametrized."""
+    """The dtype of the parameters, without computing `module.weight`, which may be parametrized."""
     return next(module.parameters()).dtype
 
 
@@ -345,13 +337,8 @@ def _check_state(state: State, count: int) -> None:
         raise ValueError(f"state: expected {count} tensors, as a call returns them, got {len(state)}")
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def _units(units: Units) -> list[tuple[str, Mapping[str, Any]]]:
-    """Names and arguments of the units of a block."""
+    """Name and further arguments of each unit of a block."""
     if isinstance(units, str):
         units = (units,)
     if not isinstance(units, (Sequence, Mapping)):
@@ -359,7 +346,7 @@ def _units(units: Units) -> list[tuple[str, Mapping[str, Any]]]:
     if not units:
         raise ValueError("units: expected at least one, got none")
     for name in units:
-        _one_of("units", name, tuple(UNITS))
+        check_choice("units", name, tuple(UNITS))
     named = list(units.items()) if isinstance(units, Mapping) else [(name, {}) for name in units]
     for name, options in named:
         if options.get("bidirectional") or options.get("num_layers", 1) != 1:

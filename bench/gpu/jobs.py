@@ -1,0 +1,183 @@
+"""What `gpu-check` runs in processes of its own: times of backends and peers, and a small set for the sanitizers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+
+import mru_kernels as mk
+
+from .. import compare, inputs, speed, timing, work
+from ..inputs import Call, Case
+from ..peers import PEERS, job
+from ..records import Figure
+from .stages import Shape
+
+CELL = "bmru"  # the cell that is timed
+SELDOM = ", seldom writes"  # after a backend's name: one step in three hundred writes, not one in two
+
+_COPIED = 2**30  # bytes, both read and written, by the copy that bandwidth is measured by
+_PER_SUBJECT = 0.4  # seconds
+_COMPILING = 60  # seconds that a peer may take to compile
+
+Works = dict[tuple[str, str], Callable[[], object]]  # by subject and work
+
+
+class Timing:
+    """Times backends and peers on a device.
+
+    Args:
+        device: where.
+        write: takes "copy", "figure", "call", "left out" or "failed", and what it is, as soon as it is known.
+        copied: bytes that a copy reads, and writes, to measure the bandwidth.
+    """
+
+    def __init__(self, device: torch.device, write: Callable[[str, object], None], copied: int = _COPIED):
+        self.device, self.write = device, write
+        self.bandwidth = self._copy(copied)
+        self._checked: set[str] = set()  # peers
+
+    def _copy(self, copied: int) -> float:
+        source = torch.ones(copied // 4, device=self.device)
+        target = torch.empty_like(source)
+        seconds, spread = timing.measure({"copy": lambda: target.copy_(source)}, self.device, _PER_SUBJECT)["copy"]
+        rate = 2 * copied / seconds / 1e9
+        self.write("copy", {"bytes": 2 * copied, "gb_per_s": rate, "spread": spread})
+        return rate
+
+    def backends(self, names: Sequence[str], shape: Shape) -> None:
+        """Time torch.add, and the backends that meet their limits on a few such inputs."""
+        call = _call(shape, self.device)
+        candidate, threshold = call.tensors.values()
+        out = torch.empty_like(candidate)
+        works: Works = {(work.ADD, work.FORWARD): lambda: torch.add(candidate, threshold, out=out)}
+        seldom = replace(call, tensors={"candidate": candidate * 0.005, "threshold": threshold})
+        for name in names:
+            if speed.meets_limits(_case(shape), name, self.device):
+                works |= _works(name, call, speed.op(call, name))
+                works |= _works(name + SELDOM, seldom, speed.op(seldom, name))
+            else:
+                self.write("failed", f"{name} on {shape}: beyond its limits against the reference, so not timed")
+        self._measure(shape, call, works)
+
+    def calls(self, name: str) -> None:
+        """Time calls of a backend on tiny inputs."""
+        microseconds = speed.overhead(self.device, name) | _in_graph(name, self.device)
+        self.write("call", {"backend": name, "microseconds": microseconds})
+
+    def peer(self, name: str, shape: Shape) -> None:
+        """Time a peer, forward, and forward and backward; checked on the first shape that it is timed on."""
+        call = _call(shape, self.device)
+        if name not in self._checked:
+            speed.check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
+            self._checked.add(name)
+        works = _works(name, call, job(PEERS[name], call))
+        timed = (work.FORWARD, work.BOTH) if PEERS[name].whole else (work.FORWARD,)
+        for key in ((name, what) for what in timed):  # each alone: some have no gradient
+            self._measure(shape, call, {key: works[key]})
+
+    def _measure(self, shape: Shape, call: Call, works: Works) -> None:
+        *sizes, dtype = shape
+        moved = work.floor_bytes(call)
+        for (subject, name), (seconds, spread) in timing.measure(works, self.device, _PER_SUBJECT).items():
+            count = 3 * call.stream.nbytes if subject == work.ADD else moved[name]
+            rate = count / seconds / 1e9
+            figure = Figure(
+                tuple(sizes), dtype, subject, name, seconds * 1e3, spread, gb_per_s=rate,
+                percent_of_copy=100 * rate / self.bandwidth,
+            )  # fmt: skip
+            self.write("figure", figure.to_json())
+
+
+def time_all(
+    timing: Timing, shapes: Sequence[Shape], backends: Sequence[str], deadline: float, peers: Sequence[str]
+) -> None:
+    """Time backends on all shapes, then peers.
+
+    No peer starts when `time.monotonic()` is past the deadline, and none that compiles shortly before it.
+    """
+
+    def attempt(kind: str, what: str, run: Callable[..., None], *arguments: object) -> None:
+        try:
+            run(*arguments)
+        except Exception as error:  # the others are timed
+            timing.write(kind, f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
+
+    for shape in shapes:
+        attempt("failed", f"{shape}", timing.backends, backends, shape)
+    for name in backends:
+        attempt("failed", f"calls of {name}", timing.calls, name)
+    for name in peers:
+        for shape in shapes:
+            reason = PEERS[name].why_not(_case(shape), timing.device)
+            if reason is None and time.monotonic() > deadline - _COMPILING * PEERS[name].slow_at_first:
+                reason = "no time was left"
+            if reason is None:
+                attempt("left out", f"{name} on {shape}", timing.peer, name, shape)  # a peer's failure is not ours
+                torch.compiler.reset()
+            else:
+                timing.write("left out", f"{name} on {shape}: {reason}")
+
+
+def _case(shape: Shape) -> Case:
+    """Such inputs, epsilon 0 and a threshold stream."""
+    batch, steps, channels, dtype = shape
+    return inputs.case(CELL, inputs.DTYPES[dtype], batch=batch, time=steps, channels=channels)
+
+
+def _call(shape: Shape, device: torch.device) -> Call:
+    """Candidate, threshold and gradient, standard normal and drawn on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = (torch.randn(shape[:3], generator=generator, device=device) for _ in range(3))
+    candidate, threshold, grad = (t.to(inputs.DTYPES[shape[3]]) for t in draw)
+    tensors, settings = {"candidate": candidate, "threshold": threshold}, {"epsilon": 0.0, "surrogate_scale": 1.0}
+    return Call(CELL, tensors, settings, grad, torch.zeros_like(grad[:, 0]))
+
+
+def _works(subject: str, call: Call, f: Callable) -> Works:
+    """The passes that are timed of a function of the call's tensors."""
+    found = work.passes(call, f)
+    return {(subject, what): found[what] for what in work.MAIN}
+
+
+def _in_graph(backend: str, device: torch.device, calls: int = 100) -> dict[str, float]:
+    """Microseconds of a small call within a CUDA graph; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    c, b = torch.randn(1, 1, 512, device=device), torch.randn(1, 1, 512, device=device)
+    mk.bmru(c, b, backend=backend)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            mk.bmru(c, b, backend=backend)
+    seconds, _ = timing.measure({"graph": graph.replay}, device, _PER_SUBJECT)["graph"]
+    return {"bmru (1, 1, 512) in a CUDA graph": seconds / calls * 1e6}
+
+
+def run_small_set(backends: Sequence[str], device: torch.device) -> bool:
+    """Compare each backend with the reference on a few small calls of one cell, with time whole and split.
+
+    There are few, as a sanitizer slows each call down.
+    """
+    from mru_kernels.backends import TABLE
+
+    options = (
+        {"channels": 64},
+        {"batch": "packed", "reverse": True, "alpha": True, "threshold": "channel", "epsilon": 0.5},
+        {"amplitude": True, "epsilon": 1.0, "initial_state": "real"},
+    )
+    cases = [
+        inputs.case(CELL, inputs.DTYPES[dtype], time=150, **given) for dtype in ("fp32", "bf16") for given in options
+    ]
+    rows = []
+    for name in backends:
+        for steps in (0, 64):
+            with patch.object(TABLE[name].module, "segment", lambda *sizes, steps=steps: steps):
+                rows += compare.run(cases, name, device)
+    print(compare.table(rows))
+    return bool(rows) and all(row.passed for row in rows)

@@ -1,0 +1,148 @@
+"""Record, page and plot of `gpu-check`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import records, work
+from .processes import Outcome, missing
+from .stages import Check
+
+Record = dict[str, Any]
+
+
+def read_figures(path: Path) -> dict[str, list]:
+    """What `time_all` wrote, by kind; the last line may be cut off."""
+    found: dict[str, list] = {kind: [] for kind in ("copy", "figure", "call", "left out", "failed")}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kind, what = json.loads(line)
+        except ValueError:
+            continue
+        found[kind].append(what)
+    return found
+
+
+def with_ratios(figures: Sequence[Record], backends: Sequence[str]) -> list[Record]:
+    """The figures, those of peers with "slower_than": the ratio of their time to each backend's for the same work."""
+
+    def job(f: Record) -> tuple:
+        return tuple(f["shape"]), f["dtype"], f["work"]
+
+    def ratios(f: Record) -> dict[str, float]:
+        return {g["subject"]: f["ms"] / g["ms"] for g in figures if g["subject"] in backends and job(g) == job(f)}
+
+    return [f if f["subject"] in backends else f | {"slower_than": ratios(f)} for f in figures]
+
+
+def markdown(record: Record) -> str:
+    """The record as a page."""
+    parts = [f"# {record['machine']['device']}", records.facts_of(record["machine"])]
+    for copy in record["copy"]:
+        parts.append(f"Copy of {copy['bytes'] / 2**30:.3g} GiB, read and written: {copy['gb_per_s']:.4g} GB/s.")
+    if record["figures"]:
+        parts += [
+            "Epsilon 0 and a threshold stream. Half of the steps write; with `seldom writes` one in three hundred. "
+            "GB/s and the share of that copy are at the bytes of the floor.",
+            _figures(record["figures"]),
+        ]
+    for call in record["call"]:
+        lines = (f"- {name}: {value:.1f}" for name, value in call["microseconds"].items())
+        parts += [f"Microseconds a call, {call['backend']}:", "\n".join(lines)]
+    if record["left out"]:
+        parts += ["Left out:", "\n".join(f"- {reason}" for reason in record["left out"])]
+    stages = [[s["name"], s["status"], s["reason"], f"{s['seconds']:.0f}"] for s in record["stages"]]
+    parts.append(records.table(["stage", "status", "reason", "seconds"], stages, 3))
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures(figures: Sequence[Record]) -> str:
+    head = ["B, T, D", "dtype", "work", "subject", "slower than", "ms", "spread", "GB/s", "of copy"]
+    lines = []
+    for f in sorted(figures, key=lambda f: (f["shape"], f["dtype"], work.MAIN.index(f["work"]))):
+        ratios = ", ".join(f"{name} {ratio:.3g}x" for name, ratio in f.get("slower_than", {}).items())
+        words = (records.name_of(f["shape"]), f["dtype"], f["work"], f["subject"], ratios)
+        numbers = (f"{f['ms']:.4g}", f"{f['spread']:.0%}", f"{f['gb_per_s']:.4g}", f"{f['percent_of_copy']:.1f} %")
+        lines.append([*words, *numbers])
+    return records.table(head, lines, 5)
+
+
+def summary(record: Record) -> str:
+    """A row a shape, a column a backend and pass: the percent of the copy's rate, at the bytes of the floor."""
+    backends = [call["backend"] for call in record["call"]]
+    columns = [(backend, what) for backend in backends for what in (work.FORWARD, work.BACKWARD)]
+    share = {(*f["shape"], f["dtype"], f["subject"], f["work"]): f["percent_of_copy"] for f in record["figures"]}
+    lines = [
+        [records.name_of(shape[:3]), shape[3], *(f"{share[(*shape, *column)]:.0f} %" for column in columns)]
+        for shape in dict.fromkeys((*f["shape"], f["dtype"]) for f in record["figures"])
+    ]
+    return records.table(["B, T, D", "dtype", *(f"{backend}, {what}" for backend, what in columns)], lines, 2)
+
+
+def plot(record: Record, path: Path) -> None:
+    """Rates over the bytes moved, under the roof that the copy sets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(record["copy"][0]["gb_per_s"], color="black", label="copy")
+    markers = dict(zip(work.MAIN, "ovs", strict=True))
+    subjects = list(dict.fromkeys(f["subject"] for f in record["figures"]))
+    for index, subject in enumerate(subjects):
+        for what, marker in markers.items():
+            chosen = [f for f in record["figures"] if (f["subject"], f["work"]) == (subject, what)]
+            x, y = ([f[name] for f in chosen] for name in ("gb_per_s", "ms"))
+            moved = [rate * ms / 1e3 for rate, ms in zip(x, y, strict=True)]
+            if chosen:
+                axes.plot(moved, x, marker, color=f"C{index % 10}", alpha=0.8, label=f"{subject}, {what}")
+    axes.set(xscale="log", yscale="log", xlabel="GB at the floor", ylabel="GB/s", title=record["machine"]["device"])
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
+    """Write record, page and plot; the paths."""
+    found = read_figures(check.figures)
+    outcomes += [Outcome("times", "failed", reason) for reason in found["failed"]]
+    machine = records.machine(torch.device(check.device))
+    record = {
+        "machine": machine,
+        **{kind: found[kind] for kind in ("copy", "call", "left out")},
+        "figures": with_ratios(found["figure"], check.backends),
+        "stages": [asdict(outcome) for outcome in outcomes],
+    }
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{machine['device']}-torch{torch.__version__}")
+    paths = [results / f"{name}.json", results / f"{name}.md"]
+    records.write_json(paths[0], record)
+    paths[1].write_text(markdown(record))
+    if missing("matplotlib"):
+        print("no plot: matplotlib not installed")
+    elif record["copy"]:
+        paths.append(results / f"{name}.png")
+        plot(record, paths[-1])
+    print(f"\n{markdown(record)}\n" + "\n".join(map(str, paths)))
+    return paths
+
+
+def copy_out(paths: Sequence[Path], logs: Path, folder: Path) -> None:
+    """Copy results to a folder; the comparison's parts as one file, and all logs as one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        shutil.copy(path, folder)
+    found = [json.loads(path.read_text()) for path in sorted(logs.glob("compare-*.json"))]
+    if found:
+        rows = [row for part in found for row in part["rows"]]
+        records.write_json(folder / "compare.json", {**found[0], "rows": rows})
+    parts = (f"=== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(logs.glob("*.log")))
+    (folder / "gpu-check.log").write_text("\n".join(parts))

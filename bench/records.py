@@ -1,0 +1,169 @@
+"""Figures, what they were measured on, tables and files: for every command of the bench."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import allocator
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A time of one subject at one work (a pass, see `bench.work`) on one shape.
+
+    Attributes:
+        shape: (B, T, D).
+        dtype: of the streams.
+        subject: an op, a backend, a module, a peer or torch.add.
+        work: the pass.
+        ms: median.
+        spread: range between the quartiles over the median.
+        gb_per_s: at the bytes of the floor.
+        floor_ratio: time over that of a streaming pass over the same bytes.
+        slower: of a peer: its time over that of the op, or of the module.
+        share: of a module's projections: time over that of the module.
+        peak_mib: peak memory beyond the inputs and the gradient of h.
+        percent_of_copy: gb_per_s in percent of a copy's.
+    """
+
+    shape: Shape
+    dtype: str
+    subject: str
+    work: str
+    ms: float
+    spread: float
+    gb_per_s: float | None = None
+    floor_ratio: float | None = None
+    slower: float | None = None
+    share: float | None = None
+    peak_mib: float | None = None
+    percent_of_copy: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Figure:
+        return cls(**fields | {"shape": tuple(fields["shape"])})
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def write_json(file: Path, record: Any) -> None:
+    """Write a record, and the folders above it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def name_of(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def facts_of(machine: dict[str, Any]) -> str:
+    """What `machine` gives, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
+    """Markdown.
+
+    Args:
+        head: the names of the columns.
+        lines: a text a column.
+        words: how many columns, from the first on, are text; the others are numbers.
+    """
+    rule = "|" + "---|" * words + "---:|" * (len(head) - words)
+    first, *others = ("| " + " | ".join(line) + " |" for line in (head, *lines))
+    return "\n".join((first, rule, *others))
+
+
+def table_without_empty(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
+    """`table` without the columns of numbers in which there is nothing."""
+    kept = [i for i in range(len(head)) if i < words or any(line[i] for line in lines)]
+    return table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], words)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Plain text in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+# ------------------------------------------------------------------------------------------ machines
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What figures are measured on: for a GPU with driver and clocks, as nvidia-smi gives them."""
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+    if device.type == "cpu":
+        from mru_kernels.backends import cpu as backend
+
+        return facts | {"isa": backend.isa(), "allocator": allocator.describe()}
+    if device.type == "cuda":
+        facts |= {package: version_of(package) for package in ("triton", "accelerated-scan", "flash-linear-attention")}
+        facts |= _gpu(device)
+    return facts
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout; None where the bench is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*") or None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    values = output_of("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={index}")
+    facts: dict[str, Any] = dict(zip(names, map(str.strip, values.split(",")), strict=False)) if values else {}
+    facts["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
+    return facts | {"cuda": torch.version.cuda}
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty where there is no such program or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

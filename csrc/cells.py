@@ -1,0 +1,27 @@
+"""Makes cells.h, the list of cells, from the files of csrc/cells. Every build does so before it compiles.
+
+setup.py and tests/simt run this file by its path: it is no part of the package.
+"""
+
+from pathlib import Path
+
+
+def names(csrc: Path) -> list[str]:
+    """The cells: each file of `csrc`/cells is one, named as its ops."""
+    return sorted(path.stem for path in (csrc / "cells").glob("*.h"))
+
+
+def header(csrc: Path) -> str:
+    """The text of cells.h: every cell's header, and MRU_EACH_CELL(X), which is X(name) for each."""
+    cells = names(csrc)
+    each = " ".join(f"X({cell})" for cell in cells)
+    return "\n".join(
+        ["#pragma once", *[f'#include "cells/{cell}.h"' for cell in cells], f"#define MRU_EACH_CELL(X) {each}", ""]
+    )
+
+
+def write_header(csrc: Path, folder: Path) -> None:
+    """Write cells.h to `folder`, unless it is the same already, so that a build makes only what has changed."""
+    path, text = folder / "cells.h", header(csrc)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)

@@ -1,0 +1,123 @@
+// The backward pass, whole or cut.
+#include <cstring>
+#include <memory>
+
+#include "cut_maps.h"
+#include "driver.h"
+
+namespace mru::cpu {
+namespace {
+
+constexpr int64_t kFirstLook = 64;      // as in forward.cpp
+constexpr int64_t kMostKept = 1 << 19;  // bytes of scratch that a thread keeps between calls
+constexpr int64_t kMostGroups = 256;    // of segments that share a row of sums
+
+// The adjoint map of a segment whose writes reset the state, seen from its begin: no further than a channel is unsettled.
+void look_ahead(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
+  Maps far(scan, 1);
+  Segment part = segment;
+  part.end = segment.begin;
+  k.identity(d1 - d0, map);
+  for (int64_t steps = kFirstLook; part.end < segment.end; steps *= 2) {
+    part.begin = part.end;
+    part.end = std::min(segment.end, part.begin + steps);
+    k.summarize_adjoint(scan, part, d0, d1, far.at(0, d0), nullptr);
+    if (!k.look_through(d1 - d0, far.at(0, d0), map)) break;
+  }
+}
+
+// Runs `backward` on every segment. The sums over time of the inputs per channel are rows of groups of segments.
+class BackwardPass {
+ public:
+  BackwardPass(const Scan& scan, const Kernels& k, const Segments& segments)
+      : scan_(scan),
+        k_(k),
+        segments_(segments),
+        per_group_(std::max<int64_t>(1, ceil_div(segments.count(), kMostGroups))),
+        groups_(ceil_div(segments.count(), per_group_)),
+        inputs_(__builtin_popcount(k.channels)),
+        sums_(scan, groups_ * 2 * inputs_) {}
+
+  // m(i, d): the row that is m from the right of segment i, and becomes m to its left. late(i, d): see Kernels::backward.
+  template <class M, class Late>
+  void run(const M& m, const Late& late) {
+    for_blocks(scan_, groups_, [&](int64_t group, int64_t d0, int64_t d1) {
+      thread_local std::vector<char> kept;
+      const int64_t bytes = scratch_rows(scan_.chunk) * (d1 - d0) * state_bytes(scan_);
+      const std::unique_ptr<char[]> own(bytes > kMostKept ? new char[bytes] : nullptr);
+      if (!own && int64_t(kept.size()) < bytes) kept.resize(bytes);
+      char* const scratch = own ? own.get() : kept.data();
+      for (int64_t i = group * per_group_; i < std::min((group + 1) * per_group_, segments_.count()); ++i)
+        k_.backward(scan_, segments_.list[i], d0, d1, m(i, d0), sums_.at(group * 2 * inputs_, d0), scan_.channels,
+                    scratch, late(i, d0));
+    });
+  }
+
+  // Adds the groups up, in order.
+  void finish() {
+    int64_t which = 0;
+    for (int i = 0; i < k_.inputs; ++i) {
+      if ((k_.channels >> i & 1) == 0) continue;
+      void* const total = scan_.grad_channel[i];
+      const void* const sums = sums_.at(which++);
+      if (total)
+        k_.reduce(scan_.channels, groups_, 2 * inputs_ * scan_.channels, inputs_ * scan_.channels, sums, total);
+    }
+  }
+
+ private:
+  const Scan& scan_;
+  const Kernels& k_;
+  const Segments& segments_;
+  const int64_t per_group_, groups_, inputs_;
+  Rows sums_;
+};
+
+// Finds the adjoint map of every segment. If it depends on the states, a backward pass from m = 0 gives its offset; the
+// results of that pass are overwritten later.
+void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segments, CutMaps& cut_maps) {
+  const bool looks = k.resets(scan) && !k.adjoint_sees_state;
+  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+    const MapRow map = cut_maps.maps.at(i, d0);
+    if (looks) look_ahead(scan, k, segments.list[i], d0, d1, map);
+    else k.summarize_adjoint(scan, segments.list[i], d0, d1, map, cut_maps.late.at(i, d0));
+  });
+  if (k.adjoint_sees_state)
+    BackwardPass(scan, k, segments)
+        .run([&](int64_t i, int64_t d) { return cut_maps.maps.b.at(i, d); },
+             [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });
+}
+
+// Returns false, without writing the sums over time, if the call must be scanned whole.
+bool differentiate(const Scan& scan, const Kernels& k) {
+  const Segments segments = cut(scan);
+  const int64_t states_bytes = scan.sequences * row_bytes(scan);
+  if (states_bytes > 0) std::memcpy(scan.grad_initial, scan.grad_final, states_bytes);
+  const auto no_late = [](int64_t, int64_t) -> void* { return nullptr; };
+  BackwardPass pass(scan, k, segments);
+  if (scan.segment > 0) {
+    CutMaps cut_maps(scan, k, segments, -1);
+    summarize_adjoint(scan, k, segments, cut_maps);
+    cut_maps.compose(scan.grad_initial);
+    pass.run([&](int64_t i, int64_t d) { return cut_maps.exit.at(i, d); }, no_late);
+    if (!cut_maps.finish(scan.grad_initial)) return false;
+  } else {
+    const auto m = [&](int64_t i, int64_t d) { return row(scan.grad_initial, scan, segments.list[i].sequence, d); };
+    pass.run(m, no_late);
+  }
+  pass.finish();
+  return true;
+}
+
+}  // namespace
+
+void backward(Scan scan, const Kernels& k) {
+  check_offsets(scan);
+  if (scan.channels == 0) return;
+  const Ones ones(scan, k);
+  if (differentiate(scan, k)) return;
+  scan.segment = 0;
+  differentiate(scan, k);
+}
+
+}  // namespace mru::cpu

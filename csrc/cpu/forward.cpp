@@ -1,0 +1,142 @@
+// Forward passes: whole, cut by composing maps, and cut by looking back for the last write.
+#include <cstring>
+
+#include "cut_maps.h"
+#include "driver.h"
+
+namespace mru::cpu {
+namespace {
+
+constexpr int64_t kLeastSegment = 512;  // steps: the search for the last write should be short compared with a segment
+constexpr int64_t kFirstLook = 64;      // steps of the first search; each further one is twice as long
+
+// Writes the state that enters each sequence to final_state, which the scan updates in place.
+void enter(const Scan& scan, const Kernels& k, const Segments& segments) {
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    char* const state = row(scan.final_state, scan, n);
+    if (scan.initial) std::memcpy(state, static_cast<const char*>(scan.initial) + n * row_bytes(scan), row_bytes(scan));
+    else std::memset(state, 0, row_bytes(scan));
+    if (!segments.is_empty(n)) k.enter(scan, state);
+  }
+}
+
+// The map of a segment whose writes reset the state, seen from its end: no further back than a channel is unsettled.
+void look_back(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
+  Scan reads = scan;
+  reads.events = nullptr;
+  Maps far(scan, 1);
+  Segment part = segment;
+  part.begin = segment.end;
+  k.identity(d1 - d0, map);
+  for (int64_t steps = kFirstLook; part.begin > segment.begin; steps *= 2) {
+    part.end = part.begin;
+    part.begin = std::max(segment.begin, part.end - steps);
+    k.summarize(reads, part, d0, d1, far.at(0, d0), nullptr);
+    if (!k.look_through(d1 - d0, far.at(0, d0), map)) break;
+  }
+}
+
+// One pass over the streams. Each segment starts from the last write before it, which is usually a few steps back. Only a NaN
+// further back is missed: the segments after it are scanned once more.
+void forward_looking_back(Scan scan, const Kernels& k) {
+  const int64_t wanted = ceil_div(scan.batch * scan.time, 2 * int64_t(torch::stable::get_num_threads()));
+  const int64_t least = scan.segment > 0 ? scan.segment : kLeastSegment;
+  scan.segment = ceil_div(std::max(wanted, least), scan.chunk) * scan.chunk;
+  const Segments segments = cut(scan);
+  const int64_t count = segments.count();
+  const auto each = [&](const auto& f) {  // segment that has one before it in its sequence
+    for (int64_t n = 0; n < scan.sequences; ++n)
+      for (int64_t i = segments.first[n] + 1; i < segments.first[n + 1]; ++i) f(i);
+  };
+
+  Maps maps(scan, count);
+  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
+    if (segments.list[i].end < segments.list[i].length) look_back(scan, k, segments.list[i], d0, d1, maps.at(i, d0));
+  });
+  Rows entry(scan, count);
+  for (int64_t n = 0; n < scan.sequences; ++n)
+    if (!segments.is_empty(n))
+      std::memcpy(entry.at(segments.first[n]), row(scan.final_state, scan, n), row_bytes(scan));
+  each([&](int64_t i) {
+    std::memcpy(entry.at(i), entry.at(i - 1), row_bytes(scan));
+    k.apply(scan.channels, /*resets=*/true, maps.at(i - 1), entry.at(i));
+  });
+  Rows exit = entry;
+  const auto scan_segment = scan.events && scan.save ? k.forward_to_codes : k.forward;
+  for_blocks(scan, count,
+             [&](int64_t i, int64_t d0, int64_t d1) { scan_segment(scan, segments.list[i], d0, d1, exit.at(i, d0)); });
+
+  std::vector<int64_t> again;
+  each([&](int64_t i) {
+    if (!k.absorb(scan.channels, exit.at(i - 1), entry.at(i))) return;
+    k.absorb(scan.channels, exit.at(i - 1), exit.at(i));
+    again.push_back(i);
+  });
+  for_blocks(scan, again.size(), [&](int64_t a, int64_t d0, int64_t d1) {
+    k.forward(scan, segments.list[again[a]], d0, d1, entry.at(again[a], d0));
+  });
+  for (int64_t n = 0; n < scan.sequences; ++n)
+    if (!segments.is_empty(n))
+      std::memcpy(row(scan.final_state, scan, n), exit.at(segments.first[n + 1] - 1), row_bytes(scan));
+}
+
+// Two passes: segments as maps, which are composed, then the segments, each from its entry state. Packs the codes. Returns
+// false if the call must be scanned whole.
+bool forward_composing(const Scan& scan, const Kernels& k, const Segments& segments) {
+  CutMaps cut_maps(scan, k, segments, 1);
+  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+    k.summarize(scan, segments.list[i], d0, d1, cut_maps.maps.at(i, d0), cut_maps.late.at(i, d0));
+  });
+  cut_maps.compose(scan.final_state);
+  const auto scan_segment = scan.events ? k.forward_from_codes : k.forward;
+  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+    scan_segment(scan, segments.list[i], d0, d1, cut_maps.exit.at(i, d0));
+  });
+  return cut_maps.finish(scan.final_state);
+}
+
+}  // namespace
+
+void forward(Scan scan, const Kernels& k) {
+  check_offsets(scan);
+  if (scan.sequences == 0 || scan.channels == 0) return;
+  if (scan.offsets) {  // there are rows between the sequences
+    const int64_t rows = scan.batch * scan.channels;
+    if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));
+    if (scan.events) std::memset(scan.events, 0, scan.event_rows * rows * sizeof(int32_t));
+  }
+  const Ones ones(scan, k);
+  Segments segments = cut(scan);
+  enter(scan, k, segments);
+  const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
+  if (k.resets(scan) && (scan.segment > 0 || (few && !is_serial(scan)))) return forward_looking_back(scan, k);
+  if (scan.segment > 0) {
+    if (forward_composing(scan, k, segments)) return;
+    scan.segment = 0;
+    segments = cut(scan);
+    enter(scan, k, segments);
+  }
+  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+    const Segment& segment = segments.list[i];  // a whole sequence
+    k.forward(scan, segment, d0, d1, row(scan.final_state, scan, segment.sequence, d0));
+  });
+}
+
+void map(Scan scan, const Kernels& k, MapRow result) {
+  check_offsets(scan);
+  if (scan.sequences == 0 || scan.channels == 0) return;
+  const Ones ones(scan, k);
+  const Segments segments = cut(scan);
+  Maps maps(scan, segments.count());
+  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+    k.summarize(scan, segments.list[i], d0, d1, maps.at(i, d0), nullptr);
+  });
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    const MapRow total{row(result.a, scan, n), row(result.b, scan, n)};
+    k.identity(scan.channels, total);
+    for (int64_t i = segments.first[n]; i < segments.first[n + 1]; ++i) k.then(scan.channels, total, maps.at(i));
+    if (!segments.is_empty(n)) k.enter(scan, total.b);
+  }
+}
+
+}  // namespace mru::cpu

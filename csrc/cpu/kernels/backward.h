@@ -1,0 +1,199 @@
+// The backward kernel: chunk by chunk from the right, it recomputes the states of a chunk from the checkpoint on its left
+// and then goes left through the chunk.
+#pragma once
+#include "../../sum.h"
+#include "rows.h"
+
+namespace mru {
+namespace {
+
+template <class F, int kTile>
+struct Backward {
+  using T = typename F::T;
+  using S = typename F::S;
+  using Value = typename F::Value;
+  using Cell = typename F::Cell;
+  static constexpr int kInputs = F::kInputs;
+
+  const Scan& scan;
+  const Segment& segment;
+  const int64_t d0, n, chunk;
+  const Cell cell;
+  S* const m;           // [n]
+  S* const states;      // [chunk + 1, n]: before the first step, after each
+  S* const chunk_sums;  // [kSums, n]: sums of at most kSummed terms
+  S* const sums;        // [2 kSums, stride]
+  const int64_t stride;
+  bool summed[kInputs];  // whether the gradient of an input per channel is wanted
+  LateRow<F> recently;
+  CarriedRow<F> carried_m, carried_sum[kInputs];
+
+  // At the current row.
+  Inputs<F> in;
+  Row<const T> g;
+  Row<T> dx_row[kInputs];
+
+  MRU_INLINE Backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, void* carry, void* sums,
+                      int64_t stride, void* scratch, void* late)
+      : scan(scan),
+        segment(segment),
+        d0(d0),
+        n(d1 - d0),
+        chunk(scan.chunk),
+        cell(scan.scalars),
+        m(static_cast<S*>(carry)),
+        states(static_cast<S*>(scratch)),
+        chunk_sums(states + (chunk + 1) * n),
+        sums(static_cast<S*>(sums)),
+        stride(stride),
+        recently(Cell::kAdjointSeesState ? late : nullptr, n),
+        carried_m(m, n),
+        in(scan, segment, segment.begin, d0) {
+    for (int i = 0; i < kInputs; ++i) summed[i] = scan.grad_channel[i] != nullptr;
+  }
+
+  // An optional input that is not given has no gradient; the others always have one.
+  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && (!F::is_optional(i) || summed[i]); }
+
+  MRU_INLINE void run() {
+    const int64_t chunks = (segment.end - segment.begin + chunk - 1) / chunk;
+    for (int64_t c = chunks - 1; c >= 0; --c) {
+      const int64_t begin = segment.begin + c * chunk;
+      const int64_t end = begin + chunk < segment.end ? begin + chunk : segment.end;
+      enter(begin);
+      recompute(begin, end, /*is_first=*/c == chunks - 1);
+      go_left(begin, end, /*has_next=*/c > 0);
+    }
+  }
+
+  MRU_INLINE void enter(int64_t begin) {
+    const S* entry = nullptr;
+    if (begin > 0) entry = checkpoint_row<S>(scan, segment, begin, d0);
+    else if (scan.initial) entry = static_cast<const S*>(scan.initial) + segment.sequence * scan.channels + d0;
+    for (int64_t j = 0; j < n; ++j) states[j] = entry ? entry[j] : S(0);
+    for (int64_t j = 0; j < F::kSums * n; ++j) chunk_sums[j] = 0;
+    for (auto& sum : carried_sum) sum = {};
+
+    in = Inputs<F>(scan, segment, begin, d0);
+    g = {scan, scan.grad_h, segment, begin, d0};
+    for (int i = 0; i < kInputs; ++i)
+      if (F::is_stream(i)) dx_row[i] = {scan, scan.grad_in[i], segment, begin, d0};
+  }
+  MRU_INLINE void advance(int64_t steps) {
+    in.advance(steps);
+    g.advance(steps);
+    for (int i = 0; i < kInputs; ++i)
+      if (F::is_stream(i)) dx_row[i].advance(steps);
+  }
+  // Prefetches what go_left reads and writes at a step.
+  MRU_INLINE void fetch(int64_t ahead, int64_t j) const {
+    __builtin_prefetch(g.ahead(ahead) + j, 0, 2);
+    for (int i = 0; i < kInputs; ++i) {
+      if (!F::is_stream(i)) continue;
+      __builtin_prefetch(in.row[i].ahead(ahead) + j, 0, 2);
+      __builtin_prefetch(dx_row[i].ahead(ahead) + j, 1, 2);
+    }
+  }
+
+  // Fills `states`. The first chunk prefetches for itself; each chunk does for the next one, in go_left.
+  MRU_INLINE void recompute(int64_t begin, int64_t end, bool is_first) {
+    CarriedRow<F> carried_s(states, n);
+    for (int64_t step = begin; step < end;) {
+      const int64_t steps = tile_of<kTile>(end - step);
+      S* const before = states + (step - begin) * n;
+      for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+        const InputLanes<F, L> inputs(in, lanes, j);
+        Value s = carried_s.get(lanes, before + j);
+        for (int64_t i = 0; i < steps; ++i) {
+          Value x[kInputs];
+          inputs.load_at(i, x);
+          if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
+          if (kTile == 1 && is_first) fetch(i, j);
+          s = cell.recompute(x, s);
+          carried_s.put(lanes, before + (i + 1) * n + j, s);
+        }
+      });
+      advance(steps);
+      step += steps;
+    }
+  }
+
+  MRU_INLINE void go_left(int64_t begin, int64_t end, bool has_next) {
+    for (int64_t right = end; right > begin;) {
+      const int64_t steps = (right - 1) % kTile + 1;  // `begin` is a multiple of the tile
+      advance(-steps);
+      right -= steps;
+      const S* const before = states + (right - begin) * n;
+      for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
+        const InputLanes<F, L> inputs(in, lanes, j);
+        Value pulled = carried_m.get(lanes, m + j), after = load(lanes, before + steps * n + j), sum[kInputs] = {};
+        for (int k = 0; k < kInputs; ++k)
+          if (sums_up(k)) sum[k] = carried_sum[k].get(lanes, chunk_sums + F::sum_row(k) * n + j);
+        for (int64_t i = steps; i-- > 0;) {
+          Value x[kInputs], dx[kInputs];
+          inputs.load_at(i, x);
+          const Value grad = load(lanes, g.ahead(i) + j);
+          const Value s = load(lanes, before + i * n + j);
+          pulled = cell.vjp(x, s, after, grad, pulled, dx);
+          after = s;
+          for (int k = 0; k < kInputs; ++k) {
+            if (sums_up(k)) sum[k] += dx[k];
+            if (F::is_stream(k)) store(lanes, dx_row[k].ahead(i) + j, dx[k]);
+          }
+          if constexpr (Cell::kAdjointSeesState)
+            if (recently.wants(right + i - segment.begin)) note_late(lanes, j, pulled);
+          if (has_next) fetch(i - chunk, j);
+        }
+        carried_m.put(lanes, m + j, pulled);
+        for (int k = 0; k < kInputs; ++k)
+          if (sums_up(k)) carried_sum[k].put(lanes, chunk_sums + F::sum_row(k) * n + j, sum[k]);
+      });
+      if ((right - begin) % kSummed == 0) add_up_chunk();
+    }
+  }
+  template <class L>
+  MRU_INLINE void note_late(L lanes, int64_t j, Value pulled) {
+    recently.put(lanes, j, recent(pulled, recently.get(lanes, j)));
+  }
+
+  MRU_INLINE void add_up_chunk() {
+    for (int k = 0; k < kInputs; ++k) {
+      if (!sums_up(k)) continue;
+      S* const sum = sums + F::sum_row(k) * stride;
+      add_up(chunk_sums + F::sum_row(k) * n, sum, sum + F::kSums * stride);
+      carried_sum[k] = {};
+    }
+  }
+  // Adds `partial` [n] to the compensated sums (`sum`, `lost`) and sets it to 0.
+  MRU_INLINE void add_up(S* partial, S* sum, S* lost) const {
+    for_lanes<F>(n, [&](auto lanes, int64_t j) {
+      Sum<Value> all{load(lanes, sum + j), load(lanes, lost + j)};
+      all.add(load(lanes, partial + j));
+      store(lanes, sum + j, all.sum);
+      store(lanes, lost + j, all.lost);
+      store(lanes, partial + j, Value{});
+    });
+  }
+};
+
+template <class F>
+void backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
+              void* scratch, void* late) {
+  with_tile(d1 - d0,
+            [&]<int kTile>() { Backward<F, kTile>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run(); });
+}
+
+template <class F>
+void reduce(int64_t n, int64_t rows, int64_t stride, int64_t to_lost, const void* sums, void* total) {
+  using S = typename F::S;
+  for_lanes<F>(n, [&](auto lanes, int64_t j) {
+    Sum<typename F::Value> all;
+    const S* at = static_cast<const S*>(sums) + j;
+    for (int64_t r = 0; r < rows; ++r, at += stride)
+      all.add(Sum<typename F::Value>{load(lanes, at), load(lanes, at + to_lost)}.total());
+    store(lanes, static_cast<S*>(total) + j, all.total());
+  });
+}
+
+}  // namespace
+}  // namespace mru

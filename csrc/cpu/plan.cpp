@@ -1,0 +1,54 @@
+#include "plan.h"
+
+#include "../check.h"
+
+namespace mru::cpu {
+
+void check_offsets(const Scan& scan) {
+  if (!scan.offsets) return;
+  constexpr const char* expected = "cu_seqlens: expected offsets that rise from 0 to the total length ";
+  const int64_t first = scan.offsets[0], last = scan.offsets[scan.sequences];
+  MRU_EXPECT(first == 0 && last == scan.time, expected, scan.time, ", got ", first, " to ", last);
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
+    MRU_EXPECT(0 <= begin && begin <= end && end <= scan.time, expected, scan.time, ", got ", begin, " and ", end,
+               " for sequence ", n);
+  }
+}
+
+Segments cut(const Scan& scan) {
+  Segments segments;
+  segments.first.reserve(scan.sequences + 1);
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    segments.first.push_back(segments.count());
+    Segment segment{.batch = n, .sequence = n, .start = 0, .length = scan.time, .word = 0, .begin = 0, .end = 0};
+    if (scan.offsets) {
+      const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
+      segment.batch = 0;
+      segment.start = scan.reverse ? scan.time - end : begin;
+      segment.length = end - begin;
+      // Words are not shared: a sequence takes at most one word more than its share of whole ones.
+      segment.word = segment.start / kEventsPerWord + (scan.reverse ? scan.sequences - 1 - n : n);
+    }
+    const int64_t most = scan.segment > 0 ? scan.segment : segment.length;
+    for (; segment.begin < segment.length; segment.begin = segment.end) {
+      segment.end = std::min(segment.begin + most, segment.length);
+      segments.list.push_back(segment);
+    }
+  }
+  segments.first.push_back(segments.count());
+  return segments;
+}
+
+Ones::Ones(Scan& scan, const Kernels& kernels) {
+  for (int i = 0; i < kernels.inputs; ++i) {
+    if ((kernels.channels >> i & 1) == 0 || scan.in[i].channel) continue;
+    if (row_.empty()) {
+      row_.resize(row_bytes(scan));
+      kernels.fill_ones(scan.channels, row_.data());
+    }
+    scan.in[i].channel = row_.data();
+  }
+}
+
+}  // namespace mru::cpu

@@ -1,0 +1,88 @@
+// How a scan is cut into segments and blocks of channels, and the memory of their rows.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace mru::cpu {
+
+constexpr int64_t kBlockBytes = 4096;         // of one row of a block: wider blocks use memory bandwidth better
+constexpr int64_t kLeastBlockBytes = 256;     // of a block that is narrower for the sake of the threads
+constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t state_bytes(const Scan& scan) { return mru::state_bytes(scan.dtype); }
+inline bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.channels < kSerialElements; }
+
+// Raises unless the offsets of packed sequences rise from 0 to T.
+void check_offsets(const Scan& scan);
+
+struct Segments {
+  std::vector<Segment> list;
+  std::vector<int64_t> first;  // [sequences + 1]: sequence n has the segments [first[n], first[n + 1])
+
+  bool is_empty(int64_t sequence) const { return first[sequence] == first[sequence + 1]; }
+  int64_t count() const { return int64_t(list.size()); }
+};
+// Cuts by scan.segment, and at the offsets, which must have been checked.
+Segments cut(const Scan& scan);
+
+// Calls f(item, d0, d1) for every item and block of channels [d0, d1), on several threads.
+template <class F>
+void for_blocks(const Scan& scan, int64_t items, const F& f) {
+  if (items == 0 || scan.channels == 0) return;
+  const int64_t bytes = state_bytes(scan), least = kLeastBlockBytes / bytes;
+  const int64_t wanted = ceil_div(torch::stable::get_num_threads(), items);
+  const int64_t blocks =
+      std::max(ceil_div(scan.channels * bytes, kBlockBytes), std::min(wanted, ceil_div(scan.channels, least)));
+  const int64_t width = ceil_div(ceil_div(scan.channels, blocks), 16) * 16;
+  const int64_t per_item = ceil_div(scan.channels, width), units = items * per_item;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t d0 = unit % per_item * width;
+      f(unit / per_item, d0, std::min(d0 + width, scan.channels));
+    }
+  };
+  if (units == 1 || is_serial(scan)) run(0, units);
+  else torch::stable::parallel_for(0, units, 1, run);
+}
+
+// Zeros: rows of [D] in the state dtype, or of elements of `element` bytes.
+class Rows {
+ public:
+  Rows(const Scan& scan, int64_t rows) : Rows(scan, rows, state_bytes(scan)) {}
+  Rows(const Scan& scan, int64_t rows, int64_t element)
+      : row_(scan.channels * element), element_(element), bytes_(rows * row_) {}
+  void* at(int64_t row, int64_t d = 0) { return bytes_.data() + row * row_ + d * element_; }
+
+ private:
+  int64_t row_, element_;
+  std::vector<char> bytes_;
+};
+
+// Rows of maps.
+struct Maps {
+  Rows a, b;
+  Maps(const Scan& scan, int64_t rows) : a(scan, rows), b(scan, rows) {}
+  MapRow at(int64_t row, int64_t d = 0) { return {a.at(row, d), b.at(row, d)}; }
+};
+
+// Row n of `base` [any, D], in the state dtype.
+inline char* row(void* base, const Scan& scan, int64_t n, int64_t d = 0) {
+  return static_cast<char*>(base) + (n * scan.channels + d) * state_bytes(scan);
+}
+inline int64_t row_bytes(const Scan& scan) { return scan.channels * state_bytes(scan); }
+
+// Gives optional inputs per channel that are absent a row of ones.
+class Ones {
+ public:
+  Ones(Scan& scan, const Kernels& kernels);
+
+ private:
+  std::vector<char> row_;
+};
+
+}  // namespace mru::cpu

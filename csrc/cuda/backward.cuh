@@ -1,0 +1,364 @@
+// `backward`: gradients, tile by tile from the right. Uncut: whole sequences. Cut: from the segments' entry m. The states
+// come from those that the forward pass saved.
+#pragma once
+#include "tiles.cuh"
+
+namespace mru::cuda {
+
+// Rows of the shared maps: the factor of m, the offset of s, the offset of m and, if it is another, the factor of s.
+template <class F>
+constexpr int kBackwardMaps = RealOf<typename F::S>::is_complex ? 4 : 3;
+// After the maps, for each sum over time: the sum and what it has lost (sum.h).
+template <class F>
+using BackwardBase = TileAgent<F, F::kStreams + 1, kBackwardMaps<F> + 2 * F::kSums, 3>;
+
+template <class F, bool kSelects, class Part>
+class BackwardTile;
+
+template <class F>
+class BackwardAgent : public BackwardBase<F> {
+  using Base = BackwardBase<F>;
+  using Base::call, Base::d, Base::inside, Base::room, Base::segment, Base::span, Base::tile_steps;
+  using typename Base::Cell, typename Base::S, typename Base::Single;
+  template <class, bool, class>
+  friend class BackwardTile;
+
+ public:
+  using typename Base::Room;
+  static constexpr int kGrad = F::kStreams;  // where grad_h is staged
+
+  __device__ __forceinline__ explicit BackwardAgent(const Call<F>& call) : Base(call) {
+#pragma unroll
+    for (int i = 0; i < F::kSums; ++i) {
+      sums_[i] = all<F>(0);
+      sum(i) = lost(i) = all<F>(0);
+    }
+  }
+  // A block takes every sum_rows-th segment, so that it adds to one row of sums.
+  __device__ __forceinline__ void run() {
+    const Plan& plan = call.plan;
+    for (int64_t segment = this->segment; segment < plan.segments; segment += plan.sum_rows) {
+      Spans spans(call.scan, plan, segment, -1);
+      while (spans.next(span)) scan_span(segment);
+      this->store_exit(segment);
+    }
+    if (plan.sums > 0) store_sums();
+  }
+
+ private:
+  __device__ __forceinline__ void scan_span(int64_t segment) {
+    const Scan& scan = call.scan;
+    this->for_block([&](int c, int64_t d) {
+      const auto m = span.last ? load_states<Single>(scan.grad_final, span.sequence, scan.channels, d)
+                               : load_states<Single>(call.work.entry, segment, scan.channels, d);
+      room.carried(c) = m.at[0];
+    });
+    int64_t begin = span.begin < span.end ? (span.end - 1) / tile_steps * tile_steps : span.begin - tile_steps;
+    stage_tile(0, begin);
+    for (int tile = 0; begin + tile_steps > span.begin; begin -= tile_steps, ++tile) {
+      stage_tile(tile + 1, begin - tile_steps);
+      wait_for_copies<1>();
+      this->with_part_and_cell(tile, begin, [&]<bool kResets, class Part>(const Part& part, const Cell& cell) {
+        constexpr bool kSelects = kResets && !Cell::kAdjointSeesState;
+        BackwardTile<F, kSelects, Part>(*this, part, cell).run();
+      });
+      summed_ += kSteps<F>;
+      if (summed_ == kSummed) add_up(), summed_ = 0;
+    }
+    wait_for_copies<0>();
+    if (span.first)
+      this->for_block([&](int c, int64_t d) {
+        store_states<Single>(scan.grad_initial, span.sequence, scan.channels, d, {{room.carried(c)}});
+      });
+  }
+
+  // Copies a tile's streams, and the state before its first step, to shared memory.
+  __device__ __forceinline__ void stage_tile(int tile, int64_t begin) const {
+    if (begin + tile_steps > span.begin) {
+      if (inside)
+        this->with_part(tile, begin, [&](const auto& part) {
+          this->stage_inputs(part);
+          this->stage(kGrad, {call.scan, call.scan.grad_h, span.row, d}, part);
+        });
+      this->for_block(
+          [&](int c, int64_t d) { stage_state(room.start(tile, c), begin > span.begin ? begin : span.begin, d); });
+    }
+    commit_copies();
+  }
+  // The state that enters a position of the span, at one channel: the initial state, or one that the forward pass saved.
+  __device__ __forceinline__ void stage_state(S& to, int64_t position, int64_t d) const {
+    const Scan& scan = call.scan;
+    const S* const states = static_cast<const S*>(scan.initial);
+    const S* from = states ? states + span.sequence * scan.channels : nullptr;
+    if (!span.first || position > span.begin)
+      from = state_row<const S>(scan.checkpoints, checkpoint_row(scan, call.plan, span, position), scan.channels, 0);
+    if (from) copy_ahead<Traffic::kState, 1>(reinterpret_cast<Vector<S, 1>*>(&to), from + d);
+    else to = 0;
+  }
+
+  __device__ __forceinline__ typename F::States& sum(int i) const { return room.own(kBackwardMaps<F> + 2 * i); }
+  __device__ __forceinline__ typename F::States& lost(int i) const { return room.own(kBackwardMaps<F> + 2 * i + 1); }
+
+  // Adds the thread's partial sums to its sums in shared memory, and clears them.
+  __device__ __forceinline__ void add_up() {
+#pragma unroll
+    for (int i = 0; i < F::kSums; ++i) {
+#pragma unroll
+      for (int w = 0; w < F::W; ++w) {
+        Sum<S> total{sum(i).at[w], lost(i).at[w]};
+        total.add(sums_[i].at[w]);
+        sum(i).at[w] = total.sum, lost(i).at[w] = total.lost;
+      }
+      sums_[i] = all<F>(0);
+    }
+  }
+  // Adds up the groups' sums. Rows of work.sums are those of the inputs per channel that are given.
+  __device__ __forceinline__ void store_sums() {
+    add_up();
+    __syncthreads();
+    int i = 0, row = 0;
+#pragma unroll
+    for (int input = 0; input < F::kInputs; ++input) {
+      if (!F::is_per_channel(input)) continue;
+      if (!F::is_optional(input) || call.scan.in[input].channel) {
+        const S *const sum = room.row(kBackwardMaps<F> + 2 * i), *const lost = room.row(kBackwardMaps<F> + 2 * i + 1);
+        this->for_block([&](int c, int64_t d) {
+          Sum<S> all;
+          for (int group = 0; group < int(blockDim.y); ++group) {
+            const int own = group * room.channels + c;
+            all.add(Sum<S>{sum[own], lost[own]}.total());
+          }
+          store_states<Single>(call.work.sums, segment * call.plan.sums + row, call.scan.channels, d, {{all.total()}});
+        });
+        ++row;
+      }
+      ++i;
+    }
+  }
+
+  typename F::States sums_[F::kSums > 0 ? F::kSums : 1];  // since the last add_up
+  int summed_ = 0;                                        // steps added to them
+};
+
+// One tile. kSelects: every write resets the state, so that states are selected and not computed.
+template <class F, bool kSelects, class Part>
+class BackwardTile {
+  using S = typename F::S;
+  using Cell = typename F::Cell;
+  using States = typename F::States;
+  using Elements = Vector<typename F::T, F::W>;
+  using Of = Selection<F>;
+  using Agent = BackwardAgent<F>;
+  static constexpr bool kSeesState = Cell::kAdjointSeesState;
+  static constexpr bool kComplex = RealOf<S>::is_complex;
+  static constexpr int kGrad = Agent::kGrad, kFactor = kComplex ? 3 : 0;  // kFactor: row of the factor of s
+
+ public:
+  __device__ __forceinline__ BackwardTile(Agent& agent, const Part& part, const Cell& cell)
+      : agent_(agent), room_(agent.room), part_(part), cell_(cell) {}
+
+  __device__ __forceinline__ void run() {
+    if constexpr (kSelects) reduce_selecting();
+    else reduce();
+    __syncthreads();
+    walk_channels();
+    __syncthreads();
+    if constexpr (kSeesState) {
+      recompute();
+      reduce_adjoint();
+      __syncthreads();
+      agent_.for_block([&](int c, int64_t d) { walk_adjoint(c, d); });
+      __syncthreads();
+    }
+    if (!agent_.inside) return;
+    if constexpr (kSelects) entry_ = room_.own(1);
+    else if constexpr (!kSeesState) recompute();
+    differentiate();
+  }
+
+ private:
+  // The maps of the thread's steps to shared memory: of s; of m too, unless it needs the states.
+  __device__ __forceinline__ void reduce() {
+    States a = all<F>(1), u = all<F>(0), m = all<F>(0);
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t)
+      if (part_.has(t)) {
+        [[maybe_unused]] const Elements grad = room_.staged(part_.tile, kGrad, t);
+        agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
+          u.at[w] = cell_.recompute(x, u.at[w]);
+          a.at[w] = cell_.pull(x, a.at[w]);
+          if constexpr (!kSeesState) {
+            const S of_grad = cell_.cotangent(x, S(0), S(0), widen(grad, w), S(0));
+            m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);  // what reaches the left end
+          }
+        });
+      }
+    share(a, u, m);
+  }
+  __device__ __forceinline__ void reduce_selecting() {
+    using V = typename Of::V;
+    States a = all<F>(1), u = all<F>(0), m = all<F>(0);
+    typename Of::Mask written[F::W / kElements<V>] = {};
+    states_[0] = Of::none();
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t) {
+      const auto grad = Of::values(room_.staged(part_.tile, kGrad, t));
+      agent_.template for_values<V>(part_.tile, t, [&](int i, const V* x) {
+        states_[t + 1].at[i] = Of::last(cell_, x, states_[t].at[i]);
+        written[i] = written[i] | cell_.writes(x);
+        const V held = select(written[i], splat<V>(0), grad.at[i]);  // what reaches the left end of it
+#pragma unroll
+        for (int j = 0; j < kElements<V>; ++j) {
+          const int w = i * kElements<V> + j;
+          m.at[w] = selected_cotangent(x, w, lane(held, j), m.at[w]);
+        }
+      });
+    }
+    Of::as_map(states_[kSteps<F>], a, u);
+    share(a, u, m);
+  }
+  // `cotangent` at channel w. That of a pair reads inputs per channel only.
+  __device__ __forceinline__ S selected_cotangent(const S* x, int, S g, S m) const {
+    return cell_.cotangent(x, S(0), S(0), g, m);
+  }
+  __device__ __forceinline__ S selected_cotangent(const Pair<typename F::T>*, int w, S g, S m) const {
+    S x[F::kInputs];
+    agent_.channel.at(w, x);
+    return cell_.cotangent(x, S(0), S(0), g, m);
+  }
+  __device__ __forceinline__ void share(const States& a, const States& u, const States& m) const {
+    room_.own(0) = a, room_.own(1) = u;
+    if constexpr (!kSeesState) room_.own(2) = m;
+    if constexpr (kComplex) room_.own(kFactor) = conj_all<F>(a);
+  }
+  // The map of m from the states, of which the factor is in shared memory.
+  __device__ __forceinline__ void reduce_adjoint() const {
+    States a = all<F>(1), m = all<F>(0);
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t)
+      if (part_.has(t)) {
+        const Elements grad = room_.staged(part_.tile, kGrad, t);
+        agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
+          const S of_grad = cell_.cotangent(x, states_[t].at[w], states_[t + 1].at[w], widen(grad, w), S(0));
+          a.at[w] = cell_.pull(x, a.at[w]);
+          m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);
+        });
+      }
+    room_.own(2) = m;
+  }
+
+  // Offsets of the groups become what enters them: the states by some threads, m by others.
+  __device__ __forceinline__ void walk_channels() const {
+    for (int i = room_.thread; i < (kSeesState ? 1 : 2) * room_.channels; i += room_.threads) {
+      const int c = i < room_.channels ? i : i - room_.channels;
+      if (agent_.first + c >= agent_.call.scan.channels) continue;
+      if (i < room_.channels) walk_states(c, agent_.first + c);
+      else if constexpr (!kSeesState) walk_adjoint(c, agent_.first + c);
+    }
+  }
+  __device__ __forceinline__ Column<F, BackwardBase<F>> column(int c, int64_t d) const {
+    return {agent_, part_.tile, part_.begin, c, d};
+  }
+  __device__ __forceinline__ void walk_states(int c, int64_t d) const {
+    S *const factors = room_.row(kFactor) + c, *const values = room_.row(1) + c;
+    const S start = room_.start(part_.tile, c);
+    if constexpr (kSelects) {
+      walk(factors, values, room_.channels, int(blockDim.y), start);
+    } else {
+      walk_or_scan<false>(factors, values, room_.channels, int(blockDim.y), start, [&](S s) {
+        return column(c, d).scan_steps(room_.row(1), 1, s, [&](int, const S* x, S s) { return cell_.recompute(x, s); });
+      });
+    }
+  }
+  __device__ __forceinline__ void walk_adjoint(int c, int64_t d) const {
+    const int groups = int(blockDim.y), last = c + (groups - 1) * room_.channels;
+    S& carried = room_.carried(c);
+    carried =
+        walk_or_scan<kSelects>(room_.row(0) + last, room_.row(2) + last, -room_.channels, groups, carried, [&](S m) {
+          const auto of = column(c, d);
+          return of.scan_steps(room_.row(2), -1, m, [&](int step, const S* x, S m) {
+            S before = 0, after = 0;
+            if constexpr (kSeesState) states_at(of, step, before, after);
+            return cell_.pull(x, cell_.cotangent(x, before, after, of.element(step, kGrad), m));
+          });
+        });
+  }
+  // The states before and after a step of the tile at the channel of `of`, from that which enters its group.
+  template <class Of>
+  __device__ __forceinline__ void states_at(const Of& of, int step, S& before, S& after) const {
+    const int group = step / kSteps<F>;
+    after = room_.row(1)[group * room_.channels + of.channel];
+    S x[F::kInputs];
+    of.channel_inputs(x);
+    for (int i = group * kSteps<F>; i <= step; ++i) {
+      before = after;
+      if (!of.has(i)) continue;
+      of.inputs(i, x);
+      after = cell_.recompute(x, before);
+    }
+  }
+
+  // The states before each of the thread's steps and after the last.
+  __device__ __forceinline__ void recompute() {
+    states_[0] = room_.own(1);
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t) {
+      states_[t + 1] = states_[t];
+      if (part_.has(t))
+        agent_.for_channels(part_.tile, t,
+                            [&](int w, const S* x) { states_[t + 1].at[w] = cell_.recompute(x, states_[t].at[w]); });
+    }
+  }
+  __device__ __forceinline__ S state(int t, int w) const {
+    if constexpr (!kSelects) return states_[t].at[w];
+    else return is_nan(Of::at(states_[t], w)) ? entry_.at[w] : Of::at(states_[t], w);
+  }
+
+  // The gradients of the thread's steps, and their sums over time.
+  __device__ __forceinline__ void differentiate() const {
+    const Scan& scan = agent_.call.scan;
+    States m = room_.own(2);
+    typename F::T* into[F::kStreams];
+    int64_t stride[F::kStreams];
+    for_streams<F>([&](int i, int k) {
+      const Row<typename F::T> row(scan, scan.grad_in[i], agent_.span.row, agent_.d);
+      into[k] = row.at(part_.position + kSteps<F> - 1), stride[k] = -row.step;
+    });
+#pragma unroll
+    for (int t = kSteps<F> - 1; t >= 0; --t) {
+      if (part_.has(t)) {
+        States gradients[F::kInputs];
+        const Elements grad = room_.staged(part_.tile, kGrad, t);
+        agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
+          S dx[F::kInputs];
+          m.at[w] = cell_.vjp(x, state(t, w), state(t + 1, w), widen(grad, w), m.at[w], dx);
+          int sum = 0;
+#pragma unroll
+          for (int i = 0; i < F::kInputs; ++i) {
+            if (F::is_per_channel(i)) agent_.sums_[sum++].at[w] += dx[i];
+            else if (F::is_stream(i)) gradients[i].at[w] = dx[i];
+          }
+        });
+        for_streams<F>([&](int i, int k) { store<Traffic::kStream>(into[k], narrow<typename F::T>(gradients[i])); });
+      }
+      for_streams<F>([&](int, int k) { into[k] = advance(into[k], stride[k]); });
+    }
+  }
+
+  Agent& agent_;
+  const typename Agent::Room& room_;
+  const Part& part_;
+  const Cell& cell_;
+  // Before each step and after the last: the states or, where they are selected, what the thread's own steps wrote.
+  std::conditional_t<kSelects, typename Of::Values, States> states_[kSteps<F> + 1];
+  States entry_;  // kSelects: the state that enters the thread's steps
+};
+
+template <class F>
+__global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
+    backward(const __grid_constant__ Call<F> call) {
+  if (is_idle(call)) return;
+  BackwardAgent<F>(call).run();
+}
+
+}  // namespace mru::cuda

@@ -1,0 +1,150 @@
+// `forward`: h, final states and checkpoints from the streams. Uncut: whole sequences. Cut: from the segments' entry states.
+#pragma once
+#include "tiles.cuh"
+
+namespace mru::cuda {
+
+template <class F>
+class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
+  using Base = TileAgent<F, F::kStreams, 2, 1>;
+  using Base::call, Base::channel, Base::d, Base::inside, Base::room, Base::segment, Base::span, Base::tile_steps;
+  using typename Base::Cell, typename Base::S, typename Base::Single;
+  using Of = Selection<F>;
+
+ public:
+  using Base::Base;
+  using typename Base::Room;
+
+  __device__ __forceinline__ void run() {
+    Spans spans(call.scan, call.plan, segment, 1);
+    while (spans.next(span)) scan_span();
+    this->store_exit(segment);
+  }
+
+ private:
+  __device__ __forceinline__ void scan_span() {
+    const Scan& scan = call.scan;
+    this->for_block([&](int c, int64_t d) {
+      const auto s = span.first ? enter<Single>(scan, call.cell, span, d, ChannelInputs<Single>(scan, d))
+                                : load_states<Single>(call.work.entry, segment, scan.channels, d);
+      room.carried(c) = s.at[0];
+    });
+    int64_t begin = span.begin / tile_steps * tile_steps;
+    stage_tile(0, begin);
+    for (int tile = 0; begin < span.end; begin += tile_steps, ++tile) {
+      stage_tile(tile + 1, begin + tile_steps);
+      wait_for_copies<1>();
+      this->with_part_and_cell(
+          tile, begin, [&]<bool kResets>(const auto& part, const Cell& cell) { scan_tile<kResets>(part, cell); });
+    }
+    wait_for_copies<0>();
+    if (span.last)
+      this->for_block([&](int c, int64_t d) {
+        store_states<Single>(scan.final_state, span.sequence, scan.channels, d, {{room.carried(c)}});
+      });
+  }
+
+  __device__ __forceinline__ void stage_tile(int tile, int64_t begin) const {
+    if (inside && begin < span.end) this->with_part(tile, begin, [&](const auto& part) { this->stage_inputs(part); });
+    commit_copies();
+  }
+
+  template <bool kResets, class Part>
+  __device__ __forceinline__ void scan_tile(const Part& part, const Cell& cell) {
+    bool copies = false;  // whether h is one of two values, or that of the state on entry
+    reduce<kResets>(part, cell, copies);
+    __syncthreads();
+    this->for_block([&](int c, int64_t d) { walk_channel<kResets>(part, cell, c, d); });
+    __syncthreads();
+    if (inside) store_tile<kResets>(part, cell, copies);
+  }
+
+  // The thread's steps as one map, to shared memory.
+  template <bool kResets, class Part>
+  __device__ __forceinline__ void reduce(const Part& part, const Cell& cell, bool& copies) const {
+    typename F::States a = all<F>(1), u = all<F>(0);
+    if constexpr (kResets && Cell::kCodes) {
+      auto last = Of::none(), squared = Of::all_of(0);
+#pragma unroll
+      for (int t = 0; t < kSteps<F>; ++t)
+        this->template for_values<typename Of::V>(part.tile, t, [&](int i, const auto* x) {
+          last.at[i] = Of::last(cell, x, last.at[i]);
+          squared.at[i] = Of::with_squares(x, squared.at[i]);
+        });
+      copies = !Of::has_nan(squared);
+      if (copies) Of::as_map(last, a, u);
+    }
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t)
+      if (!copies && part.has(t))
+        this->for_channels(part.tile, t, [&](int w, const S* x) {
+          u.at[w] = cell.step(x, u.at[w]);
+          a.at[w] = conj(cell.pull(x, conj(a.at[w])));
+        });
+    room.own(0) = a, room.own(1) = u;
+  }
+
+  // Offsets of the groups at a channel become the states that enter them.
+  template <bool kResets, class Part>
+  __device__ __forceinline__ void walk_channel(const Part& part, const Cell& cell, int c, int64_t d) const {
+    S *const factors = room.row(0) + c, *const values = room.row(1) + c;
+    S& carried = room.carried(c);
+    if constexpr (kResets) {  // values are copied
+      carried = walk(factors, values, room.channels, int(blockDim.y), carried);
+    } else {
+      const Column<F, Base> column{*this, part.tile, part.begin, c, d};
+      carried = walk_or_scan<false>(factors, values, room.channels, int(blockDim.y), carried, [&](S s) {
+        return column.scan_steps(room.row(1), 1, s, [&](int, const S* x, S s) { return cell.step(x, s); });
+      });
+    }
+  }
+
+  // h of the thread's steps, and the state that enters them if it is a checkpoint.
+  template <bool kResets, class Part>
+  __device__ __forceinline__ void store_tile(const Part& part, const Cell& cell, bool copies) const {
+    const auto& [scan, plan, work, across, any_cell, heads, unless_zero] = call;
+    typename F::States s = room.own(1);
+    if (scan.checkpoints && part.has(0) && plan.chunk_divisor(part.position) * scan.chunk == part.position &&
+        !(span.first && part.position == span.begin))
+      store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, part.position), scan.channels, d, s);
+    const Row<typename F::T> h(scan, scan.h, span.row, d);
+    typename F::T* out = h.at(part.position);
+    if constexpr (kResets && Cell::kCodes) {
+#pragma unroll
+      for (int w = 0; w < F::W; ++w) copies = copies && !is_nan(s.at[w]);
+      if (copies) return store_copies(part, cell, s, out, h.step);
+    }
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t, out = advance(out, h.step))
+      if (part.has(t)) {
+        typename F::States values;
+        this->for_channels(part.tile, t, [&](int w, const S* x) {
+          const S before = s.at[w];
+          s.at[w] = cell.step(x, before);
+          values.at[w] = cell.output(x, before, s.at[w]);
+        });
+        store<Traffic::kStream>(out, narrow<typename F::T>(values));
+      }
+  }
+  template <class Part>
+  __device__ __forceinline__ void store_copies(const Part& part, const Cell& cell, const typename F::States& s,
+                                               typename F::T* out, int64_t step) const {
+    Outputs<F> h(cell, channel, s);
+#pragma unroll
+    for (int t = 0; t < kSteps<F>; ++t, out = advance(out, step)) {
+      this->template for_values<typename Of::V>(part.tile, t, [&](int i, const auto* x) {
+        h.held.at[i] = select(cell.writes(x), cell.value(x, h.first.at[i], h.second.at[i]), h.held.at[i]);
+      });
+      Of::store_h(out, h.held);
+    }
+  }
+};
+
+template <class F>
+__global__ void __launch_bounds__(kTileThreads<F>, kHeld / kTileThreads<F>)
+    forward(const __grid_constant__ Call<F> call) {
+  if (is_idle(call)) return;
+  ForwardAgent<F>(call).run();
+}
+
+}  // namespace mru::cuda

@@ -1,0 +1,121 @@
+"""Sequence-parallel modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..nn.wrappers import unwrapped
+from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
+from .segments import Scan, scan_over_ranks
+
+
+class SequenceParallel(torch.nn.Module):
+    """A recurrent module whose time is split over ranks: see `sequence_parallel`, which makes it.
+
+    Attributes:
+        module: the wrapped module. Its attributes, such as `epsilon`, can be read and set on this module.
+
+    Example::
+
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> unit = mk.distributed.sequence_parallel(mk.BMRU(3, 8))
+        >>> unit.epsilon = 0.5
+        >>> unit.module.epsilon
+        0.5
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, module: torch.nn.Module, group: Group) -> None:
+        super().__init__()
+        self._ranks = Ranks(group)
+        self.module = module
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the module on this rank's segment of the input.
+
+        Returns:
+            This rank's segment of the output, and the final states of the whole sequence.
+        """
+        return self._eager(input, hx)
+
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def _eager(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+        inner: Any = unwrapped(self.module)
+        with CollectiveCall(self._ranks, scans=inner.num_layers * inner.num_directions) as call:
+            if not isinstance(input, Tensor):
+                raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+            name = f"{type(inner).__name__}({inner.extra_repr()}), hx {describe(hx)}"
+            return self.module(input, hx, _parallel=_ParallelScans(call, name))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "module":
+                raise
+            value = getattr(unwrapped(self.module), name)
+            if callable(value):  # a method of the module would run on this rank's segment alone
+                raise
+            return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        module = self.__dict__.get("_modules", {}).get("module")
+        own = module is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or not hasattr(unwrapped(module), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(unwrapped(module), name, value)
+
+
+class _ParallelScans:
+    """The argument `_parallel` of a module's forward pass, which reads parameters and runs scans through it."""
+
+    def __init__(self, call: CollectiveCall, name: str) -> None:
+        self._call = call
+        self._name = name
+
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def parameters(self, read: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The same parameters; their gradients are summed over the ranks."""
+        if not torch.is_grad_enabled():
+            return read
+        summed = iter(_SummedGradients.apply(self._call.ranks.group, *(t for p in read for t in p.values())))
+        return [{name: next(summed) for name in p} for p in read]
+
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def scan(
+        self, unit: Scan, gates: Tensor, initial_state: Tensor | None, *, reverse: bool, cu_seqlens: None,
+        chunk_size: int | None, **per_channel: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`unit`, which is a module's `_scan`, over the segments of all ranks."""
+
+        def scan(inputs: Sequence[Tensor], state: Tensor | None, _offsets: None) -> tuple[Tensor, Tensor]:
+            named = dict(zip(per_channel, inputs[1:], strict=True))
+            return unit(inputs[0], state, reverse=reverse, cu_seqlens=None, chunk_size=chunk_size, **named)
+
+        state = describe(initial_state)
+        what = f"{self._name}, gates {describe(gates)}, initial_state {state}, reverse {reverse}"
+        inputs = [gates, *per_channel.values()]
+        return scan_over_ranks(self._call, what, scan, inputs, initial_state, None, reverse)
+
+
+class _SummedGradients(torch.autograd.Function):
+    """The identity on tensors that are the same on every rank; it sums their gradients over the ranks."""
+
+    @staticmethod
+    def forward(ctx, group: Group, *tensors: Tensor):
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        summed = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+        for grad in summed:
+            dist.all_reduce(grad, group=ctx.group)
+        return None, *summed

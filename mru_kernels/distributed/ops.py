@@ -1,0 +1,52 @@
+"""Sequence-parallel ops."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cells, checks, ops
+from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
+from .segments import Scan, scan_over_ranks
+
+
+def scans() -> list[Scan]:
+    """The public scan of every cell."""
+    return [getattr(import_module(f"{cells.__name__}.{name}"), name) for name in ops.CELLS]
+
+
+def parallel_op(op: Scan, group: Group) -> Scan:
+    """`op` over the segments of all ranks of `group`."""
+    signature = inspect.signature(op)
+    ranks = Ranks(group)
+
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def eager(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        with CollectiveCall(ranks, scans=1) as call:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = bound.arguments
+            what = ", ".join(f"{name} {describe(value)}" for name, value in arguments.items())
+            initial_state, cu_seqlens = arguments.pop("initial_state", None), arguments.pop("cu_seqlens", None)
+            reverse = checks.flag("reverse", arguments.pop("reverse", False))
+            names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() > 0]
+
+            def scan(inputs: Sequence[Tensor], state: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+                given = arguments | dict(zip(names, inputs, strict=True))
+                return op(**given, initial_state=state, cu_seqlens=offsets, reverse=reverse)
+
+            inputs = [arguments[name] for name in names]
+            what = f"{op.__name__}({what})"
+            return scan_over_ranks(call, what, scan, inputs, initial_state, cu_seqlens, reverse)
+
+    def parallel(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return eager(*args, **kwargs)  # in a frame of its own, because `torch.compile` traces into a disabled function
+
+    parallel.__name__ = parallel.__qualname__ = f"sequence_parallel_{op.__name__}"
+    parallel.__doc__ = f"`{op.__name__}` over a time axis that is split over ranks: see `sequence_parallel`."
+    return parallel

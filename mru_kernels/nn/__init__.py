@@ -1,0 +1,25 @@
+"""Memory recurrent units, linear recurrent units and residual networks of them, as modules.
+
+The units have the interface of `torch.nn.GRU`. `MRUBase` implements what they have in common; a unit defines its gates,
+its per-channel inputs and its scan.
+"""
+
+from .base import UNITS, MRUBase
+from .linear import LRU, MinGRU, MinLSTM
+from .network import MRUBlock, MRUNetwork
+from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
+
+__all__ = [
+    "BMRU",
+    "CMRU",
+    "LRU",
+    "UNITS",
+    "AlphaCMRU",
+    "FirstQuadrantBMRU",
+    "MRUBase",
+    "MRUBlock",
+    "MRUNetwork",
+    "MinGRU",
+    "MinLSTM",
+    "WriteOrHold",
+]

@@ -1,0 +1,101 @@
+"""Checks of the arguments that several modules have in common. Each error names the argument."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+P = ParamSpec("P")
+
+
+def constructor(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorate `__init__`: a TypeError for wrong arguments names the class and the nearest argument.
+
+    `init` must spell all its arguments out.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **options: P.kwargs) -> None:
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            reason = _misfit(signature.parameters, len(args) - 1, options) or error
+            raise TypeError(f"{type(args[0]).__name__}: {reason}") from None
+        init(*args, **options)
+
+    return checked
+
+
+def _misfit(parameters: Mapping[str, inspect.Parameter], positional: int, options: Mapping[str, object]) -> str | None:
+    """The message for too many positional or unknown keyword arguments; None if neither applies."""
+    places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"]
+    keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if positional > len(places):
+        expected = f"expected at most {len(places)} positional arguments ({', '.join(places)}), got {positional}"
+        return f"{expected}; give by name: {', '.join(keywords)}"
+    for name in options:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, places + keywords, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(places + keywords)}"
+            return f"unknown argument {name!r}; {hint}"
+    return None
+
+
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    """Raise unless every size is an int of at least `least`, which is 1 or 0."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"{name}: expected a {'positive' if least else 'non-negative'} int, got {size}")
+
+
+def check_number(name: str, value: float, least: float, most: float) -> float:
+    """`value` as a float. Raise unless it is finite and lies in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not least <= value <= most or math.isinf(value):
+        raise ValueError(f"{name}: expected a finite number in [{least:g}, {most:g}], got {value}")
+    return float(value)
+
+
+def check_dropout(dropout: float, num_layers: int) -> float:
+    """`dropout` as a float. Raise unless it is a probability; warn where it has no effect."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a float, got {type(dropout).__name__}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+    if dropout > 0.0 and num_layers == 1:
+        warnings.warn(f"dropout acts between layers, so dropout={dropout} does nothing with num_layers=1", stacklevel=3)
+    return float(dropout)
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless a module with parameters of `dtype` can take `input`.
+
+    The dtypes must be equal. Under autocast they may differ, because autocast converts every floating dtype except
+    float64.
+    """
+    if input.dtype == dtype:
+        return
+    dtypes = {input.dtype, dtype}
+    converts = dtypes <= set(checks.STREAM_DTYPES) and torch.float64 not in dtypes
+    if not converts or checks.autocast_dtype(input.device) is None:
+        raise TypeError(f"input: expected the module's dtype {dtype}, got {input.dtype}")

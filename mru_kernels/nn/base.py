@@ -1,0 +1,418 @@
+"""The base class of all units: layers and directions of one projection and one scan each.
+
+The projection is one matrix product, which computes all gates of the unit, `[B, T, k D]`. The scan reads the gates and
+returns the output and the final state. A unit defines its gates, its per-channel inputs and its scan.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import backends, checks, ops
+from .arguments import check_dropout, check_input_dtype, check_sizes, constructor
+from .wrappers import fx_node
+
+UNITS: dict[str, type[torch.nn.Module]] = {"gru": torch.nn.GRU}
+"""The units that `MRUBlock` and `MRUNetwork` know by name; `MRUBase` adds its subclasses.
+
+A block makes a unit as `unit(input_size, hidden_size, batch_first=True, **options)`. "gru" is torch's own unit, for
+comparisons; `torch.compile(fullgraph=True)` does not support it.
+"""
+
+
+class MRUBase(torch.nn.Module):
+    """Base class of the recurrent modules. `BMRU` describes their arguments, calls and results.
+
+    A subclass defines `gates` and `_scan`, and overrides `per_channel`, `initial_state_values` and `dtypes` where the
+    defaults do not fit. With the class argument `names` it becomes a unit of `MRUBlock` and `MRUNetwork`, as in
+    `class BMRU(WriteOrHold, names=("bmru",))`; a class with the name of an earlier one replaces it.
+
+    Parameters of layer k, where D is `hidden_size`. Those of its second direction have the suffix `_reverse`:
+
+        weight_ih_l{k}      [gates * D, input_size or directions * D]
+        bias_ih_l{k}        [gates * D], without the gates that `bias=False` leaves without a bias
+        {name}_l{k}         [D], for each name in `per_channel`
+        initial_state_l{k}  [D], unless `learn_initial_state` is False
+
+    Raises:
+        TypeError, ValueError: an argument is not as described in `BMRU`; the message names it.
+
+    Example::
+
+        >>> class LeakyIntegrator(mk.nn.MRUBase):
+        ...     gates = {"update": None}
+        ...     per_channel = {"decay": 0.9}
+        ...
+        ...     def _scan(self, gates, initial_state, *, decay, **options):
+        ...         return mk.linear_recurrence(decay, gates, initial_state, **options)
+        >>> output, h_n = LeakyIntegrator(3, 8, bidirectional=True)(torch.randn(2, 10, 3))
+        >>> output.shape, h_n.shape
+        (torch.Size([2, 10, 16]), torch.Size([2, 2, 8]))
+    """
+
+    gates: ClassVar[Mapping[str, float | None]]
+    """The gates in the order of the projection, with the initial value of their bias.
+
+    None stands for a bias that is drawn as in `nn.Linear` and is absent with `bias=False`. Such gates come first.
+    """
+
+    per_channel: ClassVar[Mapping[str, float]] = {}
+    """The parameters `[D]` that `_scan` gets by name, with their initial value."""
+
+    initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    """The two values from which a learned initial state is drawn."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
+    """The dtypes that the parameters may have."""
+
+    def __init_subclass__(cls, *, names: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init_subclass__(**options)
+        UNITS.update(dict.fromkeys(names, cls))
+
+    @constructor
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = True,
+        chunk_size: int | None = backends.CHUNK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        self._check_dtype(dtype or torch.get_default_dtype())
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = check_dropout(dropout, num_layers)
+        self.bidirectional = bidirectional
+        self.learn_initial_state = learn_initial_state
+        self.chunk_size = checks.chunk_size(chunk_size)
+        self._names = tuple(self._shapes(input_size))  # the same for every scan
+        for layer, suffix in self._scans():
+            width = input_size if layer == 0 else hidden_size * self.num_directions
+            for name, shape in self._shapes(width).items():
+                parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(name + suffix, parameter)
+        self.reset_parameters()
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def _gates_without_bias(self) -> int:
+        return 0 if self.bias else sum(value is None for value in self.gates.values())
+
+    def _scans(self) -> Iterator[tuple[int, str]]:
+        """Layer and parameter suffix of every scan, in the order of `hx` and `h_n`."""
+        for layer in range(self.num_layers):
+            for direction in range(self.num_directions):
+                yield layer, f"_l{layer}" + "_reverse" * direction
+
+    def _shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters, by name, of a scan whose input has `width` features."""
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(self.gates) * self.hidden_size, width)}
+        if self._gates_without_bias < len(self.gates):
+            shapes["bias_ih"] = ((len(self.gates) - self._gates_without_bias) * self.hidden_size,)
+        shapes |= dict.fromkeys(self.per_channel, (self.hidden_size,))
+        if self.learn_initial_state:
+            shapes["initial_state"] = (self.hidden_size,)
+        return shapes
+
+    def _parameters_by_scan(self) -> list[dict[str, Tensor]]:
+        """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
+        return [{name: getattr(self, name + suffix) for name in self._names} for _, suffix in self._scans()]
+
+    def _biases(self, suffix: str) -> dict[str, Tensor]:
+        """The bias `[D]` of each gate that has one, as views."""
+        names = list(self.gates)[self._gates_without_bias :]
+        return dict(zip(names, getattr(self, "bias_ih" + suffix).split(self.hidden_size), strict=True)) if names else {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw projections as in `nn.Linear` and initial states from two values; set all other parameters to constants.
+
+        A gate's bias is constant where `gates` gives its value, else drawn as in `nn.Linear`.
+        """
+        for _, suffix in self._scans():
+            weight: Tensor = getattr(self, "weight_ih" + suffix)
+            bound = 1.0 / math.sqrt(weight.shape[1])
+            weight.uniform_(-bound, bound)
+            for gate, bias in self._biases(suffix).items():
+                value = self.gates[gate]
+                if value is None:
+                    bias.uniform_(-bound, bound)
+                else:
+                    bias.fill_(value)
+            for name, value in self.per_channel.items():
+                getattr(self, name + suffix).fill_(value)
+            if self.learn_initial_state:
+                low, high = self.initial_state_values
+                getattr(self, "initial_state" + suffix).bernoulli_(0.5).mul_(high - low).add_(low)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing. Code for `nn.GRU` calls this method; the parameters here need no rearranging."""
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": True, "dropout": 0.0, "bidirectional": False,
+            "learn_initial_state": True, "chunk_size": backends.CHUNK,
+        }  # fmt: skip
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
+
+    def __prepare_scriptable__(self):  # called by torch.jit.script
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this module; use torch.jit.trace, torch.compile or"
+            " torch.export"
+        )
+
+    def _scan(
+        self,
+        gates: Tensor,
+        initial_state: Tensor | None,
+        *,
+        reverse: bool,
+        cu_seqlens: Tensor | None,
+        chunk_size: int | None,
+        **per_channel: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Scan gates `[B, T, k D]` from the initial state `[B, D]`: the output `[B, T, D]` and final state `[B, D]`.
+
+        With `cu_seqlens [N + 1]`, B is 1 and states are `[N, D]`.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Tensor | None = None, *, _parallel: Any = None) -> tuple[Any, Tensor]:
+        """Run all layers; `BMRU` describes the arguments, results and errors of a call."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, hx)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        parameters = self._parameters_by_scan()
+        scan = self._scan
+        if _parallel is not None:  # a call of `distributed.SequenceParallel`
+            parameters = _parallel.parameters(parameters)
+            scan = functools.partial(_parallel.scan, self._scan)
+        order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
+        self._check_shape(input, (2, 3), f"{order} or [time, features]")
+        self._check_match(input, parameters[0]["weight_ih"])
+        if input.dim() == 2:
+            self._check_hx(hx, input, batch=())
+            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters, scan)
+            return output.squeeze(0), h_n.squeeze(1)
+        batch = input.shape[0 if self.batch_first else 1]
+        self._check_hx(hx, input, batch=(batch,))
+        return self._layers(input, hx, batch, parameters, scan, time_first=not self.batch_first)
+
+    @torch.no_grad()
+    def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of `forward`, for streaming inference, without gradients.
+
+        Args:
+            input: `[B, input_size]`.
+            hx: as for `forward`, `[num_layers, B, D]`.
+
+        Returns:
+            The output `[B, D]` and the states after the step `[num_layers, B, D]`, equal to those of `forward` with
+            T = 1.
+
+        Raises:
+            RuntimeError: the module is bidirectional.
+            TypeError, ValueError: as `forward`.
+
+        Example::
+
+            >>> unit = mk.BMRU(3, 8)
+            >>> hx = None
+            >>> for x in torch.randn(10, 2, 3):
+            ...     output, hx = unit.step(x, hx)
+            >>> output.shape, hx.shape
+            (torch.Size([2, 8]), torch.Size([1, 2, 8]))
+        """
+        if self.bidirectional:
+            raise RuntimeError(
+                "step: not supported by a bidirectional module, whose second direction starts at the last step"
+            )
+        self._check_shape(input, (2,), "[batch, features]")
+        time = 1 if self.batch_first else 0
+        output, h_n = self(input.unsqueeze(time), hx)
+        return output.squeeze(time), h_n
+
+    def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        parameters = self._parameters_by_scan()
+        self._check_shape(data, (2,), "packed data [total, features]")
+        self._check_match(data, parameters[0]["weight_ih"])
+        order, cu_seqlens = _by_sequence(batch_sizes)
+        order, cu_seqlens = order.to(data.device), cu_seqlens.to(data.device)
+        sequences = cu_seqlens.shape[0] - 1
+        self._check_hx(hx, data, batch=(sequences,))
+        if hx is not None and sorted_indices is not None:
+            hx = hx.index_select(1, sorted_indices)
+        x = data.index_select(0, order).unsqueeze(0)
+        output, h_n = self._layers(x, hx, sequences, parameters, self._scan, cu_seqlens=cu_seqlens)
+        output = output.squeeze(0)
+        output = torch.empty_like(output).index_copy_(0, order, output)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _layers(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        sequences: int,
+        parameters: list[dict[str, Tensor]],
+        scan: Callable[..., tuple[Tensor, Tensor]],
+        *,
+        time_first: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run all scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output, and `h_n`."""
+        outputs: list[Tensor] = []
+        finals: list[Tensor] = []
+        for i, p in enumerate(parameters):
+            reverse = self.bidirectional and i % 2 == 1
+            if i > 0 and not reverse:
+                x, outputs = _concatenated(outputs), []
+                if self.dropout > 0.0 and self.training:
+                    x = F.dropout(x, self.dropout)
+            gates = self._project(x, p)
+            h, final = scan(
+                gates.transpose(0, 1) if time_first else gates,
+                self._initial_state(None if hx is None else hx[len(finals)], sequences, p),
+                reverse=reverse,
+                cu_seqlens=cu_seqlens,
+                chunk_size=self.chunk_size,
+                **{name: p[name] for name in self.per_channel},
+            )
+            outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, p))
+            finals.append(final)
+        return _concatenated(outputs), finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+
+    def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        """All gates of one scan, `[*, gates * D]`, from one matrix product."""
+        bias = p.get("bias_ih")
+        if bias is not None and self._gates_without_bias:
+            bias = F.pad(bias, (self._gates_without_bias * self.hidden_size, 0))
+        return F.linear(x, p["weight_ih"], bias)
+
+    def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        """The output `[*, D]` of one layer and direction, from the result `h` of its scan and its input `x`."""
+        return h
+
+    def _learned_state(self, p: dict[str, Tensor]) -> Tensor:
+        return p["initial_state"]
+
+    def _initial_state(self, given: Tensor | None, sequences: int, p: dict[str, Tensor]) -> Tensor | None:
+        if not self.learn_initial_state:
+            return given
+        learned = self._learned_state(p)
+        if given is None:
+            return learned.expand(sequences, -1)
+        if not torch.is_grad_enabled():
+            return given
+        # DistributedDataParallel waits for a gradient of every parameter, so that of `learned` is zero, not absent.
+        return torch.where(given.new_ones((), dtype=torch.bool), given, learned)
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in self.dtypes:
+            *names, last = (str(d).removeprefix("torch.") for d in self.dtypes)
+            raise TypeError(f"dtype: expected {', '.join(names)} or {last}, got {dtype}")
+
+    def _check_shape(self, input: Tensor, ranks: tuple[int, ...], expected: str) -> None:
+        if not isinstance(input, Tensor):
+            kinds = "a tensor or a PackedSequence" if 3 in ranks else f"a tensor {expected}"
+            raise TypeError(f"input: expected {kinds}, got {type(input).__name__}")
+        checks.dense("input", input, "a PackedSequence")
+        if input.dim() not in ranks:
+            raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
+        if input.shape[-1] != self.input_size:
+            raise ValueError(f"input: expected {self.input_size} features, got shape {list(input.shape)}")
+
+    def _check_match(self, input: Tensor, weight: Tensor) -> None:
+        self._check_dtype(weight.dtype)  # `Module.to` may have changed it
+        if input.device != weight.device:
+            raise ValueError(f"input: expected the module's device {weight.device}, got {input.device}")
+        check_input_dtype(input, weight.dtype)
+
+    def _check_hx(self, hx: Tensor | None, input: Tensor, batch: tuple[int, ...]) -> None:
+        if hx is None:
+            return
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected a tensor or None, got {type(hx).__name__}")
+        checks.dense("hx", hx, "a PackedSequence")
+        expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
+        if hx.shape != expected:
+            letters = f"[layers * directions, {'batch, ' * len(batch)}hidden_size]"
+            raise ValueError(f"hx: expected shape {list(expected)} {letters}, got {list(hx.shape)}")
+        if hx.device != input.device:
+            raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
+        stream = input.dtype
+        if stream != torch.float64:
+            stream = checks.autocast_dtype(input.device) or stream
+        allowed = dict.fromkeys(self._state_dtypes(stream))
+        if hx.dtype not in allowed:
+            raise TypeError(f"hx: expected dtype {' or '.join(map(str, allowed))}, got {hx.dtype}")
+        if hx.dtype in checks.HALF_DTYPES and not torch.compiler.is_compiling() and self._accumulates():
+            warnings.warn(
+                f"hx: expected {ops.state_dtype(stream)}, the dtype of h_n, got {hx.dtype}, which rounds away what"
+                f" {type(self).__name__} accumulates; under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False)",
+                stacklevel=2,
+            )
+
+    def _accumulates(self) -> bool:
+        """Whether small steps add up in the state, so that rounding the state at every call changes the result."""
+        return True
+
+    def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
+        """The dtypes that `hx` may have where the gates have dtype `stream`."""
+        return stream, ops.state_dtype(stream)
+
+
+def _concatenated(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _by_sequence(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """How to reorder a PackedSequence's data, interleaved by time, into one sequence after another.
+
+    Returns:
+        The index `[total]` of each step in the data, and the offsets `cu_seqlens [N + 1]` of the reordered sequences.
+    """
+    sequence = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(1)
+    present = sequence < batch_sizes  # [N, T]: sequence n has a step t
+    order = (batch_sizes.cumsum(0) - batch_sizes + sequence)[present]
+    return order, F.pad(present.sum(1).cumsum(0), (1, 0))

@@ -1,0 +1,232 @@
+"""What a cell declares, and what follows for every cell: the op, its gradients, and the sums that measure errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .draw import DTYPES, Draw
+from .scan import over_sequences, scan
+
+Term = Callable[[Any], Any]
+
+
+def itself(x: Any) -> Any:
+    """The addend as it is."""
+    return x
+
+
+class Steps(NamedTuple):
+    """What a gradient is made of, for every step of one batch of sequences; each tensor is `[B, T, D]`.
+
+    Attributes:
+        gates: the results of `Cell.gates`.
+        s_before: s_{t-1}.
+        s: s_t.
+        lambda_: dL/ds_t.
+        grad_h: dL/dh_t.
+    """
+
+    gates: tuple[Tensor, ...]
+    s_before: Tensor
+    s: Tensor
+    lambda_: Tensor
+    grad_h: Tensor
+
+
+def _identity(s: Tensor, **_: Any) -> Tensor:
+    return s
+
+
+def _one(s: Tensor, **_: Any) -> Tensor:
+    return torch.ones_like(s)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell: `s_t = step(s_{t-1}, gates_t)`, `h_t = output(s_t)`.
+
+    Its functions get every input and scalar as a keyword argument, and take those they need (`**_` takes the others).
+    Time runs in scan order. An input is `[B, T, D]` or `[D]`, and None where it is optional and absent; for `output`,
+    `slope`, `decay` and `gradients` within `adjoint` each input is `[B, T, D]`, and ones where it is absent.
+
+    Attributes:
+        name: of its op.
+        inputs: names of the tensors that the op takes first, in its order. One of them is always a stream.
+        optional: names of the tensors that may be absent.
+        scalars: the defaults of its numbers, by name.
+        gates: (**inputs) -> a tuple of `[B, T, D]` or `[D]`: what the steps need and no state decides.
+        step: (s, *gates, **scalars) -> the next state, all `[B, D]`.
+        output: (s `[B, T, D]`, **inputs) -> h `[B, T, D]`.
+        slope: (s `[B, T, D]`, **inputs) -> dh_t/ds_t `[B, T, D]`.
+        decay: (*gates, **scalars) -> ds_t/ds_{t-1} `[B, T, D]`.
+        gradients: (steps, term, **inputs) -> by the name of each input, its gradient at every step, `[B, T, D]`. Each
+            addend of a sum passes through `term`.
+        affine: (**inputs) -> (a, w) with s_t = a_t s_{t-1} + w_t, for other packages' scans, with autograd's gradients;
+            required tensors only. None: it has no such form.
+        draw: (draw, options) -> the tensors that a case calls for, by name, a stream first; `initial_state` aside.
+        factors: in what calls of the cell differ, beyond what all cells share, as name: values. The first value is the
+            default. An input that may be `[D]` or a stream has the values "stream" and "channel", an optional one
+            False and True, a scalar some of its values.
+        dtypes: of its streams, by short names.
+        unit: name of the module of `mru_kernels` that is timed next to the op; None: there is none.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    gates: Callable[..., tuple[Tensor, ...]]
+    step: Callable[..., Tensor]
+    decay: Callable[..., Tensor]
+    gradients: Callable[..., dict[str, Tensor]]
+    draw: Callable[[Draw, Mapping[str, Any]], dict[str, Tensor]]
+    optional: tuple[str, ...] = ()
+    scalars: dict[str, float] = field(default_factory=dict)
+    output: Callable[..., Tensor] = _identity
+    slope: Callable[..., Tensor] = _one
+    affine: Callable[..., tuple[Tensor, Tensor]] | None = None
+    factors: dict[str, tuple] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=lambda: DTYPES)
+    unit: str | None = None
+
+    def __call__(
+        self,
+        *tensors: Tensor,
+        initial_state: Tensor | None = None,
+        reverse: bool = False,
+        cu_seqlens: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Scan the cell over time, one step after the other. Nothing is validated.
+
+        Args:
+            tensors: the inputs in the op's order, then the initial state; all may be given by name.
+            initial_state: s_0 `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
+            reverse: from the last step to the first.
+            cu_seqlens: `[N + 1]` offsets of sequences packed along T, with B = 1.
+            dtype: of the arithmetic and the results: float64 makes it the reference, float32 the plain loop that error
+                limits refer to. Complex tensors are computed in its complex counterpart.
+            arguments: the optional inputs and the scalars, by name.
+
+        Returns:
+            h `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
+        """
+        names = (*self.inputs, "initial_state")
+        x, initial_state, shape = self._arguments(
+            {"initial_state": initial_state, **arguments, **dict(zip(names, tensors, strict=False))}, cu_seqlens, dtype
+        )
+        tensors_, scalars = self._split(x)
+
+        def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            given = {**tensors_, **dict(zip(over_time, streams, strict=True)), **scalars}
+            gates = [g.expand_as(streams[0]) for g in self.gates(**given)]
+            s, final_state = scan(lambda s, *row: self.step(s, *row, **scalars), gates, states[0])
+            return [self.output(s, **given)], [final_state]
+
+        over_time = [name for name, t in tensors_.items() if t is not None and t.shape == shape]
+        (h,), (final_state,) = over_sequences(
+            one, [tensors_[name] for name in over_time], [initial_state], reverse, cu_seqlens
+        )
+        return h, final_state
+
+    @torch.no_grad()
+    def adjoint(
+        self,
+        *,
+        grad_h: Tensor,
+        grad_final: Tensor,
+        initial_state: Tensor | None = None,
+        reverse: bool = False,
+        cu_seqlens: Tensor | None = None,
+        term: Term = itself,
+        **arguments: Any,
+    ) -> dict[str, Tensor]:
+        """Values and gradients without autograd, as derived by hand, in float64; or the terms that they add up.
+
+        Each addend of a sum passes through `term`. Left as it is, the results are the cell's values and gradients. With
+        `abs`, each is the sum of the absolute values of the terms that it adds up, the terms of its terms included; of
+        an output that is not linear in the state to first order.
+
+        Args:
+            grad_h: G = dL/dh `[B, T, D]`.
+            grad_final: F = dL/ds_T `[B, D]`, `[N, D]` with `cu_seqlens`.
+            initial_state, reverse, cu_seqlens, arguments: those of the call.
+            term: `itself` or `abs`.
+
+        Returns:
+            "h", "final_state", and under the name of each tensor given its gradient. Those of a channel with a NaN mean
+            nothing.
+        """
+        given = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name not in self.scalars}
+        x, s_0, shape = self._arguments({**arguments, "initial_state": initial_state}, cu_seqlens, torch.float64)
+        tensors, scalars = self._split(x)
+        like = grad_h.to(s_0.dtype)
+        streams = [torch.ones_like(like) if t is None else t.expand(shape) for t in tensors.values()]
+
+        def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            *over_time, G = streams  # noqa: N806 as in the equations
+            return self._adjoint(dict(zip(tensors, over_time, strict=True)), scalars, G, *states, term)
+
+        results, states = over_sequences(one, [*streams, like], [s_0, grad_final.to(s_0.dtype)], reverse, cu_seqlens)
+        (h, *grads), (final_state, ds_0) = results, states
+        found = {"h": h, "final_state": final_state}
+        for name, grad in zip(tensors, grads, strict=True):
+            if name in given:
+                found[name] = grad.sum((0, 1)) if given[name].dim() == 1 else grad
+        return found | ({} if initial_state is None else {"initial_state": ds_0})
+
+    def _adjoint(self, tensors, scalars, G, s_0, F, term):  # noqa: N803 as in the equations
+        """`adjoint` of one batch of sequences in scan order: ([h, a gradient an input], [s_T, ds_0])."""
+        x = {**tensors, **scalars}
+        batch = G.shape[0]
+        exact = [g.expand_as(G) for g in self.gates(**x)]
+        # The states, and below them in the same batch the sums of their terms.
+        both, final = scan(
+            lambda s, *row: self.step(s, *row, **scalars),
+            [torch.cat([g, term(g)]) for g in exact],
+            torch.cat([s_0, term(s_0)]),
+        )
+        value, s, s_0, s_last = both[:batch], term(both[batch:]), term(s_0), term(final[len(s_0) :])
+        s_before = torch.cat([s_0.unsqueeze(1), s], 1)[:, :-1] if s.shape[1] else s
+        h, slope = self.output(value, **x), term(self.slope(value, **x))
+        if term is not itself:
+            h = term(h) + slope * (s - term(value))
+
+        gates = tuple(term(g) for g in exact)
+        G, from_right, lambdas = term(G), term(F), []  # noqa: N806
+        decay = self.decay(*gates, **scalars)
+        for a_t, g_t in zip(reversed(decay.unbind(1)), reversed((slope.conj() * G).unbind(1)), strict=True):
+            lambdas.append(g_t + from_right)
+            from_right = a_t.conj() * lambdas[-1]
+        lambda_ = torch.stack(lambdas[::-1], 1) if lambdas else torch.empty_like(G)
+        grads = self.gradients(Steps(gates, s_before, s, lambda_, G), term, **x)
+        return [h, *(grads[name] for name in tensors)], [s_last, from_right]
+
+    def _arguments(
+        self, given: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype
+    ) -> tuple[dict[str, Any], Tensor, torch.Size]:
+        """Inputs and scalars by name, the initial state, and the shape of a stream; all tensors in `dtype`."""
+        stream = next(x for x in given.values() if isinstance(x, Tensor) and x.dim() == 3)
+        dtype = dtype.to_complex() if stream.is_complex() else dtype
+        x: dict[str, Any] = {}
+        for name in (*self.inputs, *self.optional):
+            x[name] = None if given.get(name) is None else given[name].to(dtype)
+        for name, default in self.scalars.items():
+            x[name] = float(given.get(name, default))
+        unknown = given.keys() - x.keys() - {"initial_state"}
+        if unknown:
+            raise TypeError(f"{self.name}: expected some of {', '.join(x)}, got {', '.join(sorted(unknown))}")
+        state = given.get("initial_state")
+        if state is None:
+            sequences = stream.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            state = stream.new_zeros(sequences, stream.shape[2])
+        return x, state.to(dtype), stream.shape
+
+    def _split(self, x: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+        """Tensors, absent ones included, and scalars."""
+        tensors = {name: x[name] for name in (*self.inputs, *self.optional)}
+        return tensors, {name: x[name] for name in self.scalars}

@@ -1,0 +1,117 @@
+"""What imports what, in fresh processes: the directions of imports, and what `import mru_kernels` leaves out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+#: The parts of the package in layers. A part imports parts of earlier layers only.
+LAYERS = [
+    ["torch_private"],
+    ["scalars"],
+    ["backends"],
+    ["checks"],
+    ["ops"],
+    ["cells"],
+    ["nn"],
+    ["schedule", "streaming", "distributed"],
+]
+PARTS = [part for layer in LAYERS for part in layer]
+
+#: Modules that `import mru_kernels` does not import.
+LEFT_OUT = {"python_ref", "bench", "examples", "tests", "mru_kernels.distributed"}
+
+# Import the package in a process of its own. Then import its parts, in order, without mru_kernels/__init__.py, which
+# imports most of them. The parts of the last layer are imported in processes of their own.
+IMPORTS = """
+import importlib, json, os, sys, types
+import torch
+
+def load(name, alone):
+    if alone and os.fork():
+        return os.wait()
+    importlib.import_module(name)
+    print(json.dumps([name, sorted(sys.modules)]), flush=True)
+    if alone:
+        os._exit(0)
+
+layers, path = json.loads(sys.argv[1])
+load("mru_kernels", alone=True)
+parent = sys.modules["mru_kernels"] = types.ModuleType("mru_kernels")
+parent.__path__ = [path]
+for layer in layers:
+    for part in layer:
+        load(f"mru_kernels.{part}", alone=len(layer) > 1)
+"""
+
+# A torch without torch.distributed has none of these functions.
+WITHOUT_DISTRIBUTED = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "torch.distributed":
+            import torch._C
+            for missing in ("_c10d_init", "_rpc_init", "_dist_autograd_init"):
+                delattr(torch._C, missing)
+
+sys.meta_path.insert(0, Finder())
+import torch
+assert not torch.distributed.is_available()
+
+import mru_kernels as mk
+assert mk.BMRU(2, 3)(torch.ones(1, 4, 2))[0].shape == (1, 4, 3)
+assert "distributed" in dir(mk)
+assert not hasattr(mk, "other")
+try:
+    mk.distributed.sequence_parallel(mk.bmru)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def run(program: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """The modules that are loaded after the import of the package, and of each part of it."""
+    lines = run(IMPORTS, json.dumps([LAYERS, str(ROOT / "mru_kernels")])).splitlines()
+    return {name: set(modules) for name, modules in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_imports_go_one_way(loaded, part):
+    parts = {name.split(".")[1] for name in loaded[f"mru_kernels.{part}"] if name.startswith("mru_kernels.")}
+    layer = next(i for i, parts in enumerate(LAYERS) if part in parts)
+    assert part in parts
+    assert parts - {part} <= {earlier for parts in LAYERS[:layer] for earlier in parts}
+
+
+def test_every_part_is_in_a_layer():
+    names = {path.stem for path in (ROOT / "mru_kernels").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert {name for name in names if not name.startswith("__")} == set(PARTS)
+
+
+def test_the_package_leaves_out_what_it_does_not_need(loaded):
+    assert "mru_kernels.nn" in loaded["mru_kernels"]
+    assert not loaded["mru_kernels"] & LEFT_OUT
+
+
+@pytest.mark.xfail(reason="torch.compiler.assume_constant_result, in backends, imports the compiler")
+def test_the_package_does_not_import_the_compiler(loaded):
+    assert not loaded["mru_kernels"] & {"torch._dynamo", "triton"}
+
+
+def test_a_torch_without_distributed():
+    assert run(WITHOUT_DISTRIBUTED).startswith("mesh_or_group: expected a torch build with torch.distributed")
