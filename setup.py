@@ -45,8 +45,8 @@ CXX_FLAGS = [
 # --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
-# The files of csrc/cells are the list of cells. csrc/cpu/kernels/kernels.cpp is compiled once per cell and instruction set,
-# as csrc/cpu/kernels/kernels.h names it; csrc/cpu/isa.h chooses at run time.
+# The files of csrc/cells are the list of cells. csrc/cpu/kernels/kernels.cpp is compiled once per cell and instruction
+# set, as csrc/cpu/kernels/kernels.h names it; csrc/cpu/isa.h chooses at run time.
 CELLS_MODULE = runpy.run_path(str(ROOT / "csrc/cells.py"))
 CELLS = CELLS_MODULE["names"](ROOT / "csrc")
 CPU_PARTS = ("backward", "cut_maps", "forward", "isa", "plan", "register")
