@@ -6,8 +6,8 @@
     kernels         the kernels, generic over the cell
     cell.py, cells  the protocol of a cell, and a file for each
 
-A kernel is compiled for each cell, dtype, set of streams, layout (aligned to 16 bytes or not) and block of channels, and
-once more for an epsilon of 0; never for sizes.
+A kernel is compiled for each cell, dtype, set of streams, layout (aligned to 16 bytes or not) and block of channels,
+and once more for an epsilon of 0; never for sizes.
 """
 
 from __future__ import annotations

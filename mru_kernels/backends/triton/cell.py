@@ -52,6 +52,9 @@ class Codes(NamedTuple):
     factor: Any = None
 
 
+NO_CODES = Codes()
+
+
 class Cell(NamedTuple):
     """The functions of a cell, which a kernel takes as one argument. `cell` fills in what most cells share."""
 
@@ -98,7 +101,7 @@ def unchanged(x, s):
 
 def cell(
     step, pull, vjp, *, recompute=None, push=None, output=state_after, cotangent=sum_of_both, enter=unchanged,
-    rules: Rules = REAL, adjoint_sees_state: bool = False, codes: Codes = Codes(),
+    rules: Rules = REAL, adjoint_sees_state: bool = False, codes: Codes = NO_CODES,
 ) -> Cell:  # fmt: skip
     """A cell; by default h = s', and `recompute` and `push` are `step` and `pull`."""
     return Cell(

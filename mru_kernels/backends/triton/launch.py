@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -206,7 +207,7 @@ class Call:
         whole = self.packed or count <= MOST_WALKED
         per_group = count if whole else max(isqrt(count // 2) // MOST_WALKED * MOST_WALKED, MOST_WALKED)
         groups = 1 if whole else ceil_div(count, per_group)
-        own = {
+        own: dict[str, Any] = {
             "walk": Walk(encode(groups), encode(per_group), encode(int(adjoint_of is not None))),
             "scan": self.scan_sizes._replace(flag=self.first.new_empty(1, dtype=torch.int64)),
             "maps": maps,

@@ -22,9 +22,11 @@ def register(keys: tuple[str, ...]) -> None:
     """Register the ops of every cell that Triton has, for these dispatch keys."""
     for cell in ops.CELLS.values():
         if find(cell.name) is not None:
-            for suffix, kernel in {"": forward, "_backward": backward, "_step": step, "_map": compose}.items():
-                for key in keys:
-                    _library.impl(f"{cell.name}{suffix}.triton", partial(kernel, cell), key)
+            for key in keys:
+                _library.impl(f"{cell.name}.triton", partial(forward, cell), key)
+                _library.impl(f"{cell.name}_backward.triton", partial(backward, cell), key)
+                _library.impl(f"{cell.name}_step.triton", partial(step, cell), key)
+                _library.impl(f"{cell.name}_map.triton", partial(compose, cell), key)
 
 
 def _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment) -> None:
@@ -36,9 +38,7 @@ def forward(
     cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save
 ) -> list[Tensor]:
     _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment)
-    call = Call(
-        cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, saved=save
-    )
+    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, saved=save)
     results = ops.allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
     h, final_state, checkpoints, codes = map(real, results)
     own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "codes": codes}
@@ -82,9 +82,7 @@ def backward(
     segment = backend.backward_segment(segment, sizes, first.dtype.itemsize, first.device)
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
-    call = Call(
-        cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, grad_h=grad_h
-    )
+    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, grad_h=grad_h)
     results = ops.allocate_backward(cell, inputs, initial_state)
     written = [real(t) for t in results]
     in_place = initial_state is not None and written[-1].dtype == call.state
@@ -92,17 +90,18 @@ def backward(
     grads = _gradients(call, cell, written, given, packed, chunk)
     checkpoints, codes = _saved(call, checkpoints, events, batch, chunk)
     states = call.rows(call.segments * (min(call.time, chunk) // tile("backward", call.reads)))
+    grad_final = call.vector(grad_final)
     own = {
         "codes": codes,
         "grad_h": call.stream(grad_h),
-        "grad_final": call.vector(grad_final),
+        "grad_final": grad_final,
         "grads": tuple(map(call.stream, grads)),
         "grad_initial": grad_initial,
         "saved": Saved(call.arguments["initial"], codes, checkpoints, states),
     }
-    call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=own["grad_final"])
+    call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=grad_final)
     for t, place in zip(grads, ops.places(cell, given, packed), strict=False):
-        if t is not None and t.dim() == 2:
+        if t is not None and place is not None and t.dim() == 2:
             written[place].copy_(t.sum(0, dtype=torch.float64))  # in a fixed order
     if initial_state is not None and not in_place:
         written[-1].copy_(grad_initial)

@@ -39,8 +39,8 @@ def segment(sequences: int, steps: int, channels: int, itemsize: int, device: to
 def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
     """Steps of a segment in the backward pass, if the forward pass cuts time.
 
-    All programs take about as long, so the last round of them should leave few multiprocessors idle. Of a few numbers of
-    rounds it takes the fastest, counted in steps.
+    All programs take about as long, so the last round of them should leave few multiprocessors idle. Of a few numbers
+    of rounds it takes the fastest, counted in steps.
     """
     at_once = _BACKWARD_WARPS[itemsize] * _multiprocessors(device)
     programs = sequences * _blocks(channels, max(itemsize, 4))  # by the bytes of states

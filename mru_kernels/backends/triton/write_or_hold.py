@@ -1,7 +1,7 @@
 """The step of the bistable cells: a select (csrc/maps/write_or_hold.h).
 
-Where the gate writes, s' = v + epsilon s; elsewhere s' = s. NaN is absorbing. Their scalars are p = (epsilon, bend, tie,
-gain), the last three those of `surrogate`; their last input is alpha, and h = alpha s'.
+Where the gate writes, s' = v + epsilon s; elsewhere s' = s. NaN is absorbing. Their scalars are p = (epsilon, bend,
+tie, gain), the last three those of `surrogate`; their last input is alpha, and h = alpha s'.
 
 A write code has 2 bits: the low one if the step writes, and the high one if it writes the second of two values; NaN is
 the high one alone.

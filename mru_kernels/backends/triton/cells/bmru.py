@@ -97,9 +97,7 @@ def bmru_step_word(word, s, p):
     return step_word(word, FIRST, SECOND, s, p[0])
 
 
-CODES = Codes(
-    encode, bmru_step_code, bmru_recompute_code, pull_code, bmru_step_word, writes_of_word, factor_of_writes
-)
+CODES = Codes(encode, bmru_step_code, bmru_recompute_code, pull_code, bmru_step_word, writes_of_word, factor_of_writes)
 CELL = Implementation(
     cell(
         step, pull, vjp, recompute=recompute, output=output, cotangent=cotangent, enter=enter, rules=RESETTING,

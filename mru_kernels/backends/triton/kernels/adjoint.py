@@ -1,4 +1,4 @@
-"""Each segment as one affine map of the adjoint, for the backward pass of cells whose adjoint does not see the state."""
+"""Each segment as one affine map of the adjoint, for cells whose adjoint does not see the state."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def adjoint_word(c, map_, writes, late, opened, opened_grad, codes, first, MASKE
 
 @triton.jit
 def prepend_word(c, map_, opened, opened_grad, codes, first, MASKED: tl.constexpr):
-    """The map of the 16 steps from `first` on, then of those to their left, which came before. Writes reset the state."""
+    """The map of 16 steps from `first` on, then of those to their left, `map_`. Writes reset the state."""
     zeros = tl.zeros_like(map_[1])
     of_word, writes, _ = adjoint_word(
         c, (zeros + 1.0, zeros), zeros.to(tl.int32), zeros, opened, opened_grad, codes, first, MASKED
@@ -62,7 +62,7 @@ def prepend_word(c, map_, opened, opened_grad, codes, first, MASKED: tl.constexp
 
 @triton.jit
 def until_reset(c, map_, opened, opened_grad, codes, whole):
-    """The map of a segment, from the left until every channel has written: what comes later cannot pass these writes."""
+    """The map of a segment, from the left until every channel has written: nothing passes these writes."""
     first = c.at.begin
     holds = 1
     while (holds != 0) & (first < whole):
@@ -127,6 +127,4 @@ def summarize_adjoint(
         at = place(scan, block, segment, b)
         p = scalars_of(scalars, form, STATE)
         p_double = scalars_of(scalars, form, tl.float64)
-        summarize_adjoint_segment(
-            Context(cell, form, block, scan, at, p), inputs, codes, grad_h, maps, lates, p_double
-        )
+        summarize_adjoint_segment(Context(cell, form, block, scan, at, p), inputs, codes, grad_h, maps, lates, p_double)

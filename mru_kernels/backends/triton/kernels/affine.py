@@ -1,7 +1,7 @@
 """Steps as one map of the state, s -> factor s + offset, or of the adjoint. Maps compose, so segments scan in parallel.
 
-A map is a pair (factor, offset) of blocks. `rules` is one of REAL, RESETTING and COMPLEX: what a cell's factors are, with
-every rule for NaN, 0 and infinity that composing needs.
+A map is a pair (factor, offset) of blocks. `rules` is one of REAL, RESETTING and COMPLEX: what a cell's factors are,
+with every rule for NaN, 0 and infinity that composing needs.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def after_resets(second, first):
 
 @triton.jit
 def recent(rules, u, late):
-    """The magnitude of the last few states: `late`, updated by `u`. It fades, so that an older state counts for nothing."""
+    """The magnitude of the last few states: `late`, updated by `u`. It fades, so older states count for nothing."""
     return tl.maximum(rules.magnitude(u), 0.25 * late)
 
 
@@ -105,8 +105,8 @@ def consistent(rules, map_, late, entry, leaves, handed, RESETS: tl.constexpr):
     late      `recent` of the states that end in its offset
 
     The bound lets rounding pass. Rounding exceeds |factor entry| + |offset| if cancellation leaves both small; `late`
-    measures it then. A factor that may have underflowed has few right bits, so its bound is tight. Where writes reset the
-    state, factors are 0 or 1: values are wrong only where not finite.
+    measures it then. A factor that may have underflowed has few right bits, so its bound is tight. Where writes reset
+    the state, factors are 0 or 1: values are wrong only where not finite.
     """
     ROUNDING: tl.constexpr = 2.0**-40 if entry.dtype == tl.float64 else 2.0**-16
     error = rules.magnitude(leaves - handed)

@@ -1,7 +1,7 @@
 """What a kernel is given, on the host and on the device.
 
-Triton compiles a kernel again for an integer that is 1, divisible by 16 or wider than 32 bits. So the host encodes every
-size, stride and flag as an odd integer of 64 bits (`encode`), and the kernel decodes it (`size`).
+Triton compiles a kernel again for an integer that is 1, divisible by 16 or wider than 32 bits. So the host encodes
+every size, stride and flag as an odd integer of 64 bits (`encode`), and the kernel decodes it (`size`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gradients, chunk by chunk from the right, with the states recomputed from the checkpoint to the left of each chunk."""
+"""The gradients, chunk by chunk from the right. The states of a chunk are recomputed from the checkpoint before it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def put_gradients(c, dx, rows, sums, opened, i, left, MASKED: tl.constexpr):
 
 @triton.jit
 def backward_tile(c, s, both, m, late, sums, opened, first, MASKED: tl.constexpr):
-    """The gradients at the steps of a tile, some of which lie beyond the end if MASKED. Returns m, late and the sums."""
+    """The gradients at the steps of a tile, some beyond the end if MASKED. Returns m, late and the sums."""
     TILE: tl.constexpr = c.block.tile
     ELEMENT: tl.constexpr = opened.inputs[0][0].dtype.element_ty
     inputs_tile = widened(both[0], ELEMENT, s.dtype)
@@ -130,7 +130,7 @@ def backward_tile(c, s, both, m, late, sums, opened, first, MASKED: tl.constexpr
 
 @triton.jit
 def backward_chunk(c, m, late, ahead, opened, saved, room, chunk, row, HALF: tl.constexpr):
-    """The gradients at the steps of a chunk, whose checkpoint is in `row`. Returns m, late, the sums and the rows ahead.
+    """The gradients at the steps of a chunk, whose checkpoint is in `row`. Returns m, late, the sums, and `ahead`.
 
     In half precision it loads the tile to the left before it computes one, across the border between chunks too.
     """
@@ -201,7 +201,7 @@ def backward_segment(c, opened, saved, grad_final, grads, grad_initial, lates):
             row -= 1
             summed -= 1
             left -= 1
-    # Without a split `chunk` is negative here. LLVM cannot tell, so it does not keep the row's address from the start on.
+    # Without a split `chunk` is negative here. LLVM cannot tell, so it does not keep the row's address from the start.
     put(grad_initial, tl.where((c.scan.segment_size == 0) & (chunk < 0), at.index, at.segment), at, m, at.mask)
     if c.cell.adjoint_sees_state:
         if c.scan.segment_size != 0:
@@ -234,6 +234,4 @@ def backward(
         opened_grad_h = open_stream(grad_h, scan, at, block)
         opened = Opened(opened_inputs, (opened_grad_h,), open_grads(grads, scan, at, form, block))
         p = scalars_of(scalars, form, STATE)
-        backward_segment(
-            Context(cell, form, block, scan, at, p), opened, saved, grad_final, grads, grad_initial, lates
-        )
+        backward_segment(Context(cell, form, block, scan, at, p), opened, saved, grad_final, grads, grad_initial, lates)

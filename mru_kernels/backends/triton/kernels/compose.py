@@ -19,7 +19,7 @@ def map_row(base, k, count, flip):
 
 @triton.jit
 def load_maps(maps, at, row, step, left, TILE: tl.constexpr):
-    """TILE affine maps, the first in `row` and one a step from the next. From the `left`-th on it loads the last again."""
+    """TILE affine maps, the first in `row` and one a step from the next. Only `left` exist: it repeats the last."""
     loaded = ()
     place = row * at.width + (at.first + at.d)
     for i in tl.static_range(TILE):
@@ -78,8 +78,8 @@ def carry(
 ):  # fmt: skip
     """What enters each segment, from the left or, if walk.flip, from the right. Clears the flag of `check`.
 
-    A program walks over the maps of the groups before its own, then over those of its own segments. A packed sequence is
-    one group.
+    A program walks over the maps of the groups before its own, then over those of its own segments. A packed sequence
+    is one group.
     """
     scan = sizes(scan, block)
     item, b = program(scan, block)

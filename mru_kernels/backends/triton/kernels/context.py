@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Context(NamedTuple):
-    """A program's view of its call. Triton takes it as an argument only: to assign it would make tensors of constants."""
+    """A program's view of its call. Pass it on as an argument: Triton makes tensors of constants that are assigned."""
 
     cell: Any  # its functions, see ..cell.Cell
     form: Any

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import size
-
 WORD = tl.constexpr(16)  # steps of the write codes in an int32
 GRID = tl.constexpr(1 << 30)  # programs on the grid's x axis; more go to y
 
