@@ -24,7 +24,7 @@ from pathlib import Path
 import ninja
 import torch
 from ninja import ninja_syntax
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils import cpp_extension
 
@@ -173,7 +173,15 @@ class NinjaBuild(build_ext):
         n.build(str(target), "link", objects, variables={"link": link})
 
 
+# The comparison and the bench are installed as parts of the package, which does not import them.
+FOLDERS = {"mru_kernels.bench": "bench", "mru_kernels.bench.python_ref": "python_ref"}
+PACKAGES = find_packages(include=["mru_kernels*"])
+for name, folder in FOLDERS.items():
+    PACKAGES += [name, *(f"{name}.{part}" for part in find_packages(folder))]
+
 setup(
+    packages=PACKAGES,
+    package_dir=FOLDERS,
     ext_modules=[Extension("mru_kernels._C", [source for source, _ in CPU_OBJECTS.values()], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 
 from . import allocator
 
-#: Module and purpose.
+#: Module and purpose. Those whose module is absent are left out: a wheel has no `gpu-check`.
 SUBCOMMANDS = {
     "compare": ("compare", "errors of every backend against the float64 reference"),
     "speed": ("speed", "times against a pass over the same bytes"),
@@ -25,13 +26,14 @@ _TIMED = ("speed", "profile", "memory")  # with the allocator pinned
 
 
 def main(argv: list[str]) -> int:
+    present = {name: row for name, row in SUBCOMMANDS.items() if find_spec(f"{__package__}.{row[0].split('.')[0]}")}
     name, *rest = argv or [""]
     if name in _TIMED and not allocator.is_pinned():
         os.execve(sys.executable, [sys.executable, "-m", __package__, *argv], allocator.pinned())
-    if name in SUBCOMMANDS:
-        return importlib.import_module(f".{SUBCOMMANDS[name][0]}", __package__).main(rest) or 0
+    if name in present:
+        return importlib.import_module(f".{present[name][0]}", __package__).main(rest) or 0
     print(f"usage: python -m {__package__} NAME [--help]\n")
-    for name, (_, what) in SUBCOMMANDS.items():
+    for name, (_, what) in present.items():
         print(f"  {name:10}{what}")
     return 0 if argv in (["-h"], ["--help"]) else 2
 

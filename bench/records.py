@@ -115,7 +115,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": output_of("git", "describe", "--always", "--dirty", "--exclude=*") or None,
+        "commit": _commit(),
     }
     if device.type == "cpu":
         from mru_kernels.backends import cpu as backend
@@ -133,6 +133,14 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """Of the checkout; None where the bench is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*") or None
 
 
 def _cpu() -> str:

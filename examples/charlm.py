@@ -112,13 +112,13 @@ def fit(text: Text, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, lis
 
     with tqdm(total=arguments.steps, desc=f"training, seed {seed}", unit="step", mininterval=1.0) as bar:
 
-        def after(step: int, value: float) -> None:
+        def after(value: float) -> None:
             losses.append(value / math.log(2))
             bar.update()
             bar.set_postfix(bits=f"{losses[-1]:.2f}", refresh=False)
 
-        callback = common.epsilon_schedule(model, arguments.steps)
-        common.train(model, loss, steps=arguments.steps, learning_rate=LEARNING_RATE, callback=callback, after=after)
+        epsilon = common.epsilon_schedule(model, arguments.steps)
+        common.train(model, loss, steps=arguments.steps, learning_rate=LEARNING_RATE, epsilon=epsilon, after=after)
     return model, losses
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mru_kernels.nn import WriteOrHold
-
-Step = Callable[[int], None]
+import mru_kernels as mk
 
 
 def parser(doc: str, *, steps: int) -> argparse.ArgumentParser:
@@ -62,24 +61,24 @@ def train(
     *,
     steps: int,
     learning_rate: float,
-    callback: Step | None = None,
-    after: Callable[[int, float], None] | None = None,
+    epsilon: mk.EpsilonSchedule | None = None,
+    after: Callable[[float], None] | None = None,
 ) -> None:
-    """AdamW with a warm-up and a cosine, gradients clipped; `callback(step)` comes before every step."""
+    """Train with AdamW, a warm-up and a cosine, and clipped gradients; call `after(loss)` after each step."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
-    for step in range(steps):
-        if callback:
-            callback(step)
+    for _ in range(steps):
         value = loss()
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if epsilon:
+            epsilon.step()
         if after:
-            after(step, value.item())
+            after(value.item())
     model.eval()
 
 
@@ -89,18 +88,16 @@ def positions(steps: int, features: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def epsilon_schedule(model: nn.Module, steps: int, share: float = 0.5) -> Step:
-    """A callback for `train` that takes epsilon of all units in `model` from 1 to 0, linearly.
+def epsilon_schedule(model: nn.Module, steps: int) -> mk.EpsilonSchedule:
+    """Epsilon from 1 to 0 in the first half of the steps, so that training also covers the unit that is used."""
+    return mk.EpsilonSchedule(model, max(1, steps // 2))
 
-    It is 0 after `share` of the steps, so that the unit that is used has been trained, too.
-    """
-    units = [module for module in model.modules() if isinstance(module, WriteOrHold)]
 
-    def set_epsilon(step: int) -> None:
-        for unit in units:
-            unit.epsilon = max(0.0, 1.0 - step / max(1, round(share * steps)))
-
-    return set_epsilon
+def write_rates(unit: mk.BMRU, x: Tensor) -> Tensor:
+    """Share of steps at which each channel writes, `[D]`, for the unit's input `x [B, T, input_size]`."""
+    gates = F.linear(x, unit.weight_ih_l0, unit.bias_ih_l0)
+    candidate, threshold = gates.split(unit.hidden_size, dim=-1)[:2]
+    return (candidate.abs() >= threshold.abs()).float().mean(dim=(0, 1))
 
 
 def parameters(model: nn.Module) -> int:

@@ -142,9 +142,9 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[int, tuple[
         symbols = draw_symbols(BATCH, generator)
         return F.cross_entropy(model(show(noise(BATCH, TRAIN_LENGTH, generator), symbols))[0], symbols)
 
-    callback = common.epsilon_schedule(model, arguments.steps) if "epsilon" in name else None
+    epsilon = common.epsilon_schedule(model, arguments.steps) if "epsilon" in name else None
     rate = arguments.learning_rate or LEARNING_RATES[name]
-    common.train(model, loss, steps=arguments.steps, learning_rate=rate, callback=callback)
+    common.train(model, loss, steps=arguments.steps, learning_rate=rate, epsilon=epsilon)
     lengths = {n: SEQUENCES.get(n, 64) for n in arguments.lengths}
     return {n: test(model, n, min(most, arguments.sequences), seed) for n, most in lengths.items()}
 

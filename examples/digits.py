@@ -51,7 +51,7 @@ UNITS: dict[str, Mapping[str, Mapping[str, Any]]] = {
 ORDERS = ("row by row", "permuted")
 
 
-def network(name: str, hidden_size: int) -> mk.MRUNetwork:
+def network(name: str, hidden_size: int, conv_size: int = 0) -> mk.MRUNetwork:
     return mk.MRUNetwork(
         1 + POSITION_FEATURES,
         10,
@@ -59,6 +59,7 @@ def network(name: str, hidden_size: int) -> mk.MRUNetwork:
         num_blocks=BLOCKS,
         units=UNITS[name],
         hidden_size=hidden_size,
+        conv_size=conv_size,
         pool="last",
     )
 
@@ -69,36 +70,39 @@ def channels(name: str) -> int:
     return min(range(4, 129, 2), key=lambda size: abs(common.parameters(network(name, size)) - PARAMETERS))
 
 
-def data(order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs `[N, 64, 17]`, pixels first, and classes `[N]`: four fifths to train, one fifth to test."""
+def data(order: str, positions: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs `[N, 64, 17]`, pixels first, and classes `[N]`: four fifths to train, one fifth to test.
+
+    Without `positions` the other 16 features are zero, so the network has the same parameters.
+    """
     digits = load_digits()
     pixels = torch.tensor(digits.data / 8.0 - 1.0, dtype=torch.float32).unsqueeze(-1)
     if order == "permuted":
         pixels = pixels[:, torch.randperm(PIXELS, generator=torch.Generator().manual_seed(0))]
-    places = common.positions(PIXELS, POSITION_FEATURES).expand(len(pixels), -1, -1)
-    pixels = torch.cat([pixels, places], -1)
+    places = common.positions(PIXELS, POSITION_FEATURES) * positions
+    pixels = torch.cat([pixels, places.expand(len(pixels), -1, -1)], -1)
     classes = torch.tensor(digits.target)
     train, test = train_test_split(torch.arange(len(classes)), test_size=0.2, random_state=0, stratify=classes)
     return pixels[train], classes[train], pixels[test], classes[test]
 
 
 def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    return {order: accuracy(name, order, seed, arguments) for order in ORDERS}
+    return {order: accuracy(name, order, seed, arguments) for order in arguments.orders}
 
 
 def accuracy(name: str, order: str, seed: int, arguments: argparse.Namespace) -> float:
-    pixels, classes, test_pixels, test_classes = data(order)
+    pixels, classes, test_pixels, test_classes = data(order, arguments.positions)
     hidden_size = channels(name)
     torch.manual_seed(seed)
-    model = network(name, hidden_size)
-    callback = common.epsilon_schedule(model, arguments.steps) if "epsilon" in name else None
+    model = network(name, hidden_size, arguments.conv_size)
+    epsilon = common.epsilon_schedule(model, arguments.steps) if "epsilon" in name else None
 
     def loss() -> Tensor:
         batch = torch.randint(len(classes), (BATCH,))
         return F.cross_entropy(model(pixels[batch])[0], classes[batch], label_smoothing=0.1)
 
     rate = arguments.learning_rate or LEARNING_RATE
-    common.train(model, loss, steps=arguments.steps, learning_rate=rate, callback=callback)
+    common.train(model, loss, steps=arguments.steps, learning_rate=rate, epsilon=epsilon)
     with torch.no_grad():
         return (model(test_pixels)[0].argmax(-1) == test_classes).float().mean().item()
 
@@ -107,20 +111,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=600)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS), metavar="UNIT")
     parser.add_argument("--learning-rate", type=float, help=f"for all units, in place of {LEARNING_RATE}")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS, metavar="ORDER", help=f"of {ORDERS}")
+    parser.add_argument(
+        "--positions", action=argparse.BooleanOptionalAction, default=True, help="of the steps, as input"
+    )
+    parser.add_argument("--conv-size", type=int, default=0, help="steps of a convolution in front of the units")
     arguments = parser.parse_args(argv)
+    orders = arguments.orders
     results = common.run_all(run, arguments.units, arguments)
 
     rows = []
     for name, runs in results.items():
         size = channels(name)
-        scores = [common.spread([r[order] for r in runs]) for order in ORDERS]
-        rows.append([name, f"{common.parameters(network(name, size)):,}", size, *scores])
-    text = common.table(["percent right", "parameters", "channels of a unit", *ORDERS], rows)
-    text += f"\n\n{arguments.steps} steps of {BATCH} images, {arguments.seeds} seeds, 360 test images."
+        scores = [common.spread([r[order] for r in runs]) for order in orders]
+        rows.append([name, f"{common.parameters(network(name, size, arguments.conv_size)):,}", size, *scores])
+    text = common.table(["percent right", "parameters", "channels of a unit", *orders], rows)
+    text += f"\n\n{arguments.steps} steps of {BATCH} images, {arguments.seeds} seeds, 360 test images"
+    text += f", {'with' if arguments.positions else 'without'} positions, conv_size {arguments.conv_size}."
 
     def draw(axes: Any) -> None:
         common.bars(
-            axes, {o: {n: [r[o] for r in runs] for n, runs in results.items()} for o in ORDERS}, "percent right"
+            axes, {o: {n: [r[o] for r in runs] for n, runs in results.items()} for o in orders}, "percent right"
         )
         axes.set_title("8 x 8 digits, one pixel a step; points: seeds")
 

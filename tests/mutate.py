@@ -21,7 +21,9 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutation"
 COPIED = ("mru_kernels", "python_ref", "bench", "tests", "examples", "csrc", "docs", "README.md", "pyproject.toml")
-TESTS = "tests/test_op.py tests/test_torch.py tests/test_bad_input.py tests/test_nn.py tests/test_network.py"
+TESTS = " ".join(
+    f"tests/test_{name}.py" for name in ("op", "op_layout", "torch", "bad_input", "bad_ops", "nn", "network")
+)
 #: Unions of types, which nothing evaluates.
 WITHOUT_EFFECT = "core/ReplaceBinaryOperator_BitOr_"
 

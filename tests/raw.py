@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import inputs
 from mru_kernels import backends, ops
 
 #: What the schemas of a cell's four ops name, in order.
@@ -62,3 +63,50 @@ def arguments(
 def of(names: Sequence[str], given: Mapping[str, Any]) -> list[Any]:
     """The arguments of these names."""
     return [given[name] for name in names]
+
+
+def scan(call: inputs.Call, *, gates: bool = False, **options: Any) -> dict[str, Any]:
+    """Arguments of the forward op by name, for a call; with `gates` all streams lie side by side in one tensor."""
+    cell = ops.CELLS[call.cell]
+    arrays = {i.name: call.tensors[i.name] for i in cell.inputs if i.name in call.tensors}
+    packed = [name for name, t in arrays.items() if t.dim() == 3] if gates else []
+    if packed:
+        joined = torch.cat([arrays.pop(name) for name in packed], -1)
+        arrays = {"gates": joined, **arrays}
+    return arguments(
+        cell, arrays, packed=packed, initial_state=call.tensors.get("initial_state"), **call.settings, **options
+    )
+
+
+def backward(scan: Mapping[str, Any], results: Sequence[Tensor]) -> dict[str, Any]:
+    """Arguments of the backward op: those of the forward op, whose results h and final state stand for gradients."""
+    names = ("grad_h", "grad_final", "checkpoints", "events")
+    return dict(zip(BACKWARD, of(BACKWARD, {**scan, **dict(zip(names, results, strict=True))}), strict=True))
+
+
+def step(call: inputs.Call) -> dict[str, Any]:
+    """Arguments of the step op: the first step of a call."""
+    named = scan(call)
+    rows = [t[:, 0] if t.dim() == 3 else t for t in named["inputs"]]
+    state = named["initial_state"]
+    named |= {"inputs": rows, "state": torch.zeros_like(call.grad_final) if state is None else state}
+    return dict(zip(STEP, of(STEP, named), strict=True))
+
+
+def run(op: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> Any:
+    """Call an op with arguments by name."""
+    return op(*(arguments[argument.name] for argument in op._schema.arguments))
+
+
+def tensors_of(arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that gradients are taken for, in the order of the backward op's results."""
+    arrays = [t for t in arguments["inputs"] if t.dim() > 0]
+    return arrays if arguments["initial_state"] is None else [*arrays, arguments["initial_state"]]
+
+
+def with_tensors(arguments: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """The arguments with other tensors for those of `tensors_of`."""
+    left = iter(tensors)
+    inputs = [next(left) if t.dim() > 0 else t for t in arguments["inputs"]]
+    state = None if arguments["initial_state"] is None else next(left)
+    return {**arguments, "inputs": inputs, "initial_state": state}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import errors, inputs
-from tests import test_op as ops
+from tests import calls
 
 TIME = 200  # three segments of 64 steps and a rest, or one of 128 and a rest
 LEAD = 30  # steps of a packed sequence before them
@@ -181,24 +181,24 @@ def test_every_cut_equals_the_whole(backend, device, name, dtype, form):
     call = call if "gradient" in name else positive(call)
     call = packed(call) if "packed" in form else call
     call = flipped(call) if "reverse" in form else call
-    op = ops.op_of(call.cell, backend)
-    with ops.segments(backend, 0):
-        whole = ops.run(call, op, device)
+    op = calls.op_of(call.cell, backend)
+    with calls.segments(backend, 0):
+        whole = calls.run(call, op, device)
     for steps in (64, 128):
-        with ops.segments(backend, steps):
-            assert_same(ops.run(call, op, device), whole)
+        with calls.segments(backend, steps):
+            assert_same(calls.run(call, op, device), whole)
 
 
 @pytest.mark.parametrize("name", ["late update, decay per channel", "gradient held"])
 def test_no_state_saved_and_any_number_of_threads(backend, device, name):
     call = CASES[name](Draw(torch.float32))
-    op = ops.op_of(call.cell, backend)
-    with ops.segments(backend, 64):
-        results = ops.run(call, op, device)
-        assert_same(ops.run(call, partial(op, chunk_size=None), device), results)
+    op = calls.op_of(call.cell, backend)
+    with calls.segments(backend, 64):
+        results = calls.run(call, op, device)
+        assert_same(calls.run(call, partial(op, chunk_size=None), device), results)
         for count in (1, 3):
-            with ops.threads(count):
-                ops.assert_same_bits(ops.run(call, op, device), results)
+            with calls.threads(count):
+                calls.assert_same_bits(calls.run(call, op, device), results)
 
 
 @pytest.mark.parametrize("channels", [8, 3])
@@ -210,11 +210,11 @@ def test_where_the_backend_cuts_time(backend, device, largest, channels):
     update = torch.zeros_like(decay)
     update[:, -10:] = 1.0
     few, many = linear(decay, update), linear(decay.expand(16, -1, -1), update.expand(16, -1, -1))
-    op = ops.op_of("linear_recurrence", backend)
+    op = calls.op_of("linear_recurrence", backend)
     many = replace(many, grad_h=few.grad_h.expand_as(many.grad_h), grad_final=few.grad_final.expand(16, -1))
-    whole = {name: t[:1] for name, t in ops.run(many, op, device).items()}
+    whole = {name: t[:1] for name, t in calls.run(many, op, device).items()}
     assert whole["final_state"].isfinite().all()
-    assert_same(ops.run(few, op, device), whole)
+    assert_same(calls.run(few, op, device), whole)
 
 
 LEAPS = {
@@ -231,9 +231,9 @@ LEAPS = {
 def test_few_steps_that_leave_the_range(backend, device, name, steps):
     """A backend may compose the maps of a few steps even where it scans a sequence whole: against the reference."""
     call = LEAPS[name](Draw(torch.float32))
-    op = ops.op_of(call.cell, backend)
-    with ops.segments(backend, steps):
-        ops.assert_right(call, op, device)
+    op = calls.op_of(call.cell, backend)
+    with calls.segments(backend, steps):
+        calls.assert_right(call, op, device)
 
 
 # ------------------------------------------------------------------------------------------------ what is scanned once
@@ -241,11 +241,11 @@ def test_few_steps_that_leave_the_range(backend, device, name, steps):
 
 def assert_cut(call: inputs.Call, backend: str, device: torch.device, steps: int, name: str) -> None:
     """Some bits of a result are not those of the whole scan: it was not scanned again."""
-    op = ops.op_of(call.cell, backend)
-    with ops.segments(backend, 0):
-        whole = ops.run(call, op, device)[name]
-    with ops.segments(backend, steps):
-        assert not torch.equal(ops.run(call, op, device)[name], whole)
+    op = calls.op_of(call.cell, backend)
+    with calls.segments(backend, 0):
+        whole = calls.run(call, op, device)[name]
+    with calls.segments(backend, steps):
+        assert not torch.equal(calls.run(call, op, device)[name], whole)
 
 
 def test_ordinary_numbers_are_not_scanned_again(backend, device):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from examples import charlm, common, copy_first, digits, vowels
+from examples import charlm, common, copy_first, digits, first_steps, vowels
 
 SMALL = ["--seeds", "1", "--workers", "1"]
 
@@ -28,32 +28,33 @@ def percent(line: str) -> list[float]:
 # ------------------------------------------------------------------------------------------------ common
 
 
-def test_epsilon_goes_from_1_to_0_in_every_unit_that_has_it():
-    model = torch.nn.ModuleList([mk.BMRU(2, 2), mk.MRUBlock(4, ("cmru", "min_gru"))])
-    callback = common.epsilon_schedule(model, 10, share=0.5)
-    seen = []
-    for step in range(10):
-        callback(step)
-        assert model[0].epsilon == model[1].epsilon
-        seen.append(model[0].epsilon)
-    assert seen == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
-    assert seen[-1] == 0.0
-
-
-def test_training_calls_back_before_each_step_and_lowers_the_loss():
+def test_training_lowers_the_loss_and_takes_epsilon_from_1_to_0_by_half_of_the_steps():
     torch.manual_seed(0)
-    model, steps, losses = torch.nn.Linear(3, 1), [], []
-    x = torch.randn(50, 3)
+    model = mk.MRUNetwork(3, 1, width=4, num_blocks=1, units=("cmru", "min_gru"))
+    x, losses, seen = torch.randn(20, 5, 3), [], []
 
     def loss():
-        assert len(steps) == len(losses) + 1
-        return (model(x) - x.sum(1, keepdim=True)).square().mean()
+        seen.append(model.epsilon)
+        return (model(x)[0] - x.sum(2, keepdim=True)).square().mean()
 
     common.train(
-        model, loss, steps=60, learning_rate=0.1, callback=steps.append, after=lambda _, value: losses.append(value)
+        model, loss, steps=60, learning_rate=0.03, epsilon=common.epsilon_schedule(model, 60), after=losses.append
     )
-    assert steps == list(range(60))
-    assert losses[-1] < 0.1 * losses[0]
+    assert seen == pytest.approx([max(0.0, 1.0 - step / 30) for step in range(60)])
+    assert seen[30:] == [0.0] * 30
+    assert len(losses) == 60
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("unit", [mk.BMRU, mk.CMRU, mk.AlphaCMRU])
+def test_write_rates_count_the_writes_of_a_channel(unit):
+    module = unit(2, 3)
+    with torch.no_grad():
+        module.weight_ih_l0.zero_()
+        module.weight_ih_l0[0, 0] = 1.0  # candidates of the channels: x_0, 1 and 0.5; thresholds: 0.75
+        module.bias_ih_l0[:6] = torch.tensor([0.0, 1.0, 0.5, 0.75, 0.75, 0.75])
+    x = torch.tensor([[0.0, 1.0, -1.0, 0.75], [0.0, -0.75, 0.5, 0.0]]).unsqueeze(-1).repeat(1, 1, 2)
+    assert common.write_rates(module, x).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_table_and_spread():
@@ -118,6 +119,39 @@ def test_copy_first_runs_every_unit(name, tmp_path):
     assert page(tmp_path, "copy_first")[2].startswith(f"| {name} |")
 
 
+# ------------------------------------------------------------------------------------------------ first_steps
+
+
+def test_the_first_symbol_is_the_one_that_is_marked():
+    x, first = first_steps.draw(50, 7, torch.Generator().manual_seed(0))
+    assert x.shape == (50, 7, 9)
+    assert torch.equal(x[:, 0, :8].argmax(-1), first)
+    assert x[:, :, 8].tolist() == [[1.0] + [0.0] * 6] * 50
+    assert x[:, :, :8].sum(-1).eq(1.0).all()
+    assert len(first.unique()) == 8
+
+
+def test_the_write_rate_of_a_network_is_the_mean_of_its_units():
+    torch.manual_seed(0)
+    model, (x, _) = first_steps.network(surrogate_scale=1.0), first_steps.draw(4, 30, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for block, threshold in zip(model.blocks, (0.0, 100.0), strict=True):  # writes at every step, and at none
+            block.units[0].weight_ih_l0[32:] = 0.0
+            block.units[0].bias_ih_l0[32:] = threshold
+    assert first_steps.write_rate(model, x) == 0.5
+
+
+def test_first_steps(tmp_path):
+    models = ["BMRU", "MRUNetwork, epsilon 1 to 0"]
+    options = ["--steps", "60", "--length", "8", "--learning-rates", "1e-2", "3e-2", "--models", *models]
+    first_steps.main([*SMALL, *options, "--out", str(tmp_path)])
+    _, _, *rows = page(tmp_path, "first_steps")[:6]
+    assert [row.split(" | ")[:2] for row in rows] == [[f"| {m}", rate] for rate in ("0.01", "0.03") for m in models]
+    values = [[float(cell) for cell in row.strip("| ").split(" | ")[2:]] for row in rows]
+    assert all(0 <= value <= 100 for row in values for value in row[:3])
+    assert values[2][0] > 30  # BMRU at 3e-2 has learned something; chance is 12.5
+
+
 # ------------------------------------------------------------------------------------------------ digits
 
 
@@ -131,6 +165,24 @@ def test_permuted_digits_are_the_same_pixels():
     original, permuted = (digits.data(order)[0] for order in digits.ORDERS)
     assert not torch.equal(original, permuted)
     assert torch.equal(original.sort(1).values, permuted.sort(1).values)
+
+
+def test_digits_without_positions_are_the_same_pixels_and_zeros():
+    (with_positions, *_), (without, *_) = digits.data("permuted"), digits.data("permuted", positions=False)
+    assert torch.equal(with_positions[..., 0], without[..., 0])
+    assert with_positions[..., 1:].ne(0).any()
+    assert without[..., 1:].eq(0).all()
+
+
+def test_digits_without_positions_with_a_convolution(tmp_path):
+    options = ["--steps", "1", "--units", "BMRU", "--orders", "permuted", "--no-positions", "--conv-size", "3"]
+    digits.main([*SMALL, *options, "--out", str(tmp_path)])
+    header, _, row, _, note = page(tmp_path, "digits")
+    assert header.strip("| ").split(" | ")[3:] == ["permuted"]
+    extra = digits.BLOCKS * digits.WIDTH * (3 + 1)  # weights and biases of the convolutions
+    without = common.parameters(digits.network("BMRU", digits.channels("BMRU")))
+    assert row.startswith(f"| BMRU | {without + extra:,} |")
+    assert note.endswith("without positions, conv_size 3.")
 
 
 def test_digits(tmp_path):

@@ -45,8 +45,9 @@ def test_the_tests_of_the_op_pass_with(isa):
     )
     assert f"{isa} in mru_kernels" in report.stdout
     tests = [*("-q", "-p", "no:cacheprovider"), "--hypothesis-profile=brief", "-m", "not slow and not check"]
+    tests += [f"tests/test_{name}.py" for name in ("op", "op_layout", "precision")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests, "tests/test_op.py", "tests/test_precision.py"],
+        [sys.executable, "-m", "pytest", *tests],
         env=environment, capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]

@@ -310,7 +310,7 @@ def test_on_meta_and_fake(where):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"units": "lstm"}, ValueError, "units: expected one of 'bmru', 'cmru', .*'gru', got 'lstm'"),
+        ({"units": "lstm"}, ValueError, "units: expected one of 'alpha_cmru', 'bmru', 'cmru', .*'gru', .*, got 'lstm'"),
         ({"units": ("bmru", "mru")}, ValueError, "units: expected one of .*got 'mru'"),
         ({"units": {"bmru": {}, "mru": {}}}, ValueError, "units: expected one of .*got 'mru'"),
         ({"units": ()}, ValueError, "units: expected at least one, got none"),

@@ -17,7 +17,7 @@ import mru_kernels as mk
 import python_ref
 from bench import errors, inputs
 from mru_kernels import backends
-from tests.test_op import op_of, run, segments, threads
+from tests.calls import op_of, run, segments, threads
 
 CELLS = list(inputs.CELLS)
 
@@ -114,7 +114,7 @@ def _check_sums(backend, device, cell: str, batch: int, time: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SUMS)
 def test_sums_of_many_equal_terms(backend, device, largest, cell, dtype):
     """Over time and batch: half of the limit of their dtype, which a plain sum exceeds from 100 terms on."""
     if dtype not in inputs.CELLS[cell].dtypes.values():
@@ -132,7 +132,7 @@ def test_sums_of_many_equal_terms(backend, device, largest, cell, dtype):
         check(batch=1, time=40000)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SUMS)
 def test_sums_over_a_million_steps(backend, device, largest, cell):
     if largest[0] < 300:
         pytest.skip("too long for an interpreted backend")
@@ -174,7 +174,7 @@ def test_a_state_held_over_long_segments_equals_the_whole(backend, device, large
 def test_any_number_of_channels_gives_the_same_values(backend, device, largest, cell, dtype):
     """Channels never meet: the first few are what they are among more."""
     most = 70 if largest[0] >= 300 else 9
-    options = {"initial_state": "real"} | ({} if cell == "linear_recurrence" else {"alpha": True})
+    options = {"initial_state": "real"} | dict.fromkeys(inputs.CELLS[cell].optional, True)
     call = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], 3, time=5, batch=2, channels=most, **options).build()
     every = run(call, op_of(cell, backend), device)
     for channels in range(1, most):

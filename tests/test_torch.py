@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mru_kernels as mk
+from bench import inputs
 from mru_kernels import backends, checks, ops
 from mru_kernels.cells.bmru import bmru_packed
-from mru_kernels.ops.autograd import differentiable_inputs
 from mru_kernels.scalars import EPSILON
 from tests import processes, raw
 
@@ -35,126 +34,82 @@ LAYOUTS = {
     "windows": lambda t: t.flatten(1)[:, : t.shape[1] + t.shape[2] - 1].unfold(1, t.shape[2], 1),
 }
 
-
-def raw_arguments(variant: str, device: torch.device) -> dict[str, Any]:
-    """Arguments of the forward op, by name."""
-    words = variant.split()
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "c64": torch.complex64}
-    dtype = next((dtypes[word] for word in words if word in dtypes), torch.float32)
-    batch, time, channels = (1 if "offsets" in words else 2), 150, 5
-
-    def leaf(*shape: int, seed: int) -> Tensor:
-        x = draw(*shape, dtype=dtype, seed=seed, device=device)
-        return (x.sgn() * x.abs().clamp(max=0.9) if "linear" in words else x).requires_grad_()  # decays
-
-    def is_given(i: ops.Input) -> bool:
-        return not i.optional or i.name in words
-
-    cell = cell_of(variant)
-    kinds = {
-        i.name: ("channel" if "channel" in words else "stream") if i.kind == "either" else i.kind for i in cell.inputs
-    }
-    arrays, streams = {}, []
-    for seed, i in enumerate(filter(is_given, cell.inputs)):
-        channel = kinds[i.name] == "channel"
-        arrays[i.name] = leaf(*((channels,) if channel else (batch, time, channels)), seed=seed)
-        streams += [] if channel else [i.name]
-    packed = streams if "packed" in words else []
-    if packed:
-        gates = torch.cat([arrays.pop(name) for name in packed], -1)
-        arrays, streams = {"gates": gates.detach().requires_grad_(), **arrays}, ["gates"]
-    for word, relaid in LAYOUTS.items():
-        if word in words:
-            arrays |= {name: relaid(arrays[name].detach()).requires_grad_() for name in streams}
-    offsets = torch.tensor([0, 0, 70, 70, 150], device=device) if "offsets" in words else None
-    sequences = 4 if "offsets" in words else batch
-    state = leaf(sequences, channels, seed=10) if "state" in words else None
-    return raw.arguments(
-        cell, arrays, packed=packed, initial_state=state, cu_seqlens=offsets, reverse="reverse" in words,
-        segment=backends.CHUNK if "segments" in words else 0, epsilon=0.5,
-    )  # fmt: skip
-
-
-VARIANTS = [
-    "fp32",
-    "fp32 alpha state",
-    "fp64 channel alpha state segments",
-    "bf16 amplitude alpha state reverse",
-    "fp16 channel amplitude segments",
-    "fp32 packed alpha",
-    "fp32 packed amplitude state segments",
-    "fp32 offsets state alpha reverse segments",
-    "fp32 offsets packed",
-    "fp32 transposed alpha",
-    "fp32 windows amplitude",
-    "bf16 packed time-major state",
-    "schmitt fp32 alpha state reverse segments",
-    "schmitt bf16 offsets",
-    "linear fp32 state reverse segments",
-    "linear bf16 channel offsets",
-    "linear c64 channel state segments",
-    "linear c64 packed offsets reverse",
+#: Dtype, the index of the value of each factor of the cell, options, and words: a layout, "gates" for streams in one
+#: tensor, "segments".
+FORMS = [
+    ("fp32", 0, {}, ""),
+    ("fp64", 1, {"initial_state": "real"}, "segments"),
+    ("bf16", 1, {"initial_state": "real", "reverse": True}, "segments"),
+    ("fp16", 2, {"batch": "packed"}, ""),
+    ("fp32", 1, {"batch": "packed", "initial_state": "real", "reverse": True}, "gates segments"),
+    ("c64", 1, {"initial_state": "real"}, "segments"),
+    ("c64", 0, {"batch": "packed", "reverse": True}, "gates"),
+    ("fp32", 0, {}, "transposed"),
+    ("fp32", 1, {}, "windows"),
+    ("bf16", 0, {"initial_state": "real"}, "gates time-major"),
 ]
+VARIANTS = [(cell, *form) for cell, declared in inputs.CELLS.items() for form in FORMS if form[0] in declared.dtypes]
 
 
-def cell_of(variant: str) -> ops.Cell:
-    return ops.CELLS[{"schmitt": "schmitt", "linear": "linear_recurrence"}.get(variant.split()[0], "bmru")]
+def raw_arguments(variant: tuple, device: torch.device, save: bool = True) -> dict:
+    """Arguments of the forward op of a variant's cell, whose tensors require gradients."""
+    cell, dtype, index, options, words = variant
+    factors = inputs.CELLS[cell].factors
+    values = {name: x[index % len(x)] for name, x in factors.items()} | {"batch": 2, "parameters": "as streams"}
+    if "gates" in words:
+        values |= {name: "stream" for name, x in factors.items() if "stream" in x}
+    values |= {"epsilon": 0.5} if "epsilon" in factors else {}
+    case = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], time=150, channels=5, **values | options)
+    call = case.build().to(device)
+    arguments = raw.scan(call, gates="gates" in words, segment=backends.CHUNK if "segments" in words else 0, save=save)
+    relaid = next((LAYOUTS[word] for word in words.split() if word in LAYOUTS), lambda t: t)
+    tensors = [relaid(t) if t.dim() == 3 else t for t in raw.tensors_of(arguments)]
+    return raw.with_tensors(arguments, [t.detach().requires_grad_() for t in tensors])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_opcheck(backend, device, variant):
-    named, cell = raw_arguments(variant, device), cell_of(variant)
-    arguments = raw.of(raw.FORWARD, named)
-    torch.library.opcheck(cell.forward[backend], arguments)
-    h, final_state, *saved = (t.detach() for t in cell.forward[backend](*arguments))
-    named |= {"grad_h": torch.ones_like(h), "grad_final": torch.ones_like(final_state)}
-    named |= dict(zip(("checkpoints", "events"), saved, strict=True))
+    arguments, cell = raw_arguments(variant, device), ops.CELLS[variant[0]]
+    torch.library.opcheck(cell.forward[backend], tuple(arguments.values()))
+    results = raw.run(cell.forward[backend], arguments)
     # Second derivatives raise, so nothing that requires grad goes into the backward op.
-    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw.of(raw.BACKWARD, named))
-    torch.library.opcheck(cell.backward[backend], frozen)
+    frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw.backward(arguments, results))
+    torch.library.opcheck(cell.backward[backend], tuple(frozen.values()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_map_of_a_scan(backend, device, variant):
     """It takes the state on entry to the final state."""
-    named, cell = raw_arguments(variant, device), cell_of(variant)
-    named = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, named)
-    torch.library.opcheck(cell.map[backend], raw.of(raw.MAP, named))
-    factor, offset = cell.map[backend](*raw.of(raw.MAP, named))
-    state = named["initial_state"]
-    if state is None:
-        named["initial_state"] = state = torch.zeros_like(offset)
-    final_state = cell.forward[backend](*raw.of(raw.FORWARD, named))[1]
+    cell = ops.CELLS[variant[0]]
+    arguments = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw_arguments(variant, device))
+    torch.library.opcheck(cell.map[backend], raw.of(raw.MAP, arguments))
+    factor, offset = raw.run(cell.map[backend], arguments)
+    state = torch.full_like(offset, 0.5)
+    _, final_state, *_ = raw.run(cell.forward[backend], arguments | {"initial_state": state})
     assert final_state.dtype == factor.dtype == offset.dtype
-    torch.testing.assert_close(factor * state.to(factor.dtype) + offset, final_state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(factor * state + offset, final_state, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_raw_op_is_differentiable_by_itself(backend, device, variant):
-    """Through the dispatcher, with checkpoints saved or not, as through the public function."""
-    named, cell = raw_arguments(variant, device), cell_of(variant)
-    leaves = differentiable_inputs(cell, raw.of(raw.FORWARD, named))
+    """Through the dispatcher, with boundary states saved or not, as through the public function."""
+    arguments = raw_arguments(variant, device)
+    leaves = raw.tensors_of(arguments)
+    op = ops.CELLS[variant[0]].forward[backend]
 
-    def loss(arguments) -> Tensor:
-        h, final_state, *_ = cell.forward[backend](*raw.of(raw.FORWARD, arguments))
+    def op_loss(leaves: list[Tensor], save: bool = True) -> Tensor:
+        h, final_state, *_ = raw.run(op, raw.with_tensors(arguments, leaves) | {"save": save})
         return h.abs().float().square().sum() + final_state.abs().square().sum()
 
     def grads(save: bool):
-        return torch.autograd.grad(loss(named | {"save": save}), leaves)
+        return torch.autograd.grad(op_loss(leaves, save), leaves)
 
     for one, other in zip(grads(True), grads(False), strict=True):
         assert one.shape == other.shape
         assert torch.equal(one, other)
-
-    def loss_of(leaves):
-        arrays = len(named["inputs"]) - len(cell.scheduled)
-        inputs = [*leaves[:arrays], *named["inputs"][arrays:]]
-        state = None if named["initial_state"] is None else leaves[-1]
-        return loss(named | {"inputs": inputs, "initial_state": state})
-
     detached = [t.detach() for t in leaves]
-    assert_equal(torch.func.grad(loss_of)(detached), list(grads(True)))
-    mapped = torch.vmap(torch.func.grad(loss_of))([torch.stack([t, t]) for t in detached])
+    assert_equal(torch.func.grad(op_loss)(detached), list(grads(True)))
+    mapped = torch.vmap(torch.func.grad(op_loss))([torch.stack([t, t]) for t in detached])
     for one, other in zip(mapped, grads(True), strict=True):
         torch.testing.assert_close(one[1], other)
 
@@ -389,12 +344,12 @@ def test_negated_view(backend, device):
         assert_equal(list(one), list(op(plain, plain, epsilon=1.0, backend=backend)))
 
 
-@pytest.mark.parametrize("variant", ["fp32", "fp32 channel amplitude alpha", "schmitt fp32 alpha", "linear fp32 state"])
-def test_opcheck_of_a_step(backend, device, variant):
-    named, cell = raw_arguments(variant, device), cell_of(variant)
-    inputs = [t.detach()[:, 0] if t.dim() == 3 else t.detach() for t in named["inputs"]]
-    state = torch.ones(inputs[0].shape, device=device)
-    torch.library.opcheck(cell.step[backend], raw.of(raw.STEP, named | {"inputs": inputs, "state": state}))
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("cell", inputs.CELLS)
+def test_opcheck_of_a_step(backend, device, cell, index):
+    options = {name: values[index % len(values)] for name, values in inputs.CELLS[cell].factors.items()}
+    call = inputs.case(cell, torch.float32, time=1, batch=4, channels=9, **options).build().to(device)
+    torch.library.opcheck(ops.CELLS[cell].step[backend], tuple(raw.step(call).values()))
 
 
 def test_a_step_compiled_mapped_and_under_autocast(backend, device, monkeypatch):
@@ -732,9 +687,9 @@ def test_forward_mode_raises(backend, device, monkeypatch, way):
     ]
     if way not in ("around vjp", "functional", "hessian"):  # these take a first derivative, which a step refuses
         ops.append((lambda c: mk.bmru_step(c, c, state)[0], state))
-    for op, inputs in ops:
+    for op, point in ops:
         with pytest.raises(NotImplementedError, match="no forward-mode"):
-            FORWARD_MODE[way](op, inputs)
+            FORWARD_MODE[way](op, point)
     expected = torch.autograd.functional.vjp(lambda c: mk.bmru(c, c)[0].sum(), x)[1]
     assert torch.equal(torch.func.grad(lambda c: mk.bmru(c, c)[0].sum())(x), expected)
     with torch.autograd.forward_ad.dual_level():  # without a tangent

@@ -18,7 +18,7 @@ from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
 from mru_kernels.checks import state_dtype
 from mru_kernels.ops import CELLS
-from tests import test_op
+from tests import calls
 
 OPS = {cell.name: cell for cell in CELLS}
 
@@ -257,8 +257,8 @@ def test_linear_recurrence_equals_the_reference(segment, dtype, options):
     options = {"time": 2 * 64 + 5, "channels": 5, "initial_state": "real"} | options
     cell = inputs.CELLS["linear_recurrence"]
     call = inputs.case("linear_recurrence", cell.dtypes[dtype], **options).build()
-    with test_op.segments("triton", segment):
-        test_op.assert_right(call, test_op.op_of("linear_recurrence", "triton"), torch.device("cpu"))
+    with calls.segments("triton", segment):
+        calls.assert_right(call, calls.op_of("linear_recurrence", "triton"), torch.device("cpu"))
 
 
 def test_segments_are_a_function_of_sizes():

@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels where there is no GPU, and reads what came out: `python -m tests.triton_offline`.
+"""Compiles the Triton kernels without a GPU, and reads their binaries: `python -m tests.triton_offline`.
 
-The variants are those that mru_kernels.backends.triton can launch: a kernel, a dtype, a set of inputs, and whether
-rows are aligned to 16 bytes. The binaries' disassembly (cuobjdump and nvdisasm, which Triton brings, and llvm-objdump's
-notes for AMD in the assembly itself) gives registers, spills, the width of loads and stores, and barriers.
+The variants are those that mru_kernels.backends.triton can launch: a kernel, a cell, a dtype, which inputs come as
+streams, and whether rows are aligned to 16 bytes. They follow from the specs of the cells. The binaries' disassembly
+(cuobjdump and nvdisasm, which Triton brings; for AMD the assembly itself) gives registers, spills, the width of loads and
+stores, and barriers.
 """
 
 from __future__ import annotations
@@ -14,31 +15,47 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mru_kernels import ops
+
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-REAL = {"c64": "fp32", "c128": "fp64"}  # two of these to a channel
+REAL = {"c64": "fp32", "c128": "fp64"}  # the dtype of the two parts of a channel
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+COMPLEX = {"c64": torch.complex64, "c128": torch.complex128}
 OF_MAPS = ("fold", "carry", "check")  # kernels that read no stream
-STREAMS = ("inputs", "grads", "h", "grad_h")
+STREAMS = ("inputs", "grads", "h", "grad_h")  # arguments
+MAIN = "bmru"  # the cell that is compiled for every dtype, layout and architecture
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
 class Variant:
     kernel: str
-    cell: str = "bmru"
+    cell: str = MAIN
     arch: str = "sm_90"
     dtype: str = "fp32"
-    inputs: int = 2
-    per_channel: int = 0  # how many inputs, from the second on, are [D]
-    events: bool = False
+    streams: tuple[str, ...] = ()  # the inputs that come as streams
+    codes: bool = False
     aligned: bool = True
-    forgets: bool = False  # epsilon is 0
+    resets: bool = False  # epsilon is 0
     narrow: bool = False  # at most 64 channels, which leave two to a lane
+
+    @property
+    def spec(self) -> ops.Cell:
+        return ops.CELLS[self.cell]
+
+    @property
+    def functions(self):
+        from mru_kernels.backends.triton.cell import find
+
+        implementation = find(self.cell)
+        return implementation.complex if self.dtype in REAL else implementation.real
 
     @property
     def element(self) -> str:
@@ -50,22 +67,33 @@ class Variant:
         return "fp64" if self.element == "fp64" else "fp32"
 
     @property
-    def tile(self) -> int:
-        from mru_kernels.backends import triton as backend
+    def per_channel(self) -> tuple[str, ...]:
+        """The inputs that come per channel, but for optional ones."""
+        return tuple(i.name for i in self.spec.inputs if not i.optional and i.name not in self.streams)
 
-        return backend.tile(self.kernel, self.inputs, self.events, self.per_channel, DTYPES[self.element])
+    @property
+    def reads(self):
+        from mru_kernels.backends.triton.tuning import Reads
+
+        return Reads(DTYPES[self.element], len(self.streams), len(self.per_channel), self.codes)
+
+    @property
+    def tile(self) -> int:
+        from mru_kernels.backends.triton import tuning
+
+        return tuning.tile(self.kernel, self.reads)
 
     @property
     def of_lane(self) -> int:
-        from mru_kernels.backends import triton as backend
+        from mru_kernels.backends.triton import tuning
 
         parts = 1 + (self.dtype in REAL)
-        most = backend.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
+        most = tuning.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
         return min(most, 2) if self.narrow else most
 
     @property
     def row_bits(self) -> int | None:
-        """What a lane loads of a stream's row at once; None: not asked for."""
+        """What a lane loads of a stream's row at once; None: not tested."""
         if not self.aligned:
             return 64 if self.dtype == "c64" else None
         bits = self.of_lane * 8 * BYTES[self.state if self.kernel in OF_MAPS else self.element]
@@ -74,19 +102,20 @@ class Variant:
     @property
     def stops(self) -> bool:
         """Whether it ends before its segment, which its lanes decide together."""
-        return self.kernel == "summarize_adjoint" and self.forgets
+        return self.kernel == "summarize_adjoint" and self.resets
 
     @property
     def is_main(self) -> bool:
-        return not self.per_channel and self.kernel not in OF_MAPS
+        """Whether every input that may be a stream and is not optional is one, and no other."""
+        required = tuple(i.name for i in self.spec.inputs if not i.optional and i.kind != "channel")
+        return self.streams == required and self.kernel not in OF_MAPS
 
     @property
     def name(self) -> str:
         words = [self.kernel, self.dtype, self.cell]
         if self.kernel not in OF_MAPS:
-            words += ["events" if self.events else "streams", f"{self.inputs} inputs"]
-            words += [f"{self.per_channel} per channel"] * (self.per_channel > 0)
-        words += ["epsilon 0"] * self.forgets + ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
+            words += ["codes" if self.codes else "streams", "+".join(self.streams)]
+        words += ["epsilon 0"] * self.resets + ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
         return " ".join(words)
 
 
@@ -110,60 +139,114 @@ def variants() -> list[Variant]:
     """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, of unaligned rows and of few
     channels (bf16 and fp32); and for each other architecture the main ones of bf16 and fp32.
     """
-    main = [v for v in _of_dtype("bf16") if v.inputs == 2 and v.is_main]
-    every = [v for dtype in ("bf16", "fp32", "fp64") for v in _of_dtype(dtype)]
-    every += [v for dtype in ("bf16", "fp32", "fp64") for v in _of_schmitt(dtype)]
+    every = [v for cell in ops.CELLS.values() for dtype in _dtypes(cell) for v in _of_cell(cell, dtype)]
+    every += _of_maps()
+    main = [v for v in every if v.cell == MAIN and v.dtype == "bf16" and v.is_main]
     every += [replace(v, dtype="fp16") for v in main] + [replace(v, aligned=False) for v in main]
     every += [replace(v, dtype=dtype, narrow=True) for dtype in ("bf16", "fp32") for v in main]
-    every += [v for dtype in ("bf16", "fp32", "fp64", "c64", "c128") for v in _of_linear(dtype)]
-    complex_main = [v for v in _of_linear("c64") if v.is_main]
+    complex_main = [v for v in every if v.dtype == "c64" and v.is_main]
     every += [replace(v, aligned=False) for v in complex_main]
     others = [replace(v, dtype=dtype) for dtype in ("bf16", "fp32") for v in main] + complex_main
     every += [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
-    forgetting = [v for v in every if v.cell != "linear_recurrence" and v.kernel not in ("fold", "carry")]
-    return every + [replace(v, forgets=True) for v in forgetting]
+    resetting = [v for v in every if _may_reset(v) and v.kernel not in ("fold", "carry")]
+    return every + [replace(v, resets=True) for v in resetting]
 
 
-def _of_dtype(dtype: str) -> Iterator[Variant]:
-    for inputs in (2, 3):
-        for per_channel in (0, 1):
-            form = Variant("", dtype=dtype, inputs=inputs, per_channel=per_channel)
-            yield replace(form, kernel="forward")
-            yield replace(form, kernel="backward")
-            yield replace(form, kernel="summarize", events=inputs == 2)
-            if inputs == 3:
-                yield replace(form, kernel="summarize_adjoint")
-            else:
-                yield replace(form, kernel="backward", events=True)
-    # From events these two read no gate stream.
-    yield Variant("forward", dtype=dtype, events=True)
-    yield Variant("summarize_adjoint", dtype=dtype, events=True)
-    yield Variant("fold", dtype=dtype)
-    yield Variant("carry", dtype=dtype)
-    yield Variant("check", dtype=dtype)
+def _dtypes(cell: ops.Cell) -> list[str]:
+    return ["bf16", "fp32", "fp64", *(name for name, dtype in COMPLEX.items() if dtype in cell.dtypes)]
 
 
-def _of_schmitt(dtype: str) -> Iterator[Variant]:
-    """Beyond those that depend on a cell through its events alone."""
-    form = Variant("", cell="schmitt", dtype=dtype, inputs=3, per_channel=2)
-    yield replace(form, kernel="forward")
-    yield replace(form, kernel="backward")
-    yield replace(form, kernel="forward", events=True)
-    yield replace(form, kernel="summarize", events=True)
-    yield replace(form, kernel="summarize_adjoint", events=True)
-    yield replace(form, kernel="backward", events=True)
+def _may_reset(variant: Variant) -> bool:
+    from mru_kernels.backends.triton.kernels.affine import RESETTING
+
+    return variant.functions.rules is RESETTING
 
 
-def _of_linear(dtype: str) -> Iterator[Variant]:
-    form = Variant("", cell="linear_recurrence", dtype=dtype)
-    for kernel in ("forward", "backward", "summarize", "summarize_adjoint"):
-        yield replace(form, kernel=kernel)
-    yield replace(form, kernel="forward", per_channel=1)
-    yield replace(form, kernel="backward", per_channel=1)
-    if dtype in REAL:  # real maps take less than those of the bistable cells
-        yield replace(form, kernel="fold")
-        yield replace(form, kernel="carry")
-        yield replace(form, kernel="check")
+def _of_cell(cell: ops.Cell, dtype: str) -> Iterator[Variant]:
+    """The kernels that read streams or codes, for every choice of streams."""
+    sees_state = Variant("", cell.name, dtype=dtype).functions.adjoint_sees_state.value
+    choices = [(False,) if i.kind == "channel" else (True,) if i.kind == "stream" and not i.optional else (True, False)
+               for i in cell.inputs]  # fmt: skip
+    for chosen in product(*choices):
+        streams = tuple(i.name for i, is_stream in zip(cell.inputs, chosen, strict=True) if is_stream)
+        absent = [i for i, is_stream in zip(cell.inputs, chosen, strict=True) if i.kind == "stream" and not is_stream]
+        codes = cell.has_codes(((1 << len(cell.inputs)) - 1) & ~cell.mask(*(i.name for i in absent)))
+        form = Variant("", cell.name, dtype=dtype, streams=streams)
+        yield replace(form, kernel="forward")
+        yield replace(form, kernel="backward")
+        yield replace(form, kernel="summarize", codes=codes)
+        if codes:
+            yield replace(form, kernel="backward", codes=True)
+            if form.is_main:  # from codes these two read no stream of the cell's
+                yield replace(form, kernel="forward", codes=True)
+                yield replace(form, kernel="summarize_adjoint", codes=True)
+        elif not sees_state:
+            yield replace(form, kernel="summarize_adjoint")
+
+
+def _of_maps() -> list[Variant]:
+    """The kernels that compose maps, for each kind of factor and state dtype."""
+    found = {}
+    for cell in ops.CELLS.values():
+        for dtype in _dtypes(cell):
+            variant = Variant("", cell.name, dtype=dtype, streams=tuple(i.name for i in cell.inputs[:2]))
+            if dtype != "bf16":  # its states are float32
+                found.setdefault((variant.functions.rules, dtype), variant)
+    return [replace(v, kernel=kernel) for v in found.values() for kernel in OF_MAPS]
+
+
+def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The types of a kernel's arguments, "constexpr" for what is compiled in; and the values of the latter."""
+    import triton.language as tl
+
+    from mru_kernels.backends import CHUNK
+    from mru_kernels.backends.triton.kernels import arguments
+
+    spec, state = variant.spec, variant.state
+    align = 16 // BYTES[variant.element] if variant.aligned else 1 + (variant.dtype in REAL)
+    streams = sum(1 << i for i, of_spec in enumerate(spec.inputs) if of_spec.name in variant.streams)
+    channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
+                   if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
+    form = (streams, channels, variant.codes, variant.resets, CHUNK)
+    values = {
+        "cell": variant.functions,
+        "rules": variant.functions.rules,
+        "form": arguments.Form(*map(tl.constexpr, form)),
+        "block": arguments.Block(*map(tl.constexpr, (align, variant.tile, warp * variant.of_lane))),
+        "resets": variant.resets,
+    }
+    stream = arguments.Stream(f"*{variant.element}", "i64", "i64")
+    inputs = tuple(stream if streams >> i & 1 else arguments.Stream(f"*{state}", "i64", "i64")
+                   for i in range(len(spec.inputs)))  # fmt: skip
+    types = {
+        "inputs": inputs,
+        "grads": inputs,
+        "h": stream,
+        "grad_h": stream,
+        "scan": arguments.Scan("*i64", "*i64", *["i64"] * (len(arguments.Scan._fields) - 2)),
+        "walk": arguments.Walk(*["i64"] * 3),
+        "scalars": (arguments.Double("i64", "i64"),) * _count_scalars(variant),
+        "maps": arguments.Maps(f"*{state}", f"*{state}"),
+        "groups": arguments.Maps(f"*{state}", f"*{state}"),
+        "codes": "*i32",
+        "saved": arguments.Saved(f"*{state}", "*i32", f"*{state}", f"*{state}"),
+        **{name: _constants(value) for name, value in values.items()},
+    }
+    return types, values
+
+
+def _count_scalars(variant: Variant) -> int:
+    from mru_kernels.backends.triton.cell import find
+
+    return len(find(variant.cell).scalars([0.5] * len(variant.spec.scalars), torch.float32))
+
+
+def _constants(value):
+    """A tuple of the shape of `value`, with "constexpr" for each member."""
+    if not isinstance(value, tuple):
+        return "constexpr"
+    members = [_constants(v) for v in value]
+    return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
 
 
 def compile_variant(variant: Variant):
@@ -172,61 +255,31 @@ def compile_variant(variant: Variant):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mru_kernels.backends import CHUNK, triton_kernels
-    from mru_kernels.backends import triton as backend
-    from mru_kernels.backends.triton_cells import CELLS, COMPLEX_CELLS
+    from mru_kernels.backends.triton import kernels, tuning
 
-    kernel = getattr(triton_kernels, variant.kernel)
+    kernel = getattr(kernels, variant.kernel)
     amd = variant.arch.startswith("gfx")
     target = GPUTarget("hip", variant.arch, 64) if amd else GPUTarget("cuda", int(variant.arch[3:]), 32)
-    element, state, paired = variant.element, variant.state, variant.dtype in REAL
-    known = {
-        "EVENTS": variant.events,
-        "FORGETS": variant.forgets,
-        "CHANNELS": ((1 << variant.per_channel) - 1) << 1,
-        "CHUNK": CHUNK,
-        "ALIGN": 16 // BYTES[element] if variant.aligned else 1 + paired,
-        "TILE": variant.tile,
-        "BD": target.warp_size * variant.of_lane,
-    }
-    functions = (COMPLEX_CELLS if paired else CELLS)[variant.cell]
-    known |= {name.upper(): function for name, function in functions._asdict().items()}
-    streams = [triton_kernels.Stream(f"*{element}", "i64", "i64")] * variant.inputs
-    for i in range(variant.per_channel):
-        streams[1 + i] = triton_kernels.Stream(f"*{state}", "i64", "i64")
-    types = {
-        "inputs": tuple(streams),
-        "grads": tuple(streams),
-        "h": streams[0],
-        "grad_h": streams[0],
-        "scan": triton_kernels.Scan(*["i64"] * len(triton_kernels.Scan._fields)),
-        "walk": triton_kernels.Walk(*["i64"] * len(triton_kernels.Walk._fields)),
-        "epsilon": "fp64",
-        **dict.fromkeys(("bend", "tie", "gain"), "fp64"),
-        "events": "*i32",
-        "offsets": "*i64",
-        "flag": "*i64",
-        **dict.fromkeys(known, "constexpr"),
-    }
-    signature = {name: types.get(name, f"*{state}") for name in kernel.arg_names}
+    types, values = _arguments(variant, target.warp_size)
+    signature = {name: types.get(name, f"*{variant.state}") for name in kernel.arg_names}
     aligned = [kind if variant.aligned or name not in STREAMS else () for name, kind in signature.items()]
-    places = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(places[name],): value for name, value in known.items() if name in places},
-        attrs={path: [["tt.divisibility", 16]] for path in _pointers(tuple(aligned))},
+        constexprs={path: value for path, value in _leaves(tuple(values.get(name, ()) for name in kernel.arg_names))},
+        attrs={path: [["tt.divisibility", 16]] for path, kind in _leaves(tuple(aligned)) if kind.startswith("*")},
     )
-    options = backend.options(variant.kernel, variant.events, variant.per_channel, DTYPES[element], amd)
+    options = tuning.options(variant.kernel, variant.reads, amd)
     return triton.compile(source, target=target, options=options)
 
 
-def _pointers(types: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    for i, kind in enumerate(types):
-        if isinstance(kind, tuple):
-            yield from _pointers(kind, (*path, i))
-        elif kind.startswith("*"):
-            yield (*path, i)
+def _leaves(values: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """What nested tuples hold, each with its path."""
+    for i, value in enumerate(values):
+        if isinstance(value, tuple):
+            yield from _leaves(value, (*path, i))
+        else:
+            yield (*path, i), value
 
 
 def examine(variant: Variant) -> Report:
@@ -289,25 +342,22 @@ def _amd(variant: Variant, assembly: str) -> Report:
 
 
 def rows_read(variant: Variant) -> int:
-    """Rows of streams for which the code of a variant holds a load: its time loops are unrolled by so much, and there
+    """Rows of streams for which the code of a variant has a load: its time loops are unrolled by so many steps, and
     twice, for whole tiles or words and for the last.
     """
-    streams = variant.inputs - variant.per_channel
-    tile = variant.tile
+    streams, tile = len(variant.streams), variant.tile
     match variant.kernel:
-        case "check":  # a map, what entered, what left, and what was handed on; and the last offsets
-            return 5 + (not variant.forgets)
+        case "check":  # a map, what entered, what left, and what was handed on; and the last recent magnitude
+            return 5 + (not variant.resets)
         case "forward":
-            return 2 * tile * streams * (not variant.events)
+            return 2 * tile * streams * (not variant.codes)
         case "summarize":
             return 2 * tile * streams
-        case "summarize_adjoint" if variant.events:
-            return 2 * 16
-        case "summarize_adjoint":  # a written value has no part in it
-            return 2 * 16 * (streams + 1 - (variant.inputs == 3 or variant.cell == "linear_recurrence"))
-        case "backward":  # and tiles to replay the states: two at once and one, or one
-            replayed = 0 if variant.events else 3 if BYTES[variant.element] == 2 else 1
-            return tile * (streams * (2 + replayed) + 2)
+        case "summarize_adjoint":  # the gradient; and all streams but one, which is added to the state
+            return 2 * 16 * (1 if variant.codes else streams)
+        case "backward":  # and tiles to recompute the states: two at once and one, or one
+            recomputed = 0 if variant.codes else 3 if BYTES[variant.element] == 2 else 1
+            return tile * (streams * (2 + recomputed) + 2)
     return 2 * tile
 
 

@@ -27,7 +27,7 @@ SHAPES: tuple[Shape, ...] = (
     (256, 256, 2048, "bf16"),
     (512, 256, 512, "fp32"),
 )
-TESTS = ("tests/test_gpu.py", "tests/test_op.py", "tests/test_bad_input.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "op", "op_layout", "bad_input", "bad_ops"))
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 #: Stage: seconds from the start by which it ends. The next stage gets the time that a stage leaves.

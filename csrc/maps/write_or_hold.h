@@ -76,10 +76,11 @@ struct WriteOrHold : CellBase {
   static MRU_INLINE V alpha(const V* x) {
     return x[Self::kAlpha];
   }
-  // epsilon s; nothing is multiplied by 0.
+  // epsilon s, and 0 for any s if epsilon is 0. A select in lanes: a branch would stay in the loops of the CPU kernels.
   template <class V>
   MRU_INLINE V scaled(V s) const {
-    return epsilon == S(0) ? splat<V>(0) : splat<V>(epsilon) * s;
+    const V factor = splat<V>(epsilon);
+    return factor == splat<V>(0) ? splat<V>(0) : factor * s;
   }
 
  private:

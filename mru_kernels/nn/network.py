@@ -346,7 +346,7 @@ def _units(units: Units) -> list[tuple[str, Mapping[str, Any]]]:
     if not units:
         raise ValueError("units: expected at least one, got none")
     for name in units:
-        check_choice("units", name, tuple(UNITS))
+        check_choice("units", name, tuple(sorted(UNITS)))
     named = list(units.items()) if isinstance(units, Mapping) else [(name, {}) for name in units]
     for name, options in named:
         if options.get("bidirectional") or options.get("num_layers", 1) != 1:

@@ -1,0 +1,37 @@
+"""Triton kernels for CUDA and ROCm devices, and for CPU tensors under Triton's interpreter.
+
+    tuning.py       how time is cut, and how kernels are compiled
+    ops.py          the ops
+    launch.py       from the arguments of an op to those of a kernel
+    kernels         the kernels, generic over the cell
+    cell.py, cells  the protocol of a cell, and a file for each
+
+A kernel is compiled for each cell, dtype, set of streams, layout (aligned to 16 bytes or not) and block of channels,
+and once more for an epsilon of 0; never for sizes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .tuning import CHUNK_SIZES, adjoint_segment, segment
+
+__all__ = ["CHUNK_SIZES", "adjoint_segment", "backward_segment", "load", "segment"]
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load() -> None:
+    """Register `mru::*.triton`. Raises ImportError if Triton is not installed."""
+    from . import ops
+
+    ops.register(("CUDA", "CPU") if _INTERPRETED else ("CUDA",))
+
+
+def backward_segment(given: int, sizes: tuple[int, int, int], itemsize: int, device: torch.device) -> int:
+    """Steps of a segment of the backward pass: those given, unless they are what the forward pass takes by itself."""
+    if given == 0 or given != segment(*sizes, itemsize, device):
+        return given
+    return adjoint_segment(*sizes, itemsize, device)

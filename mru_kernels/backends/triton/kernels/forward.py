@@ -1,0 +1,114 @@
+"""The forward pass over sequences, or over their segments from the states that enter them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import scalars_of, sizes
+from .context import Context
+from .place import WORD, checkpoint_row, hidden, left_of, place, program, word_row, works
+from .rows import (
+    STREAMED,
+    get,
+    get_whole,
+    inputs_at,
+    inputs_per_channel,
+    load_tile,
+    open_inputs,
+    open_stream,
+    put,
+    row_at,
+    when,
+)
+
+
+@triton.jit
+def enter(c, opened, s):
+    """The state that enters a segment, if the cell changes the one that enters its sequence."""
+    begins = (c.at.begin == 0) & (c.at.length > 0)
+    return tl.where(begins, c.cell.enter(inputs_per_channel(opened, c.form), s), s)
+
+
+@triton.jit
+def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
+    """Write h at the 16 steps from `first` on, some of which lie beyond the end if MASKED. Returns the state after."""
+    left = left_of(c.at, first, WORD)
+    for j in range(0, WORD, c.block.tile):
+        if not c.form.codes:
+            step = hidden(first + j, c.at)
+            tile = load_tile(opened, c.at, step, left - j, s.dtype, c.form.streams, c.block.tile, MASKED)
+        row = row_at(opened_h, hidden(first + j, c.at))
+        for i in tl.static_range(c.block.tile):
+            if c.form.codes:
+                x = inputs_per_channel(opened, c.form)
+                after = c.cell.codes.step(word, i, s, c.p)
+            else:
+                x = inputs_at(opened, tile, c.form, i)
+                after = c.cell.step(x, s, c.p)
+            before = s
+            if MASKED:
+                s = tl.where(j + i < left, after, s)
+            else:
+                s = after
+            mask = when(j + i < left, c.at.mask) if MASKED else c.at.mask
+            tl.store(row, c.cell.output(x, before, s, c.p), mask=mask, eviction_policy=STREAMED)
+            row += opened_h[1]
+        if c.form.codes:
+            word = word >> (2 * c.block.tile)
+    return s
+
+
+@triton.jit
+def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoints):
+    """`forward` for the segment or sequence of a program."""
+    at = c.at
+    scan = c.scan
+    opened = open_inputs(inputs, scan, at, c.form, c.block, final_state.dtype.element_ty)
+    opened_h = open_stream(h, scan, at, c.block)
+    if scan.segment_size != 0:
+        s = get(entries, at.segment, at, at.mask, 0.0)
+    else:
+        s = get(initial, at.index, at, when(scan.has_initial != 0, at.mask), 0.0)
+    s = enter(c, opened, s)
+    word = tl.zeros((c.block.channels,), tl.int32)
+    if c.form.codes:
+        word = get(codes, word_row(scan, at, at.begin), at, when(at.begin < at.end, at.mask), 0)
+    whole = at.end - (at.end - at.begin) % WORD
+    for first in range(at.begin, whole, WORD):
+        after = first + WORD
+        ahead = word
+        if c.form.codes:
+            ahead = get_whole(codes, word_row(scan, at, tl.minimum(after, at.end - 1)), at)
+        s = forward_word(c, s, word, opened, opened_h, first, False)
+        word = ahead
+        if (scan.saved != 0) & (after % c.form.chunk == 0) & (after < at.length):
+            put(checkpoints, checkpoint_row(scan, at, after, c.form), at, s, at.mask)
+    if whole < at.end:
+        s = forward_word(c, s, word, opened, opened_h, whole, True)
+    put(final_state, tl.where(scan.segment_size != 0, at.segment, at.index), at, s, at.mask)
+
+
+@triton.jit
+def forward(
+    cell, form, block,
+    inputs,  # the cell's inputs, a Stream each
+    scan,
+    scalars,  # of the cell, a Double each
+    initial,  # [N, D]
+    entries,  # [segments, D], if time is split
+    codes,  # [B, T // 16 + (N if packed else 1), D] int32, if form.codes
+    h,  # Stream [B, T, D]
+    final_state,  # [N, D]; if time is split [segments, D], the state that leaves each segment
+    checkpoints,  # [B, (T - 1) // chunk, D]
+):  # fmt: skip
+    """h, checkpoints and final states, from the streams or from the codes."""
+    STATE: tl.constexpr = final_state.dtype.element_ty
+    scan = sizes(scan, block)
+    segment, b = program(scan, block)
+    if works(scan, segment):
+        at = place(scan, block, segment, b)
+        p = scalars_of(scalars, form, STATE)
+        forward_segment(
+            Context(cell, form, block, scan, at, p), inputs, initial, entries, codes, h, final_state, checkpoints
+        )

@@ -1,0 +1,136 @@
+"""The ops `mru::*.triton`; see mru_kernels.ops for their arguments and results."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ... import checks, ops
+from .. import CHUNK
+from .. import triton as backend
+from .cell import find
+from .kernels.arguments import Saved
+from .launch import Call, real
+from .tuning import CHUNK_SIZES, ceil_div, tile
+
+_library = torch.library.Library("mru", "IMPL")
+
+
+def register(keys: tuple[str, ...]) -> None:
+    """Register the ops of every cell that Triton has, for these dispatch keys."""
+    for cell in ops.CELLS.values():
+        if find(cell.name) is not None:
+            for key in keys:
+                _library.impl(f"{cell.name}.triton", partial(forward, cell), key)
+                _library.impl(f"{cell.name}_backward.triton", partial(backward, cell), key)
+                _library.impl(f"{cell.name}_step.triton", partial(step, cell), key)
+                _library.impl(f"{cell.name}_map.triton", partial(compose, cell), key)
+
+
+def _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment) -> None:
+    ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
+    ops.check_numbers(cell, inputs, numbers, chunk, segment, CHUNK_SIZES)
+
+
+def forward(
+    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save
+) -> list[Tensor]:
+    _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment)
+    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, saved=save)
+    results = ops.allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
+    h, final_state, checkpoints, codes = map(real, results)
+    own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "codes": codes}
+    call.scan("forward", own, "entries", "final_state")
+    return results[: ops.returned(save)]
+
+
+def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
+    streams = [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
+    h, after = forward(cell, streams, given, 0, numbers, state, None, False, CHUNK, 0, False)
+    return h.squeeze(1), after
+
+
+def compose(cell: ops.Cell, inputs, given, packed, numbers, cu_seqlens, reverse, segment) -> tuple[Tensor, Tensor]:
+    """The op `mru::<cell>_map`."""
+    _check(cell, inputs, given, packed, numbers, None, cu_seqlens, CHUNK, segment)
+    time = inputs[0].shape[1]
+    segment = segment or ceil_div(max(time, 1), CHUNK) * CHUNK
+    call = Call(cell, inputs, given, packed, numbers, None, cu_seqlens, reverse, CHUNK, segment)
+    *_, codes = ops.allocate(cell, inputs, given, packed, cu_seqlens, CHUNK, segment, False)
+    factor, offset = (_as_states(t, inputs[0]) for t in call.compose(codes))
+    return factor, offset
+
+
+def _as_states(t: Tensor, first: Tensor) -> Tensor:
+    """Rows of real numbers as states for streams like `first`."""
+    return torch.view_as_complex(t.unflatten(-1, (-1, 2))) if first.is_complex() else t
+
+
+def backward(
+    cell: ops.Cell, grad_h, grad_final, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk,
+    segment, checkpoints, events,
+) -> list[Tensor]:  # fmt: skip
+    _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment)
+    first = inputs[0]
+    batch, time, channels = first.shape
+    channels //= packed.bit_count() or 1
+    sizes = (ops.sequences_of(inputs, cu_seqlens), batch * time, channels)
+    checks.like("grad_h", grad_h, first, (batch, time, channels), "[batch, time, channels]")
+    checks.like("grad_final", grad_final, first, (sizes[0], channels), "[sequences, channels]")
+    segment = backend.backward_segment(segment, sizes, first.dtype.itemsize, first.device)
+    grad_h = grad_h.to(first.dtype)
+    grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
+    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, grad_h=grad_h)
+    results = ops.allocate_backward(cell, inputs, initial_state)
+    written = [real(t) for t in results]
+    in_place = initial_state is not None and written[-1].dtype == call.state
+    grad_initial = written[-1] if in_place else call.rows(call.sequences)
+    grads = _gradients(call, cell, written, given, packed, chunk)
+    checkpoints, codes = _saved(call, checkpoints, events, batch, chunk)
+    states = call.rows(call.segments * (min(call.time, chunk) // tile("backward", call.reads)))
+    grad_final = call.vector(grad_final)
+    own = {
+        "codes": codes,
+        "grad_h": call.stream(grad_h),
+        "grad_final": grad_final,
+        "grads": tuple(map(call.stream, grads)),
+        "grad_initial": grad_initial,
+        "saved": Saved(call.arguments["initial"], codes, checkpoints, states),
+    }
+    call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=grad_final)
+    for t, place in zip(grads, ops.places(cell, given, packed), strict=False):
+        if t is not None and place is not None and t.dim() == 2:
+            written[place].copy_(t.sum(0, dtype=torch.float64))  # in a fixed order
+    if initial_state is not None and not in_place:
+        written[-1].copy_(grad_initial)
+    return results
+
+
+def _gradients(call: Call, cell: ops.Cell, written, given: int, packed: int, chunk: int) -> list[Tensor | None]:
+    """Where the kernel writes the gradient of each input: `[B, T, D]`, or sums over chunks `[rows, D]`; else None."""
+    gates = iter(ops.split_gates(written[0], packed.bit_count()) if packed else written[:1])
+    grads: list[Tensor | None] = []
+    for t, place in zip(call.arrays, ops.places(cell, given, packed), strict=False):
+        if t is None or place is None:
+            grads.append(None)
+        elif t.dim() == 1:
+            grads.append(call.sums(chunk))
+        else:
+            grads.append(next(gates) if place == 0 else written[place])
+    return grads
+
+
+def _saved(call: Call, checkpoints: Tensor, events: Tensor, batch: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """The saved tensors as kernels take them. ValueError unless shape, dtype and device are this call's."""
+    words = call.time // ops.CODES_PER_WORD + (call.sequences if call.packed else 1) if call.codes else 0
+    rows, channels = max(call.time - 1, 0) // chunk, call.channels
+    for name, t, expected, dtype in (
+        ("checkpoints", real(checkpoints), (batch, rows, channels), call.state),
+        ("events", events, (batch, words, channels // call.parts), torch.int32),
+    ):
+        if t.shape != expected or t.dtype != dtype or t.device != call.first.device:
+            came = f"{list(t.shape)}, {t.dtype} on {t.device}"
+            raise ValueError(f"{name}: expected {list(expected)}, {dtype} on {call.first.device}, got {came}")
+    return real(checkpoints).contiguous(), events.contiguous()

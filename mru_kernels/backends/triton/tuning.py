@@ -1,0 +1,139 @@
+"""How time is cut and how kernels are compiled: measured numbers, and functions of sizes alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...checks import state_dtype
+from .. import CHUNK
+
+CHUNK_SIZES = (CHUNK, CHUNK)  # each other size would be one more set of kernels
+LANES = 64 if torch.version.hip else 32
+VECTOR_BYTES = 16  # the most that a lane loads or stores at once
+#: Programs, a warp each, for each multiprocessor if time is cut, by bytes of an element. They are about as many as its
+#: registers have room for; up to twice as many are faster forward in float32 and backward in half precision.
+_WARPS = {2: 18, 4: 32, 8: 18, 16: 18}
+_BACKWARD_WARPS = {2: 16, 4: 12, 8: 12, 16: 12}
+_WHOLE = 9  # programs for each multiprocessor from which on time is not cut
+_LEAST = 4 * CHUNK  # steps of a sequence that is worth cutting
+_START = 16  # fixed cost of a `backward` program, in steps
+MOST_WALKED = 32  # segments that one program walks over; if there are more, groups of segments are composed first
+_MULTIPROCESSORS_ELSEWHERE = 132  # where no GPU can be queried: interpreter, meta and fake tensors
+
+
+def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
+    """Steps of a segment, from sizes and the number of multiprocessors only; 0 if sequences are scanned whole.
+
+    Sequences are scanned whole if they alone give each multiprocessor `_WHOLE` programs. Else time is cut so that it
+    gets about `_WARPS`.
+    """
+    multiprocessors = _multiprocessors(device)
+    programs = sequences * _blocks(channels, itemsize)  # if time were not cut
+    if programs == 0 or programs >= _WHOLE * multiprocessors or steps < _LEAST * sequences:
+        return 0
+    return ceil_div(ceil_div(steps, sequences * (_WARPS[itemsize] * multiprocessors // programs)), CHUNK) * CHUNK
+
+
+def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
+    """Steps of a segment in the backward pass, if the forward pass cuts time.
+
+    All programs take about as long, so the last round of them should leave few multiprocessors idle. Of a few numbers
+    of rounds it takes the fastest, counted in steps.
+    """
+    at_once = _BACKWARD_WARPS[itemsize] * _multiprocessors(device)
+    programs = sequences * _blocks(channels, max(itemsize, 4))  # by the bytes of states
+    length = ceil_div(steps, sequences)
+    lengths: dict[int, int] = {}
+    for rounds in range(1, 5):
+        segment = ceil_div(ceil_div(length, max(rounds * at_once // programs, 1)), CHUNK) * CHUNK
+        taken = ceil_div(programs * ceil_div(length, segment), at_once)
+        lengths.setdefault(taken * (segment + _START), segment)
+    return lengths[min(lengths)]
+
+
+def _blocks(channels: int, itemsize: int) -> int:
+    return ceil_div(channels * itemsize, LANES * VECTOR_BYTES)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+        return _MULTIPROCESSORS_ELSEWHERE
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------- how a kernel is compiled
+
+
+class Reads(NamedTuple):
+    """What decides how many registers a kernel needs for a step."""
+
+    dtype: torch.dtype  # of the streams; of their parts if they are complex
+    streams: int
+    per_channel: int = 0  # inputs per channel, but for optional ones
+    codes: bool = False
+
+    @property
+    def is_single(self) -> bool:
+        return state_dtype(self.dtype) == torch.float32
+
+    @property
+    def is_half(self) -> bool:
+        return self.dtype.itemsize == 2
+
+
+#: The most registers of a lane, from streams and from codes, each with float32 and with float64 states. Without a limit
+#: (None) ptxas sometimes takes so many that fewer warps fit, and sometimes so few that it spills.
+_REGISTERS = {
+    "forward": ((168, 255), (None, None)),
+    "summarize": ((255, 255), (255, 255)),
+    "summarize_adjoint": ((None, None), (168, None)),
+    "fold": ((255, 255), (255, 255)),
+    "backward": ((168, 255), (168, 255)),
+}
+_REGISTERS_OF_ENCODING = (112, None)  # `summarize` with codes and without inputs per channel
+_REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision
+
+
+def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> dict:
+    """The compiler's options. In the forward pass a fused multiply-add would round differently from the CPU."""
+    common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
+    if amd or kernel not in _REGISTERS:
+        return common
+    limits = _REGISTERS[kernel][reads.codes]
+    if kernel == "summarize" and reads.codes and reads.per_channel == 0:
+        limits = _REGISTERS_OF_ENCODING
+    limit = limits[not reads.is_single]
+    if kernel == "backward" and reads.is_half:
+        limit = _REGISTERS_OF_TWO_TILES
+    return common | ({} if limit is None else {"maxnreg": limit})
+
+
+def tile(kernel: str, reads: Reads) -> int:
+    """Steps whose rows a kernel loads before their use, or maps in a walk: as many as registers allow."""
+    if kernel in ("fold", "carry"):
+        return 32 if reads.is_single else 16
+    if kernel == "summarize" and reads.is_half:
+        return 4  # and as many of the next tile
+    if kernel == "summarize_adjoint" and reads.codes:
+        return 16
+    if kernel == "backward":
+        return 4 if reads.streams <= 2 and reads.per_channel == 0 and reads.is_single else 2
+    return 8
+
+
+def channels_of_lane(kernel: str, dtype: torch.dtype, parts: int, aligned: bool) -> int:
+    """The most channels of a lane, each of `parts` numbers: 16 bytes of a row of a stream.
+
+    Of a row of states in kernels that hold many states. One channel in walks, which take as long as their rounds of
+    loads: more programs then load at once.
+    """
+    if kernel in ("fold", "carry"):
+        return parts
+    held = state_dtype(dtype) if kernel in ("summarize_adjoint", "backward") else dtype
+    return VECTOR_BYTES // held.itemsize if aligned else 2

@@ -1,0 +1,111 @@
+"""Drawn calls of every cell, and what two ways to the same results must agree in."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from hypothesis import strategies as st
+
+import mru_kernels as mk
+import python_ref
+from bench import compare, errors, inputs
+from mru_kernels import backends
+
+CELLS = list(inputs.CELLS)
+SEGMENTS = st.sampled_from([0, 64])
+
+
+@st.composite
+def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> inputs.Case:
+    """A case of any cell with any value of each factor: sizes up to `largest`, any epsilon. `fixed` sets factors."""
+    cell = cell or draw(st.sampled_from(CELLS))
+    factors = {name: st.sampled_from(values) for name, values in inputs.CELLS[cell].factors.items()}
+    factors |= {name: st.sampled_from(values) for name, values in inputs.COMMON_FACTORS.items()}
+    factors["time"] = st.integers(0, largest[0])
+    factors["channels"] = st.integers(1, largest[1])
+    factors["batch"] |= st.integers(1, 4)
+    if "epsilon" in factors:
+        factors["epsilon"] |= st.floats(0.0, 1.0)
+    factors |= {name: st.just(value) for name, value in fixed.items()}
+    options = {name: draw(values) for name, values in factors.items()}
+    dtype = draw(st.sampled_from(list(inputs.CELLS[cell].dtypes.values())))
+    return inputs.Case(cell, dtype, options, draw(st.integers(0, 2**31)))
+
+
+@contextmanager
+def segments(backend: str, steps: int | None):
+    """Have time cut into segments of so many steps; 0: not at all; None: as the backend chooses."""
+    with ExitStack() as stack:
+        module = backends.TABLE[backend].module
+        for name in ("segment", "adjoint_segment"):
+            if steps is not None and hasattr(module, name):
+                stack.enter_context(patch.object(module, name, lambda *sizes: steps))
+        yield
+
+
+def op_of(cell: str, backend: str):
+    return partial(getattr(mk, cell), backend=backend)
+
+
+def run(call: inputs.Call, op, device: torch.device) -> dict[str, torch.Tensor]:
+    """Results of a call under their names and its gradients under the arguments', on the CPU."""
+    call = call.to(device)
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    h, final_state = op(**leaves, **call.settings)
+    grads = torch.autograd.grad((h, final_state), list(leaves.values()), (call.grad_h, call.grad_final))
+    results = {"h": h.detach(), "final_state": final_state.detach()} | dict(zip(leaves, grads, strict=True))
+    return {name: t.cpu() for name, t in results.items()}
+
+
+def assert_right(call: inputs.Call, op, device: torch.device) -> None:
+    """The results and every gradient agree with the reference."""
+    failed = [result for result in compare.judge(call, run(call, op, device)) if not result.passed]
+    assert not failed
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    def bits(t: torch.Tensor) -> torch.Tensor:
+        return t.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+    differ = [name for name in a if not torch.equal(bits(a[name]), bits(b[name]))]
+    assert not differ
+
+
+def assert_agree(call: inputs.Call, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Two ways to the same results: equal where the forward pass is exact, elsewhere within the limit."""
+    terms = python_ref.CELLS[call.cell].adjoint(
+        **call.tensors, **call.settings, grad_h=call.grad_h, grad_final=call.grad_final, term=abs
+    )
+    exact = compare.is_exact(call)
+    for name, result in one.items():
+        if exact and name in ("h", "final_state"):
+            assert errors.same_values(result, other[name]), name
+        else:
+            verdict = errors.judge(result, errors.wide(other[name]), terms[name])
+            assert verdict.passed, (name, verdict)
+
+
+def factors_of(cell: str) -> dict[str, tuple]:
+    """The factors of a cell, with those that all cells share."""
+    return inputs.COMMON_FACTORS | inputs.CELLS[cell].factors
+
+
+def step_settings(call: inputs.Call) -> dict[str, Any]:
+    """The call's settings that the cell's step takes."""
+    taken = inspect.signature(getattr(mk, f"{call.cell}_step")).parameters
+    return {name: x for name, x in call.settings.items() if name in taken}
+
+
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
