@@ -315,10 +315,9 @@ def check_traffic(dtype: torch.dtype) -> None:
             for when, values in WRITES.get(name, {"": {}}).items():
                 arrays = {}
                 for argument, kind in form.items():
-                    if kind == "channel":
-                        arrays[argument] = torch.randn(channels).to(errors.state_dtype(dtype))
-                    else:
-                        arrays[argument] = torch.randn(batch, time, channels).to(dtype)
+                    shape = (channels,) if kind == "channel" else (batch, time, channels)
+                    values_dtype = errors.state_dtype(dtype) if kind == "channel" else dtype
+                    arrays[argument] = (torch.rand(shape) - 0.5).to(values_dtype)  # no decay reaches 1
                     if argument in values:
                         arrays[argument].fill_(values[argument])
                 _check_traffic(Op(ops.CELLS[name], arrays, reverse, steps), arrays, when)
