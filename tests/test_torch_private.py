@@ -122,3 +122,15 @@ def test_gradients_of_a_single_level():
     with private.enable_single_level_autograd_function(), private.enable_forward_gradients(True):
         pass
     assert torch.func.grad(lambda x: Twice.apply(x))(torch.tensor(1.0)) == 2
+
+
+def test_results_are_assumed_constant():
+    calls = []
+
+    @private.assume_constant_result
+    def slow() -> int:
+        calls.append(torch.compiler.is_compiling())
+        return 2
+
+    assert torch.compile(lambda x: x * slow(), backend="eager", fullgraph=True)(torch.ones(1)) == 2
+    assert calls == [False]  # called while tracing, not traced
