@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import warnings
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -459,32 +460,36 @@ def test_gradients_outside_a_transform(backend, device):
     assert torch.equal(torch.func.grad(inner)(weight.detach()), expected)
 
 
-#: By name: a call of every cell on inputs of these shapes, which end in [D] where they are per channel.
-CALLS = {
-    "bmru": (lambda c, b, s, **o: mk.bmru(c, b, s, epsilon=0.5, **o), [(2, 20, 3), (2, 20, 3), (2, 3)]),
-    "bmru channel alpha": (lambda c, b, a, **o: mk.bmru(c, b, alpha=a, **o), [(2, 20, 3), (3,), (3,)]),
-    "bmru amplitude": (
-        lambda c, b, m, **o: mk.bmru(c, b, amplitude=m, epsilon=1.0, reverse=True, **o),
-        [(2, 20, 3), (2, 20, 3), (2, 20, 3)],
-    ),
-    "schmitt": (
-        lambda c, low, high, a, s, **o: mk.schmitt(c, low, high, s, alpha=a, epsilon=0.5, **o),
-        [(2, 20, 3), (3,), (3,), (3,), (2, 3)],
-    ),
-    "linear": (mk.linear_recurrence, [(2, 20, 3), (2, 20, 3), (2, 3)]),
-    "linear channel": (mk.linear_recurrence, [(3,), (2, 20, 3), (2, 3)]),
-    "linear complex": (mk.linear_recurrence, [(2, 20, 3), (2, 20, 3), (2, 3)]),
-}
+#: Cell, dtype, and the index of the value of each factor of the cell.
+CALLS = [
+    (cell, dtype, index)
+    for cell, declared in inputs.CELLS.items()
+    for dtype in ("fp32", "c64")
+    if dtype in declared.dtypes
+    for index in (0, 1)
+]
 
 
-@pytest.fixture(params=CALLS)
+def rows_of(cell: str, dtype: str, index: int, device: torch.device):
+    """A function of the cell's tensors, and four rows of each."""
+    values = {name: x[index % len(x)] for name, x in inputs.CELLS[cell].factors.items()}
+    values |= {"initial_state": "real", "parameters": "as streams", "reverse": index == 1}
+    calls = [
+        inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], seed, time=20, batch=2, channels=3, **values).build()
+        for seed in range(4)
+    ]
+    names, op, settings = list(calls[0].tensors), getattr(mk, cell), calls[0].settings
+
+    def function(*tensors: Tensor, backend: str):
+        return op(**dict(zip(names, tensors, strict=True)), **settings, backend=backend)
+
+    return function, [torch.stack([call.tensors[name] for call in calls]).to(device) for name in names]
+
+
+@pytest.fixture(params=CALLS, ids=str)
 def call(request, backend, device):
     """A call of a cell, its loss, and four rows of its inputs."""
-    function, shapes = CALLS[request.param]
-    dtype = torch.complex64 if "complex" in request.param else torch.float32
-    rows = [draw(4, *shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
-    if "linear" in request.param:
-        rows[0] = 0.3 * rows[0]  # decays
+    function, rows = rows_of(*request.param, device)
 
     def op(*inputs):
         return function(*inputs, backend=backend)
@@ -550,10 +555,9 @@ def test_jacobians(backend, device):
         torch.testing.assert_close(torch.autograd.functional.jacobian(op, x, vectorize=True), expected)
 
 
-@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+@pytest.mark.parametrize("cell", inputs.CELLS)
 def test_compiled_and_exported_transforms(backend, device, cell):
-    function, shapes = CALLS[cell]
-    rows = [draw(4, *shape, seed=i, device=device) for i, shape in enumerate(shapes)]
+    function, rows = rows_of(cell, "fp32", 0, device)
 
     class Loss(torch.nn.Module):
         def forward(self, *inputs):
@@ -847,37 +851,41 @@ def test_a_call_leaves_nothing_of_what_it_runs_under(backend, device, first, mon
     assert all(type(t) is Tensor and t.item() == number for number, t in checks._epsilons.items())
 
 
-def _every_op(x: Tensor, vector: Tensor, **settings):
-    yield mk.bmru(x, vector, epsilon=0.5, **settings)
-    yield mk.bmru(x, x, alpha=vector, amplitude=x, epsilon=torch.tensor(0.5), chunk_size=None, **settings)
-    yield mk.schmitt(x, vector, vector, reverse=True, **settings)
-    yield mk.linear_recurrence(x, x, **settings)
+def _every_call(device: str) -> list[inputs.Call]:
+    """Two calls of each cell, which differ in every factor."""
+    return [
+        inputs.case(
+            cell, torch.float32, time=900, batch=2, channels=4, initial_state="real", reverse=index == 1,
+            **{name: x[index % len(x)] for name, x in declared.factors.items()},
+        ).build().to(device)
+        for cell, declared in inputs.CELLS.items()
+        for index in (0, 1)
+    ]  # fmt: skip
 
 
-def _every_step(x: Tensor, vector: Tensor):
-    with torch.no_grad():
-        yield mk.bmru_step(x, vector, x, epsilon=0.5, amplitude=x)
-        yield mk.schmitt_step(x, vector, vector, x, epsilon=torch.tensor(0.5))
-        yield mk.linear_recurrence_step(vector, x, x)
-
-
-def _described(results) -> list[tuple]:
-    return [(t.shape, t.dtype, t.stride()) for pair in results for t in pair]
+def _described(results: Iterable[Tensor]) -> list[tuple]:
+    return [(t.shape, t.dtype, t.stride()) for t in results]
 
 
 @pytest.mark.parametrize("name", [None, *backends.TABLE])
 def test_meta(name):
     """Every backend gives the shapes of its results and gradients for tensors on meta, without its kernels."""
-    real, vector = draw(2, 900, 4), draw(4)
-    x, on_meta = (t.to("meta").requires_grad_() for t in (real, vector))
-    assert _described(_every_op(x, on_meta, backend=name)) == _described(_every_op(real, vector))
-    for h, final in _every_op(x, on_meta, backend=name):
-        gradients = torch.autograd.grad(h.sum() + final.sum(), (x, on_meta), allow_unused=True)
-        assert gradients[0].shape == x.shape
-        assert all(t.is_meta for t in (h, final, gradients[0]))
-    assert _described(_every_step(x[:, 0], on_meta)) == _described(_every_step(real[:, 0], vector))
-    offsets = torch.tensor([0, 300, 900], device="meta")
-    h, final = mk.bmru(x[:1], x[:1], cu_seqlens=offsets, backend=name)
+    for real, on_meta in zip(_every_call("cpu"), _every_call("meta"), strict=True):
+        op, step = getattr(mk, real.cell), getattr(mk, f"{real.cell}_step")
+        leaves = {key: t.requires_grad_() for key, t in on_meta.tensors.items()}
+        results = op(**leaves, **on_meta.settings, backend=name)
+        assert _described(results) == _described(op(**real.tensors, **real.settings))
+        gradients = torch.autograd.grad([t.sum() for t in results], list(leaves.values()))
+        assert [t.shape for t in gradients] == [t.shape for t in leaves.values()]
+        assert all(t.is_meta for t in (*results, *gradients))
+        first, expected = (
+            {key: t.detach()[:, 0] if t.dim() == 3 else t.detach() for key, t in each.tensors.items()}
+            for each in (on_meta, real)
+        )
+        first["state"], expected["state"] = first.pop("initial_state"), expected.pop("initial_state")
+        assert _described(step(**first)) == _described(step(**expected))
+    x, offsets = torch.empty(1, 900, 4, device="meta"), torch.tensor([0, 300, 900], device="meta")
+    h, final = mk.bmru(x, x, cu_seqlens=offsets, backend=name)
     assert (h.shape, final.shape) == ((1, 900, 4), (2, 4))
     assert set(mk.available_backends("meta").values()) == {None}
 
@@ -895,13 +903,18 @@ def test_bad_input_on_meta():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_fake_tensors_on_a_device_that_is_not_there():
+    calls = _every_call("cpu")
     with FakeTensorMode(), torch.no_grad():
+        for call in calls:
+            tensors = {name: torch.empty(t.shape, device="cuda") for name, t in call.tensors.items()}
+            op, step = getattr(mk, call.cell), getattr(mk, f"{call.cell}_step")
+            for backend in (None, "cuda", "triton"):
+                results = op(**tensors, **call.settings, backend=backend)
+                assert {t.device.type for t in results} == {"cuda"}
+            row = {name: torch.empty(2, 4, device="cuda") if t.dim() == 3 else t for name, t in tensors.items()}
+            row["state"] = row.pop("initial_state")
+            assert {t.device.type for t in step(**row)} == {"cuda"}
         x, vector = torch.empty(2, 900, 4, device="cuda"), torch.empty(4, device="cuda")
-        for name in (None, "cuda", "triton"):
-            results = [t for pair in _every_op(x, vector, backend=name) for t in pair]
-            assert {t.device.type for t in results} == {"cuda"}
-        step = torch.empty(2, 4, device="cuda")
-        assert {t.device.type for pair in _every_step(step, vector) for t in pair} == {"cuda"}
         with pytest.raises(RuntimeError, match="backend: 'cpu' cannot run this call: needs CPU tensors"):
             mk.bmru(x, vector, backend="cpu")
     with pytest.raises(RuntimeError, match="torch finds no CUDA"):
