@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterable
 
 import pytest
@@ -16,7 +15,6 @@ import mru_kernels as mk
 from bench import inputs
 from mru_kernels import backends, checks, ops
 from mru_kernels.scalars import EPSILON
-from tests import processes
 from tests.drawn import assert_close, assert_equal, draw, results_and_grads
 
 CELL = ops.CELLS["bmru"]
@@ -365,47 +363,6 @@ def test_one_result_alone_has_gradients(backend, device, used):
     alone = torch.autograd.grad(results[used].sum(), (c, b), retain_graph=True)
     weights = [torch.full_like(t, float(i == used)) for i, t in enumerate(results)]
     assert_equal(list(alone), list(torch.autograd.grad(results, (c, b), weights)))
-
-
-# ------------------------------------------------------------------------------------------------ processes
-
-
-def _train(rank: int, world: int) -> None:
-    model = _model()
-    ddp = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    for x in _batches():
-        optimizer.zero_grad()
-        ddp(x[rank::world])[0].square().mean().backward()
-        optimizer.step()
-    if rank == 0:
-        alone = _model()
-        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
-        for x in _batches():
-            optimizer.zero_grad()
-            alone(x)[0].square().mean().backward()
-            optimizer.step()
-        for (name, one), other in zip(model.named_parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
-        start = dict(_model().named_parameters())
-        assert not any(torch.equal(start[name], p) for name, p in model.named_parameters())
-
-
-def _model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return mk.BMRU(5, 8, 2, epsilon=0.5, bidirectional=True)
-
-
-def _batches() -> Tensor:
-    return draw(3, 8, 70, 5)
-
-
-@pytest.mark.check
-def test_two_processes_train_as_one(tmp_path):
-    """DistributedDataParallel over gloo."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        processes.run(_train, tmp_path / "rendezvous", 2)
 
 
 @pytest.mark.parametrize("cls", [mk.BMRU, mk.MinGRU])
