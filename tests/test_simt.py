@@ -109,7 +109,7 @@ def test_segments_are_a_function_of_sizes():
 
 @pytest.fixture(scope="module")
 def outcomes(battery):
-    """Of every mutant, and of the sources as they are; as they come."""
+    """The futures of every mutant's battery, and of the unchanged sources'."""
     if simt.SANITIZE:
         pytest.skip("mutants run without the sanitizers")
     from simt import mutants

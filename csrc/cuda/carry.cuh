@@ -147,10 +147,9 @@ __global__ void __launch_bounds__(kComposeThreads)
   const int64_t channels = across.divisor(), first = row * (row_segments - 1) * channels + thread;
   const S *next_factor = work.factor + first, *next_offset = work.offset + first;
   Affine<S> all = Affine<S>::identity();
-#pragma unroll 4
   for (int64_t i = 0; i < row_segments; ++i) {
     all = all.then({load<Traffic::kState, 1>(next_factor).at[0], load<Traffic::kState, 1>(next_offset).at[0]});
-    next_factor += channels, next_offset += channels;
+    next_factor = advance(next_factor, channels), next_offset = advance(next_offset, channels);
   }
   store<Traffic::kState>(factor + thread, Vector<S, 1>{{all.a}});
   store<Traffic::kState>(offset + thread, Vector<S, 1>{{all.b}});

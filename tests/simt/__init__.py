@@ -1,6 +1,6 @@
-"""The CUDA kernels under host execution (csrc/simt) as backends of the package, for tests. x86-64 Linux only.
+"""The CUDA kernels under host execution (csrc/simt) as a backend of the package, for tests. x86-64 Linux only.
 
-`simt` runs on CPU tensors. It is built on demand with g++, in build/simt.
+The backend `simt` runs on CPU tensors. g++ builds it on demand, in build/simt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ELEMENTS = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 SUPPORTED = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 SANITIZE = os.environ.get("MRU_SANITIZE") == "1"
-#: Those of the module that tests load. Under the sanitizers, whose code takes minutes to compile, one of each width.
+#: The element types of the module that tests load. Sanitized code takes minutes to compile, so then one of each width.
 LOADED = ("float32", "bfloat16", "complex64") if SANITIZE else ELEMENTS
 
 FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
@@ -48,11 +48,11 @@ def build(
     """Compile `csrc` into a Python module under `folder`.
 
     Args:
-        folder: where objects and the module go; what is up to date there is kept.
+        folder: of the objects and the module; ninja makes only what is out of date.
         csrc: the sources, or a changed copy of them.
-        elements: element types to compile the kernels for.
-        module: the object of the module, if it is compiled already.
-        optimization: the level of the kernels.
+        elements: the element types of the kernels.
+        module: the object of module.cpp, if it is compiled already.
+        optimization: the compiler's flag for the kernels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"mru_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -98,7 +98,7 @@ def load_module(path: Path) -> ModuleType:
 def control() -> ModuleType:
     """The loaded module, which sets the scheduler and counts the traffic.
 
-    MRU_SIMT_MODULE names one that is built already; else that of the sources as they are.
+    MRU_SIMT_MODULE names a module that is built already. Without it, the sources are built.
     """
     named = os.environ.get("MRU_SIMT_MODULE")
     return load_module(Path(named) if named else build(FOLDER))

@@ -1,6 +1,6 @@
-"""What the CUDA kernels must do under host execution; each check raises where they do not.
+"""Checks of the CUDA kernels under host execution; a check that fails raises.
 
-As a program, `python -m simt.battery float32`, it runs the checks of a dtype on the module that MRU_SIMT_MODULE names.
+`python -m simt.battery float32` runs the checks of a dtype on the module that MRU_SIMT_MODULE names.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mru_kernels.backends import CHUNK
 from simt import backend
 from tests import test_cuts
 
-_MAP_NORESERVE = 0x4000  # memory that nobody touches takes no room
-GROUPS = 32  # of threads that share a tile's steps, at most
-WAVES = [(1, 24), (2, 1), (3, 200)]  # seed of the order of blocks and threads, blocks that run at the same time
+_MAP_NORESERVE = 0x4000  # pages that are never written take no memory
+GROUPS = 32  # most groups of threads that share the steps of a tile
+WAVES = [(1, 24), (2, 1), (3, 200)]  # seeds of the order of threads and blocks, and blocks that run at the same time
 
 
 @contextmanager
 def segments(steps: int):
-    """Have `mru_kernels` cut time into segments of so many steps; 0: not at all."""
+    """Make `mru_kernels` cut time into segments of `steps` steps; 0: do not cut it."""
     before = backend.segment
     backend.segment = lambda *sizes: steps
     try:
@@ -63,7 +63,7 @@ def cells_of(dtype: torch.dtype) -> list[str]:
 
 
 def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
-    """The covering cases, cut down to sizes that host execution bears."""
+    """The covering cases, with sizes reduced for the host execution, which is slow."""
     cases = []
     for case in (case for cell in cells_of(dtype) for case in inputs.covering_cases(cell, dtype)):
         time = {1000: 129, 4097: 193}.get(case.options["time"], case.options["time"])
@@ -102,7 +102,7 @@ def check_maps(dtype: torch.dtype) -> None:
 
 
 def check_many_segments(dtype: torch.dtype) -> None:
-    """More segments than `carry` has parts, and than it takes in a turn; more sequences than rows of sums."""
+    """More segments than `carry` has parts, more than it takes in a turn, and more sequences than rows of sums."""
     parameters = {"threshold": "channel", "alpha": True, "epsilon": 0.5, "initial_state": "real"}
     for reverse in (False, True):
         case = inputs.case("bmru", dtype, time=70 * CHUNK + 5, batch=2, channels=3, reverse=reverse, **parameters)
@@ -122,7 +122,7 @@ def check_many_segments(dtype: torch.dtype) -> None:
 
 
 def scan_once(call: inputs.Call) -> dict[str, Tensor]:
-    """Results in segments. The check of cuts hides a fault of `carry`: it scans again what was composed wrongly."""
+    """Results in segments. Requires that nothing is scanned again, which would hide a fault of `carry`."""
     cut, moved = measure(results, call, CHUNK)
     streams = [cut[name] for name in ("h", *call.tensors) if cut[name].dim() == 3]
     written = sum(t.nbytes for t in streams)
@@ -161,7 +161,7 @@ def check_held(dtype: torch.dtype) -> None:
 
 
 def check_sums(dtype: torch.dtype) -> None:
-    """Sums of equal terms: of a thread, of a block, and of many rows of sums."""
+    """Sums of equal terms over the steps of a thread, over a block, and over many rows of sums."""
     settings = {"epsilon": 0.5, "surrogate_scale": 0.3}
     for batch, time in ((1, 2**14), (16384, 3)):
         row = torch.tensor([0.3, 0.5, 0.7, 1.1, 1.3])
@@ -178,7 +178,7 @@ def check_sums(dtype: torch.dtype) -> None:
 
 
 def check_slopes(dtype: torch.dtype) -> None:
-    """Surrogate slopes of ties and others, of any scale."""
+    """Surrogate slopes at ties and elsewhere, for scales of any size."""
     tensors = {"candidate": torch.randn(1, 40, 5).to(dtype)}
     tensors["threshold"] = torch.where(torch.rand(1, 40, 5) < 0.5, tensors["candidate"].abs(), 0.5).to(dtype)
     for scale in (1e-40, 1e-36, 1.0, 4e37, 1e38, 1e39):
@@ -193,7 +193,7 @@ def check_slopes(dtype: torch.dtype) -> None:
 
 
 def check_little_shared_memory(dtype: torch.dtype) -> None:
-    """Tiles are cut to the shared memory that a block may have, here less than on any device that is compiled for."""
+    """Tiles fit the shared memory that a block may have, here less than on any device that is compiled for."""
     simt.control().configure(most_shared=64 << 10)
     for cell in cells_of(dtype):
         case = inputs.case(cell, dtype, time=3 * CHUNK + 5, channels=130, batch=2)
@@ -247,7 +247,7 @@ def check_copies(dtype: torch.dtype) -> None:
 
 
 def check_cuts(dtype: torch.dtype) -> None:
-    """What every backend says where composed states leave the range of their dtype."""
+    """Results where composed states leave the range of their dtype: the tests of every backend."""
     here = ("simt", torch.device("cpu"))
     for name, key in test_cuts.cases():
         if test_cuts.DTYPES[key] == dtype:
@@ -386,7 +386,7 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
 
 
 def check_far_strides(dtype: torch.dtype) -> None:
-    """Streams of which a row lies more than 2^31 elements after the one before."""
+    """Streams whose rows are more than 2^31 elements apart."""
     stride = 2**31 + 64
     room = mmap.mmap(-1, (stride + 128) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     flat = torch.frombuffer(room, dtype=dtype)
@@ -403,9 +403,10 @@ def check_far_strides(dtype: torch.dtype) -> None:
 
 
 def check_misaligned(dtype: torch.dtype) -> None:
-    """Channels that 16 bytes divide, in rows or tensors that do not begin on 16 bytes."""
+    """A number of channels that is a multiple of 16 bytes, in rows or tensors that are not aligned to 16 bytes."""
     for cell in cells_of(dtype):
-        _check_misaligned(inputs.case(cell, dtype, time=70, channels=16, **per_channel_options(cell)).build())
+        call = inputs.case(cell, dtype, time=70, channels=16, **per_channel_options(cell)).build()
+        _check_misaligned(inputs.call(cell, call.tensors, call.settings))
 
 
 def _check_misaligned(aligned: inputs.Call) -> None:
@@ -425,7 +426,7 @@ def _check_misaligned(aligned: inputs.Call) -> None:
 
 
 def check_offsets_are_clamped(dtype: torch.dtype) -> None:
-    """Values of cu_seqlens are device data: wrong ones may give anything but an access out of bounds."""
+    """The kernels cannot check the values of cu_seqlens, but wrong ones must not lead out of bounds."""
     time = 3 * CHUNK + 1
     for name in cells_of(dtype):
         cell = ops.CELLS[name]
@@ -439,6 +440,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
 
 CHECKS = (
     check_copies,
+    check_maps,
     check_cuts,
     check_held,
     check_traffic,
@@ -450,7 +452,6 @@ CHECKS = (
     check_sums,
     check_slopes,
     check_little_shared_memory,
-    check_maps,
     check_numbers,
 )
 
