@@ -1,5 +1,5 @@
-// `backward`: gradients, tile by tile from the right. Uncut: whole sequences. Cut: from the segments' entry m. The states
-// come from those that the forward pass saved.
+// `backward`: gradients, tile by tile from the right. Uncut: whole sequences. Cut: from the segments' entry m. The
+// states come from those that the forward pass saved.
 #pragma once
 #include "tiles.cuh"
 
@@ -85,7 +85,8 @@ class BackwardAgent : public BackwardBase<F> {
     }
     commit_copies();
   }
-  // The state that enters a position of the span, at one channel: the initial state, or one that the forward pass saved.
+  // The state that enters a position of the span, at one channel: the initial state, or one that the forward pass
+  // saved.
   __device__ __forceinline__ void stage_state(S& to, int64_t position, int64_t d) const {
     const Scan& scan = call.scan;
     const S* const states = static_cast<const S*>(scan.initial);

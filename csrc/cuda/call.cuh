@@ -1,9 +1,9 @@
-// What every CUDA kernel is compiled for and given: the form of a cell, the workspace of a call, the call.
+// What the CUDA kernels are compiled for (the form of a cell) and given (the call, its workspace).
 //
 //   B batch, T time, D channels     W channels of a thread, side by side: 16 bytes of a stream, or 1
 //   row        of a batch; a packed call has one          position  of the scan in a row: 0 is the first step scanned
 //   segment    positions that are scanned without the others (plan.h)
-//   s, m       state; dL/ds', which comes from the step to the right
+//   s, m       state; the gradient of the loss by s' that comes from the step to the right
 //   a, u       the map of steps (maps/affine.h): s -> a s + u; of the adjoint: m -> a m + u
 #pragma once
 #include <bit>
@@ -15,8 +15,8 @@
 
 namespace mru::cuda {
 
-// What a kernel is compiled for. C: the declaration of a cell (cell.h). Bit i of kGiven: input i is given, or is optional
-// and per channel. Bit i of kChannels: it is one value per channel instead of a stream.
+// What a kernel is compiled for. C: the declaration of a cell (cell.h). Bit i of kGiven: input i is given, or is
+// optional and per channel. Bit i of kChannels: it is one value per channel instead of a stream.
 template <class C, class T_, int W_, unsigned kGiven, unsigned kChannels>
 struct Form {
   using T = T_;

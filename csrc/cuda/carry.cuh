@@ -15,8 +15,8 @@ constexpr int kCarryPart = 8;              // runs of a part; parts are walked o
 constexpr int kLanes = 32, kGroups = 32;   // threads of a block of `reduce`: channels, rows at once
 constexpr int kCheckThreads = 256, kComposeThreads = 128;
 
-// From one map to the next, `stride` apart: each value, the offset of the map, becomes what enters it. Returns what leaves
-// the last. apply(map, s): the state after the map.
+// From one map to the next, `stride` apart: each value, the offset of the map, becomes what enters it. Returns what
+// leaves the last. apply(map, s): the state after the map.
 template <class S, class Apply>
 __device__ __forceinline__ S walk(const S* factors, S* values, int stride, int count, S carried, Apply apply) {
   constexpr int kAhead = sizeof(S) > 8 ? 2 : 4;
@@ -72,10 +72,10 @@ struct Run {
   }
 };
 
-// The entry state of every segment of a row, from the left; for the adjoint (direction -1) m from the right. A block takes
-// kCarryLanes channels of a row and goes through its segments in turns. Each group of its threads composes a run of
-// segments, and some groups compose a part of the runs each. Walks over the parts, and then over the runs of each part,
-// give what enters a run. The order depends on sizes only.
+// The entry state of every segment of a row, from the left; for the adjoint (direction -1) m from the right. A block
+// takes kCarryLanes channels of a row and goes through its segments in turns. Each group of its threads composes a run
+// of segments, and some groups compose a part of the runs each. Walks over the parts, and then over the runs of each
+// part, give what enters a run. The order depends on sizes only.
 template <class S>
 __global__ void __launch_bounds__(kCarryLanes* kCarryGroups, 1)
     carry(Workspace<S> work, int64_t row_segments, int run, int64_t channels, int direction) {
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kComposeThreads)
   store<Traffic::kState>(offset + thread, Vector<S, 1>{{all.b}});
 }
 
-// total[d] = the sum over rows of work.sums[row, which, d], always in the same order. Rows are those of the uncut form if
-// it has scanned again.
+// total[d] = the sum over rows of work.sums[row, which, d], always in the same order. Rows are those of the uncut form
+// if it has scanned again.
 template <class S>
 __global__ void __launch_bounds__(kLanes* kGroups)
     reduce(Workspace<S> work, int64_t rows, int64_t uncut_rows, int count, int which, int64_t channels, S* total) {

@@ -1,4 +1,5 @@
-// `forward`: h, final states and checkpoints from the streams. Uncut: whole sequences. Cut: from the segments' entry states.
+// `forward`: h, final states and checkpoints from the streams. Uncut: whole sequences. Cut: from the segments' entry
+// states.
 #pragma once
 #include "tiles.cuh"
 

@@ -1,5 +1,5 @@
-// How the CUDA kernels access memory: elements of a stream and their state type, vectors that move as 16-byte words, and
-// every load and store of global memory. The host execution (csrc/simt) counts the bytes that these functions move.
+// How the CUDA kernels access memory: elements of a stream and their state type, vectors that move as 16-byte words,
+// and every load and store of global memory. The host execution (csrc/simt) counts the bytes that these functions move.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -56,8 +56,8 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// What the bytes belong to: tests state the budget of a pass per kind. kPassing is a stream that leaves the second-level
-// cache first, so that codes, which the next launch reads, stay there.
+// What the bytes belong to: tests state the budget of a pass per kind. kPassing is a stream that leaves the
+// second-level cache first, so that codes, which the next launch reads, stay there.
 enum class Traffic { kStream, kCodes, kState, kIndex, kPassing };
 
 #ifdef __CUDACC__

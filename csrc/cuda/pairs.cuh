@@ -1,6 +1,6 @@
-// Two 16-bit elements in one register, with what a bistable cell needs to decide: it compares magnitudes as integers, flips
-// signs and selects bits. That takes half the instructions of single elements and rounds nothing. A cell runs on a Pair as
-// on a float, but its comparisons do not see NaN: `squares` finds them.
+// Two 16-bit elements in one register, with what a bistable cell needs to decide: it compares magnitudes as integers,
+// flips signs and selects bits. That takes half the instructions of single elements and rounds nothing. A cell runs on
+// a Pair as on a float, but its comparisons do not see NaN: `squares` finds them.
 #pragma once
 #include "memory.cuh"
 

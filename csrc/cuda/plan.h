@@ -6,8 +6,9 @@
 //             cut: `summarize` each segment and write its codes; `carry`; `expand` the codes from the entry states. If
 //             steps do not fit codes: `forward` from the entry states.
 //   backward  uncut: `backward`, one pass.
-//             cut: `summarize_adjoint` each segment, as far as to a write that resets; `carry`; `backward` from the entry
-//             m. If the adjoint sees the state: `summarize` for the factors and `backward` from m = 0 for the offsets.
+//             cut: `summarize_adjoint` each segment, as far as to a write that resets; `carry`; `backward` from the
+//             entry m. If the adjoint sees the state, the maps come from `summarize` (factors) and from `backward` with
+//             m = 0 (offsets).
 //   map       `summarize` each segment; `compose` the segments of a row.
 //   check     cut: whether every segment left what `carry` handed to the next one (maps/cut.h). The uncut kernels are
 //             launched after it and return at once if it passed. A forward pass that only copies values needs neither.
@@ -111,8 +112,8 @@ struct Kernels {
   const char* (*map)(const Scan&, void* factor, void* offset, void* workspace, void* stream);
 };
 
-// Those of one cell, C its declaration (cell.h), by the element type of its streams. Null where the cell takes none of it.
-// scan.cu, compiled once per element type, defines them for every cell.
+// Those of one cell, C its declaration (cell.h), by the element type of its streams. Null where the cell takes none of
+// it. scan.cu, compiled once per element type, defines them for every cell.
 template <class C>
 struct KernelsOf {
   static const Kernels float32, float64, bfloat16, float16, complex64, complex128;

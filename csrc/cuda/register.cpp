@@ -13,8 +13,8 @@ using mru::Scan;
 using mru::Tensor;
 using mru::cuda::kernels;
 
-// Calls run(workspace, stream) on the device of `like` and its current stream. The workspace comes from torch's allocator,
-// which knows streams and graph captures.
+// Calls run(workspace, stream) on the device of `like` and its current stream. The workspace comes from torch's
+// allocator, which knows streams and graph captures.
 template <class Run>
 void launch(const Scan& scan, bool backward, const Tensor& like, Run run) {
   MRU_EXPECT(aoti_torch_get_current_cuda_stream, "backend: 'cuda' needs a torch that is built with CUDA");

@@ -1,5 +1,5 @@
-// The kernels that scan the segments of a cut time, a thread for a segment and W channels: each segment as one map of the
-// state (`summarize`) or of the adjoint (`summarize_adjoint`), and h from the codes of a segment (`expand`).
+// The kernels that scan the segments of a cut time, a thread for a segment and W channels: each segment as one map of
+// the state (`summarize`) or of the adjoint (`summarize_adjoint`), and h from the codes of a segment (`expand`).
 #pragma once
 #include "../maps/cut.h"
 #include "codes.cuh"
@@ -29,7 +29,8 @@ struct SegmentMap {
 
 // ------------------------------------------------------------------------------------------------ summarize
 
-// Adds the steps of a tile to a map, in pairs of channels, and gives their codes. If an input is NaN: false, and nothing.
+// Adds the steps of a tile to a map, in pairs of channels, and gives their codes. Returns false and changes nothing if
+// an input is NaN.
 template <class F, int U>
 __device__ __forceinline__ bool add_pairs(const Tile<F, U>& tile, const ChannelInputs<F>& channel,
                                           const typename F::Cell& cell, Vector<int32_t, F::W>& codes,
@@ -209,8 +210,8 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks) expand(const 
 
 // ------------------------------------------------------------------------------------------------ summarize_adjoint
 
-// Composes the maps of steps that are next to each other, where writes reset: a, m of those on the left, right_a, right_m
-// of those on the right. Returns whether a channel still holds: whether the map depends on what comes from the right.
+// Composes two maps of the adjoint where writes reset: a, m of the steps on the left; right_a, right_m of those on the
+// right. Returns whether any channel of the result depends on what comes from the right.
 template <class F>
 __device__ __forceinline__ bool append(const typename F::States& right_a, const typename F::States& right_m,
                                        typename F::States& a, typename F::States& m) {
@@ -235,7 +236,7 @@ class AdjointSteps {
   __device__ __forceinline__ AdjointSteps(const Call<F>& call, int64_t segment, int64_t d, int direction)
       : scan_(call.scan), d_(d), channel_(call.scan, d), codes_(call.scan, call.plan, segment, d, direction) {}
 
-  // a, m: the map of the steps to the right becomes that of U steps before them, too.
+  // Puts U steps in front of the map of the steps to their right, a and m.
   template <bool kResets, int U>
   __device__ __forceinline__ void pull(const Span& span, int64_t position, const typename F::Cell& cell,
                                        typename F::States& a, typename F::States& m, Lates<F>& late) {
@@ -274,8 +275,8 @@ class AdjointSteps {
   CodesAhead<F> codes_;
 };
 
-// Each segment as one map of m, from the right. Where writes reset: from the left as far as to a write, because what comes
-// after it has no part in the m that leaves the segment.
+// Each segment as one map of m, from the right. Where writes reset: from the left up to the first write, because the m
+// that leaves the segment does not depend on later steps.
 template <class F, bool kFromCodes>
 __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks)
     summarize_adjoint(const __grid_constant__ Call<F> call) {

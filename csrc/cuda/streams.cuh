@@ -1,6 +1,6 @@
 // Streams and states in global memory: rows, tiles of steps, tiles that are copied ahead, checkpoints.
 //
-//   tile   U steps, aligned: their loads are issued together. The steps before and after the tiles of a span are single.
+//   tile   U steps, aligned: their loads are issued together. Steps before and after the tiles of a span are single.
 #pragma once
 #include "pairs.cuh"
 #include "spans.cuh"

@@ -1,13 +1,13 @@
-// What `forward` and `backward` have in common. They read the streams and write what is asked for; a block scans a segment
-// tile after tile, so that every stream is read once:
+// What `forward` and `backward` have in common. They read the streams and write what is asked for; a block scans a
+// segment tile after tile, so that every stream is read once:
 //
 //   group, lane   y and x of a thread: its kSteps steps of the tile, one after another; its W channels
-//   tile          groups x kSteps scan positions of the row, aligned. While the block works on one, it copies the next to
-//                 shared memory, where a thread reads only what it copied itself
+//   tile          groups x kSteps scan positions of the row, aligned. While the block works on one, it copies the next
+//                 to shared memory, where a thread reads only what it copied itself
 //   walk          from group to group, over the map that each group makes of its steps: a thread for a channel
 //
-// Steps outside a span change nothing: their group's map is the identity. If applying maps leaves the range of the dtype,
-// the steps are scanned instead: see walk_or_scan.
+// Steps outside a span change nothing: their group's map is the identity. If applying maps leaves the range of the
+// dtype, the steps are scanned instead: see walk_or_scan.
 #pragma once
 #include "carry.cuh"
 #include "codes.cuh"
@@ -27,8 +27,8 @@ constexpr int kRowLanes = kSteps<F> < 8 ? 8 : 16;
 template <class F>
 constexpr int kTileThreads = kRowLanes<F> * kLongTile / kSteps<F>;  // of a block, at most
 
-// How threads form a block. It depends on sizes, because the order of every sum follows from it, and on the shared memory
-// that a block may have.
+// How threads form a block. It depends on sizes, because the order of every sum follows from it, and on the shared
+// memory that a block may have.
 struct Tiling {
   int lanes, groups;
   int64_t across;  // blocks of a segment
@@ -51,8 +51,8 @@ struct Tiling {
   }
 };
 
-// Shared memory of a block: kMaps rows of a vector of states a thread; kCarried rows of a state a channel; then, warp by
-// warp, what is staged of two tiles, kStaged vectors of elements a step and thread.
+// Shared memory of a block: kMaps rows of a vector of states a thread; kCarried rows of a state a channel; then, warp
+// by warp, what is staged of two tiles, kStaged vectors of elements a step and thread.
 template <class F, int kStaged, int kMaps, int kCarried>
 class TileRoom {
  public:
@@ -220,8 +220,8 @@ struct Column {
   int channel;    // in the block
   int64_t d;      // in the row
 
-  // values[group, channel] becomes what enters a group, in scan order or (direction -1) from the right. Returns what leaves
-  // the last. each(step, x, s): returns what leaves a step of the tile, given its inputs x and what enters it.
+  // values[group, channel] becomes what enters a group, in scan order or (direction -1) from the right. Returns what
+  // leaves the last. each(step, x, s): returns what leaves a step of the tile, given its inputs x and what enters it.
   template <class Each>
   __device__ __forceinline__ S scan_steps(S* values, int direction, S s, Each each) const {
     S x[F::kInputs];
@@ -261,8 +261,8 @@ __device__ __forceinline__ S add_if_not_finite(S x, S sum) {
   else return multiply_add(S(0), x, sum);
 }
 
-// `walk` from `carried`. If a value is not finite, calls the slow but exact scan(s) instead. A NaN on entry stays. kResets:
-// factors are 0 or 1, and nothing is multiplied by 0.
+// `walk` from `carried`. If a value is not finite, calls the slow but exact scan(s) instead. A NaN on entry stays.
+// kResets: factors are 0 or 1, and nothing is multiplied by 0.
 template <bool kResets, class S, class ScanSteps>
 __device__ __forceinline__ S walk_or_scan(const S* factors, S* values, int stride, int count, S carried,
                                           ScanSteps scan) {

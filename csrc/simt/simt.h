@@ -4,7 +4,7 @@
 // sequentially consistent, so a missing fence goes unnoticed, and times mean nothing. It finds:
 //
 //   reads before writes     shared memory starts as NaN; the caller does the same for what it allocates
-//   races at barriers       threads and blocks run in a random order, so that a missing barrier lets a read come too early
+//   races at barriers       threads and blocks run in a random order, so a missing barrier lets a read come too early
 //   barriers that differ    all threads of a block must meet at the same call of __syncthreads
 //   deadlocks, livelocks    a launch fails once it has spent its budget of switches and accesses
 //   misalignment            every access of a word must be aligned to its size
