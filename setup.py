@@ -175,12 +175,9 @@ class NinjaBuild(build_ext):
 
 # The comparison and the bench are installed as parts of the package, which does not import them.
 FOLDERS = {"mru_kernels.bench": "bench", "mru_kernels.bench.python_ref": "python_ref"}
-PACKAGES = find_packages(include=["mru_kernels*"])
-for name, folder in FOLDERS.items():
-    PACKAGES += [name, *(f"{name}.{part}" for part in find_packages(folder))]
 
 setup(
-    packages=PACKAGES,
+    packages=[*find_packages(include=["mru_kernels*"]), *FOLDERS],
     package_dir=FOLDERS,
     ext_modules=[Extension("mru_kernels._C", [source for source, _ in CPU_OBJECTS.values()], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuild},

@@ -69,7 +69,7 @@ def run(
         backend: a name that the op takes, or "reference".
         device: where the backend runs; the reference runs on the CPU.
         progress: show a bar.
-        end: of `time.monotonic()`; no case is begun after it.
+        end: value of `time.monotonic()` after which no case starts.
 
     Returns:
         A row a case, failed where the op raised.
@@ -218,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
     parser.add_argument("--brief", action="store_true", help="half of the cases: pairs of all factors but time")
     parser.add_argument("--part", type=cli.part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many; 1 if any is left")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no case later; exit with 1 if one is left"
+    )
     arguments = parser.parse_args(argv)
 
     names = arguments.backend or []
@@ -255,9 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def part_of(cases: list[Case], index: int, count: int) -> list[Case]:
-    """Every `count`-th case. Parts begin in different places, so that at any time they are at different cells and
-    dtypes, and seldom compile the same kernel at once.
-    """
+    """Every `count`-th case. Parts start at different cells, so they seldom compile the same kernel at once."""
     part = cases[index - 1 :: count]
     start = len(part) * (index - 1) // count
     return part[start:] + part[:start]

@@ -1,4 +1,4 @@
-"""Memory of a training step for each length of the saved chunks, beside what it must be: `python -m bench memory`.
+"""Memory of a training step for each `chunk_size`, predicted and measured: `python -m bench memory`.
 
 Between the passes an op keeps its inputs and one state a chunk of time (and 2 bits a step of events, where time is
 scanned in segments). `chunk_size` trades that memory for the length of what the backward pass scans again at a time;
@@ -30,7 +30,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: beside the inputs, between the passes and at most; as they must be, and as measured."""
+    """Bytes beyond the inputs, kept between the passes and at the peak: predicted and measured."""
 
     kept: int
     peak: int
@@ -39,7 +39,7 @@ class Memory:
 
 
 def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[int, int]:
-    """What is kept between the passes beside inputs and h, and the most beside inputs and the gradient of h."""
+    """Bytes kept between the passes beyond inputs and h, and the peak beyond inputs and the gradient of h."""
     cell = ops.CELLS[call.cell]
     streams = [t for t in call.tensors.values() if t.dim() == 3]
     batch, time, channels = call.stream.shape

@@ -1,8 +1,8 @@
 """Pages from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
 
-One record: a summary, a row a shape and dtype; with --plot also a plot of a sweep. Two: the second run beside the
-first, figure by figure; a change counts where it is more than the spreads of both runs together. A value with a "?"
-comes from a figure whose spread is over 100 %.
+One record gives a summary, a row a shape and dtype; with --plot also a plot of a sweep. Two records are compared figure
+by figure: a change counts where it exceeds the sum of both spreads. A "?" marks a value from a figure whose spread is
+over 100 %.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def _rows(record: Record) -> dict[tuple[str, str], dict[Key, Record]]:
 
 
 def summary(record: Record) -> str:
-    """One row a shape and dtype: the op in floors of its bytes and beside its peers, and the module.
+    """One row a shape and dtype: the op in floors of its bytes and against its peers, and the module.
 
-    All of peers, and of the module, is for forward + backward.
+    Values of peers and of the module are for forward + backward.
     """
     columns = _columns(record)
     lines = []

@@ -1,12 +1,13 @@
-"""Times of a cell's op and module beside a pass over the same bytes and beside peers: `python -m bench speed`.
+"""Times of a cell's op and module, against a streaming pass over the same bytes and against peers.
 
-What is timed has first passed the comparison with the reference, and a peer that with the op. The floor of a pass is
-the time that a streaming pass over as many bytes takes, scaled from `torch.add(out=)` measured in the same run; a pass
-is to move each of its streams once, in or out. Beside it stands `torch.add` that allocates its output, as the op does.
-On the CPU memory that is freed stays with the process (`python -m bench` pins the allocator's thresholds), so that an
-op's output costs no page faults and a given output and an allocated one are alike. The op is timed with glibc's default
-settings too, in a process of its own. The projections of a module are the same matrix products alone, forward and
-backward. What a call costs is measured apart.
+`python -m bench speed` times nothing that fails its comparison: the op with the reference, a peer with the op. The
+floor of a pass is the time of a streaming pass over as many bytes, scaled from `torch.add(out=)` in the same run. A
+pass must move each of its streams once, in or out. `torch.add` that allocates its output is timed too, as the op
+allocates.
+
+On the CPU freed memory stays with the process (`python -m bench` pins the allocator's thresholds), so an output costs
+no page faults. The op is timed with glibc's default settings too, in a process of its own. The projections of a module
+are its matrix products alone, forward and backward. The cost of a call is measured on tiny inputs.
 """
 
 from __future__ import annotations
@@ -121,11 +122,11 @@ def time_case(
     for what, built in calls.items():
         subjects |= {(what, work): run for work, run in passes(built, op(built, backend)).items()}
         moved |= {(what, work): count for work, count in floor_bytes(built).items()}
-    of_module, beside = _module_subjects(case, device, GRU in peers)
+    of_module, compared_with = _module_subjects(case, device, GRU in peers)
     subjects |= of_module
-    if GRU in peers and GRU not in beside:
+    if GRU in peers and GRU not in compared_with:
         steps, channels = _MOST_OF_GRU
-        left_out.append(f"{GRU} on {where}: timed beside real modules up to {steps} steps and {channels} channels")
+        left_out.append(f"{GRU} on {where}: timed with real modules only, up to {steps} steps and {channels} channels")
     for name in (name for name in peers if name != GRU):
         reason = PEERS[name].why_not(case, device)
         if reason is not None:
@@ -137,19 +138,26 @@ def time_case(
             failed.append(" ".join(f"FAIL {where}: peer {name!r} {error}; it is not timed".split()))
             continue
         subjects |= _peer_subjects(name, call)
-        beside[name] = case.cell
-    return _figures(case, measure(subjects, device), moved, beside), failed, left_out
+        compared_with[name] = case.cell
+    return _figures(case, measure(subjects, device), moved, compared_with), failed, left_out
 
 
 def _figures(
-    case: Case, seconds: dict[Key, tuple[float, float]], moved: dict[Key, int], beside: dict[str, str]
+    case: Case, seconds: dict[Key, tuple[float, float]], moved: dict[Key, int], compared_with: dict[str, str]
 ) -> list[Figure]:
-    """Figures from times, from the bytes to move, and from what stands beside which subject of ours."""
+    """Figures of subjects.
+
+    Args:
+        case: the inputs.
+        seconds: median and spread.
+        moved: bytes to move.
+        compared_with: for peers and parts, the subject of ours whose time theirs is divided by.
+    """
     add = seconds[ADD, FORWARD][0] / moved[ADD, FORWARD]
     figures = []
     for (subject, work), (median, spread) in seconds.items():
         count = moved.get((subject, work))
-        ratio = median / seconds[beside[subject], work][0] if subject in beside else None
+        ratio = median / seconds[compared_with[subject], work][0] if subject in compared_with else None
         part = subject.endswith(PROJECTIONS)
         figures.append(
             Figure(
@@ -185,7 +193,8 @@ def _streaming(call: Call) -> tuple[Subjects, dict[Key, int]]:
 def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[Subjects, dict[str, str]]:
     """The unit whose scan is the cell's, as wide as the streams, its projections alone, and torch.nn.GRU.
 
-    Of the last two also what they stand beside. There is nothing for complex streams and for very many channels.
+    The second result maps the last two to the subject that they are compared with. There are no subjects for a cell
+    without a unit, for complex streams and for very many channels.
     """
     _, steps, channels = case.shape
     unit = inputs.CELLS[case.cell].unit
@@ -207,13 +216,13 @@ def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[
         (name, BOTH): both(lambda x: module(x)[0], list(module.parameters()), grad),
         (part, BOTH): both(lambda x: F.linear(x, weight, bias), [weight, bias], grad.repeat(1, 1, len(module.gates))),
     }
-    beside = {part: name}
+    compared_with = {part: name}
     if with_gru and steps <= _MOST_OF_GRU[0] and channels <= _MOST_OF_GRU[1]:
         gru = torch.nn.GRU(channels, channels, batch_first=True, device=device, dtype=case.dtype)
         subjects[GRU, FORWARD] = torch.no_grad()(lambda: gru(x))
         subjects[GRU, BOTH] = both(lambda x: gru(x)[0], list(gru.parameters()), grad)
-        beside[GRU] = name
-    return subjects, beside
+        compared_with[GRU] = name
+    return subjects, compared_with
 
 
 def _peer_subjects(name: str, call: Call) -> Subjects:
@@ -345,14 +354,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps([f.to_json() for case in cases for f in time_op(case, backend, device)]))
         return 0
     for case in tqdm(cases, "shapes", leave=False):
-        timed, *told = time_case(case, backend, device, arguments.peer)
+        timed, wrong, omitted = time_case(case, backend, device, arguments.peer)
         if arguments.memory and timed:
             timed = with_peak(timed, case, backend, device)
         if device.type == "cpu" and timed:
             timed = with_default_allocator(timed, case, backend)
         figures += timed
-        failed += told[0]
-        left_out += told[1]
+        failed += wrong
+        left_out += omitted
         torch.compiler.reset()
     calls = overhead(device, backend, cell)
     facts = machine(device) | {"backend": backend, "cell": cell} | options

@@ -6,6 +6,8 @@ autograd kernel takes longer than a short scan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
@@ -21,6 +23,7 @@ __all__ = [
     "OpOverload",
     "add_batch_dim",
     "any_autocast",
+    "assume_constant_result",
     "disable_modes",
     "dispatch_mode",
     "enable_forward_gradients",
@@ -71,3 +74,9 @@ enable_forward_gradients = forward_ad._set_fwd_grad_enabled
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is entered."""
     return forward_ad._current_level >= 0
+
+
+def assume_constant_result(function: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, without its import of the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

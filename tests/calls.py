@@ -39,7 +39,7 @@ def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> i
 
 @contextmanager
 def segments(backend: str, steps: int | None):
-    """Have time cut into segments of so many steps; 0: not at all; None: as the backend chooses."""
+    """Set the length of segments; 0 disables splitting, None leaves the choice to the backend."""
     with ExitStack() as stack:
         module = backends.TABLE[backend].module
         for name in ("segment", "adjoint_segment"):

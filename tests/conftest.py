@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Asserts in these tool modules then show the values that differ, as asserts in tests do.
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in ("by_hand", "calls", "drawn")))
+
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("suite", max_examples=50, derandomize=True, **_COMMON)
 settings.register_profile("brief", max_examples=15, derandomize=True, **_COMMON)

@@ -26,7 +26,7 @@ import mru_kernels as mk
 from bench import inputs
 from bench.errors import state_dtype
 from mru_kernels import backends
-from tests import test_op as ops
+from tests import calls
 
 FILE = Path(__file__).with_suffix(".json")
 BACKENDS = ("cpu", "simt", "triton")
@@ -151,8 +151,8 @@ def scan_call(name: str, cell: str, form: str, dtype: torch.dtype, options: dict
 
 def run_scan(backend: str, name: str, cell: str, form: str, dtype: torch.dtype, options: dict[str, Any]) -> Results:
     call = scan_call(name, cell, form, dtype, options)
-    with ops.segments(backend, options["segment"]):
-        return ops.run(call, ops.op_of(cell, backend), CPU)
+    with calls.segments(backend, options["segment"]):
+        return calls.run(call, calls.op_of(cell, backend), CPU)
 
 
 def run_step(backend: str, name: str, cell: str, form: str, dtype: torch.dtype, epsilon: float | None) -> Results:
@@ -176,7 +176,7 @@ def run_module(backend: str, name: str, unit: str, dtype: torch.dtype, steps: in
             t.copy_(torch.eye(len(t)) if is_weight else draw.number(t.shape, 1.0) * ("bias" not in parameter))
     x = draw.finish(draw.number((2, 203, gates * channels), 2.0), dtype).requires_grad_()
     leaves = {"input": x} | {n: p for n, p in module.named_parameters() if not n.startswith(("weight", "bias"))}
-    with ops.segments(backend, steps):
+    with calls.segments(backend, steps):
         h, h_n = module(x)
         cotangents = draw.finish(draw.number(h.shape, 1.0), dtype), draw.finish(draw.number(h_n.shape, 1.0), h_n.dtype)
         grads = torch.autograd.grad((h, h_n), list(leaves.values()), cotangents)

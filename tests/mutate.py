@@ -21,9 +21,11 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutation"
 COPIED = ("mru_kernels", "python_ref", "bench", "tests", "examples", "csrc", "docs", "README.md", "pyproject.toml")
-TESTS = " ".join(
-    f"tests/test_{name}.py" for name in ("op", "op_layout", "torch", "bad_input", "bad_ops", "nn", "network")
+_NAMES = (
+    *("op", "op_layout", "torch", "torch_func", "torch_modes", "bad_input", "bad_ops"),
+    *("nn", "epsilon", "unit_meta", "unit_bad_input", "unit_tools", "network"),
 )
+TESTS = " ".join(f"tests/test_{name}.py" for name in _NAMES)
 #: Unions of types, which nothing evaluates.
 WITHOUT_EFFECT = "core/ReplaceBinaryOperator_BitOr_"
 

@@ -316,7 +316,7 @@ def test_message_names_the_argument_of_a_schmitt_trigger(argument, value, error,
 def test_step_of_a_schmitt_trigger_names_the_argument(argument, value):
     arguments = {"candidate": ones(B, D), "low": ones(D), "high": 2 * ones(D), "state": ones(B, D)}
     mk.schmitt_step(**arguments)
-    named = "(candidate|low|state)" if argument == "candidate" else argument  # a longer row fits nothing beside it
+    named = "(candidate|low|state)" if argument == "candidate" else argument  # nothing else fits a longer row
     with pytest.raises((TypeError, ValueError), match=f"^{named}: expected"):
         mk.schmitt_step(**arguments | {argument: value})
 

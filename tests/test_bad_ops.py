@@ -257,7 +257,7 @@ def test_out_of_memory_on_a_device_has_the_type_of_torch(monkeypatch, pass_):
 def test_the_extension_takes_the_standard_library_from_libstdcxx_alone():
     """A symbol without a version is one that the linker found elsewhere, as in torch's libraries."""
     (library,) = Path(mk.__file__).parent.glob("_C.*")
-    told = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-    names = [name for name in told.stdout.split() if re.match("_Z(N|NK|NKR|TV|TI|TS)?S[ta-z]", name)]
-    assert "aoti_torch_empty_strided" in told.stdout
+    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [name for name in listed.stdout.split() if re.match("_Z(N|NK|NKR|TV|TI|TS)?S[ta-z]", name)]
+    assert "aoti_torch_empty_strided" in listed.stdout
     assert [name for name in names if "@" not in name] == []  # or no name at all: a compiler may link all of it

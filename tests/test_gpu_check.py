@@ -1,4 +1,4 @@
-"""`make gpu-check`, with the CPU in the place of a GPU."""
+"""`make gpu-check` on the CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(tmp_path) -> stages.Check:
     return stages.Check("cpu", SHAPES, tmp_path / "logs")
 
 
-def test_jobs_run_side_by_side_and_each_outcome_is_told(tmp_path, capsys):
+def test_jobs_run_side_by_side_and_each_outcome_is_reported(tmp_path, capsys):
     jobs = {
         "good": python("print('all is well')"),
         "bad": python("print('alas'); raise SystemExit(3)"),
@@ -229,7 +229,7 @@ def test_a_backend_that_is_wrong_is_not_timed():
     assert written[-1][1]["subject"] == "torch.add(out=)"
 
 
-def test_what_raises_is_told_and_the_rest_goes_on():
+def test_an_exception_is_reported_and_the_rest_is_timed():
     written = []
     timing = jobs.Timing(CPU, lambda *what: written.append(what), 2**16)
     broken = {"log-step scan": peers.Peer(lambda a, w: 1 / 0)}

@@ -108,7 +108,6 @@ def test_the_package_leaves_out_what_it_does_not_need(loaded):
     assert not loaded["mru_kernels"] & LEFT_OUT
 
 
-@pytest.mark.xfail(reason="torch.compiler.assume_constant_result, in backends, imports the compiler")
 def test_the_package_does_not_import_the_compiler(loaded):
     assert not loaded["mru_kernels"] & {"torch._dynamo", "triton"}
 

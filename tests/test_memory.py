@@ -25,7 +25,7 @@ def test_memory_is_as_expected(cell, shape):
     default = memory.in_own_process(["--cell", cell, "--shape", shape])
     for row in default:
         assert abs(row.kept_measured - row.kept) <= MIB, row
-        # Beside it the scratch of the backward pass: a chunk of rows for each thread.
+        # The peak also holds the scratch of the backward pass: a chunk of rows for each thread.
         assert -MIB <= row.peak_measured - row.peak <= 12 * MIB, row
     fine, usual, *_, none = default
     assert fine.kept > usual.kept > none.kept == 0

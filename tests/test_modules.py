@@ -1,10 +1,8 @@
-"""Properties that all modules share: parametrizations, default devices, layouts, messages, and the use of nn.GRU."""
+"""What all modules share: parametrizations, default devices, layouts, signatures and code for nn.GRU."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,28 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import mru_kernels as mk
-
-UNITS = [mk.BMRU, mk.CMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.MinLSTM, mk.LRU]
-HALF = UNITS[:-1]  # an LRU takes no half precision
-every_unit = pytest.mark.parametrize("cls", UNITS)
-
-MIXED = ("bmru", "alpha_cmru", "schmitt", "min_lstm", "lru")
-
-
-def unit(cls: type, **options: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return cls(4, 6, 2, **options)
-
-
-def network(**options: Any) -> mk.MRUNetwork:
-    torch.manual_seed(0)
-    return mk.MRUNetwork(4, 3, **{"width": 4, "num_blocks": 2, "units": MIXED, "conv_size": 3} | options)
+from tests.units import MIXED, UNITS, all_units, network, unit
 
 
 def packed() -> PackedSequence:
@@ -100,7 +82,7 @@ def computations(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[Coun
     return counts, Counter(names)
 
 
-@every_unit
+@all_units
 @unit_calls
 @given_or_not
 def test_a_call_of_a_unit_computes_each_parameter_once(cls, options, draw, call, given):
@@ -119,7 +101,7 @@ def test_a_call_of_a_block_or_network_computes_each_parameter_once(make, draw, c
     assert counts == once
 
 
-@every_unit
+@all_units
 @pytest.mark.parametrize("register", [parametrizations.weight_norm, torch.nn.utils.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_norm(cls, register):
@@ -164,7 +146,7 @@ def assert_a_default_device_changes_nothing(run: Callable[[], list[Tensor]]) -> 
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@every_unit
+@all_units
 @unit_calls
 @given_or_not
 def test_a_default_device_does_not_change_a_unit(cls, options, draw, call, given):
@@ -179,122 +161,6 @@ def test_a_default_device_does_not_change_a_network(make, draw, call, given):
     module, x = make(), draw()
     state = tuple(s.detach() for s in call(module, x, None)[1]) if given else None
     assert_a_default_device_changes_nothing(lambda: trained(module, lambda: call(module, x, state)))
-
-
-# ------------------------------------------------------------------------------------------------ half precision
-
-
-@pytest.mark.parametrize("cls", HALF)
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
-def test_a_module_in_one_half_precision_under_autocast_to_the_other(cls, dtypes):
-    module = unit(cls, bidirectional=True, dtype=dtypes[0])
-    x = torch.randn(2, 33, 4).to(dtypes[0])
-    exact = copy.deepcopy(module).float()
-    for hx in (None, torch.ones(4, 2, 6), torch.ones(4, 2, 6, dtype=dtypes[1])):
-        with torch.autocast("cpu", dtype=dtypes[1]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the warning about hx in half precision
-            got, expected = module(x, hx), exact(x.float(), hx)
-        assert got[0].dtype == dtypes[1]
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        (got[0].float().sum() + got[1].sum()).backward()
-    assert all(p.grad.dtype == dtypes[0] and p.grad.isfinite().all() for p in module.parameters())
-    single = unit(cls, dtype=dtypes[0])
-    with torch.autocast("cpu", dtype=dtypes[1]):
-        assert torch.equal(single.step(x[:, 0])[1], single(x[:, :1])[1])
-
-
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # from RMSNorm
-def test_a_network_in_one_half_precision_under_autocast_to_the_other(dtypes):
-    module = network(units=("bmru", "schmitt", "min_gru"), dtype=dtypes[0])
-    x = torch.randn(2, 33, 4).to(dtypes[0])
-    with torch.autocast("cpu", dtype=dtypes[1]):
-        output, state = module(x)
-        again, _ = module(x, state)
-        step, _ = module.step(x[:, 0], state)
-    torch.testing.assert_close(output.float(), module(x)[0].float(), rtol=0.2, atol=0.2)
-    torch.testing.assert_close(step, again[:, 0], rtol=0.05, atol=0.05)
-    again.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
-
-
-def test_an_op_under_autocast_takes_states_and_channels_in_the_other_half_precision():
-    x, channel, state = torch.randn(2, 9, 3).bfloat16(), torch.rand(3).bfloat16(), torch.randn(2, 3).bfloat16()
-    with torch.autocast("cpu", dtype=torch.float16):
-        got = [*mk.bmru(x, channel, state, alpha=channel), *mk.schmitt(x, channel, channel, state, alpha=channel)]
-        channel, state = channel.float(), state.float()
-        exact = [*mk.bmru(x, channel, state, alpha=channel), *mk.schmitt(x, channel, channel, state, alpha=channel)]
-    assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))
-
-
-@pytest.mark.parametrize("make", [lambda: unit(mk.BMRU), network])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
-def test_autocast_does_not_convert_every_dtype(make, dtype):
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(TypeError, match=rf"^input: expected the module's dtype torch.float32, got {dtype}"),
-    ):
-        make()(torch.ones(2, 3, 4, dtype=dtype))
-
-
-def hx_warnings(call: Callable[[], Any]) -> int:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return sum(str(w.message).startswith("hx: expected torch.float32") for w in caught)
-
-
-@pytest.mark.parametrize("cls", HALF)
-@pytest.mark.parametrize("epsilon", [0.0, 0.5])
-def test_an_accumulating_state_in_half_precision_is_a_warning(cls, epsilon):
-    module, x = unit(cls, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
-    accumulates = cls in (mk.MinGRU, mk.MinLSTM) or epsilon > 0
-    if hasattr(module, "epsilon"):
-        module.epsilon = epsilon
-    half = torch.ones(2, 2, 6, dtype=torch.bfloat16)
-    assert hx_warnings(lambda: module(x, half)) == accumulates
-    assert hx_warnings(lambda: module.step(x[:, 0], half)) == accumulates
-    assert hx_warnings(lambda: module(x, half.float())) == hx_warnings(lambda: module(x)) == 0
-    if accumulates:
-        with pytest.warns(UserWarning, match=rf"got torch.bfloat16, which rounds away what {cls.__name__} accumulates"):
-            module(x, half)
-
-
-def test_a_compiled_module_takes_a_state_in_half_precision_without_a_graph_break():
-    torch._dynamo.reset()
-    module, x = unit(mk.CMRU, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
-    half = torch.ones(2, 2, 6, dtype=torch.bfloat16)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    assert hx_warnings(lambda: compiled(x, half)) == 0
-    torch.testing.assert_close(compiled(x, half), compiled(x, half.float()))
-
-
-def counter(**options: Any) -> mk.CMRU:
-    """A CMRU whose state counts the steps."""
-    module = mk.CMRU(1, 1, **options)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-        module.weight_ih_l0[0] = 1.0
-        module.alpha_l0.fill_(1.0)
-    return module
-
-
-@pytest.mark.parametrize("casts", [True, False])
-def test_counting_in_half_precision_under_fsdp(casts, group_of_one):
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=casts)
-    module = fully_shard(counter(), mesh=mesh, mp_policy=policy)
-    x = torch.ones(1, 1, dtype=torch.float32 if casts else torch.bfloat16)
-    state = torch.full((1, 1, 1), 250.0)
-
-    def count() -> None:
-        nonlocal state
-        for _ in range(20):
-            _, state = module.step(x, state)
-
-    assert hx_warnings(count) == (20 if casts else 0)
-    assert state.item() == (257.0 if casts else 270.0)
 
 
 # ------------------------------------------------------------------------------------------------ other layouts
@@ -313,7 +179,7 @@ def refusal(name: str, kind: str) -> str:
     return f"^{name}: expected a dense tensor, got {'a nested one' if kind in ('nested', 'jagged') else '.*' + kind}"
 
 
-@every_unit
+@all_units
 @other_layouts
 @ignore_prototypes
 def test_a_unit_refuses_other_layouts(cls, kind):
@@ -386,7 +252,7 @@ def test_fx_does_not_trace_a_module_itself(make):
         torch.fx.symbolic_trace(make())
 
 
-@every_unit
+@all_units
 def test_flatten_parameters_does_nothing(cls):
     module, x = unit(cls), torch.randn(2, 5, 4)
     expected = module(x)[0]
@@ -411,7 +277,7 @@ OWN = {
 }
 
 
-@every_unit
+@all_units
 def test_the_signature_of_a_unit_spells_all_arguments_out(cls):
     parameters = inspect.signature(cls).parameters
     assert set(parameters) == COMMON | OWN[cls]

@@ -13,7 +13,11 @@ from mru_kernels import backends
 
 CPU = torch.device("cpu")
 overhead, with_default_allocator = speed.overhead, speed.with_default_allocator
-CELLS = [("bmru", 0.0), ("bmru", 1.0), ("schmitt", 0.0), ("schmitt", 1.0), ("linear_recurrence", None)]
+CELLS = [
+    (cell, epsilon)
+    for cell, declared in inputs.CELLS.items()
+    for epsilon in ((0.0, 1.0) if "epsilon" in declared.factors else (None,))
+]
 
 
 def case(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.float32, **sizes: int) -> inputs.Case:
@@ -44,7 +48,7 @@ def test_what_calls_cost_is_of_the_backend_that_is_named():
 @pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.compiled])
 def test_a_peer_does_the_same_job(name, cell, epsilon):
     """Results, and gradients where they are whole; what is not the same is found."""
-    for dtype in (torch.float32, torch.complex64) if cell == "linear_recurrence" else (torch.float32,):
+    for dtype in {torch.float32, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
         given = case(cell, epsilon, dtype)
         if peers.PEERS[name].why_not(given, CPU) is None:
             call = given.build()
@@ -85,21 +89,19 @@ def test_why_a_peer_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("cell", "dtype", "vector", "module"),
-    [
-        ("bmru", "bf16", "threshold", "BMRU"),
-        ("schmitt", "fp32", None, "FirstQuadrantBMRU"),
-        ("linear_recurrence", "fp32", "decay", "MinGRU"),
-        ("linear_recurrence", "c64", "decay", None),
-    ],
+    ("cell", "dtype"),
+    [(cell, dtype) for cell, x in inputs.CELLS.items() for dtype in ("fp32", "bf16", "c64") if dtype in x.dtypes],
 )
-def test_a_record_holds_what_was_asked_for(cell, dtype, vector, module, tmp_path, capsys):
+def test_a_record_holds_what_was_asked_for(cell, dtype, tmp_path, capsys):
+    declared = inputs.CELLS[cell]
+    vectors = [name for name, values in declared.factors.items() if "channel" in values]
+    module = None if dtype == "c64" else declared.unit
     file = tmp_path / "record.json"
     options = ["--cell", cell, "--shape", "2,20,5", "--dtype", dtype, "--json", str(file)]
     status, page = run(capsys, *options, "--peer", "log-step scan", work.GRU)
     assert status == 0
     record = report.load(file)
-    ours = [cell, f"{cell}, {vector} [D]"] if vector else [cell]
+    ours = [cell, *(f"{cell}, {name} [D]" for name in vectors)]
     expected = {(subject, what) for subject in ours for what in (work.FORWARD, work.SAVING, work.BACKWARD, work.BOTH)}
     expected |= {(work.ADD, work.FORWARD), ("torch.add", work.FORWARD)}
     whole = ["log-step scan", module, work.GRU] if module else ["log-step scan"]

@@ -122,3 +122,14 @@ def test_gradients_of_a_single_level():
     with private.enable_single_level_autograd_function(), private.enable_forward_gradients(True):
         pass
     assert torch.func.grad(lambda x: Twice.apply(x))(torch.tensor(1.0)) == 2
+
+
+def test_results_are_assumed_constant():
+    def read() -> int:
+        with open(__file__) as file:  # what the compiler cannot trace
+            return len(file.read(2))
+
+    constant = private.assume_constant_result(lambda: read())
+    assert torch.compile(lambda x: x * constant(), backend="eager", fullgraph=True)(torch.ones(1)) == 2
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: x * read(), backend="eager", fullgraph=True)(torch.ones(1))

@@ -12,8 +12,8 @@ import torch
 
 from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
-from mru_kernels.cells import bmru, linear_recurrence
 from mru_kernels.checks import state_dtype
+from mru_kernels.ops import CELLS
 from tests import sass, triton_offline
 
 triton = pytest.importorskip("triton")
@@ -72,9 +72,9 @@ def test_compiled_for_devices():
             # share a flag
             "shuffles": r.shuffles > 0 and triton_offline.BYTES[v.element] > 2 and not (v.stops or v.kernel == "check"),
             "rows not loaded whole": v.row_bits and r.wide_loads < triton_offline.rows_read(v),
-            # a lane's events are 8 bytes where its streams are fp64; a flag is one number
+            # a lane's codes are 8 bytes if its streams are fp64; a flag is one number
             "narrow stores": v.row_bits
-            and r.stores - r.wide_stores > 2 * (v.dtype == "fp64" and v.events) + (v.kernel in ("carry", "check")),
+            and r.stores - r.wide_stores > 2 * (v.dtype == "fp64" and v.codes) + (v.kernel in ("carry", "check")),
         }
         if any(bad.values()):
             failed[f"{v.name} {v.arch}"] = [name for name, is_bad in bad.items() if is_bad]
@@ -95,13 +95,13 @@ def test_the_backward_pass_leaves_no_round_half_empty(shape, itemsize, warps):
     assert rounds / -(-rounds // 1) > 0.85
 
 
-def test_the_backward_pass_cuts_time_in_its_own_way_unless_it_is_told():
+def test_the_backward_pass_cuts_time_in_its_own_way_unless_a_segment_is_given():
     sizes, cpu = (1, 2**20, 64), torch.device("cpu")
     own, of_forward = backend.adjoint_segment(*sizes, 2, cpu), backend.segment(*sizes, 2, cpu)
     assert own != of_forward
-    assert backend._of_backward(of_forward, sizes, 2, cpu) == own
-    assert backend._of_backward(of_forward + CHUNK, sizes, 2, cpu) == of_forward + CHUNK
-    assert backend._of_backward(0, sizes, 2, cpu) == 0
+    assert backend.backward_segment(of_forward, sizes, 2, cpu) == own
+    assert backend.backward_segment(of_forward + CHUNK, sizes, 2, cpu) == of_forward + CHUNK
+    assert backend.backward_segment(0, sizes, 2, cpu) == 0
 
 
 @pytest.fixture
@@ -136,30 +136,36 @@ def requested(monkeypatch):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
 @pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="its hooks fail where a function is an argument")
 @pytest.mark.parametrize("segment", [0, 64])
-@pytest.mark.parametrize(
-    ("cell", "dtype"), [(bmru.CELL, torch.bfloat16), (linear_recurrence.CELL, torch.complex64)], ids=["real", "complex"]
-)
-def test_sizes_are_not_compiled_in(requested, cell, dtype, segment):
+@pytest.mark.parametrize("cell", CELLS)
+def test_sizes_are_not_compiled_in(requested, cell, segment):
     """One set of variants for any sizes, flags and strides, as long as rows stay aligned."""
+    from mru_kernels.backends.triton import ops
+    from mru_kernels.backends.triton.cell import find
+
+    spec = CELLS[cell]
+    dtype = torch.complex64 if torch.complex64 in spec.dtypes else torch.bfloat16
     for batch, time, channels, reverse, packed in (
         (1, 64, 256, False, False),
         (2, 1, 264, True, False),
         (3, 1000, 1024, False, False),
         (1, 333, 16 * 33, True, True),
     ):
-        streams = [torch.empty(batch, time, channels, dtype=dtype) for _ in range(2)]
+        streams = [i for i in spec.inputs if i.kind != "channel" and not i.optional]
+        vectors = [i for i in spec.inputs if i.kind == "channel" and not (i.optional and packed)]
+        tensors = [torch.empty(batch, time, channels, dtype=dtype) for _ in streams]
+        tensors += [torch.empty(channels) for _ in vectors]
+        scalars = [torch.tensor(0.5, dtype=torch.float64) for _ in spec.scheduled]
+        given = spec.mask(*(i.name for i in (*streams, *vectors)), *(s.name for s in spec.scheduled))
         cu_seqlens = torch.tensor([0, 5, time]) if packed else None
-        n = 2 if packed else batch
-        alpha = None if packed or dtype.is_complex else torch.empty(channels)
-        arguments = (streams, [], alpha, None, cu_seqlens, torch.tensor(0.5, dtype=torch.float64), 1.0, reverse, 0, 64)
-        results = backend._forward(cell, *arguments, segment, True)
-        grad_final = torch.empty(n, channels, dtype=state_dtype(dtype))
-        backend._backward(cell, streams[0], grad_final, *arguments, segment, *results[2:])
+        numbers = [1.0] * len(spec.numbers)
+        arguments = ([*tensors, *scalars], given, 0, numbers, None, cu_seqlens, reverse, CHUNK, segment)
+        results = ops.forward(spec, *arguments, True)
+        grad_final = torch.empty(2 if packed else batch, channels, dtype=state_dtype(dtype))
+        ops.backward(spec, tensors[0], grad_final, *arguments, *results[2:])
     assert not any("i32'" in signature.replace("*i32'", "") for _, signature, *_ in requested)
     kernels = {name for name, *_ in requested}
-    assert kernels == {"forward", "backward"} | (
-        {"summarize", "summarize_adjoint", "carry", "check"} if segment else set()
-    )
+    adjoint = set() if find(cell).real.adjoint_sees_state.value else {"summarize_adjoint"}
+    assert kernels == {"forward", "backward"} | ({"summarize", "carry", "check"} | adjoint if segment else set())
     assert len(set(requested)) == len(kernels)
 
 

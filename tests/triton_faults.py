@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,44 +17,47 @@ import triton.language as tl
 from torch import Tensor
 
 from bench import errors
-from mru_kernels import backends
-from mru_kernels.backends import triton_kernels
+from mru_kernels.backends import triton as backend
+from mru_kernels.backends.triton import ops as backend_ops
 from mru_kernels.checks import state_dtype
+from mru_kernels.ops import CELLS
 from tests.triton_interpreted import arguments_of, run
 
-NAME = triton_kernels.__name__
+
+def plant(monkeypatch, folder: Path, old: str, new: str) -> None:
+    """Let calls take a copy of the backend in whose source the text `old`, which occurs once, is `new`."""
+    source, copy = Path(backend.__path__[0]), folder / "triton"
+    found = [path.relative_to(source) for path in source.rglob("*.py") for _ in range(path.read_text().count(old))]
+    assert len(found) == 1, f"expected the text once, got it in {found}: {old}"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / found[0]).write_text((copy / found[0]).read_text().replace(old, new))
+    for name, module in list(vars(backend).items()):
+        if isinstance(module, ModuleType) and module.__name__.startswith(f"{backend.__name__}."):
+            monkeypatch.delattr(backend, name)
+    for name in list(sys.modules):
+        if name.startswith(f"{backend.__name__}."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(backend, "__path__", [str(copy)])
+    monkeypatch.setattr(backend_ops, "Call", module_of("launch").Call)
 
 
-def plant(monkeypatch, folder, old: str, new: str) -> None:
-    """Let launches take kernels in whose source the text `old`, which stands there once, is `new`."""
-    with open(triton_kernels.__file__) as file:
-        text = file.read()
-    assert text.count(old) == 1, f"expected the text once: {old}"
-    path = folder / "triton_kernels.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(NAME, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, NAME, module)
-    monkeypatch.setattr(backends, "triton_kernels", module)
-
-
-def kernels():
-    return sys.modules[NAME]
+def module_of(name: str) -> ModuleType:
+    """A module of the backend that calls take."""
+    return importlib.import_module(f"{backend.__name__}.{name}")
 
 
 # ------------------------------------------------------------------------- calls, cut and whole
 
 
-def results(segment: int, streams, grad_h, grad_final, cell="bmru", **options) -> list[Tensor]:
-    outputs, grads, *_ = run(arguments_of(streams, segment, **options), grad_h, grad_final, cell=cell)
+def results(segment: int, tensors, grad_h, grad_final, cell="bmru", **options) -> list[Tensor]:
+    outputs, grads, *_ = run(arguments_of(tensors, segment, cell=cell, **options), grad_h, grad_final, cell=cell)
     return [*outputs[:2], *grads]
 
 
-def assert_cut_equals_whole(streams, grad_h, grad_final, atol=1e-30, **options) -> None:
+def assert_cut_equals_whole(tensors, grad_h, grad_final, atol=1e-30, **options) -> None:
     """NaN and infinities at the same places, and elsewhere the same numbers but for rounding."""
-    whole = results(0, streams, grad_h, grad_final, **options)
-    cut = results(64, streams, grad_h, grad_final, **options)
+    whole = results(0, tensors, grad_h, grad_final, **options)
+    cut = results(64, tensors, grad_h, grad_final, **options)
     for i, (got, expected) in enumerate(zip(cut, whole, strict=True)):
         assert torch.equal(got.isnan(), expected.isnan()), i
         finite = expected.isfinite()
@@ -72,9 +78,9 @@ def late_update(time: int, grows: int, dtype=torch.float32, reverse: bool = Fals
     decay[:, :grows], update[:, -10:] = 4, 1
     grad_h, grad_final = torch.zeros_like(update), torch.zeros(1, 3, dtype=state_dtype(dtype))
     grad_h[:, :10] = 1
-    streams = [t.flip(1) if reverse else t for t in (update, decay)]
+    tensors = {"update": update.flip(1) if reverse else update, "decay": decay.flip(1) if reverse else decay}
     grad_h = grad_h.flip(1) if reverse else grad_h
-    assert_cut_equals_whole(streams, grad_h, grad_final, cell="linear_recurrence", reverse=reverse)
+    assert_cut_equals_whole(tensors, grad_h, grad_final, cell="linear_recurrence", reverse=reverse)
 
 
 def cuts_overflow() -> None:
@@ -88,7 +94,7 @@ def a_factor_of_few_bits_grows() -> None:
     decay[:, 64:100], decay[:, 100:128] = 2.0**-4.07, 16.0  # to 2^-146.5, and to 2^-34.5
     initial_state = torch.full((1, 3), 2.0**100)
     assert_cut_equals_whole(
-        [update, decay], torch.zeros_like(update), torch.zeros(1, 3), cell="linear_recurrence",
+        {"update": update, "decay": decay}, torch.zeros_like(update), torch.zeros(1, 3), cell="linear_recurrence",
         initial_state=initial_state,
     )  # fmt: skip
 
@@ -106,24 +112,24 @@ def sums_are_replaced() -> None:
     time = 140
     update, grad_h = torch.zeros(1, time, 3), torch.zeros(1, time, 3)
     update[:, 0], update[:, 12], grad_h[:, :10] = 1, -(4.0**12), 1  # the state ends at 0, which never grows
-    assert_cut_equals_whole(
-        [update], grad_h, torch.zeros(1, 3), cell="linear_recurrence", channel=[torch.full((3,), 4.0)]
-    )
+    tensors = {"update": update, "decay": torch.full((3,), 4.0)}
+    assert_cut_equals_whole(tensors, grad_h, torch.zeros(1, 3), cell="linear_recurrence")
 
 
 def sums_of_segments() -> None:
     time = 150
-    options = {"channel": [torch.tensor([0.5, 1.0, 1.5])], "alpha": torch.tensor([1.0, 0.5, 2.0]), "epsilon": 1.0}
-    assert_cut_equals_whole([normal(time)], torch.ones(1, time, 3), torch.ones(1, 3), 1e-4, **options)
+    threshold, alpha = torch.tensor([0.5, 1.0, 1.5]), torch.tensor([1.0, 0.5, 2.0])
+    tensors = {"candidate": normal(time), "threshold": threshold, "alpha": alpha}
+    assert_cut_equals_whole(tensors, torch.ones(1, time, 3), torch.ones(1, 3), 1e-4, epsilon=1.0)
 
 
 def infinite_state(cu_seqlens=None, **options) -> None:
     """An infinite state before every sequence, which a leaky unit keeps."""
     time = 150
     n = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-    streams = [normal(time).abs() + 1, torch.full((1, time, 3), 0.5)]
+    tensors = {"candidate": normal(time).abs() + 1, "threshold": torch.full((1, time, 3), 0.5)}
     assert_cut_equals_whole(
-        streams, torch.ones(1, time, 3), torch.ones(n, 3), epsilon=0.17,
+        tensors, torch.ones(1, time, 3), torch.ones(n, 3), epsilon=0.17,
         cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens),
         initial_state=torch.full((n, 3), math.inf), **options,
     )  # fmt: skip
@@ -136,34 +142,35 @@ def infinite_states_of_packed_sequences() -> None:
 # ------------------------------------------------------------------------- packed sequences
 
 
-def events_of_packed_sequences() -> None:
-    """Words of events of sequences that share no word, though their lengths are no multiples of 16."""
+def codes_of_packed_sequences() -> None:
+    """Words of codes of sequences that share no word, though their lengths are no multiples of 16."""
     time, cu_seqlens = 150, torch.tensor([0, 5, 7, 7, 90, 150])
-    streams = [normal(time), normal(time + 1)[:, 1:]]
+    tensors = {"candidate": normal(time), "threshold": normal(time + 1)[:, 1:]}
     for reverse in (False, True):
         assert_cut_equals_whole(
-            streams, normal(time), torch.ones(5, 3), 1e-5, epsilon=1.0, cu_seqlens=cu_seqlens, reverse=reverse
+            tensors, normal(time), torch.ones(5, 3), 1e-5, epsilon=1.0, cu_seqlens=cu_seqlens, reverse=reverse
         )
 
 
 def empty_sequences_keep_their_state() -> None:
-    """Whatever alpha is: their state after is the state before."""
+    """Whatever alpha is: their state after is the state before. NaN in alpha makes the others NaN."""
     time, cu_seqlens = 90, torch.tensor([0, 0, 80, 80, 90])
-    streams, initial_state = [normal(time), normal(time)], torch.arange(12.0).view(4, 3)
-    alpha = torch.tensor([1.0, math.nan, 2.0])
+    initial_state = torch.arange(12.0).view(4, 3)
+    tensors = {"candidate": normal(time), "threshold": normal(time), "alpha": torch.tensor([1.0, math.nan, 2.0])}
     for segment in (0, 64):
-        final_state = results(segment, streams, normal(time), torch.ones(4, 3), epsilon=1.0, cu_seqlens=cu_seqlens,
-                              alpha=alpha, initial_state=initial_state)[1]  # fmt: skip
-        assert torch.equal(final_state[[0, 2]], initial_state[[0, 2]]), segment
-        assert final_state[[1, 3], 1].isnan().all(), segment
-        assert final_state[[1, 3]][:, [0, 2]].isfinite().all(), segment
+        for epsilon in (0.0, 1.0):
+            final_state = results(segment, tensors, normal(time), torch.ones(4, 3), epsilon=epsilon,
+                                  cu_seqlens=cu_seqlens, initial_state=initial_state)[1]  # fmt: skip
+            assert torch.equal(final_state[[0, 2]], initial_state[[0, 2]]), segment
+            assert final_state[[1, 3], 1].isnan().all(), segment
+            assert final_state[[1, 3]][:, [0, 2]].isfinite().all(), segment
 
 
 @triton.jit
-def _spans(scan, offsets, out, bounds: tl.constexpr, sizes: tl.constexpr):
-    scan = sizes(scan, 1)
+def _spans(scan, block, out, bounds: tl.constexpr, sizes: tl.constexpr):
+    scan = sizes(scan, block)
     n = tl.program_id(0).to(tl.int64)
-    index, start, length = bounds(scan, offsets, n)
+    index, start, length = bounds(scan, n)
     tl.store(out + 3 * n, index)
     tl.store(out + 3 * n + 1, start)
     tl.store(out + 3 * n + 2, length)
@@ -171,15 +178,26 @@ def _spans(scan, offsets, out, bounds: tl.constexpr, sizes: tl.constexpr):
 
 def spans_lie_within_time() -> None:
     """Whatever the offsets on a device are."""
-    time, encode = 100, triton_kernels.encode
+    arguments, place = module_of("kernels.arguments"), module_of("kernels.place")
+    time, none = 100, torch.empty(0, dtype=torch.int64)
     for offsets in ([5, -3, 1000, 2], [0, 90, 20, 100], [2**40, -(2**40)], [0, 10, 10, 100]):
         n = len(offsets) - 1
         for reverse in (False, True):
-            sizes = triton_kernels.Scan(*[0] * len(triton_kernels.Scan._fields))
-            sizes = sizes._replace(sequences=n, time=time, channels=1, segment=64, reverse=int(reverse), packed=1)
+            scan = arguments.Scan(
+                torch.tensor(offsets), none, *[arguments.encode(0)] * (len(arguments.Scan._fields) - 2)
+            )
+            sizes = {
+                "sequences": n,
+                "time": time,
+                "channels": 1,
+                "segment_size": 64,
+                "reverse": int(reverse),
+                "packed": 1,
+            }
+            scan = scan._replace(**{name: arguments.encode(value) for name, value in sizes.items()})
+            block = arguments.Block(*map(tl.constexpr, (1, 1, 1)))
             out = torch.empty(n, 3, dtype=torch.int64)
-            scan = triton_kernels.Scan(*map(encode, sizes))
-            _spans[(n,)](scan, torch.tensor(offsets), out, kernels().bounds, kernels().sizes)
+            _spans[(n,)](scan, block, out, place.bounds, arguments.sizes)
             index, start, length = out.unbind(1)
             assert sorted(index.tolist()) == list(range(n))
             assert (start >= 0).all()
@@ -187,22 +205,56 @@ def spans_lie_within_time() -> None:
             assert (start + length <= time).all()
 
 
+# ------------------------------------------------------------------------- maps
+
+
+def maps_take_states_on(cu_seqlens: Tensor | None, reverse: bool) -> None:
+    """The map of each sequence, from groups of segments too, takes the state before it to the state after it."""
+    time, n = 200, 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    tensors = {"update": normal(time), "decay": 0.5 + 0.5 * normal(time + 1)[:, 1:].sigmoid()}
+    initial_state, module = torch.arange(3.0 * n).view(n, 3), module_of("launch")
+    usual, module.MOST_WALKED = module.MOST_WALKED, 1
+    try:
+        outputs = results(64, tensors, normal(time), torch.ones(n, 3), cell="linear_recurrence", reverse=reverse,
+                          cu_seqlens=cu_seqlens, initial_state=initial_state)  # fmt: skip
+        inputs = arguments_of(tensors, 64, cell="linear_recurrence")[:4]
+        factor, offset = CELLS["linear_recurrence"].map["triton"](*inputs, cu_seqlens, reverse, 64)
+    finally:
+        module.MOST_WALKED = usual
+    torch.testing.assert_close(factor * initial_state + offset, outputs[1], rtol=1e-5, atol=1e-5)
+    whole = results(0, tensors, normal(time), torch.ones(n, 3), cell="linear_recurrence", reverse=reverse,
+                    cu_seqlens=cu_seqlens, initial_state=initial_state)  # fmt: skip
+    torch.testing.assert_close(outputs[1], whole[1], rtol=1e-5, atol=1e-5)
+
+
+def maps_of_groups() -> None:
+    maps_take_states_on(None, False)
+
+
+def maps_of_packed_sequences() -> None:
+    maps_take_states_on(torch.tensor([0, 5, 137, 137, 200]), True)
+
+
 # ------------------------------------------------------------------------- programs
 
 
 def programs_beyond_one_axis() -> None:
-    """Where programs are too many for the grid's first axis, some of its last row have nothing to do."""
+    """If programs are too many for the grid's first axis, some of its last row have nothing to do."""
     time, batch = 70, 3
-    streams = [normal(batch * time).view(batch, time, 3), normal(batch * time + 1)[:, 1:].view(batch, time, 3)]
+    candidate, threshold = normal(batch * time), normal(batch * time + 1)[:, 1:]
+    tensors = {"candidate": candidate.view(batch, time, 3), "threshold": threshold.reshape(batch, time, 3)}
     grad_h, grad_final = torch.ones(batch, time, 3), torch.ones(batch, 3)
     for segment in (0, 64):
-        expected = results(segment, streams, grad_h, grad_final, epsilon=1.0)
-        module = kernels()
-        usual, module.GRID = module.GRID, tl.constexpr(2)
+        expected = results(segment, tensors, grad_h, grad_final, epsilon=1.0)
+        modules = module_of("launch"), module_of("kernels.place")
+        usual = modules[0].GRID
         try:
-            got = results(segment, streams, grad_h, grad_final, epsilon=1.0)
+            for module in modules:
+                module.GRID = tl.constexpr(2)
+            got = results(segment, tensors, grad_h, grad_final, epsilon=1.0)
         finally:
-            module.GRID = usual
+            for module in modules:
+                module.GRID = usual
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
 
@@ -216,16 +268,18 @@ CHECKS: list[Callable[[], None]] = [
     sums_of_segments,
     infinite_state,
     infinite_states_of_packed_sequences,
-    events_of_packed_sequences,
+    codes_of_packed_sequences,
     empty_sequences_keep_their_state,
     spans_lie_within_time,
+    maps_of_groups,
+    maps_of_packed_sequences,
     programs_beyond_one_axis,
 ]
 
-_RAISE = "tl.store(flag + tl.zeros_like(at.d), 1,"
+_RAISE = "tl.store(scan.flag, 1)"
 _ENDS = "        if at.begin < at.end:\n            flip = size(walk.flip)\n"
 FAULTS = {
-    "check that never fires": (cuts_overflow, _RAISE, _RAISE.replace("1,", "0,")),
+    "check that never fires": (cuts_overflow, _RAISE, _RAISE.replace("1", "0")),
     "check that skips the last boundary": (
         the_only_segment_overflows, _ENDS, _ENDS.replace("at.begin < at.end", "at.end < at.length"),
     ),
@@ -233,39 +287,41 @@ FAULTS = {
         the_first_segment_overflows, _ENDS, _ENDS.replace("at.begin < at.end", "(at.begin > 0) & (at.begin < at.end)"),
     ),
     "sums of another chunk": (
-        sums_of_segments, "summed = sums_rows(scan, at.start, at.n, CHUNK) + chunk // CHUNK",
-        "summed = sums_rows(scan, at.start, at.n, CHUNK) + (chunk - at.begin) // CHUNK",
+        sums_of_segments, "summed = sums_row(c.scan, at, c.form) + chunk // c.form.chunk",
+        "summed = sums_row(c.scan, at, c.form) + (chunk - at.begin) // c.form.chunk",
     ),
     "sums of the cut kept": (
-        sums_are_replaced, "put(partial, k * rows + summed, at, sums[k], at.mask)",
-        "put(partial, k * rows + summed, at, sums[k], when(scan.redo == 0, at.mask))",
+        sums_are_replaced, "put(grads[k].data, row, c.at, sums[k], c.at.mask)",
+        "put(grads[k].data, row, c.at, sums[k], when(c.scan.redo == 0, c.at.mask))",
     ),
     "rounding measured by what entered": (
-        a_factor_of_few_bits_grows, "* terms + ROUNDING * late", "* terms + ROUNDING * MAGNITUDE(entry)",
+        a_factor_of_few_bits_grows, "* terms + ROUNDING * late", "* terms + ROUNDING * rules.magnitude(entry)",
     ),
     "factors that underflow taken as rounding": (
         infinite_state, "near = (error <= bound) & (bound < float(\"inf\"))", "near = error == error",
     ),
-    "row of events by index": (
-        events_of_packed_sequences, "at.start // WORD + at.n, at.n *", "at.start // WORD + at.index, at.n *",
+    "row of codes by index": (
+        codes_of_packed_sequences, "at.start // WORD + at.n, at.n *", "at.start // WORD + at.index, at.n *",
     ),
-    "row of events shared": (events_of_packed_sequences, "at.start // WORD + at.n, at.n *", "at.start // WORD, at.n *"),
-    "empty sequence poisoned in carry": (
-        empty_sequences_keep_their_state, "when(length > 0, scale != scale)", "(scale != scale)",
+    "row of codes shared": (codes_of_packed_sequences, "at.start // WORD + at.n, at.n *", "at.start // WORD, at.n *"),
+    "empty sequence entered": (empty_sequences_keep_their_state, " & (c.at.length > 0)", ""),
+    "sequence not entered": (empty_sequences_keep_their_state, "    s = enter(c, opened, s)\n", ""),
+    "sequence not entered in its map": (
+        empty_sequences_keep_their_state, "(factor, enter(c, opened, offset))", "(factor, offset)",
     ),
-    "empty sequence poisoned": (
-        empty_sequences_keep_their_state, "when(at.length > 0, scale != scale)", "(scale != scale)",
-    ),
-    "alpha not looked at in carry": (
-        empty_sequences_keep_their_state, "when(length > 0, scale != scale)", "when(length < 0, scale != scale)",
+    "maps in the wrong order": (maps_of_groups, "apply(rules, second, first[1])", "apply(rules, first, second[1])"),
+    "map of another sequence": (
+        maps_of_packed_sequences, "row = tl.where(scan.packed != 0, index, item)", "row = item",
     ),
     "offsets that fall": (
-        spans_lie_within_time, "tl.load(offsets + index + 1), low)", "tl.load(offsets + index + 1), 0)",
+        spans_lie_within_time, "tl.load(scan.offsets + index + 1), low)", "tl.load(scan.offsets + index + 1), 0)",
     ),
-    "offsets below 0": (spans_lie_within_time, "tl.maximum(tl.load(offsets + index), 0)", "tl.load(offsets + index)"),
+    "offsets below 0": (
+        spans_lie_within_time, "tl.maximum(tl.load(scan.offsets + index), 0)", "tl.load(scan.offsets + index)",
+    ),
     "offsets beyond the end": (
-        spans_lie_within_time, "tl.load(offsets + index + 1), low), scan.time)",
-        "tl.load(offsets + index + 1), low), 2 * scan.time)",
+        spans_lie_within_time, "tl.load(scan.offsets + index + 1), low), scan.time)",
+        "tl.load(scan.offsets + index + 1), low), 2 * scan.time)",
     ),
     "programs of one axis": (
         programs_beyond_one_axis, "unit = tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)",

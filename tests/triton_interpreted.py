@@ -16,11 +16,11 @@ from triton.runtime import interpreter
 from bench import inputs
 from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
+from mru_kernels.backends.triton import launch, tuning
+from mru_kernels.backends.triton.cell import find
 from mru_kernels.checks import state_dtype
-from mru_kernels.ops import CELLS
+from mru_kernels.ops import CELLS, as_maps
 from tests import calls
-
-OPS = {cell.name: cell for cell in CELLS}
 
 
 class Traffic:
@@ -77,78 +77,109 @@ def recorded():
 
 
 def arguments_of(
-    streams, segment, *, cu_seqlens=None, alpha=None, initial_state=None, channel=(), reverse=False, epsilon=0.5
+    tensors,
+    segment,
+    *,
+    cell="bmru",
+    epsilon=0.5,
+    surrogate_scale=1.0,
+    initial_state=None,
+    cu_seqlens=None,
+    reverse=False,
 ):
-    epsilon = torch.tensor(epsilon, dtype=torch.float64)
-    return (streams, list(channel), alpha, initial_state, cu_seqlens, epsilon, 1.0, reverse, 0, CHUNK, segment)
+    """The arguments of a cell's op, from its array inputs by name."""
+    spec = CELLS[cell]
+    values = {"epsilon": epsilon, "surrogate_scale": surrogate_scale}
+    scheduled = [torch.tensor(values[s.name], dtype=torch.float64) for s in spec.scheduled]
+    inputs_ = [tensors[i.name] for i in spec.inputs if i.name in tensors]
+    given = spec.mask(*tensors, *(s.name for s in spec.scheduled))
+    numbers = [values[s.name] for s in spec.numbers]
+    return ([*inputs_, *scheduled], given, 0, numbers, initial_state, cu_seqlens, reverse, CHUNK, segment)
 
 
 def run(arguments, grad_h, grad_final, save=True, cell="bmru"):
     """Forward and backward on the Triton backend: results, gradients, and the traffic of each."""
     with torch.no_grad():
         with recorded() as forward:
-            results = OPS[cell].forward["triton"](*arguments, save)
+            results = CELLS[cell].forward["triton"](*arguments, save)
         with recorded() as backward:
-            grads = OPS[cell].backward["triton"](grad_h, grad_final, *arguments, *results[2:])
+            grads = CELLS[cell].backward["triton"](grad_h, grad_final, *arguments, *results[2:])
     return results, grads, forward, backward
 
 
-# Steps of a segment, 0 where sequences are scanned whole; cell, dtype and streams; whether steps fit events.
+def adjoint_sees_state(cell: str) -> bool:
+    return find(cell).real.adjoint_sees_state.value
+
+
+def streams_of(cell: str) -> list[str]:
+    """The inputs that may be streams and are not optional."""
+    return [i.name for i in CELLS[cell].inputs if i.kind != "channel" and not i.optional]
+
+
+# Steps of a segment, 0 where sequences are scanned whole; cell, dtype, and the inputs that come as streams.
 FORMS = [
-    *((segment, "bmru", dtype, 2, True) for segment, dtype in ((0, "bfloat16"), (64, "float32"), (64, "bfloat16"))),
-    *((segment, "bmru", "float32", 3, False) for segment in (0, 64)),
-    (64, "linear_recurrence", "complex64", 2, False),
+    *((segment, cell, "float32", streams_of(cell)) for cell in CELLS for segment in (0, 64)),
+    *((segment, "bmru", "bfloat16", streams_of("bmru")) for segment in (0, 64)),
+    *((segment, "bmru", "float32", ["candidate", "threshold", "amplitude"]) for segment in (0, 64)),
+    (64, "linear_recurrence", "complex64", ["update", "decay"]),
 ]
 
 
-@pytest.mark.parametrize(("segment", "cell", "dtype", "gates", "fit"), FORMS)
-def test_traffic_is_the_budget(segment, cell, dtype, gates, fit):
-    """Streams in and out: the floor, plus one stream where time is cut (backward, as events replace the gates), plus
-    half a byte a step and channel of events; and states: of boundaries, at most fourteen rows a segment and pass, and
-    those of a chunk.
+@pytest.mark.parametrize(("segment", "cell", "dtype", "names"), FORMS)
+def test_traffic_is_the_budget(segment, cell, dtype, names):
+    """Streams in and out: the floor, plus one stream if time is split (backward, as codes replace the gates), plus half
+    a byte a step and channel of codes; and states: of checkpoints, at most fourteen rows a segment and pass, and those
+    of a chunk.
     """
     batch, time, channels = 1, 2 * 64 + 16, 40
-    streams = [torch.randn(batch, time, channels).to(getattr(torch, dtype)) for _ in range(gates)]
+    spec, gates = CELLS[cell], len(names)
+    tensors = {name: torch.randn(batch, time, channels).to(getattr(torch, dtype)) for name in names}
+    streams = list(tensors.values())
+    tensors |= {i.name: torch.randn(channels) for i in spec.inputs if i.name not in names and not i.optional}
+    per_channel = len(tensors) - gates
     grad_h = torch.randn_like(streams[0])
     grad_final = torch.randn(batch, channels, dtype=state_dtype(grad_h.dtype))
-    (h, final_state, _, events), grads, forward, backward = run(
-        arguments_of(streams, segment), grad_h, grad_final, cell=cell
-    )
+    arguments = arguments_of(tensors, segment, cell=cell)
+    (h, final_state, _, codes), grads, forward, backward = run(arguments, grad_h, grad_final, cell=cell)
+    fit = spec.has_codes(arguments[1])
     steps = batch * time * channels
     stream = steps * h.element_size()
-    passes = 1 if not segment or fit else 2  # without events a cut makes every pass over the gates two
+    passes = 1 if not segment or fit else 2  # without codes a split makes every pass over the gates two
+    runs = 1 + (bool(segment) and adjoint_sees_state(cell))  # of `backward`
 
     assert forward.bytes_in("load", *streams) == passes * gates * stream
     assert forward.bytes_in("store", h) == stream
-    assert backward.bytes_in("load", *streams) == passes * gates * stream
+    assert backward.bytes_in("load", *streams) == (passes + runs - 1) * gates * stream
     assert backward.bytes_in("load", grad_h) == (2 if segment else 1) * stream
-    assert backward.bytes_in("store", *grads) == gates * stream
+    assert backward.bytes_in("store", *grads[:gates]) == runs * gates * stream
     once = steps // 4 if segment and fit else 0
-    assert forward.bytes_in("store", events) == forward.bytes_in("load", events) == once
-    # Events are read by the adjoint's summary and, but for the last step of a chunk's last word, by the gradients.
-    assert once <= backward.bytes_in("load", events) <= 2 * once
+    assert forward.bytes_in("store", codes) == forward.bytes_in("load", codes) == once
+    # The adjoint's summary reads the codes and, but for the last step of a chunk's last word, so do the gradients.
+    assert once <= backward.bytes_in("load", codes) <= 2 * once
 
     row = channels * final_state.element_size()
-    slots = batch * -(-time // segment) if segment else 0
-    states = 14 * slots * row + 2 * batch * row + batch * 2 * row + 16 * batch
+    segments = batch * -(-time // segment) if segment else 0
+    states = (14 + per_channel) * segments * row + (2 + 4 * per_channel) * batch * row + batch * 2 * row + 16 * batch
     floor = stream * (passes * gates + 1)
     assert 0 <= forward.all_bytes() - floor - 2 * once <= states
-    floor = stream * (passes * gates + (2 if segment else 1) + gates)
-    part = torch.float32 if cell != "bmru" else h.dtype
-    tiles = CHUNK // backend.tile("backward", gates, bool(segment and fit), 0, part)
-    states += 2 * tiles * (slots or batch) * row  # those before the tiles of a chunk, which are written and read again
+    floor = stream * ((passes + runs - 1) * gates + (2 if segment else 1) + runs * gates)
+    part = torch.float32 if h.is_complex() else h.dtype
+    tiles = CHUNK // tuning.tile("backward", tuning.Reads(part, gates, per_channel, bool(segment and fit)))
+    # The states before the tiles of a chunk, which are written and read again; and sums over chunks.
+    states += runs * (2 * tiles * (segments or batch) + 4 * per_channel * -(-time // CHUNK)) * row
     assert 0 <= backward.all_bytes() - floor - 2 * once <= states
 
 
 @pytest.mark.parametrize("gates", [2, 3])
-def test_the_adjoint_is_summarized_up_to_a_write_that_forgets(gates):
+def test_the_adjoint_is_summarized_up_to_a_write_that_resets(gates):
     """With epsilon 0, word by word until all channels of a program have written: one holds longer than the others."""
     segments, channels, last = (64, 64, 21), 40, 7
     time = sum(segments)
     for first_write, words in ((15, 1), (16, 2), (time, 4)):
-        streams = [torch.ones(1, time, channels) for _ in range(gates)]
+        names = ["candidate", "threshold", "amplitude"][:gates]
+        streams = {name: torch.ones(1, time, channels) for name in names}
         holds = torch.tensor([step % 64 < first_write for step in range(time)])
-        streams[1][0, holds, last] = 2
+        streams["threshold"][0, holds, last] = 2
         grad_h, grad_final = torch.randn(1, time, channels), torch.randn(1, channels)
         _, grads, _, backward = run(arguments_of(streams, 64, epsilon=0.0), grad_h, grad_final)
         _, whole, _, _ = run(arguments_of(streams, 0, epsilon=0.0), grad_h, grad_final)
@@ -166,12 +197,10 @@ def test_offsets_are_not_trusted(monkeypatch, segment, reverse, dtype):
     for offsets in ([5, -3, 1000, 2], [0, 90, 20, 100], [2**40, -(2**40)], [0]):
         cu_seqlens = torch.tensor(offsets)
         n = len(offsets) - 1
-        streams = [torch.randn(1, time, channels).to(dtype) for _ in range(2)]
-        alpha, initial_state = torch.ones(channels), torch.zeros(n, channels)
+        tensors = {name: torch.randn(1, time, channels).to(dtype) for name in ("candidate", "threshold")}
+        tensors["alpha"], initial_state = torch.ones(channels), torch.zeros(n, channels)
         grad_h, grad_final = torch.randn(1, time, channels).to(dtype), torch.randn(n, channels)
-        arguments = arguments_of(
-            streams, segment, cu_seqlens=cu_seqlens, alpha=alpha, initial_state=initial_state, reverse=reverse
-        )
+        arguments = arguments_of(tensors, segment, cu_seqlens=cu_seqlens, initial_state=initial_state, reverse=reverse)
         made: list[torch.Tensor] = []
         with monkeypatch.context() as patched:
             for make in (torch.Tensor.new_empty, torch.Tensor.new_zeros):
@@ -182,7 +211,7 @@ def test_offsets_are_not_trusted(monkeypatch, segment, reverse, dtype):
 
                 patched.setattr(torch.Tensor, make.__name__, keep)
             results, grads, *traffic = run(arguments, grad_h, grad_final)
-        known = [*streams, alpha, initial_state, grad_h, grad_final, cu_seqlens, *results, *grads, *made]
+        known = [*tensors.values(), initial_state, grad_h, grad_final, cu_seqlens, *results, *grads, *made]
         spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in known}
         for launches in traffic:
             for name, touched in launches.launches:
@@ -212,32 +241,50 @@ def test_offsets_beyond_32_bits(segment):
         ([steps.copy_(torch.randn(1, 3, channels))] * 2, steps, grad_final[:1], False),
     ):
         near = [t.clone(memory_format=torch.contiguous_format) for t in given]
+        names = ("candidate", "threshold")
+        given, near = dict(zip(names, given, strict=True)), dict(zip(names, near, strict=True))
         results, grads, *_ = run(arguments_of(given, segment, reverse=reverse), g, f)
         expected, expected_grads, *_ = run(arguments_of(near, segment, reverse=reverse), g.clone(), f)
         for a, b in zip([*results[:2], *grads], [*expected[:2], *expected_grads], strict=True):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("cell", ["bmru", "linear_recurrence"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_groups_of_segments(monkeypatch, cell):
-    """Where segments are so many that groups of them are walked over first, results stay the same."""
-    time, channels = 3 * 64 + 3, 4
-    linear = cell == "linear_recurrence"
-    dtype = torch.complex64 if linear else torch.float32
-    streams = [torch.randn(1, time, channels, dtype=dtype) for _ in range(2)]
-    if linear:
-        streams[1] = torch.polar(torch.full((1, time, channels), 0.99), streams[1].angle())
-    alpha = None if linear else torch.randn(channels)
-    initial_state, grad_final = torch.randn(2, 1, channels, dtype=dtype)
-    grad_h = torch.randn_like(streams[0])
-    arguments = arguments_of(streams, 64, alpha=alpha, initial_state=initial_state)
-    (h, final_state, *_), grads, *_ = run(arguments, grad_h, grad_final, cell=cell)
-    monkeypatch.setattr(backend, "_WALK", 1)
-    (grouped_h, grouped_final, *_), grouped_grads, forward, backward = run(arguments, grad_h, grad_final, cell=cell)
-    for traffic in (forward, backward):
-        assert "fold" in [name for name, _ in traffic.launches]
-    for a, b in zip([h, final_state, *grads], [grouped_h, grouped_final, *grouped_grads], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    """If segments are so many that groups of them are composed first, results stay the same, and so does the map."""
+    dtype = list(inputs.CELLS[cell].dtypes.values())[-1]
+    call = inputs.case(cell, dtype, batch=1, time=3 * 64 + 3, channels=4, initial_state="real").build()
+    op = calls.op_of(cell, "triton")
+
+    def all_results():
+        with calls.segments("triton", 64), recorded() as traffic:
+            results = calls.run(call, op, torch.device("cpu"))
+            with torch.no_grad(), as_maps():
+                maps = op(**{name: t for name, t in call.tensors.items() if name != "initial_state"}, **call.settings)
+        return results | dict(zip(("factor", "offset"), maps, strict=True)), [name for name, _ in traffic.launches]
+
+    expected, launched = all_results()
+    monkeypatch.setattr(launch, "MOST_WALKED", 1)
+    got, launched_in_groups = all_results()
+    assert launched.count("fold") == 1
+    assert launched_in_groups.count("fold") == 4  # forward, backward, and twice for the map
+    for name, t in expected.items():
+        torch.testing.assert_close(got[name], t, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("segment", [0, 64])
+@pytest.mark.parametrize("batch", [2, "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_maps(cell, batch, segment):
+    """The map of each sequence takes the state before it to the state after it."""
+    dtype = list(inputs.CELLS[cell].dtypes.values())[-1]
+    call = inputs.case(cell, dtype, batch=batch, time=150, channels=5, initial_state="real", reverse=True).build()
+    op, start = calls.op_of(cell, "triton"), call.tensors.pop("initial_state")
+    with calls.segments("triton", segment), torch.no_grad():
+        _, expected = op(**call.tensors, **call.settings, initial_state=start)
+        with as_maps():
+            factor, offset = op(**call.tensors, **call.settings)
+    torch.testing.assert_close(factor * start + offset, expected, rtol=1e-4, atol=1e-4)
 
 
 # What few examples of test_op.py may miss. Rows of five complex64 channels are not aligned to 16 bytes.
@@ -278,18 +325,17 @@ def test_any_surrogate_scale(cell, scale):
     time, channels = 6, 4
     names = ["candidate", "threshold", "amplitude"] if cell == "bmru" else ["candidate", "low", "high"]
     candidate = torch.tensor([2.0, -1.0, 0.0, 1.0, 0.5, 3.0])[None, :, None].expand(1, time, channels).contiguous()
-    streams = (
-        [candidate] if cell == "schmitt" else [candidate, candidate.roll(2, 2).abs(), torch.full_like(candidate, 3.0)]
-    )
     if cell == "bmru":
-        streams[1][..., ::2] = 1
-    channel = [torch.tensor([0.5, 0.0, 1.0, -1.0]), torch.ones(channels)] if cell == "schmitt" else []
+        tensors = [candidate, candidate.roll(2, 2).abs(), torch.full_like(candidate, 3.0)]
+        tensors[1][..., ::2] = 1
+    else:
+        tensors = [candidate, torch.tensor([0.5, 0.0, 1.0, -1.0]), torch.ones(channels)]
     grad_h = torch.tensor([0.0, 1.0, -2.0, 0.5])[None, None].expand(1, time, channels).contiguous()
 
     def grads(dtype):
-        arguments = list(arguments_of([t.to(dtype) for t in streams], 0, channel=[t.to(dtype) for t in channel]))
-        arguments[6] = scale
-        return run(tuple(arguments), grad_h.to(dtype), torch.zeros(1, channels, dtype=dtype), cell=cell)[1]
+        named = dict(zip(names, (t.to(dtype) for t in tensors), strict=True))
+        arguments = arguments_of(named, 0, cell=cell, surrogate_scale=scale)
+        return run(arguments, grad_h.to(dtype), torch.zeros(1, channels, dtype=dtype), cell=cell)[1]
 
     for name, got, wide in zip(names, grads(torch.float32), grads(torch.float64), strict=True):
         expected = wide.to(torch.float32)
@@ -300,52 +346,67 @@ def test_any_surrogate_scale(cell, scale):
 def test_many_equal_terms():
     """The gradient of alpha sums up the same over time, many times."""
     time = 1024
-    streams = [torch.ones(1, time, 1) for _ in range(2)]
-    grad_h, alpha = torch.full((1, time, 1), 0.1), torch.ones(1)
-    *_, grad_alpha = run(arguments_of(streams, 0, alpha=alpha, epsilon=0.0), grad_h, torch.zeros(1, 1))[1]
+    tensors = {name: torch.ones(1, time, 1) for name in ("candidate", "threshold")} | {"alpha": torch.ones(1)}
+    grad_h = torch.full((1, time, 1), 0.1)
+    *_, grad_alpha = run(arguments_of(tensors, 0, epsilon=0.0), grad_h, torch.zeros(1, 1))[1]
     expected = time * grad_h[0, 0, 0].double()
     assert (grad_alpha.double() / expected - 1).abs() < 1e-6
 
 
+@pytest.mark.parametrize("segment", [0, 64])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_absent_inputs_are_not_read(segment, epsilon):
+    """No variant is compiled for alpha, so a flag must keep kernels from its address, which is 0 here."""
+    streams = {name: torch.randn(1, 100, 4) for name in ("candidate", "threshold")}
+    *_, forward, backward = run(
+        arguments_of(streams, segment, epsilon=epsilon), torch.randn(1, 100, 4), torch.ones(1, 4)
+    )
+    for launches in (forward, backward):
+        assert launches.launches
+        assert all(min(addresses) > 2**12 for _, touched in launches.launches for addresses in touched.values())
+
+
 WRONG_NUMBERS = {
-    "epsilon": {5: torch.tensor(2.0, dtype=torch.float64)},
-    "surrogate_scale": {6: -1.0},
-    "packed": {8: 10**7},
-    "chunk": {9: 2**60},
-    "segment": {10: 65},
+    "epsilon": lambda inputs, *rest: ([*inputs[:-1], torch.tensor(2.0, dtype=torch.float64)], *rest),
+    "surrogate_scale": lambda *arguments: (*arguments[:3], [-1.0], *arguments[4:]),
+    "numbers": lambda *arguments: (*arguments[:3], [], *arguments[4:]),
+    "given": lambda inputs, given, *rest: (inputs, given & ~2, *rest),
+    "packed": lambda inputs, given, packed, *rest: (inputs, given, 2, *rest),
+    "chunk": lambda *arguments: (*arguments[:7], 2**60, *arguments[8:]),
+    "segment": lambda *arguments: (*arguments[:8], 65),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_NUMBERS)
 def test_wrong_numbers_are_refused(name):
-    streams = [torch.randn(1, 70, 4) for _ in range(2)]
+    streams = {name: torch.randn(1, 70, 4) for name in ("candidate", "threshold")}
     arguments = arguments_of(streams, 64)
-    results = OPS["bmru"].forward["triton"](*arguments, True)
-    wrong = [WRONG_NUMBERS[name].get(i, value) for i, value in enumerate(arguments)]
+    results = CELLS["bmru"].forward["triton"](*arguments, True)
+    wrong = WRONG_NUMBERS[name](*arguments)
     with pytest.raises(ValueError, match=name):
-        OPS["bmru"].forward["triton"](*wrong, True)
+        CELLS["bmru"].forward["triton"](*wrong, True)
     with pytest.raises(ValueError, match=name):
-        OPS["bmru"].backward["triton"](streams[0], torch.zeros(1, 4), *wrong, *results[2:])
+        CELLS["bmru"].backward["triton"](streams["candidate"], torch.zeros(1, 4), *wrong, *results[2:])
 
 
 @pytest.mark.parametrize("segment", [0, 64])
 def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
     streams = [torch.randn(1, 70, 4) for _ in range(2)]
-    arguments = arguments_of(streams, segment)
-    given = {
+    inputs_, *arguments = arguments_of(dict(zip(("candidate", "threshold"), streams, strict=True)), segment)
+    tensors = {
         "grad_h": torch.zeros(1, 70, 4), "grad_final": torch.zeros(1, 4),
         "checkpoints": torch.zeros(1, 1, 4), "events": torch.zeros(1, 5 if segment else 0, 4, dtype=torch.int32),
     }  # fmt: skip
 
     def backward(streams=streams, **changed):
-        grad_h, grad_final, *saved = (given | changed).values()
-        return OPS["bmru"].backward["triton"](grad_h, grad_final, streams, *arguments[1:], *saved)
+        grad_h, grad_final, *saved = (tensors | changed).values()
+        return CELLS["bmru"].backward["triton"](grad_h, grad_final, [*streams, *inputs_[2:]], *arguments, *saved)
 
     backward()
-    for name, t in given.items():
+    for name, t in tensors.items():
         for wrong in (t[:, :-1] if t.numel() else torch.zeros(1, 3, 4).int(), t[..., :-1], t.to(torch.int64), t[None]):
             with pytest.raises((TypeError, ValueError), match=name):
                 backward(**{name: wrong})
     for wrong in ([streams[0], streams[1][:, :-1]], streams[:1], [], [t[0] for t in streams]):
-        with pytest.raises((TypeError, ValueError), match="streams"):
+        with pytest.raises((TypeError, ValueError), match="inputs"):
             backward(wrong)

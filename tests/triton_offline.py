@@ -2,8 +2,8 @@
 
 The variants are those that mru_kernels.backends.triton can launch: a kernel, a cell, a dtype, which inputs come as
 streams, and whether rows are aligned to 16 bytes. They follow from the specs of the cells. The binaries' disassembly
-(cuobjdump and nvdisasm, which Triton brings; for AMD the assembly itself) gives registers, spills, the width of loads and
-stores, and barriers.
+(cuobjdump and nvdisasm, which Triton brings; for AMD the assembly itself) gives registers, spills, the width of loads
+and stores, and barriers.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def compile_variant(variant: Variant):
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={path: value for path, value in _leaves(tuple(values.get(name, ()) for name in kernel.arg_names))},
+        constexprs=dict(_leaves(tuple(values.get(name, ()) for name in kernel.arg_names))),
         attrs={path: [["tt.divisibility", 16]] for path, kind in _leaves(tuple(aligned)) if kind.startswith("*")},
     )
     options = tuning.options(variant.kernel, variant.reads, amd)

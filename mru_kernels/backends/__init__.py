@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from .. import torch_private as private
+
 CHUNK = 64  #: the default of `chunk_size`: steps between two checkpoints, the states saved for the backward pass
 
 
@@ -110,7 +112,7 @@ def _resolve(name: str | None, device: torch.device) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@private.assume_constant_result
 def _resolved(name: str | None, device: torch.device) -> str:
     if name is not None and not isinstance(name, str):
         raise TypeError(f"backend: expected None or a name, got {type(name).__name__}")

@@ -58,7 +58,7 @@ class MRUBlock(_WithUnits):
     For `x [B, T, width]`, with RMSNorm (arXiv 1910.07467), gates as in arXiv 2002.05202, and all units on one input::
 
         u = RMSNorm(x)                       v = SiLU(causal depthwise convolution of u), or u if conv_size is 0
-        x = x + W_o (units(v) * SiLU(W_g u))
+        x = x + W_o (units(v) * sigmoid(W_g u))
         x = x + W_2 GLU(W_1 RMSNorm(x))
 
     Args:
@@ -161,7 +161,8 @@ class MRUBlock(_WithUnits):
             outputs.append(output)
             after.append(h_n.squeeze(0))
         mixed = torch.cat(outputs, -1) if self.combine == "concatenate" else sum(outputs[1:], start=outputs[0])
-        x = input + self.dropout(self.out(mixed * F.silu(self.gate(u))))
+        # A gate that changes sign with the input, like SiLU, gives what was stored long ago gradients of either sign.
+        x = input + self.dropout(self.out(mixed * self.gate(u).sigmoid()))
         return x + self.dropout(self.mlp_out(F.glu(self.mlp_in(self.mlp_norm(x))))), tuple(after)
 
     def _given(self, state: State | None, input: Tensor) -> list[Tensor | None]:

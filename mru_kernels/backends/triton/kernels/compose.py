@@ -63,8 +63,10 @@ def fold(
                     new_factor, new_offset = then(rules, (factor, offset), loaded[i])
                     offset = tl.where(i < left, new_offset, offset)
                     factor = tl.where(i < left, new_factor, factor)
-        put(groups.factor, item, at, factor, at.mask)
-        put(groups.offset, item, at, offset, at.mask)
+        index, _, _ = bounds(scan, n)
+        row = tl.where(scan.packed != 0, index, item)
+        put(groups.factor, row, at, factor, at.mask)
+        put(groups.offset, row, at, offset, at.mask)
 
 
 @triton.jit

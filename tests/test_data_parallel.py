@@ -1,0 +1,78 @@
+"""Two gloo processes under DistributedDataParallel compute what one process computes."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import mru_kernels as mk
+from tests import processes
+from tests.drawn import draw
+from tests.units import make
+
+
+def _train(rank: int, world: int) -> None:
+    model = _model()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for x in _batches():
+        optimizer.zero_grad()
+        ddp(x[rank::world])[0].square().mean().backward()
+        optimizer.step()
+    if rank == 0:
+        alone = _model()
+        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+        for x in _batches():
+            optimizer.zero_grad()
+            alone(x)[0].square().mean().backward()
+            optimizer.step()
+        for (name, one), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
+        start = dict(_model().named_parameters())
+        assert not any(torch.equal(start[name], p) for name, p in model.named_parameters())
+
+
+def _model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return mk.BMRU(5, 8, 2, epsilon=0.5, bidirectional=True)
+
+
+def _batches() -> Tensor:
+    return draw(3, 8, 70, 5)
+
+
+@pytest.mark.check
+def test_two_processes_train_as_one(tmp_path):
+    """DistributedDataParallel over gloo."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        processes.run(_train, tmp_path / "rendezvous", 2)
+
+
+def _train_in_two_processes(rank, results):
+    module = make(mk.BMRU, 4, 6, 2, bidirectional=True, epsilon=0.5, dtype=torch.float64)
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    torch.manual_seed(7)
+    x, hx = torch.randn(4, 33, 4, dtype=torch.float64), torch.randn(4, 4, 6, dtype=torch.float64)
+    mine = slice(2 * rank, 2 * rank + 2)
+    for given in (None, hx):
+        module.zero_grad()
+        part = None if given is None else given[:, mine]
+        parallel(x[mine], part)[0].square().mean().backward()
+        got = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        module(x, given)[0].square().mean().backward()
+        for a, p in zip(got, module.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, rtol=1e-12, atol=1e-12)
+    results.put(rank)
+
+
+@pytest.mark.check
+def test_distributed_data_parallel(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes.run(_train_in_two_processes, tmp_path / "rendezvous", results)
+    assert {results.get(timeout=10), results.get(timeout=10)} == {0, 1}
