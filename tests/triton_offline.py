@@ -342,7 +342,7 @@ def _amd(variant: Variant, assembly: str) -> Report:
 
 
 def rows_read(variant: Variant) -> int:
-    """Rows of streams for which the code of a variant has a load: its time loops are unrolled by so many steps, and
+    """Rows of streams for which the code of a variant has a load: its time loops are unrolled over a tile or word, and
     twice, for whole tiles or words and for the last.
     """
     streams, tile = len(variant.streams), variant.tile

@@ -234,7 +234,7 @@ class Call:
         return maps
 
     def _fold(self, scan: Scan, maps: Maps, count: int, per_group: int) -> tuple[int, Maps]:
-        """The maps of groups of segments, of which each sequence has `count`; and how many groups it has."""
+        """How many groups of segments a sequence has, and their maps. `count` is its number of segments."""
         groups = 1 if per_group >= count else ceil_div(count, per_group)
         folded = self.maps(self.sequences * groups)
         walk = Walk(encode(groups), encode(per_group), encode(0))
