@@ -92,11 +92,12 @@ class Reads(NamedTuple):
 _REGISTERS = {
     "forward": ((168, 255), (None, None)),
     "summarize": ((255, 255), (255, 255)),
-    "summarize_adjoint": ((None, None), (168, None)),
+    "summarize_adjoint": ((None, 208), (168, None)),
     "fold": ((255, 255), (255, 255)),
-    "backward": ((168, 255), (168, 255)),
+    "backward": ((168, 208), (168, 208)),
 }
 _REGISTERS_OF_ENCODING = (112, None)  # `summarize` with codes and without inputs per channel
+_REGISTERS_OF_PULLING = (None, None)  # `summarize_adjoint` with neither codes nor inputs per channel
 _REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision
 
 
@@ -108,6 +109,8 @@ def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> d
     limits = _REGISTERS[kernel][reads.codes]
     if kernel == "summarize" and reads.codes and reads.per_channel == 0:
         limits = _REGISTERS_OF_ENCODING
+    if kernel == "summarize_adjoint" and not reads.codes and reads.per_channel == 0:
+        limits = _REGISTERS_OF_PULLING
     limit = limits[not reads.is_single]
     if kernel == "backward" and reads.is_half:
         limit = _REGISTERS_OF_TWO_TILES
