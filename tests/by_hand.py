@@ -30,6 +30,6 @@ def assert_values(result: Tensor, *expected: complex) -> None:
     )
 
 
-# Write where |c| >= |b|: a +, a tie that writes -, a hold, a tie of zeros that writes +, a hold, a -, a hold.
+# A step writes where |c| >= |b|. These write +, write - at a tie, hold, write + at a tie of zeros, hold, write -, hold.
 C = column(3, -2, 1, 0, 0.5, -4, 0)
 B = column(1, 2, 2, 0, -1, 1, 3)

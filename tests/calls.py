@@ -22,7 +22,7 @@ SEGMENTS = st.sampled_from([0, 64])
 
 @st.composite
 def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> inputs.Case:
-    """A case of any cell with any value of each factor: sizes up to `largest`, any epsilon. `fixed` sets factors."""
+    """A case of any cell: sizes up to `largest`, any epsilon, any value of each factor that `fixed` does not set."""
     cell = cell or draw(st.sampled_from(CELLS))
     factors = {name: st.sampled_from(values) for name, values in inputs.CELLS[cell].factors.items()}
     factors |= {name: st.sampled_from(values) for name, values in inputs.COMMON_FACTORS.items()}
@@ -53,7 +53,7 @@ def op_of(cell: str, backend: str):
 
 
 def run(call: inputs.Call, op, device: torch.device) -> dict[str, torch.Tensor]:
-    """Results of a call under their names and its gradients under the arguments', on the CPU."""
+    """Results and gradients of a call on the CPU, by name. A gradient has the name of its argument."""
     call = call.to(device)
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     h, final_state = op(**leaves, **call.settings)
@@ -63,7 +63,7 @@ def run(call: inputs.Call, op, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def assert_right(call: inputs.Call, op, device: torch.device) -> None:
-    """The results and every gradient agree with the reference."""
+    """All results and gradients of the call agree with the reference."""
     failed = [result for result in compare.judge(call, run(call, op, device)) if not result.passed]
     assert not failed
 
@@ -77,7 +77,7 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 
 def assert_agree(call: inputs.Call, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Two ways to the same results: equal where the forward pass is exact, elsewhere within the limit."""
+    """Two results are equal where the forward pass is exact, and elsewhere agree within the limit."""
     terms = python_ref.CELLS[call.cell].adjoint(
         **call.tensors, **call.settings, grad_h=call.grad_h, grad_final=call.grad_final, term=abs
     )

@@ -1,4 +1,4 @@
-"""Which backend and device the tests run on, and how long hypothesis looks for examples."""
+"""Options for the backend and device of the tests, and the hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Asserts in these tool modules then show the values that differ, as asserts in tests do.
+# pytest rewrites asserts in these tool modules, so that a failure shows the values that differ.
 pytest.register_assert_rewrite(*(f"tests.{name}" for name in ("by_hand", "calls", "drawn")))
 
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
@@ -19,7 +19,7 @@ settings.register_profile("few", max_examples=6, derandomize=True, **_COMMON)
 settings.register_profile("explore", max_examples=300, **_COMMON)
 settings.load_profile("suite")
 
-# Sizes up to which each backend is tested: (time, channels). Interpreted backends are slow.
+# Largest (time, channels) to test each backend with. Interpreted backends are slow.
 _LARGEST = {"cpu": (300, 80)}
 _LARGEST_INTERPRETED = (150, 20)
 
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if "triton" in _names(config) and config.getoption("device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first import of triton
     if "simt" in _names(config):
         import simt
 
@@ -54,7 +54,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture
 def group_of_one():
-    """A process group of this process alone."""
+    """A process group that contains this process only."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     gc.collect()  # see tests/processes.py

@@ -1,7 +1,8 @@
-"""Half precision in and out of the CPU kernels: every pattern widened, every kind of rounding, with and without a
-processor that flushes subnormals.
+"""Checks of the half-precision conversions in the CPU kernels.
 
-As a program it checks the kernels that ATEN_CPU_CAPABILITY chooses, and prints their instruction set.
+They cover every bit pattern of a 16-bit input, every kind of rounding of an output, and a processor that flushes
+subnormals. Run as a program, this file checks the kernels that ATEN_CPU_CAPABILITY selects and prints their
+instruction set.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor
 import mru_kernels as mk
 from mru_kernels.backends import cpu
 
-_FEW = 2**14  # channels: a call of one thread, whose mode the test sets
+_FEW = 2**14  # channels; so small a call runs in the calling thread, whose mode the test sets
 
 
 @contextmanager
 def flushing(flush: bool):
-    """Have the processor take subnormal numbers for 0, or not."""
+    """Set whether the processor flushes subnormal numbers to 0."""
     assert torch.set_flush_denormal(flush)
     try:
         yield
@@ -29,7 +30,7 @@ def flushing(flush: bool):
 
 
 def _parts(x: Tensor) -> Iterator[Tensor]:
-    """All of `x` in parts: of 1 to 70 elements first, so that vectors are full and not."""
+    """`x` in parts. The first parts have 1 to 70 elements, so that full and partial vectors occur."""
     at = 0
     for size in (*range(1, 71), *[_FEW] * (len(x) // _FEW + 1)):
         yield x[at : at + size]
@@ -37,19 +38,19 @@ def _parts(x: Tensor) -> Iterator[Tensor]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """`x` as a float32 state: an amplitude that is written."""
+    """`x` widened to a float32 state: the kernel writes an amplitude."""
     one = torch.ones(1, 1, len(x), dtype=x.dtype)
     return mk.bmru(one, 0 * one, amplitude=x.view(1, 1, -1), backend="cpu")[1].view(-1)
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float32 state `x` as an output: a state that is held."""
+    """The float32 state `x` narrowed to an output: the kernel holds the initial state."""
     one = torch.ones(1, 1, len(x), dtype=dtype)
     return mk.bmru(0 * one, one, x.view(1, -1), backend="cpu")[0].view(-1)
 
 
 def _to_be_rounded(dtype: torch.dtype) -> Tensor:
-    """Of each two neighbours both, what lies halfway, and what lies next to these; infinities; NaN of any payload."""
+    """Float32 numbers to round: all numbers of `dtype`, halfway points, neighbours of these, infinities and NaN."""
     infinity = torch.tensor([torch.inf], dtype=dtype).view(torch.int16).item()
     values = torch.arange(infinity, dtype=torch.int16).view(dtype).double()
     beyond = 2 * values[-1:] - values[-2:-1]
@@ -69,11 +70,11 @@ def _check_same(what: str, got: Tensor, expected: Tensor) -> None:
 
 
 def check(dtype: torch.dtype, flush: bool) -> None:
-    """Raise where a conversion differs from IEEE 754's."""
+    """Raise where a conversion differs from IEEE 754."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     numbers = _to_be_rounded(dtype)
     smallest = torch.finfo(torch.float32).smallest_normal
-    if flush:  # of float32 subnormals the processor makes 0
+    if flush:  # the processor flushes float32 subnormals to 0
         patterns = patterns[~(patterns.float().abs() < smallest) | (patterns == 0)]
         numbers = numbers[~(numbers.abs() < smallest) | (numbers == 0)]
     wide, narrow = patterns.float(), numbers.to(dtype)

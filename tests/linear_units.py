@@ -11,7 +11,7 @@ gated = pytest.mark.parametrize("cls", [MinGRU, MinLSTM])
 
 
 def make(cls, *sizes, seed=0, dtype=torch.float64, **options):
-    """A module with random initial states."""
+    """A float64 module with random initial states."""
     torch.manual_seed(seed)
     module = cls(*sizes, dtype=dtype, **options)
     for name, parameter in module.named_parameters():

@@ -1,8 +1,8 @@
 """Mutation testing of the Python package: `make mutate MODULES=mru_kernels/checks.py TESTS=tests/test_bad_input.py`.
 
-cosmic-ray changes one operator, comparison, number or keyword in a copy of the repository, and runs the tests. A
-mutant that survives shows what no test notices, or a change without effect: read each. All mutants of the package
-would take days, so a run draws a sample. Files that Triton compiles are left out: planted faults test these.
+cosmic-ray changes one operator, comparison, number or keyword in a copy of the repository and runs the tests. A mutant
+that survives shows a fault that no test detects, or a change without effect, so read each survivor. All mutants of the
+package take days, so a run draws a sample. Files that Triton compiles are excluded; planted faults test these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMES = (
     *("nn", "epsilon", "unit_meta", "unit_bad_input", "unit_tools", "network"),
 )
 TESTS = " ".join(f"tests/test_{name}.py" for name in _NAMES)
-#: Unions of types, which nothing evaluates.
+#: Operator of mutants in unions of types, which are never evaluated.
 WITHOUT_EFFECT = "core/ReplaceBinaryOperator_BitOr_"
 
 CONFIG = """
@@ -41,7 +41,7 @@ name = "local"
 
 
 def draw(session: WorkDB, count: int, seed: int) -> None:
-    """Leave out all mutants but `count`, drawn at random."""
+    """Skip all mutants except `count`, drawn at random."""
     candidates = [
         item.job_id
         for item in session.work_items
@@ -54,7 +54,7 @@ def draw(session: WorkDB, count: int, seed: int) -> None:
 
 
 def report(session: WorkDB) -> bool:
-    """Print the survivors as diffs, and how many mutants there were. Whether none survived."""
+    """Print the survivors as diffs, and the number of mutants. Return whether none survived."""
     outcomes: Counter[str] = Counter()
     for job_id, result in session.results:
         if result.worker_outcome == WorkerOutcome.SKIPPED:

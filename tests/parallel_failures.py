@@ -16,7 +16,7 @@ from tests.parallel_modules import assert_close, halves, halves_of, make_module
 
 
 def _raises(rank: int, failing: int, call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """The failing rank raises its own error, the others one that quotes it."""
+    """The failing rank raises its own error. The other ranks raise an error that quotes it."""
     if rank == failing:
         with pytest.raises(error, match=message):
             call()
@@ -26,7 +26,7 @@ def _raises(rank: int, failing: int, call: Callable[[], Any], error: type[Except
 
 
 def one_rank_fails_before_the_exchange(rank: int) -> None:
-    """All raise, and the next call is in line again; the last rank fails."""
+    """The last rank fails, every rank raises, and the next call of all ranks works."""
     last = dist.get_world_size() - 1
     fails = rank == last
     op, c, state = sequence_parallel(mk.bmru), torch.randn(2, 10, 3), torch.zeros(2, 3)
@@ -46,12 +46,12 @@ def one_rank_fails_before_the_exchange(rank: int) -> None:
     ):
         _raises(rank, last, call, error, message)
         _in_line(rank, op)
-    # Between the scans of a module.
+    # The last rank fails between the scans of a module.
     if fails:
         module._output = lambda *_: (_ for _ in ()).throw(ValueError("no output"))
     _raises(rank, last, lambda: parallel(c), ValueError, "no output")
     _in_line(rank, op)
-    # Within a scan: only this piece's length is wrong.
+    # The last rank fails within a scan: only its own threshold has the wrong length.
     error, message = (ValueError, "threshold: expected") if fails else (RuntimeError, f"rank {last} of the group")
     with pytest.raises(error, match=message):
         op(c, c[:, : 9 if fails else 10])
@@ -61,21 +61,21 @@ def one_rank_fails_before_the_exchange(rank: int) -> None:
 
 
 def _initial_state_is_wrong_everywhere(op: Callable[..., Any]) -> None:
-    """Also where a piece is empty, and where the state would broadcast."""
+    """A wrong initial state raises on every rank, also with an empty segment and where it would broadcast."""
     for wrong in (torch.zeros(1, 3), torch.zeros(2, 3, 1)):
         with pytest.raises(ValueError, match="initial_state: expected"):
             op(torch.randn(2, 0, 3), torch.randn(2, 0, 3), wrong)
 
 
 def _in_line(rank: int, op: Callable[..., Any]) -> None:
-    """Ranks make the same call: each writes a 1 that the next one holds."""
+    """All ranks make the same call: rank 0 writes a 1, and the other ranks hold it."""
     c = torch.full((1, 2, 1), 1.0 if rank == 0 else 0.0)
     h, _ = op(c, torch.full((1, 2, 1), 0.5))
     assert bool((h == 1.0).all())
 
 
 def one_rank_makes_another_call(rank: int) -> None:
-    """Both calls are named on every rank, and the next call is in line again."""
+    """The error on every rank names both calls, and the next call of all ranks works."""
     other = rank == dist.get_world_size() - 1
     c, one = torch.randn(2, 10, 3), torch.ones(3)
     ops = {op: sequence_parallel(op) for op in (mk.bmru, mk.schmitt, mk.linear_recurrence)}
@@ -111,7 +111,7 @@ def one_rank_makes_another_call(rank: int) -> None:
 
 
 def _one_rank_skips_the_backward_pass(skips: bool) -> None:
-    op = sequence_parallel(mk.bmru, dist.new_group())  # which stays out of line
+    op = sequence_parallel(mk.bmru, dist.new_group())  # the ranks of this group stay out of line
     c = torch.randn(2, 10, 3, requires_grad=True)
     h, _ = op(c, c)
     with pytest.raises(RuntimeError, match=r"rank 0 of the group has backward pass of call 1, .*; rank . has call 2"):
@@ -122,7 +122,7 @@ def _one_rank_skips_the_backward_pass(skips: bool) -> None:
 
 
 def two_threads(rank: int) -> None:
-    """A second thread is refused by name while one is in a call, and leaves that call alone."""
+    """A second thread raises while another is in a call, and does not disturb that call."""
     module = make_module("BMRU")
     parallel = sequence_parallel(module, dist.new_group())
     x, half = halves(rank)
@@ -145,7 +145,7 @@ def two_threads(rank: int) -> None:
     hook.remove()
     assert [*module.state_dict()] == [*make_module("BMRU").state_dict()]
     assert "expected one thread at a time in a group" in str(refused.pop())
-    if rank == 1:  # a call that is refused on one rank alone leaves the ranks out of line
+    if rank == 1:  # a call that one rank alone refuses leaves the ranks out of line
         hook = module.register_forward_pre_hook(run_another)
     parallel(half)
     hook.remove()

@@ -61,7 +61,7 @@ def _one_module(rank: int, name: str) -> None:
 
 
 def two_dimensional_mesh(rank: int) -> None:
-    """A batch over the rows of a 2 by 2 mesh, time over its columns."""
+    """The rows of a 2 by 2 mesh split the batch, its columns split time."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "time"))
     torch.manual_seed(1)
     x = torch.randn(4, 60, 5, dtype=torch.float64)
@@ -71,13 +71,13 @@ def two_dimensional_mesh(rank: int) -> None:
     ddp = torch.nn.parallel.DistributedDataParallel(parallel, process_group=mesh["batch"].get_group())
     row, column = mesh.get_coordinate()
     output, _ = ddp(x[2 * row : 2 * row + 2, 30 * column : 30 * column + 30])
-    (output.square().sum() / (2 * 60 * 8)).backward()  # the mean over this row of the mesh
+    (output.square().sum() / (2 * 60 * 8)).backward()  # this row's share of the mean
     for one, other in zip(module.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
 def sharded_parameters(rank: int) -> None:
-    """Parameters in shards (FSDP2) over the rows of the mesh, time over its columns; networks without a cut of time."""
+    """FSDP2 shards parameters over the rows of the mesh, and the columns split time. Networks do not split time."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "time"))
     row, column = mesh.get_coordinate()
     torch.manual_seed(1)
@@ -109,7 +109,7 @@ def sharded_parameters(rank: int) -> None:
 
 
 class _Saves(TorchDispatchMode):
-    """Whether each scan saved what a backward pass needs."""
+    """Records whether each scan saves tensors for the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _Saves(TorchDispatchMode):
 
 
 def halves(rank: int) -> tuple[Tensor, Tensor]:
-    """An input and this rank's half of it."""
+    """An input [3, 40, 5] and the half of its steps that belongs to this rank."""
     x = torch.randn(3, 40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return x, x[:, 20 * rank : 20 * rank + 20]
 
@@ -156,7 +156,7 @@ def _gradients(module: torch.nn.Module, outputs: tuple[Tensor, Tensor]) -> list[
 
 
 def _counted(buckets, bucket):
-    """Gradients as they are, for DistributedDataParallel in a group of one."""
+    """A communication hook of DistributedDataParallel that returns the gradients unchanged and records the call."""
     buckets.append(bucket.index())
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
@@ -164,7 +164,7 @@ def _counted(buckets, bucket):
 
 
 def compiled_and_wrapped(rank: int) -> None:
-    """Compiled modules, those in DistributedDataParallel and those with hooks give what the module gives alone."""
+    """Compiled modules, modules in DistributedDataParallel and modules with hooks equal the plain module."""
     x, half = halves(rank)
     module = make_module("BMRU")
     whole = module(x)
@@ -196,14 +196,14 @@ def compiled_and_wrapped(rank: int) -> None:
     op = sequence_parallel(mk.bmru)
     for compiled in (torch.compile(op, backend="eager"), torch.compile(lambda c, b: op(c, b), backend="eager")):
         assert_close(compiled(half, half.sin()), op(half, half.sin()))
-    torch.compiler.reset()  # what ran in pieces is not compiled again
+    torch.compiler.reset()  # compile anew, without the graphs that broke at an exchange
     for call, arguments in ((parallel, [half]), (op, [half, half])):
         with pytest.raises(RuntimeError, match="sequence_parallel: ranks exchange tensors"):
             torch.compile(call, backend="eager", fullgraph=True)(*arguments)
 
 
 def reparametrised(rank: int) -> None:
-    """Modules that compute a parameter from others."""
+    """Modules that compute a parameter from other parameters equal one process."""
     x, half = halves(rank)
     names = torch.nn.utils
     for change in (
@@ -214,7 +214,7 @@ def reparametrised(rank: int) -> None:
         lambda m: names.weight_norm(m, "weight_ih_l0"),
     ):
         torch.manual_seed(3)
-        module = change(make_module("BMRU")).eval()  # power iterations would go on in each call
+        module = change(make_module("BMRU")).eval()  # in training mode each call would run a power iteration
         whole = module(x)
         outputs = sequence_parallel(module)(half)
         assert_close(outputs, halves_of(whole, rank))
@@ -223,7 +223,7 @@ def reparametrised(rank: int) -> None:
 
 
 def copies(rank: int) -> None:
-    """Copies share the group and no parameters; attributes of the module are read and set through the wrapper."""
+    """Copies share the group but no parameters. The wrapper reads and sets attributes of its module."""
     x, half = halves(rank)
     parallel = sequence_parallel(make_module("BMRU"))
     averaged = torch.optim.swa_utils.AveragedModel(parallel)

@@ -14,8 +14,8 @@ import mru_kernels as mk
 from bench import compare, errors, inputs
 from mru_kernels.distributed import sequence_parallel
 
-#: Steps of each rank's piece, by the number of ranks.
-PIECES = {1: [(130,)], 2: [(65, 65), (0, 130)], 3: [(100, 1, 29), (0, 0, 130)], 4: [(31, 0, 64, 35)]}
+#: Steps of each rank's segment, by the number of ranks.
+SEGMENTS = {1: [(130,)], 2: [(65, 65), (0, 130)], 3: [(100, 1, 29), (0, 0, 130)], 4: [(31, 0, 64, 35)]}
 
 CASES = [
     ("bmru", torch.float32, {"epsilon": 0.0, "amplitude": True, "alpha": True, "initial_state": "real"}),
@@ -31,20 +31,20 @@ CASES = [
 ]
 
 
-def _piece(t: Tensor, spans: list[int], rank: int) -> Tensor:
+def _segment(t: Tensor, spans: list[int], rank: int) -> Tensor:
     return t[:, spans[rank] : spans[rank + 1]]
 
 
 def _gathered(t: Tensor, times: tuple[int, ...]) -> Tensor:
-    """The pieces of all ranks, side by side."""
+    """The segments of all ranks, joined over time."""
     real = torch.view_as_real(t) if t.is_complex() else t
-    pieces = [real.new_empty((real.shape[0], n, *real.shape[2:])) for n in times]
-    # Broadcasts, as gloo gathers equal sizes only.
-    for rank, piece in enumerate(pieces):
+    segments = [real.new_empty((real.shape[0], n, *real.shape[2:])) for n in times]
+    # gloo gathers tensors of equal sizes only, so each rank broadcasts its segment.
+    for rank, segment in enumerate(segments):
         if rank == dist.get_rank():
-            piece.copy_(real)
-        dist.broadcast(piece, rank)
-    whole = torch.cat(pieces, 1)
+            segment.copy_(real)
+        dist.broadcast(segment, rank)
+    whole = torch.cat(segments, 1)
     return torch.view_as_complex(whole) if t.is_complex() else whole
 
 
@@ -55,13 +55,13 @@ def _summed(t: Tensor) -> Tensor:
 
 
 def _results(call: inputs.Call, times: tuple[int, ...]) -> dict[str, Tensor]:
-    """Results and gradients of the whole, from the pieces of all ranks."""
+    """Results and gradients of the whole sequence, joined from the segments of all ranks."""
     rank, spans = dist.get_rank(), list(accumulate(times, initial=0))
-    leaves = {name: _piece(t, spans, rank) if t.dim() == 3 else t for name, t in call.tensors.items()}
+    leaves = {name: _segment(t, spans, rank) if t.dim() == 3 else t for name, t in call.tensors.items()}
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
     h, final = sequence_parallel(getattr(mk, call.cell))(**leaves, **call.settings)
     share = call.grad_final if rank == 0 else torch.zeros_like(call.grad_final)
-    grads = torch.autograd.grad((h, final), list(leaves.values()), (_piece(call.grad_h, spans, rank), share))
+    grads = torch.autograd.grad((h, final), list(leaves.values()), (_segment(call.grad_h, spans, rank), share))
     results = {"h": _gathered(h.detach(), times), "final_state": final.detach()}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         results[name] = _gathered(grad, times) if leaf.dim() == 3 else _summed(grad)
@@ -72,7 +72,7 @@ def every_case(rank: int) -> None:
     count = dist.get_world_size()
     for i, (cell, dtype, options) in enumerate(CASES):
         call = inputs.case(cell, dtype, seed=i, time=130, channels=5, **options).build()
-        for times in PIECES[count]:
+        for times in SEGMENTS[count]:
             first, again = _results(call, times), _results(call, times)
             failed = [r for r in compare.judge(call, first) if not r.passed]
             assert not failed, (cell, options, times, failed)
@@ -80,9 +80,9 @@ def every_case(rank: int) -> None:
                 assert errors.same_values(result, again[name]), (cell, options, name)
 
 
-THIRD = 70  # steps of one of three pieces
+THIRD = 70  # steps of each of three segments
 
-#: What channel 0 has in the three pieces in scan order: decay, update (None: random); and its initial state.
+#: Decay and update (None: random) of channel 0 in three segments, in scan order, and its initial state.
 RECURRENCES = {
     "a factor overflows": ((4, 4, 4), (0, 0, 1e-30), 0.0),
     "at the first boundary alone": ((4, 0.5, 0.5), (0, 0, 0), 0.0),
@@ -95,14 +95,14 @@ RECURRENCES = {
     "zeros": ((0.5, 0, 0.5), (None, None, None), math.inf),
 }
 
-#: Epsilon, the initial state and the gradient of the final state in channel 0, which has no other gradient.
+#: Epsilon, initial state of channel 0 and gradient of its final state. Channel 0 has no gradient of h.
 UNITS = [(0.0, math.inf, 1.0), (0.0, math.nan, 1.0), (0.5, math.inf, 1.0), (0.125, 1e30, 1e30), (0.125, 1.0, math.inf)]
 
 
 def _recurrence(name: str, dtype: torch.dtype, **options: Any) -> inputs.Call:
     decays, updates, state = RECURRENCES[name]
     call = inputs.case("linear_recurrence", dtype, time=3 * THIRD, channels=3, initial_state="real", **options).build()
-    power = 8 if dtype == torch.float64 else 1  # its range is 8 times that of float32
+    power = 8 if dtype == torch.float64 else 1  # its exponents reach 8 times as far as those of float32
     call.tensors["initial_state"] = call.tensors["initial_state"].to(errors.state_dtype(dtype))
     call.tensors["initial_state"][:, 0] = state**power
     for i, (decay, update) in enumerate(zip(decays, updates, strict=True)):
@@ -125,7 +125,7 @@ def _unit(cell: str, epsilon: float, state: float, grad: float, **options: Any) 
 
 
 def out_of_range(rank: int) -> None:
-    """Pieces of time equal one process, also where composed states leave the range of their dtype."""
+    """Segments in several processes equal one process, also where composed states leave the range of their dtype."""
     every = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
     packed = {"batch": "packed", "reverse": True}
     for options, dtypes in (({"batch": 2}, every), (packed, (torch.float32, torch.complex64))):
@@ -136,18 +136,18 @@ def out_of_range(rank: int) -> None:
 
 
 def large_states(rank: int) -> None:
-    """The factor of a piece is exact enough for a state much larger than what the piece writes."""
+    """The factor of a segment is exact enough for a state much larger than the values the segment writes."""
     ranks, low, high = dist.get_world_size(), torch.full((2,), 0.2), torch.full((2,), 0.5)
     parallel = sequence_parallel(mk.schmitt)
     state = torch.full((1, 2), 2.0**20)
-    _, final = parallel(torch.ones(1, 1000, 2), low, high, state, epsilon=1.0)  # counts
+    _, final = parallel(torch.ones(1, 1000, 2), low, high, state, epsilon=1.0)  # the state counts the steps
     assert torch.equal(final, state + 1000 * ranks)
     state = torch.full((1, 2), 2.0**45)
     _, final = parallel(torch.ones(1, 40, 2), low, high, state, epsilon=0.5)
     _, whole = mk.schmitt(torch.ones(1, 40 * ranks, 2), low, high, state, epsilon=0.5)
     h, _ = parallel(torch.ones(1, 40, 2), low, high, state, epsilon=0.5)
     h_whole, _ = mk.schmitt(torch.ones(1, 40 * ranks, 2), low, high, state, epsilon=0.5)
-    torch.testing.assert_close(h, _piece(h_whole, [0, 40, 80, 120], rank), rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(h, _segment(h_whole, [0, 40, 80, 120], rank), rtol=2e-6, atol=0.0)
     torch.testing.assert_close(final, whole, rtol=2e-6, atol=0.0)
 
 
@@ -159,7 +159,7 @@ def _equals_the_whole(label: str, call: inputs.Call) -> None:
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(call.stream.dtype, 1e-5)
     for name, result in _results(call, (THIRD, THIRD, THIRD)).items():
         one, other = result, whole[name].detach()
-        if name in leaves and h.isnan().any():  # in channel 0, whose gradients are unspecified
+        if name in leaves and h.isnan().any():  # only channel 0 has NaN, and its gradients are unspecified
             one, other = one[..., 1:], other[..., 1:]
         one, other = (torch.view_as_real(t) if t.is_complex() else t for t in (one, other))
         torch.testing.assert_close(

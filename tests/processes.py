@@ -1,4 +1,4 @@
-"""Several processes in one test, joined in a gloo group, which end or are ended."""
+"""Run a function in several processes of one gloo group, and stop them at a deadline."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from time import monotonic
 import pytest
 import torch
 
-SECONDS = 240  # after which processes are ended
+SECONDS = 240  # deadline for the processes
 
 
 def run(
     function: Callable[..., None], rendezvous: Path, *arguments: object, count: int = 2, timeout: int = 120
 ) -> None:
-    """Run `function(rank, *arguments)` in each process; what one raises is raised, and a hang fails the test.
+    """Run `function(rank, *arguments)` in each process. An exception in a process is raised; a hang fails the test.
 
-    A member of the group waits `timeout` seconds for another.
+    A member of the group waits at most `timeout` seconds for another.
     """
     given = (function, str(rendezvous), count, timeout, arguments)
     context = torch.multiprocessing.spawn(_member, given, nprocs=count, join=False)
@@ -39,7 +39,7 @@ def _member(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
     )
     function(rank, *arguments)
-    # A DistributedDataParallel that outlives the group drops its last reference with the GIL held, which the group's
-    # threads need to end: some runs hang. What the function made goes first.
+    # A DistributedDataParallel that outlives the group drops the last reference to the group with the GIL held. The
+    # threads of the group need the GIL to end, so some runs would hang. Collect such objects first.
     gc.collect()
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Arguments of the private ops `mru::*`, for tests that call these directly: one place that knows their schemas."""
+"""Arguments of the private ops `mru::*`, for tests that call these ops directly. Only this file knows the schemas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from bench import inputs
 from mru_kernels import backends, ops
 
-#: What the schemas of a cell's four ops name, in order.
+#: Argument names in the schemas of a cell's four ops, in order.
 INPUTS = ("inputs", "given", "packed", "numbers")
 FORWARD = (*INPUTS, "initial_state", "cu_seqlens", "reverse", "chunk", "segment", "save")
 BACKWARD = ("grad_h", "grad_final", *FORWARD[:-1], "checkpoints", "events")
@@ -37,9 +37,9 @@ def arguments(
     """Arguments of the forward op by name, in the order of its schema.
 
     Args:
-        arrays: the array inputs that are given, by name; "gates" for those that lie side by side.
-        packed: the names of these.
-        scalars: the cell's scalars, by name.
+        arrays: array inputs by name. "gates" [B, T, k D] contains k streams in one tensor.
+        packed: names of the streams in "gates".
+        scalars: scalars of the cell by name.
     """
     scalars = DEFAULTS | scalars
     order = ["gates", *(i.name for i in cell.inputs)]
@@ -61,12 +61,12 @@ def arguments(
 
 
 def of(names: Sequence[str], given: Mapping[str, Any]) -> list[Any]:
-    """The arguments of these names."""
+    """The values of these arguments, in order."""
     return [given[name] for name in names]
 
 
 def scan(call: inputs.Call, *, gates: bool = False, **options: Any) -> dict[str, Any]:
-    """Arguments of the forward op by name, for a call; with `gates` all streams lie side by side in one tensor."""
+    """Arguments of the forward op for a call, by name. With `gates`, one tensor [B, T, k D] contains all streams."""
     cell = ops.CELLS[call.cell]
     arrays = {i.name: call.tensors[i.name] for i in cell.inputs if i.name in call.tensors}
     packed = [name for name, t in arrays.items() if t.dim() == 3] if gates else []
@@ -79,13 +79,13 @@ def scan(call: inputs.Call, *, gates: bool = False, **options: Any) -> dict[str,
 
 
 def backward(scan: Mapping[str, Any], results: Sequence[Tensor]) -> dict[str, Any]:
-    """Arguments of the backward op: those of the forward op, whose results h and final state stand for gradients."""
+    """Arguments of the backward op. The results h and final state of the forward op serve as gradients."""
     names = ("grad_h", "grad_final", "checkpoints", "events")
     return dict(zip(BACKWARD, of(BACKWARD, {**scan, **dict(zip(names, results, strict=True))}), strict=True))
 
 
 def step(call: inputs.Call) -> dict[str, Any]:
-    """Arguments of the step op: the first step of a call."""
+    """Arguments of the step op, for the first step of a call."""
     named = scan(call)
     rows = [t[:, 0] if t.dim() == 3 else t for t in named["inputs"]]
     state = named["initial_state"]
@@ -94,18 +94,18 @@ def step(call: inputs.Call) -> dict[str, Any]:
 
 
 def run(op: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> Any:
-    """Call an op with arguments by name."""
+    """Call an op with arguments that are given by name."""
     return op(*(arguments[argument.name] for argument in op._schema.arguments))
 
 
 def tensors_of(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that gradients are taken for, in the order of the backward op's results."""
+    """The tensors that have gradients, in the order of the backward op's results."""
     arrays = [t for t in arguments["inputs"] if t.dim() > 0]
     return arrays if arguments["initial_state"] is None else [*arrays, arguments["initial_state"]]
 
 
 def with_tensors(arguments: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """The arguments with other tensors for those of `tensors_of`."""
+    """The arguments, with `tensors` in the order of `tensors_of`."""
     left = iter(tensors)
     inputs = [next(left) if t.dim() > 0 else t for t in arguments["inputs"]]
     state = None if arguments["initial_state"] is None else next(left)

@@ -43,8 +43,8 @@ def test_select_takes_one_branch_and_has_the_gradients_of_the_formula():
 
 
 # With k = 1/pi the slopes are 1/(pi (1 + x^2)), so pi times the gradients of c and b are rational.
-# c = (2, 1, -3), b = (1, 2, 1): write +, hold, write -; |c| - |b| = (1, -1, 2), slopes of the gate 1/2, 1/2,
-# 1/5, of the sign twice 1/5, 1/2, 1/10. s_0 = 5, G = (1, 1, 1), F = 0.
+# c = (2, 1, -3), b = (1, 2, 1): the steps write +, hold, write -. |c| - |b| = (1, -1, 2). Pi times the slopes of the
+# gate: 1/2, 1/2, 1/5. Pi times the slopes of the sign: twice 1/5, 1/2, 1/10. s_0 = 5, G = (1, 1, 1), F = 0.
 BY_HAND = {
     # a = (1, 1, 1)   lambda = (3, 2, 1)   s = (6, 6, 5)   dz = lambda v = (3, 2, -1)
     1: {"c": (27 / 10, 1, 2 / 5), "b": (-3 / 2, -1, 1 / 5), "m": (3, 0, -1), "alpha": 17, "s": 3},
@@ -92,7 +92,7 @@ def test_the_sign_of_the_threshold_and_zeros_have_the_slopes_of_abs():
 
 
 def forms(cell: str) -> list[dict]:
-    """Options of a cell: every optional input, each form of the others, and every value of epsilon."""
+    """Options of a cell: all optional inputs, every combination of the other factors, several values of epsilon."""
     factors = python_ref.CELLS[cell].factors
     values = {name: (True,) if set(x) == {False, True} else x for name, x in factors.items() if name != "writes"}
     values |= {"surrogate_scale": (1.5,), "epsilon": (0.0, 0.3, 1.0)}
@@ -132,7 +132,7 @@ def test_adjoint_equals_autograd(cell, dtype, form, batch, reverse):
 
 
 def test_absolute_terms_by_hand():
-    # As above with epsilon 1, s_0 = -5, G = (1, -1, 1): |s| adds up to (6, 6, 7), |lambda| to (3, 2, 1).
+    # As in BY_HAND, with epsilon 1, s_0 = -5, G = (1, -1, 1). The terms of s sum to (6, 6, 7), of lambda to (3, 2, 1).
     c, b, m, s, alpha = column(2, 1, -3), column(1, 2, 1), column(1, 1, 1), state(-5), torch.ones(1).double()
     terms = python_ref.bmru.adjoint(
         candidate=c, threshold=b, initial_state=s, epsilon=1, alpha=-alpha, amplitude=m, surrogate_scale=1 / math.pi,
@@ -162,14 +162,14 @@ def test_absolute_terms_bound_the_values(cell, dtype, form, batch):
     values, terms = adjoint(**given), adjoint(**given, term=abs)
     for name, value in values.items():
         assert (terms[name] >= value.abs() * (1 - 1e-12)).all(), name
-    if form.get("epsilon") == 0:  # a state sums nothing
+    if form.get("epsilon") == 0:  # the state is a selected value, not a sum
         assert errors.same_values(terms["h"], values["h"].abs())
         assert errors.same_values(terms["final_state"], values["final_state"].abs())
 
 
 # ------------------------------------------------------------------------------------------------ other outputs
 
-#: A cell whose output is not linear in its state.
+#: A cell whose output is not a linear function of its state.
 SQUASHED = replace(
     python_ref.linear_recurrence,
     output=lambda s, **_: s.tanh(),
@@ -194,7 +194,7 @@ def test_the_adjoint_of_an_output_that_is_not_the_state():
 
 
 def test_the_terms_of_an_output_that_is_not_the_state():
-    """To first order: |h| at least, and the slope at the state times the terms of the state."""
+    """The terms of h are |h| plus the slope at the state times the terms of the state beyond |s|."""
     call = squashed_call(torch.float32)
     given = {**call.tensors, **call.settings, "grad_h": call.grad_h, "grad_final": call.grad_final}
     values, terms = SQUASHED.adjoint(**given), SQUASHED.adjoint(**given, term=abs)

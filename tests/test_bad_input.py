@@ -24,7 +24,7 @@ B, T, D = 2, 5, 3
 
 
 def good(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", batch: int = B) -> dict[str, Any]:
-    """Arguments of `mk.bmru` that are all as they should be."""
+    """Valid arguments of `mk.bmru`."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -44,7 +44,7 @@ def good(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 
 
 def call(arguments: dict[str, Any], backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mk.bmru`; every tensor given to it must be as before, whether or not it raises."""
+    """Call `mk.bmru`, and check that it changes no tensor of its arguments, whether or not it raises."""
     arguments = {"backend": backend} | arguments
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     before = {name: (t.clone(), t._version) for name, t in tensors.items()}
@@ -54,7 +54,7 @@ def call(arguments: dict[str, Any], backend: str | None = None) -> tuple[torch.T
         for name, t in tensors.items():
             value, version = before[name]
             assert t._version == version
-            assert t.is_meta or errors.same_values(t, value), f"{name} was written to"
+            assert t.is_meta or errors.same_values(t, value), f"{name} was changed"
 
 
 def offsets(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -65,7 +65,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     return torch.ones(shape, dtype=dtype, device=device)
 
 
-# (argument, what it is set to, error, what the message says of what was expected and what came)
+# (argument, bad value, error, pattern of the message after "argument: expected")
 BAD = [
     ("candidate", None, TypeError, "tensor.*NoneType"),
     ("candidate", [[[1.0]]], TypeError, "tensor.*list"),
@@ -146,7 +146,7 @@ BAD = [
     ("backend", 3, TypeError, "got int"),
     ("backend", ["cpu"], TypeError, "got list"),
 ]
-# The same, with streams of batch 1 and no initial state.
+# The same rows, for streams of batch 1 without an initial state.
 BAD_OFFSETS = [
     ("cu_seqlens", [0, T], TypeError, "tensor.*list"),
     ("cu_seqlens", offsets(), ValueError, "at least one offset.*none"),
@@ -180,7 +180,7 @@ def test_message_names_the_offsets(argument, value, error, message):
         call(good(batch=1) | {"initial_state": None, argument: value})
 
 
-def test_initial_state_has_one_row_a_packed_sequence():
+def test_initial_state_has_one_row_per_packed_sequence():
     with pytest.raises(ValueError, match=r"^initial_state: expected shape \[2, 3\].*got \[1, 3\]"):
         call(good(batch=1) | {"cu_seqlens": offsets(0, 2, T)})
 
@@ -216,7 +216,7 @@ def test_backend_that_cannot_run_the_call_gives_its_reason():
             call(good(), backend=name)
 
 
-def test_backend_that_takes_no_such_chunks_gives_its_reason(backend, device):
+def test_backend_without_a_chunk_size_gives_its_reason(backend, device):
     least, most = backends.TABLE[backend].module.CHUNK_SIZES
     for size in {16, 2 * most} - {least}:
         with pytest.raises(
@@ -235,7 +235,7 @@ def test_second_derivative_raises(backend, device):
     for grad in first:
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(grad.sum(), leaves, retain_graph=True)
-    # ... also where only the incoming gradient depends on something.
+    # It also raises where only the incoming gradient requires grad.
     weight = torch.ones_like(h, requires_grad=True)
     (grad,) = torch.autograd.grad(h, leaves[:1], grad_outputs=weight, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -271,14 +271,14 @@ def test_step_names_the_argument(name, value):
 
 @pytest.mark.parametrize("name", ["threshold", "state", "amplitude"])
 @pytest.mark.parametrize("shape", [(B, D + 1), (B + 1, D), (1, D)], ids=str)
-def test_step_names_the_argument_of_another_shape_than_the_candidate(name, shape):
+def test_step_names_the_argument_whose_shape_differs_from_the_candidate(name, shape):
     with pytest.raises(ValueError, match=f"^{name}: expected.*shape"):
         mk.bmru_step(**step_arguments() | {name: ones(*shape)})
 
 
 @pytest.mark.parametrize("threshold", [ones(B, D), ones(D)], ids=["stream", "channel"])
-def test_step_does_not_take_one_argument_for_another(threshold):
-    """The kernels get them without their names."""
+def test_step_does_not_confuse_its_arguments(threshold):
+    """The raw op gets its inputs without names, so a wrong rank must not shift them."""
     arguments = step_arguments() | {"threshold": threshold}
     with pytest.raises(ValueError, match=r"^amplitude: expected 2 dimensions"):
         mk.bmru_step(**arguments | {"amplitude": ones(D)})
@@ -349,7 +349,7 @@ def test_message_names_the_argument_of_a_linear_recurrence(argument, value, erro
 
 
 @pytest.mark.parametrize("name", ["decay", "initial_state"])
-def test_a_complex_linear_recurrence_takes_nothing_real(name):
+def test_a_complex_linear_recurrence_refuses_real_inputs(name):
     arguments = {"update": ones(B, T, D), "decay": ones(D), "initial_state": ones(B, D)}
     arguments = {key: value.to(torch.complex64) for key, value in arguments.items()}
     mk.linear_recurrence(**arguments)
@@ -387,7 +387,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.fl
 
 @st.composite
 def anything(draw) -> Any:
-    """A value that any argument might be given."""
+    """A value that a user might pass for any argument."""
     kind = draw(st.sampled_from(["none", "number", "text", "tensor", "tensor", "tensor", "offsets"]))
     if kind == "none":
         return None
@@ -412,9 +412,9 @@ def anything(draw) -> Any:
 def test_fuzzed_arguments_raise_or_give_the_right_numbers(backend, device, dtype, batch, missing, changes):
     arguments = good(dtype, batch=batch) | dict.fromkeys(missing) | changes
     there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    there["epsilon"] = arguments["epsilon"]  # on the CPU, where it belongs
+    there["epsilon"] = arguments["epsilon"]  # epsilon stays on the CPU
     try:
-        with patch.object(checks, "_CHECK", True):  # offsets on a device too
+        with patch.object(checks, "_CHECK", True):  # checks offsets on a device too
             h, final = (t.cpu() for t in call(there, backend))
     except (TypeError, ValueError) as error:
         if str(error).split(":")[0] not in arguments:

@@ -30,7 +30,7 @@ STREAMS = ("candidate", "threshold")
 
 
 def good_call(device: torch.device, **changes: Any) -> dict[str, Any]:
-    """Arguments of the forward op that are all as they should be; checkpoints and write codes are saved."""
+    """Valid arguments of the forward op, which saves checkpoints and write codes."""
     arrays = {name: torch.randn(B, 150, D, device=device) for name in STREAMS} | {"alpha": ones(D).to(device)}
     state = torch.randn(B, D, device=device)
     named = raw.arguments(CELL, arrays | changes.pop("arrays", {}), initial_state=state, segment=64, epsilon=0.5)
@@ -46,7 +46,7 @@ def backward(named: dict[str, Any], backend: str = "cpu") -> list[torch.Tensor]:
 
 
 def with_results(named: dict[str, Any], backend: str = "cpu") -> dict[str, Any]:
-    """Arguments of the backward op."""
+    """Valid arguments of the backward op, from the results of the forward op."""
     h, final, checkpoints, events = forward(named, backend)
     return named | {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
 
@@ -121,13 +121,13 @@ def test_raw_op_checks_its_numbers(backend, device, name, value):
         forward(named, backend)
     with FakeTensorMode() as mode:
         fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, named)
-        if name != "epsilon":  # a fake one has no value
+        if name != "epsilon":  # a fake tensor has no value to check
             with pytest.raises((RuntimeError, ValueError), match=name):
                 forward(fakes, backend)
 
 
 def test_the_longest_chunk_and_segment(backend, device):
-    """They are taken, and change only how much is saved."""
+    """The largest chunk and segment sizes are valid and do not change the results."""
     _, most = backends.TABLE[backend].module.CHUNK_SIZES
     named = good_call(device, segment=2**60, chunk=most)
     expected, *_ = forward(named | {"segment": 0}, backend)
@@ -166,7 +166,7 @@ def test_raw_backward_of_a_cpp_backend_checks_dtypes(name, dtype):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is reset by way of /proc")
-def test_many_sequences_without_channels_take_no_memory():
+def test_many_sequences_without_channels_need_no_memory():
     def resident_kib(which: str) -> int:
         return int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
@@ -180,9 +180,9 @@ def test_many_sequences_without_channels_take_no_memory():
 
 # ------------------------------------------------------------------------------------------------ out of memory
 
-BEYOND = (1, 20, 2**45)  # a stream of one element, whose results no machine has the memory for
-CPU_WORDS = "DefaultCPUAllocator: can't allocate memory: you tried to allocate [0-9]+ bytes"
-CUDA_WORDS = "CUDA out of memory. Tried to allocate 20.00 GiB."
+BEYOND = (1, 20, 2**45)  # [B, T, D] of an expanded element; no machine has memory for its results
+CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory: you tried to allocate [0-9]+ bytes"
+CUDA_MESSAGE = "CUDA out of memory. Tried to allocate 20.00 GiB."
 
 
 def _forward_beyond_memory(_monkeypatch):
@@ -210,14 +210,14 @@ def _module_beyond_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("call", [_forward_beyond_memory, _backward_beyond_memory, _module_beyond_memory])
-def test_out_of_memory_in_the_words_of_torch(monkeypatch, call):
-    with pytest.raises(RuntimeError, match=CPU_WORDS):
+def test_out_of_memory_has_the_message_of_torch(monkeypatch, call):
+    with pytest.raises(RuntimeError, match=CPU_MESSAGE):
         call(monkeypatch)
 
 
 @pytest.mark.parametrize("call", [_forward_beyond_memory, _backward_beyond_memory])
-def test_out_of_memory_before_torch_hands_on_its_words(monkeypatch, call):
-    """Before torch 2.13 its stable ABI tells only that an allocation failed."""
+def test_out_of_memory_where_torch_hides_its_message(monkeypatch, call):
+    """Before torch 2.13, its stable ABI reports that an allocation failed, without the message."""
 
     def fail(*_):
         raise cause
@@ -226,19 +226,19 @@ def test_out_of_memory_before_torch_hands_on_its_words(monkeypatch, call):
     monkeypatch.setitem(CELL.backward, "cpu", fail)
     if call is _forward_beyond_memory:
         monkeypatch.setitem(CELL.forward, "cpu", fail)
-    with pytest.raises(RuntimeError, match=CPU_WORDS) as caught:
+    with pytest.raises(RuntimeError, match=CPU_MESSAGE) as caught:
         call(monkeypatch)
     assert caught.value.__cause__ is cause
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_out_of_memory_on_a_device_has_the_type_of_torch(monkeypatch, pass_):
-    """A C++ kernel raises its words as a RuntimeError."""
+    """A C++ kernel raises the message as a RuntimeError; the package raises torch.OutOfMemoryError from it."""
 
     def fail(*_):
         raise cause
 
-    cause = RuntimeError(CUDA_WORDS)
+    cause = RuntimeError(CUDA_MESSAGE)
     monkeypatch.setitem(getattr(CELL, pass_), "cpu", fail)
     candidate = torch.zeros(1, 2, 3, requires_grad=True)
 
@@ -246,7 +246,7 @@ def test_out_of_memory_on_a_device_has_the_type_of_torch(monkeypatch, pass_):
         h, _ = mk.bmru(candidate, candidate)
         h.sum().backward()
 
-    with pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(CUDA_WORDS)}$") as caught:
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{re.escape(CUDA_MESSAGE)}$") as caught:
         step()
     assert caught.value.__cause__ is cause
 
@@ -254,8 +254,8 @@ def test_out_of_memory_on_a_device_has_the_type_of_torch(monkeypatch, pass_):
 # ------------------------------------------------------------------------------------------------ the extension
 
 
-def test_the_extension_takes_the_standard_library_from_libstdcxx_alone():
-    """A symbol without a version is one that the linker found elsewhere, as in torch's libraries."""
+def test_the_extension_links_the_standard_library_from_libstdcxx_only():
+    """A symbol without a version comes from another library, for example one of torch's."""
     (library,) = Path(mk.__file__).parent.glob("_C.*")
     listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     names = [name for name in listed.stdout.split() if re.match("_Z(N|NK|NKR|TV|TI|TS)?S[ta-z]", name)]

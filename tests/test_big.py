@@ -1,4 +1,4 @@
-"""A buffer of more than 2^31 elements, where 32-bit offsets would wrap."""
+"""Streams of more than 2^31 elements, where 32-bit offsets would wrap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mru_kernels as mk
 
 CHANNELS = 4096
 TIME = 2**31 // CHANNELS + 100
-NEEDED = 12 * 2**30  # two streams of 4 GiB, with room
+NEEDED = 12 * 2**30  # bytes: two streams of 4 GiB, and some room
 
 
 def free_memory(device: torch.device) -> int:
@@ -26,10 +26,10 @@ def free_memory(device: torch.device) -> int:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_than_2_to_the_31_elements(backend, device, reverse):
     if free_memory(device) < NEEDED:
-        pytest.skip(f"needs {NEEDED / 2**30:.0f} GiB of free memory, {free_memory(device) / 2**30:.0f} are")
+        pytest.skip(f"needs {NEEDED / 2**30:.0f} GiB of free memory, got {free_memory(device) / 2**30:.0f}")
     candidate = torch.zeros(1, TIME, CHANNELS, dtype=torch.bfloat16, device=device)
     assert candidate.numel() > 2**31
-    tail = slice(TIME - 150, TIME)  # holds element 2^31
+    tail = slice(TIME - 150, TIME)  # contains element 2^31
     generator = torch.Generator().manual_seed(0)
     candidate[:, tail] = torch.randn(1, 150, CHANNELS, generator=generator).to(device, torch.bfloat16)
     candidate[:, :1] = -1.0
@@ -37,7 +37,7 @@ def test_more_than_2_to_the_31_elements(backend, device, reverse):
     settings = {"epsilon": 1.0, "reverse": reverse, "backend": backend}
     h, final_state = mk.bmru(candidate, threshold, **settings)
 
-    # Nothing is written between the first step and the tail.
+    # No step between the first one and the tail writes.
     start = None if reverse else torch.full((1, CHANNELS), -1.0, device=device)
     expected, state = mk.bmru(candidate[:, tail].clone(), threshold, start, **settings)
     before = state if reverse else start

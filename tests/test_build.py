@@ -1,4 +1,4 @@
-"""The build from source."""
+"""The package builds from source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.check
 def test_paths_with_spaces(tmp_path, monkeypatch):
-    """The repository and torch are in folders with a space in their names: an object compiles, the link names them."""
+    """An object compiles and links where the folders of the repository and of torch have a space in their names."""
     folder = tmp_path / "with space"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy(ROOT / "setup.py", folder)

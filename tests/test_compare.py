@@ -41,7 +41,7 @@ def test_the_reference_passes(cell, dtype):
 
 
 def results_of(call: inputs.Call) -> dict[str, Tensor]:
-    """What a right backend gives."""
+    """The results of a correct backend."""
     leaves = {name: x.detach().requires_grad_() for name, x in call.tensors.items()}
     outputs = python_ref.bmru(**leaves, **call.settings, dtype=errors.state_dtype(call.stream.dtype))
     outputs = [outputs[0].to(call.stream.dtype), outputs[1]]
@@ -79,7 +79,7 @@ def test_a_fault_in_any_one_result_fails_and_is_named(dtype, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_held_against_a_reference_that_is_not_rounded(dtype):
+def test_half_precision_gradients_are_compared_with_an_unrounded_reference(dtype):
     call = small_case(dtype).build()
     for verdict in compare.judge(call, results_of(call)):
         if verdict.name in ("d candidate", "d amplitude"):
@@ -97,7 +97,7 @@ def test_one_rounding_too_many_fails_where_the_forward_pass_is_exact():
         assert not verdicts[name].passed
 
 
-def test_gradients_are_asked_for_where_they_are_specified_only():
+def test_gradients_are_compared_only_where_they_are_specified():
     for batch in (3, "packed"):
         call = small_case(nonfinite=True, batch=batch, threshold="stream", alpha=False).build()
         right = results_of(call)
@@ -119,7 +119,7 @@ def test_gradients_are_asked_for_where_they_are_specified_only():
             assert not all(r.passed for r in compare.judge(call, wrong))
 
 
-def test_given_tensors_are_compared_and_left_as_they_are():
+def test_given_tensors_are_compared_and_not_changed():
     c, b = torch.randn(2, 30, 10).chunk(2, -1)
     copy = c.clone()
     call = inputs.call("bmru", {"candidate": c, "threshold": b}, {"epsilon": 1.0}, label="activations")
@@ -189,7 +189,7 @@ def test_command_names_a_backend_that_cannot_run(capsys):
 
 
 def test_no_backend_can_run(monkeypatch, capsys):
-    """As in a clone that is not built: an error with the reasons, not an empty table."""
+    """A package without a built extension gives an error with the reasons, not an empty table."""
     monkeypatch.setattr(mru_kernels, "available_backends", lambda device: {"cpu": "it is not built"})
     with pytest.raises(SystemExit):
         compare.main([])
@@ -197,7 +197,7 @@ def test_no_backend_can_run(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("part", ["3", "0/2", "3/2", "1/x"])
-def test_what_is_no_part(part, capsys):
+def test_an_invalid_part_is_refused(part, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--part", part])
     assert f"--part: expected I/N with 1 <= I <= N, got '{part}'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A scan that is cut equals a whole scan, also where composed states leave the range of their dtype."""
+"""A scan in segments equals a whole scan, also where composed states leave the range of their dtype."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import Tensor
 from bench import errors, inputs
 from tests import calls
 
-TIME = 200  # three segments of 64 steps and a rest, or one of 128 and a rest
-LEAD = 30  # steps of a packed sequence before them
+TIME = 200  # steps: three segments of 64 and a rest, or one segment of 128 and a rest
+LEAD = 30  # steps of a packed sequence before the call
 CHANNELS = 5
 DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
 
 
 class Draw:
-    """Numbers of a dtype that reach the ends of its states' range within a segment."""
+    """Numbers whose products reach the ends of the range of the state dtype within a segment."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.state = dtype, errors.state_dtype(dtype)
         self.wide = dtype in (torch.float64, torch.complex128)
         self.generator = torch.Generator().manual_seed(0)
-        self.grows = 2.0**16 if self.wide else 4.0  # beyond the range in 64 steps
-        self.falls = 2.0**-20 if self.wide else 0.17  # to 0 in 64 steps
-        self.fades = 2.0**-16.3 if self.wide else 0.23  # in 64 steps to a number of few bits
+        self.grows = 2.0**16 if self.wide else 4.0  # overflows in 64 steps
+        self.falls = 2.0**-20 if self.wide else 0.17  # underflows to 0 in 64 steps
+        self.fades = 2.0**-16.3 if self.wide else 0.23  # becomes a subnormal number of few bits in 64 steps
         self.huge = 2.0**800 if self.wide else 2.0**110
 
     def stream(self, *parts: tuple[int, float]) -> Tensor:
-        """A stream of parts (steps, value); the last part fills the rest."""
+        """A stream [1, T, D] of parts (steps, value). The last part fills the rest."""
         rows = torch.cat([torch.full((steps,), value, dtype=torch.float64) for steps, value in parts])
         rows = torch.cat([rows, rows[-1:].expand(TIME - len(rows))])
         return rows[None, :, None].expand(1, TIME, CHANNELS).to(self.dtype).contiguous()
@@ -65,14 +65,14 @@ def one_infinity(x: Tensor, at: int) -> Tensor:
 
 
 def early_gradient(call: inputs.Call, steps: int) -> inputs.Call:
-    """The call without gradients of its results from a step on."""
+    """The call with zero gradients of h from step `steps` on, and of the final state."""
     grad_h = call.grad_h.clone()
     grad_h[:, steps:] = 0
     return replace(call, grad_h=grad_h, grad_final=torch.zeros_like(call.grad_final))
 
 
 def held_gradient(x: Draw, epsilon: float, threshold: Tensor, steps: int = 64) -> inputs.Call:
-    """The gradients of some steps overflow alone, but not after that of the final state."""
+    """The sum of the gradients of h overflows, but not together with the gradient of the final state."""
     alpha = x.channel(torch.finfo(x.state).max / steps * 1.2)
     call = bmru(threshold, epsilon, x.stream((1, 1.0)), alpha=alpha, initial_state=x.initial(1.0))
     grad_h = torch.zeros_like(call.grad_h)
@@ -80,7 +80,7 @@ def held_gradient(x: Draw, epsilon: float, threshold: Tensor, steps: int = 64) -
     return replace(call, grad_h=grad_h, grad_final=torch.full_like(call.grad_final, -torch.finfo(x.state).max / 2))
 
 
-#: Calls of one row of `TIME` steps, in scan order.
+#: Calls of one sequence of `TIME` steps, in scan order.
 CASES = {
     "late update": lambda x: linear(x.stream((1, x.grows)), x.stream((TIME - 10, 0.0), (1, 1.0))),
     "late update, decay per channel": lambda x: linear(x.channel(x.grows), x.stream((TIME - 10, 0.0), (1, 1.0))),
@@ -134,19 +134,19 @@ def cases() -> list[tuple[str, str]]:
 
 
 def positive(call: inputs.Call) -> inputs.Call:
-    """The call with gradients of one sign, so that no sum cancels."""
+    """The call with positive gradients, so that no sum cancels."""
     grads = {"grad_h": call.grad_h.abs().to(call.grad_h.dtype), "grad_final": call.grad_final.abs()}
     return replace(call, **{name: grad.to(getattr(call, name).dtype) for name, grad in grads.items()})
 
 
 def flipped(call: inputs.Call) -> inputs.Call:
-    """The same call from the last step to the first."""
-    turned = {name: t.flip(1) if t.dim() == 3 else t for name, t in call.tensors.items()}
-    return replace(call, tensors=turned, grad_h=call.grad_h.flip(1), settings=call.settings | {"reverse": True})
+    """The same call with reversed time, from the last step to the first."""
+    tensors = {name: t.flip(1) if t.dim() == 3 else t for name, t in call.tensors.items()}
+    return replace(call, tensors=tensors, grad_h=call.grad_h.flip(1), settings=call.settings | {"reverse": True})
 
 
 def packed(call: inputs.Call) -> inputs.Call:
-    """Four packed sequences: the first steps of the call, two empty ones, and the call."""
+    """Four packed sequences: the first steps of the call, two empty sequences, and the call."""
 
     def longer(t: Tensor) -> Tensor:
         return torch.cat([t[:, :LEAD], t], 1) if t.dim() == 3 else t.expand(4, -1).contiguous() if t.dim() == 2 else t
@@ -159,7 +159,7 @@ def packed(call: inputs.Call) -> inputs.Call:
 
 
 def assert_same(cut: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Element by element: equal where NaN or infinite, else as near as rounding is."""
+    """Elements are equal where they are NaN or infinite, and elsewhere agree up to rounding."""
     for name, expected in whole.items():
         got = cut[name]
         assert torch.equal(got.isnan(), expected.isnan()), name
@@ -203,7 +203,7 @@ def test_no_state_saved_and_any_number_of_threads(backend, device, name):
 
 @pytest.mark.parametrize("channels", [8, 3])
 def test_where_the_backend_cuts_time(backend, device, largest, channels):
-    """A few rows are cut, many are not."""
+    """The backend cuts few sequences and does not cut many sequences."""
     if largest[0] < 200:
         pytest.skip("too long for an interpreted backend")
     decay = torch.full((1, 4096, channels), 4.0)
@@ -229,18 +229,18 @@ LEAPS = {
 @pytest.mark.parametrize("steps", [0, 64])
 @pytest.mark.parametrize("name", LEAPS)
 def test_few_steps_that_leave_the_range(backend, device, name, steps):
-    """A backend may compose the maps of a few steps even where it scans a sequence whole: against the reference."""
+    """A backend may compose the maps of a few steps even in a whole scan, so compare with the reference."""
     call = LEAPS[name](Draw(torch.float32))
     op = calls.op_of(call.cell, backend)
     with calls.segments(backend, steps):
         calls.assert_right(call, op, device)
 
 
-# ------------------------------------------------------------------------------------------------ what is scanned once
+# ------------------------------------------------------------------------------------------------ scanned once
 
 
 def assert_cut(call: inputs.Call, backend: str, device: torch.device, steps: int, name: str) -> None:
-    """Some bits of a result are not those of the whole scan: it was not scanned again."""
+    """Some bits of a result differ from the whole scan, so the call was not scanned again."""
     op = calls.op_of(call.cell, backend)
     with calls.segments(backend, 0):
         whole = calls.run(call, op, device)[name]
@@ -256,7 +256,7 @@ def test_ordinary_numbers_are_not_scanned_again(backend, device):
 
 
 def test_states_that_are_small_by_chance_are_not_scanned_again(backend, device):
-    """Where neither the factor nor the offset of a segment leaves much, rounding is large against what is left."""
+    """The state that leaves a segment is small because its terms cancel, so its relative rounding error is large."""
     x = Draw(torch.float32)
     call = linear(x.stream((1, 0.8)), x.normal())
     decay, update = call.tensors["decay"], call.tensors["update"]
@@ -269,7 +269,7 @@ def test_states_that_are_small_by_chance_are_not_scanned_again(backend, device):
 
 def test_gradients_that_cancel_are_not_scanned_again(backend, device):
     x = Draw(torch.float32)
-    candidate = x.stream((1, 1.0), (TIME - 2, 0.0), (1, 1.0))  # the first step and the last write
+    candidate = x.stream((1, 1.0), (TIME - 2, 0.0), (1, 1.0))  # the first and the last step write
     call = bmru(x.channel(0.5), 0.0, candidate)
     grad_h = x.normal()
     grad_h[:, 128] = -grad_h[:, 129:-1].flip(1).cumsum(1)[:, -1]

@@ -46,7 +46,7 @@ def _batches() -> Tensor:
 
 @pytest.mark.check
 def test_two_processes_train_as_one(tmp_path):
-    """DistributedDataParallel over gloo."""
+    """Training in two processes gives the parameters of training in one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         processes.run(_train, tmp_path / "rendezvous", 2)

@@ -29,14 +29,14 @@ def _one_rank_is_gone(rank: int) -> None:
     with pytest.raises(RuntimeError):
         sequence_parallel(mk.bmru)(torch.randn(2, 10, 3), torch.randn(2, 10, 3))
     assert time.monotonic() - start < 2 * TIMEOUT
-    os._exit(0)  # the group cannot be taken down any more
+    os._exit(0)  # this process cannot leave the group without the rank that is gone
 
 
-def test_a_rank_that_is_gone_is_an_error_and_no_hang(tmp_path):
+def test_a_missing_rank_raises_and_does_not_hang(tmp_path):
     processes.run(_one_rank_is_gone, tmp_path / "rendezvous", count=3, timeout=TIMEOUT)
 
 
-#: What processes do, by their number: starting them takes longer than any of it.
+#: Jobs by the number of processes. One set of processes runs all of them, because their start takes longest.
 JOBS = {
     1: [parallel_ops.every_case],
     2: [
@@ -67,7 +67,7 @@ def _all(rank: int) -> None:
 
 @pytest.mark.parametrize("count", JOBS, ids=str)
 def test_processes(tmp_path, count):
-    """Results equal one process's, where equality is promised and else nearly, and are the same from run to run."""
+    """Results agree with one process and have the same bits from run to run."""
     processes.run(_all, tmp_path / "rendezvous", count=count)
 
 
@@ -80,6 +80,6 @@ def test_the_example():
     assert "| alone" in done.stdout
 
 
-def test_without_a_group_it_says_so():
+def test_without_a_group_it_raises():
     with pytest.raises(RuntimeError, match=r"torch\.distributed to be initialised"):
         sequence_parallel(mk.bmru)

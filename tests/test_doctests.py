@@ -16,7 +16,7 @@ from mru_kernels import distributed, nn, schedule, streaming
 
 MODULES = (mk, nn, schedule, streaming, distributed)
 
-#: Modules that other modules of the package use, and users do not.
+#: Modules for use within the package only.
 INTERNAL = ("mru_kernels.backends", "mru_kernels.ops", "mru_kernels.torch_private")
 
 
@@ -27,12 +27,12 @@ def public() -> dict[str, Any]:
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """Name and docstring of the modules, of every public function and class, and of the members of the classes."""
+    """Names and docstrings of the modules, of public functions and classes, and of members of the classes."""
     values: dict[str, Any] = {module.__name__: module for module in MODULES} | public()
     for name, value in values.items():
         yield name, value.__doc__ or ""
         if inspect.isclass(value):
-            # Not by doctest's own search, which skips decorated methods.
+            # doctest's own search skips decorated methods.
             yield from ((f"{name}.{member}", inspect.getdoc(found) or "") for member, found in vars(value).items())
 
 

@@ -1,4 +1,4 @@
-"""The documents: they say what the code does, and name what exists."""
+"""The examples of the documents run, and the files, tests and arguments that they name exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mru_kernels import nn
 
 PAGES = {str(path.relative_to(tables.ROOT)): path.read_text() for path in tables.PAGES}
 PAGES["CONTRIBUTING.md"] = (tables.ROOT / "CONTRIBUTING.md").read_text()
-#: A file or folder of the repository, and a test in it.
+#: A file or folder of the repository, and the name of a test in the file.
 NAMED = re.compile(r"`((?:mru_kernels|csrc|python_ref|bench|tests|examples|docs)/[\w./-]*)(?:::(\w+))?`")
 EXAMPLES = [page for page, text in PAGES.items() if "```python" in text]
 
@@ -61,7 +61,7 @@ def _rows(heading: str) -> set[str]:
 
 
 def test_every_argument_has_a_row():
-    """Those of `nn.GRU` and those of the units."""
+    """docs/from-gru.md has a row for every argument of `nn.GRU` and of the units."""
     gru, _ = typing.get_overloads(torch.nn.GRU.__init__)
     units = [getattr(mk, name) for name in mk.__all__ if inspect.isclass(getattr(mk, name))]
     units = [cls for cls in units if issubclass(cls, nn.MRUBase)]

@@ -67,7 +67,7 @@ def test_copies_and_checkpoints(cls):
 @pytest.mark.parametrize("value", [0.5, 0.25])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_epsilon_may_change_before_the_backward_pass(cls, value, loaded):
-    """Gradients are those for the epsilon of the forward pass."""
+    """The backward pass uses the epsilon of the forward pass."""
     module, x = make(cls, 4, 6, epsilon=0.5), torch.randn(2, 9, 4)
     gradients = []
     for change in (False, True):
@@ -97,7 +97,7 @@ def test_epsilon_set_in_compiled_code(kind):
     x, compilations = torch.randn(2, 9, 4), []
     for i in range(20):
         output = run(x, kind(i / 32))
-        module.epsilon = eager.epsilon = i / 32  # outside the compiled code, as a schedule does
+        module.epsilon = eager.epsilon = i / 32  # set outside the compiled code, as a schedule does
         assert torch.equal(output, eager(x)[0])
         assert torch.equal(run(x, kind(1 - i / 32)), module(x)[0])
         assert module.epsilon == 1 - i / 32
@@ -152,12 +152,12 @@ def test_a_distributed_checkpoint_is_loaded_in_place(tmp_path):
     x = torch.randn(2, 9, 4)
     assert loaded.epsilon == 0.3
     assert torch.equal(loaded(x)[0], module(x)[0])
-    assert mk.BMRU(4, 6, epsilon=0.0).epsilon == 0.0  # the load wrote into no other module's tensor
+    assert mk.BMRU(4, 6, epsilon=0.0).epsilon == 0.0  # the load did not write into a shared tensor
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_the_epsilon_of_an_averaged_model_and_of_an_ensemble(use_buffers):
-    """Torch averages and stacks only parameters and buffers, so epsilon is assigned, as the documentation says."""
+    """Torch averages and stacks only parameters and buffers, so users assign epsilon, as the documentation says."""
     model, x = make(mk.CMRU, 4, 6), torch.randn(2, 9, 4)
     averaged = AveragedModel(model, use_buffers=use_buffers)
     for epsilon in (1.0, 0.5, 0.0):

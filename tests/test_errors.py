@@ -28,11 +28,11 @@ def test_error_is_the_rms_of_the_difference_over_the_rms_of_the_terms():
     assert errors.relative_error(result, reference, terms) == pytest.approx(expected, rel=1e-12)
 
 
-def test_neither_cancellation_nor_a_zero_reference_decides():
+def test_the_error_is_robust_to_cancellation_and_a_zero_reference():
     cancelled = errors.relative_error(f64(1e-9), f64(0), f64(1))
     assert cancelled == pytest.approx(1e-9)
     assert errors.relative_error(f64(0), f64(0), f64(0)) == 0
-    assert errors.relative_error(f64(1e-30), f64(0), f64(0)) > 1  # something where nothing is added up
+    assert errors.relative_error(f64(1e-30), f64(0), f64(0)) > 1  # any value is wrong where the terms add up to nothing
     assert errors.relative_error(f64(), f64(), f64()) == 0
 
 
@@ -71,14 +71,14 @@ def test_nan_and_infinities_are_where_the_reference_has_them(result, reference, 
         assert errors.judge_exact(*given, torch.float64).passed is met
 
 
-def test_what_overflows_the_result_is_infinite():
+def test_an_overflow_of_the_result_is_infinite():
     reference = f64(1, 70000, -70000)
     for second, expected in ((INF, 0), (65504, INF)):
         result = torch.tensor([1, second, -INF], dtype=torch.float16)
         assert errors.relative_error(result, reference, reference.abs()) == expected
 
 
-def test_terms_that_are_not_finite_excuse_nothing():
+def test_non_finite_terms_do_not_hide_an_error():
     for terms in (f64(1, INF), f64(1, NAN)):
         assert errors.relative_error(f64(1, 3), f64(1, 2), terms) == INF
 
@@ -98,7 +98,7 @@ def test_a_result_of_another_shape_does_not_pass():
 def test_limits(dtype, limit):
     reference = torch.ones(4, dtype=torch.float64)
     for share, met in ((0.8, True), (1.2, False)):
-        # the difference is made in the terms, as not every dtype can hold it
+        # The terms set the relative error, because not every dtype represents a difference this small.
         difference = 2.0**-4 * torch.ones(4, dtype=torch.float64)
         result = (reference + difference).to(dtype)
         verdict = errors.judge(result, reference, difference / (share * limit))
@@ -117,7 +117,7 @@ def test_twice_the_error_of_a_float32_loop_is_accepted_where_larger(dtype):
     assert not errors.judge(result, reference, reference, lambda: torch.full((4,), NAN)).passed
 
 
-def test_the_float32_loop_is_not_asked_where_it_cannot_decide():
+def test_the_float32_loop_does_not_run_where_it_cannot_decide():
     def loop():
         raise AssertionError
 
@@ -136,7 +136,7 @@ def test_equality_ignores_the_sign_of_zero_and_nothing_else():
 
 
 def test_exact_results_are_rounded_to_the_state_and_then_once_more():
-    # To bfloat16 it would go up; from float32, where it is a tie, it goes to even.
+    # Rounded to bfloat16 at once, the reference goes up. Rounded to float32 first, it is a tie and goes to even.
     reference = f64(1 + 2.0**-8 + 2.0**-30)
     for result, met in ((1.0, True), (1 + 2.0**-7, False)):
         result = torch.tensor([result], dtype=torch.bfloat16)

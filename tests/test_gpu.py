@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs and several devices. `make gpu-check` runs it on one."""
+"""Streams, graphs and several devices, which only a GPU has. `make gpu-check` runs these tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import mru_kernels as mk
 from mru_kernels import backends
 
-SHAPES = [(8, 300, 64), (1, 20_000, 8)]  # whole sequences side by side; one cut in time
+SHAPES = [(8, 300, 64), (1, 20_000, 8)]  # [B, T, D]: whole sequences in parallel; one sequence in segments
 _WAIT = 100_000_000  # cycles, tens of milliseconds
 
 
@@ -45,11 +45,11 @@ def assert_same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 def assert_graph_takes_new_inputs(
     run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], others: tuple[Tensor, ...]
 ) -> None:
-    """Capture `run(*inputs)`, copy `others` into the inputs and replay: as `run(*others)`."""
+    """A captured `run(*inputs)` whose inputs become `others` replays as `run(*others)`."""
     expected = run(*others)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        run(*inputs)  # what is made at the first call could not be made in a capture
+        run(*inputs)  # the first call allocates what a capture cannot
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -63,7 +63,7 @@ def assert_graph_takes_new_inputs(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_run_on_the_current_stream(backend, gpu, shape):
-    # On another stream they would read NaN: the inputs come late, on this one.
+    # The inputs get their values late, on this stream. Kernels on another stream would read NaN.
     values = draw(shape, gpu)
     expected = passes(*values, backend)
     late = [torch.full_like(x, math.nan) for x in values]

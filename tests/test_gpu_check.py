@@ -50,11 +50,11 @@ def test_jobs_run_side_by_side_and_each_outcome_is_reported(tmp_path, capsys):
     assert outcomes["bad"].reason == "exit status 3: alas"
     assert [outcome.bad for outcome in outcomes.values()].count(True) == 3
     assert (tmp_path / "slow.log").read_text().startswith("begun\n")
-    assert "KeyboardInterrupt" in (tmp_path / "slow.log").read_text()  # asked to end before it was made to
+    assert "KeyboardInterrupt" in (tmp_path / "slow.log").read_text()  # the job gets an interrupt before it is killed
     assert "alas" in capsys.readouterr().out
 
 
-def test_a_job_that_is_late_ends_with_its_own_processes(tmp_path):
+def test_a_late_job_ends_with_its_child_processes(tmp_path):
     code = (
         "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
         "print(p.pid, flush=True); p.wait()"
@@ -68,7 +68,7 @@ def test_a_job_that_is_late_ends_with_its_own_processes(tmp_path):
             state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return
-        if state == "Z":  # ended, and nobody has asked
+        if state == "Z":  # ended, and no process has collected its status
             return
         time.sleep(0.1)
     pytest.fail(f"process {child} is in state {state}")
@@ -133,7 +133,7 @@ def test_tests_and_comparison_share_the_cores(check):
     assert len(of_triton) + sum(workers.values()) == 16
 
 
-def test_what_is_missing_is_skipped_by_name(check):
+def test_missing_requirements_are_skipped_by_name(check):
     check.backends = ["cpu"]
     with patch.object(processes, "find_spec", lambda name: None if name in ("hypothesis", "ninja") else object()):
         with patch.object(stages, "run_jobs", lambda jobs, *_, **__: [Outcome(name, "passed") for name in jobs]):
@@ -161,7 +161,7 @@ def test_each_sanitizer_runs_the_small_set_and_its_findings_count(check, tmp_pat
     assert "--backend triton cuda --job small-set" in log
 
 
-def test_the_version_is_recorded_in_the_tree_where_nothing_is_installed(tmp_path):
+def test_the_version_is_recorded_in_a_tree_without_an_install(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "mru_kernels"\nversion = "4.5.6"\n')
     with patch.object(stages, "ROOT", tmp_path), patch.object(records, "version_of", lambda package: None):
         stages.record_version()
@@ -180,7 +180,7 @@ def test_backends_are_found_in_a_new_process(check):
     assert check.backends == ["cpu"]
 
 
-def test_a_machine_without_a_gpu_gets_one_line(capsys):
+def test_a_machine_without_a_gpu_prints_one_line(capsys):
     with patch.object(torch.cuda, "is_available", lambda: False):
         assert command.main([]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -188,7 +188,7 @@ def test_a_machine_without_a_gpu_gets_one_line(capsys):
 
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory):
-    """What is written of times on the CPU: by the file's path."""
+    """Path of the file with the times on the CPU."""
     path = tmp_path_factory.mktemp("times") / "figures.jsonl"
     with open(path, "w") as file, patch.object(jobs, "_PER_SUBJECT", 0.01):
         timing = jobs.Timing(CPU, lambda kind, what: print(json.dumps([kind, what]), file=file), 2**20)
@@ -282,7 +282,7 @@ def test_ratios_are_to_the_same_work():
     assert peer["slower_than"] == {"triton": 4.0}
 
 
-def test_the_report_holds_what_was_measured_and_what_failed(timed, check, tmp_path, capsys):
+def test_the_report_has_the_measurements_and_the_failures(timed, check, tmp_path, capsys):
     check.backends = ["cpu"]
     check.logs.mkdir()
     with open(timed) as file:

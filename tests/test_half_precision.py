@@ -17,7 +17,7 @@ from tests.units import HALF, network, unit
 
 @pytest.mark.parametrize("cls", HALF)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
-def test_a_module_in_one_half_precision_under_autocast_to_the_other(cls, dtypes):
+def test_a_half_precision_module_under_autocast_to_the_other_dtype(cls, dtypes):
     module = unit(cls, bidirectional=True, dtype=dtypes[0])
     x = torch.randn(2, 33, 4).to(dtypes[0])
     exact = copy.deepcopy(module).float()
@@ -35,8 +35,8 @@ def test_a_module_in_one_half_precision_under_autocast_to_the_other(cls, dtypes)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # from RMSNorm
-def test_a_network_in_one_half_precision_under_autocast_to_the_other(dtypes):
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # RMSNorm warns
+def test_a_half_precision_network_under_autocast_to_the_other_dtype(dtypes):
     module = network(units=("bmru", "schmitt", "min_gru"), dtype=dtypes[0])
     x = torch.randn(2, 33, 4).to(dtypes[0])
     with torch.autocast("cpu", dtype=dtypes[1]):
@@ -49,7 +49,7 @@ def test_a_network_in_one_half_precision_under_autocast_to_the_other(dtypes):
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
-def test_an_op_under_autocast_takes_states_and_channels_in_the_other_half_precision():
+def test_an_op_under_autocast_to_the_other_dtype_casts_states_and_channels():
     x, channel, state = torch.randn(2, 9, 3).bfloat16(), torch.rand(3).bfloat16(), torch.randn(2, 3).bfloat16()
     with torch.autocast("cpu", dtype=torch.float16):
         got = [*mk.bmru(x, channel, state, alpha=channel), *mk.schmitt(x, channel, channel, state, alpha=channel)]
@@ -77,7 +77,7 @@ def hx_warnings(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("cls", HALF)
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
-def test_an_accumulating_state_in_half_precision_is_a_warning(cls, epsilon):
+def test_an_accumulating_state_in_half_precision_warns(cls, epsilon):
     module, x = unit(cls, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
     accumulates = cls in (mk.MinGRU, mk.MinLSTM) or epsilon > 0
     if hasattr(module, "epsilon"):
@@ -91,7 +91,7 @@ def test_an_accumulating_state_in_half_precision_is_a_warning(cls, epsilon):
             module(x, half)
 
 
-def test_a_compiled_module_takes_a_state_in_half_precision_without_a_graph_break():
+def test_a_state_in_half_precision_makes_no_graph_break():
     torch._dynamo.reset()
     module, x = unit(mk.CMRU, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
     half = torch.ones(2, 2, 6, dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Direct calls of `torch.ops.mru.*` with numbers, lists, shapes, dtypes and devices that no user means to give.
+"""Direct calls of `torch.ops.mru.*` with random numbers, lists, shapes, dtypes and devices.
 
-Each raises a Python exception or returns results of the right shapes; none ends the process. Run under the sanitizers,
-none reads or writes beyond its memory either.
+Each call raises a Python exception or returns results of the right shapes. None ends the process. Under the sanitizers,
+none reads or writes out of bounds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from mru_kernels import backends, ops
 from tests import raw
 
-# Of streams [B, T, D]: usual ones; then sizes that overflow, that are nothing, or beyond all memory, also with a size
-# less: what could be allocated is small.
+# Shapes [B, T, D] of streams. HUGE has sizes that overflow, that are 0, or that exceed all memory. Its shapes that can
+# be allocated need little memory, also with one dimension less.
 USUAL = [(2, 40, 3), (1, 33, 5), (2, 0, 3), (1, 1, 1), (1, 130, 2)]
 HUGE = [(2**20, 2**20, 2**19), (0, 2**41, 2**20), (2**61, 0, 0), (1, 0, 2**59), (1, 2**60, 0), (2**24, 3, 0)]
 HUGE += [(2**45, 2, 3), (1, 2**45, 3), (1, 20, 2**45)]
@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.complex64, torch.int32, torch.int
 
 @st.composite
 def tensors(draw, good: Tensor | None, device: torch.device) -> Tensor:
-    """A tensor of any kind, most often one that differs from `good` in one respect."""
+    """A tensor of any kind, usually one that differs from `good` in one property."""
     good = torch.ones(2, 3, device=device) if good is None else good
     shape, dtype, one = list(good.shape), good.dtype, torch.ones((), device=good.device)
     kind = draw(st.sampled_from(["size", "size", "rank", "shape", "dtype", "value", "offsets", "meta", "sparse"]))
@@ -60,7 +60,7 @@ def tensors(draw, good: Tensor | None, device: torch.device) -> Tensor:
 
 @st.composite
 def values(draw, kind: str, good: Any, device: torch.device) -> Any:
-    """What may come for an argument of a schema's type that should be `good`."""
+    """A value of a schema's type `kind`, for an argument whose right value is `good`."""
     if kind == "bool":
         return not good
     if kind == "int":
@@ -78,7 +78,7 @@ def values(draw, kind: str, good: Any, device: torch.device) -> Any:
 
 @st.composite
 def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
-    """Arguments of the forward op that fit together."""
+    """Arguments of the forward op that agree with each other."""
     batch, time, channels = draw(st.sampled_from(2 * USUAL + HUGE))
     one = torch.ones((), dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])), device=device)
     names = [i.name for i in cell.inputs if not i.optional or draw(st.booleans())]
@@ -99,14 +99,14 @@ def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
 
 
 def shapes(op: torch._ops.OpOverload, arguments: list[Any]) -> list[tuple[torch.Size, torch.dtype]]:
-    """The shapes and dtypes of the results, as the op's fake has them."""
+    """Shapes and dtypes of the results, by the fake kernel of the op."""
     with FakeTensorMode() as mode:
         results = op(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
     return [(t.shape, t.dtype) for t in results]
 
 
 def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the backward op that fit those of a forward op."""
+    """Arguments of the backward op that agree with those of a forward op."""
     one = torch.ones((), device=scan["inputs"][0].device)
     made = shapes(forward, raw.of(raw.FORWARD, scan | {"save": True}))
     given = [one.to(dtype).expand(shape) for shape, dtype in made]
@@ -114,7 +114,7 @@ def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[st
 
 
 def step_of(scan: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the step op, of the inputs of a forward op; those that are packed fit only by chance."""
+    """Arguments of the step op from those of a forward op. Packed gates may have the wrong shape."""
     inputs = [t.detach().new_ones(()).expand(t.shape[0], t.shape[2]) if t.dim() == 3 else t for t in scan["inputs"]]
     return scan | {"inputs": inputs, "state": inputs[0].new_ones((), dtype=torch.float32).expand(inputs[0].shape)}
 
@@ -123,7 +123,7 @@ def step_of(scan: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("cell", ops.CELLS.values(), ids=lambda cell: cell.name)
 @given(data=st.data())
 def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, kind, data):
-    backends.resolve(backend, device)  # which registers its kernels
+    backends.resolve(backend, device)  # registers the kernels of the backend
     op = getattr(cell, kind)[backend]
     arguments = data.draw(scans(cell, device))
     if kind == "backward":

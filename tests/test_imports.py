@@ -1,4 +1,4 @@
-"""What imports what, in fresh processes: the directions of imports, and what `import mru_kernels` leaves out."""
+"""Import directions in fresh processes, and modules that `import mru_kernels` does not import."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PARTS = [part for layer in LAYERS for part in layer]
 #: Modules that `import mru_kernels` does not import.
 LEFT_OUT = {"python_ref", "bench", "examples", "tests", "mru_kernels.distributed"}
 
-# Import the package in a process of its own. Then import its parts, in order, without mru_kernels/__init__.py, which
-# imports most of them. The parts of the last layer are imported in processes of their own.
+# Import the package in a separate process. Then import its parts in order, without mru_kernels/__init__.py, which
+# imports most of them. Import the parts of a layer of several parts in separate processes.
 IMPORTS = """
 import importlib, json, os, sys, types
 import torch
@@ -50,7 +50,7 @@ for layer in layers:
         load(f"mru_kernels.{part}", alone=len(layer) > 1)
 """
 
-# A torch without torch.distributed has none of these functions.
+# A torch without torch.distributed lacks these functions.
 WITHOUT_DISTRIBUTED = """
 import sys
 
@@ -85,7 +85,7 @@ def run(program: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, set[str]]:
-    """The modules that are loaded after the import of the package, and of each part of it."""
+    """The modules that are loaded after the import of the package, and after the import of each part."""
     lines = run(IMPORTS, json.dumps([LAYERS, str(ROOT / "mru_kernels")])).splitlines()
     return {name: set(modules) for name, modules in map(json.loads, lines)}
 
@@ -103,7 +103,7 @@ def test_every_part_is_in_a_layer():
     assert {name for name in names if not name.startswith("__")} == set(PARTS)
 
 
-def test_the_package_leaves_out_what_it_does_not_need(loaded):
+def test_the_package_does_not_import_what_it_does_not_need(loaded):
     assert "mru_kernels.nn" in loaded["mru_kernels"]
     assert not loaded["mru_kernels"] & LEFT_OUT
 

@@ -24,7 +24,7 @@ def test_cases_cover_every_two_values_of_two_factors(cell, dtype):
 
 
 @pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell, x in inputs.CELLS.items() for name in x.dtypes])
-def test_brief_cases_cover_every_two_values_but_of_time(cell, dtype):
+def test_brief_cases_cover_every_two_values_except_of_time(cell, dtype):
     factors = inputs.COMMON_FACTORS | inputs.CELLS[cell].factors | {"channels": (17, 1, 64, 100)}
     cases = inputs.brief_cases(cell, inputs.CELLS[cell].dtypes[dtype])
     assert len(cases) <= 20
@@ -58,7 +58,7 @@ def test_bmru_inputs_write_hold_and_tie(dtype, threshold):
     assert zero.logical_and(call.tensors["candidate"].signbit()).any()
 
 
-def test_layouts_hold_the_same_values_in_other_places():
+def test_layouts_have_the_same_values_and_other_strides():
     calls = {x: inputs.case("bmru", torch.float32, layout=x).build() for x in inputs.COMMON_FACTORS["layout"]}
     for call in calls.values():
         for name, x in call.tensors.items():

@@ -1,4 +1,4 @@
-"""The bench and the reference come with the package, for people who have no checkout."""
+"""The installed package contains the bench and the reference, for users without a checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The package as a wheel has it, with the extension that is built here."""
+    """The package as in a wheel, with the extension of this checkout."""
     folder = tmp_path_factory.mktemp("installed")
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -27,7 +27,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> str:
-    """What Python prints with the installed package alone."""
+    """Output of Python with the installed package alone on the path."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, check=True, capture_output=True, text=True
@@ -48,8 +48,8 @@ def test_comparison_and_times_from_an_empty_folder(installed, tmp_path):
 
 
 @pytest.mark.check
-def test_what_is_installed(installed, tmp_path):
-    """The bench is there, what needs the repository is not, and the package does not import it."""
+def test_contents_of_the_installed_package(installed, tmp_path):
+    """The bench is installed, commands that need the repository are not, and the package does not import the bench."""
     code = "import mru_kernels, sys; print(mru_kernels.__file__, *sys.modules, sep='\\n')"
     file, *modules = run(installed, tmp_path, "-c", code).splitlines()
     assert Path(file).is_relative_to(installed)

@@ -1,4 +1,4 @@
-"""The CPU kernels of narrower instruction sets than this machine's."""
+"""The CPU kernels of instruction sets narrower than that of this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mru_kernels.backends import cpu
 from tests import conversions
 
 ROOT = Path(__file__).parents[1]
-NARROWER = {"baseline": "default", "avx2": "avx2"}  # by the names that torch has for them
+NARROWER = {"baseline": "default", "avx2": "avx2"}  # our name: name in ATEN_CPU_CAPABILITY
 
 
 def _environment(isa: str) -> dict[str, str]:
-    """That in which the CPU kernels use an instruction set."""
+    """An environment in which the CPU kernels use this instruction set."""
     sets = [*NARROWER, "avx512"]
     if sets.index(isa) >= sets.index(cpu.isa()):
         pytest.skip(f"this machine runs {cpu.isa()} kernels: {isa} is not narrower")
@@ -30,7 +30,7 @@ def test_half_precision_is_converted_as_ieee_754_says():
 
 @pytest.mark.check
 @pytest.mark.parametrize("isa", NARROWER)
-def test_half_precision_is_converted_so_with(isa):
+def test_half_precision_is_converted_correctly_with(isa):
     command = [sys.executable, "tests/conversions.py"]
     run = subprocess.run(command, env=_environment(isa), capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.stdout == f"{isa}\n", run.stderr[-4000:]
@@ -38,7 +38,7 @@ def test_half_precision_is_converted_so_with(isa):
 
 @pytest.mark.check
 @pytest.mark.parametrize("isa", NARROWER)
-def test_the_tests_of_the_op_pass_with(isa):
+def test_the_tests_of_the_ops_pass_with(isa):
     environment = _environment(isa)
     report = subprocess.run(
         [sys.executable, "-m", "mru_kernels"], env=environment, capture_output=True, text=True, check=True, cwd=ROOT

@@ -56,7 +56,7 @@ def test_autocast(cls):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, h_n = module(x)
         again, _ = module(x, h_n)
-        # The scan needs a complex64 update, so the projection is float32.
+        # The scan of an LRU needs a complex64 update, so its projection stays in float32.
         assert cls is not LRU or module._project(x, module._parameters_by_scan()[0]).dtype == torch.float32
     assert output.dtype == again.dtype == torch.bfloat16
     assert h_n.dtype == exact_h_n.dtype
@@ -163,7 +163,7 @@ def test_learns_to_recall(cls):
     optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], lr=1e-2)
     for _ in range(150):
         x = torch.randint(0, 2, (32, 1, 1)) * 2.0 - 1.0
-        stream = F.pad(x, (0, 0, 0, 19))  # a sign, then 19 zeros
+        stream = F.pad(x, (0, 0, 0, 19))  # one sign, then 19 zeros
         loss = F.mse_loss(head(module(stream)[0][:, -1]), x[:, 0])
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert loss < 0.05

@@ -13,7 +13,7 @@ def g(x):
 
 
 def decay_and_update(cls, x, p, hidden):
-    """Decay and update of one step."""
+    """Decay and update of one step, both [B, D]."""
     weight, bias = p["weight_ih"].split(hidden), p["bias_ih"].split(hidden)
     if len(bias) < len(weight):
         bias = (torch.zeros(hidden, dtype=x.dtype), *bias)
@@ -26,7 +26,7 @@ def decay_and_update(cls, x, p, hidden):
 
 
 def loop(module, x, p, state, reverse):
-    """The equations of one layer and direction, step by step: output [B, T, D] and final state."""
+    """Output [B, T, D] and final state [B, D] of the equations of one layer and direction, step by step."""
     hidden = module.hidden_size
     output = [None] * x.shape[1]
     for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
@@ -51,7 +51,7 @@ def loop(module, x, p, state, reverse):
         (MinLSTM, 5, {"max_time_scale": 50.0}),
         (MinLSTM, 5, {"bias": False}),
         (LRU, 5, {}),
-        (LRU, 7, {"r_min": 0.9, "r_max": 0.99, "max_phase": 0.5}),  # D is a vector
+        (LRU, 7, {"r_min": 0.9, "r_max": 0.99, "max_phase": 0.5}),  # `skip` has shape [D]
     ],
 )
 @pytest.mark.parametrize("given", [True, False])
@@ -92,7 +92,7 @@ def test_gates_near_0_and_1_are_finite(cls):
         (output.sum() + h_n.sum()).backward()
         assert output.isfinite().all()
         assert x.grad.isfinite().all()
-        if cls is MinLSTM:  # both gates are equal, so the decay is 1/2
+        if cls is MinLSTM:  # the two gates are equal, so the decay is 1/2
             start = module.initial_state_l0
             write = 3000.5 if scale > 0 else 0.0
             bias = module.bias_ih_l0[:4] if scale > 0 else 0.0
@@ -169,9 +169,9 @@ def test_time_first_and_unbatched(cls):
     module, time_first = make(cls, 4, 6, **options), make(cls, 4, 6, batch_first=False, **options)
     x, hx = random(3, 17, 4), states(cls, 4, 3, 6)
     output, h_n = module(x, hx)
-    turned, turned_h_n = time_first(x.transpose(0, 1).contiguous(), hx)
-    close(turned, output.transpose(0, 1))
-    close(turned_h_n, h_n)
+    time_first_output, time_first_h_n = time_first(x.transpose(0, 1).contiguous(), hx)
+    close(time_first_output, output.transpose(0, 1))
+    close(time_first_h_n, h_n)
     for unbatched in (module, time_first):
         one, one_h_n = unbatched(x[1], hx[:, 1])
         close(one, output[1])

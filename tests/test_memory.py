@@ -1,4 +1,4 @@
-"""`python -m bench memory`: what a training step keeps is its inputs and the states at the chunks' boundaries."""
+"""`python -m bench memory`: a training step saves its inputs and one checkpoint per chunk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 2**20
     ("cell", "shape"), [("bmru", "2,4096,1024"), ("bmru", "1,262144,16"), ("linear_recurrence", "2,4096,1024")]
 )
 def test_memory_is_as_expected(cell, shape):
-    """Resident memory: whole sequences, segments with events, a cell without events."""
+    """Resident memory is as predicted: whole sequences, segments with write codes, a cell without write codes."""
     default = memory.in_own_process(["--cell", cell, "--shape", shape])
     for row in default:
         assert abs(row.kept_measured - row.kept) <= MIB, row

@@ -23,13 +23,13 @@ def packed() -> PackedSequence:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """All tensors of a result, which may be nested."""
+    """All tensors of a possibly nested result."""
     if isinstance(result, Tensor):
         return [result]
     return [t for part in result if part is not None for t in tensors(part)]
 
 
-#: Ways of calling a unit: its options, the input, and the call with a state for a batch of 2, or None.
+#: Ways to call a unit: options of the unit, an input, and the call. The state `hx` is for a batch of 2, or None.
 UNIT_CALLS: dict[str, tuple[dict[str, Any], Callable[[], Any], Callable]] = {
     "batch": ({"bidirectional": True}, lambda: torch.randn(2, 5, 4), lambda m, x, hx: m(x, hx)),
     "time first": ({"batch_first": False}, lambda: torch.randn(5, 2, 4), lambda m, x, hx: m(x, hx)),
@@ -37,7 +37,7 @@ UNIT_CALLS: dict[str, tuple[dict[str, Any], Callable[[], Any], Callable]] = {
     "packed": ({"bidirectional": True}, packed, lambda m, x, hx: m(x, hx if hx is None else hx[:, [0, 1, 0]])),
     "step": ({}, lambda: torch.randn(2, 4), lambda m, x, hx: m.step(x, hx)),
 }
-#: Ways of calling a block or a network, in the same form.
+#: Ways to call a block or a network: a constructor, an input, and the call.
 NETWORK_CALLS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any], Callable]] = {
     "block": (lambda: mk.MRUBlock(4, MIXED, conv_size=3), lambda: torch.randn(2, 5, 4), lambda m, x, s: m(x, s)),
     "network": (network, lambda: torch.randn(2, 5, 4), lambda m, x, s: m(x, s)),
@@ -50,7 +50,7 @@ given_or_not = pytest.mark.parametrize("given", [False, True], ids=["", "state"]
 
 
 def state_of(module: torch.nn.Module) -> Tensor:
-    """A state of a unit for a batch of 2."""
+    """A state of the unit for a batch of 2."""
     x = torch.randn(2, 1, 4)
     return module(x if module.batch_first else x.transpose(0, 1))[1].detach()
 
@@ -71,13 +71,13 @@ class Counted(torch.nn.Module):
 
 
 def computations(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[Counter, Counter]:
-    """How often the call computes each parameter of the module, and the expected count, 1 for each."""
+    """How often the call computes each parameter of the module, and the expected counts, all 1."""
     counts: Counter = Counter()
     names = [name for name, _ in module.named_parameters()]
     for name in names:
         owner, _, own = name.rpartition(".")
         register_parametrization(module.get_submodule(owner), own, Counted(name, counts))
-    counts.clear()  # registering computes the parametrization
+    counts.clear()  # registration computes the parametrization once
     call()
     return counts, Counter(names)
 
@@ -118,7 +118,7 @@ def test_weight_norm(cls, register):
 
 
 def trained(module: torch.nn.Module, call: Callable[[], Any]) -> list[Tensor]:
-    """Results of a call, and the gradients of all parameters that have one."""
+    """Results of a call, and the gradients of all parameters that get one."""
     module.zero_grad()
     results = tensors(call())
     if results[0].requires_grad:
@@ -260,7 +260,7 @@ def test_flatten_parameters_does_nothing(cls):
     assert torch.equal(module(x)[0], expected)
 
 
-#: The arguments that every unit has, and those that only some have.
+#: Constructor arguments of every unit. `OWN` adds those of some units.
 COMMON = {
     "input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional", "learn_initial_state",
     "chunk_size", "device", "dtype",

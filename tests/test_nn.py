@@ -14,7 +14,7 @@ from tests.units import SIGNED, all_classes, integers, make
 
 
 def loop(module, gates, state, alpha, reverse=False):
-    """The equations, step by step, for gates [B, T, k D] and a state [B, D]."""
+    """Output [B, T, D] and final state [B, D] of the equations, for gates [B, T, k D] and a state [B, D]."""
     candidate, threshold, *amplitude = gates.chunk(len(module.gates), -1)
     steps = range(gates.shape[1])
     output = torch.empty_like(candidate)
@@ -56,7 +56,7 @@ def test_equations_of_the_first_quadrant(bias, epsilon):
     x = torch.randn(3, 33, 5, dtype=torch.float64)
     for suffix in ("_l0", "_l0_reverse"):
         torch.nn.init.normal_(getattr(module, "alpha" + suffix))
-        torch.nn.init.normal_(getattr(module, "width" + suffix), std=0.5)  # of either sign
+        torch.nn.init.normal_(getattr(module, "width" + suffix), std=0.5)  # of both signs
     output, h_n = module(x)
     for direction, suffix in enumerate(("_l0", "_l0_reverse")):
         p = {name.removesuffix(suffix): value for name, value in module.named_parameters() if name.endswith(suffix)}
@@ -83,7 +83,7 @@ def test_initial_values_of_the_first_quadrant():
 
 
 def assert_gradients_are_those_of(op, module) -> None:
-    """Compare the module's gradients with those of `op(input, parameters)`, which returns h and the final state."""
+    """The module's gradients equal those of `op(input, parameters)`, which returns h and the final state."""
     x = torch.randn(3, 33, 5, dtype=torch.float64, requires_grad=True)
     output, h_n = module(x)
     weights = torch.randn_like(output), torch.randn_like(h_n)
@@ -122,8 +122,8 @@ def test_gradients_of_the_first_quadrant_are_those_of_the_op(scale):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_layers_and_directions_are_single_modules_in_turn(dropout):
-    """Both directions of a layer read the same input, on which dropout acts once."""
+def test_layers_and_directions_equal_single_modules_in_turn(dropout):
+    """Both directions of a layer read the same input, and dropout acts once on that input."""
     module = make(mk.CMRU, 4, 6, 3, integer=True, bidirectional=True, dropout=dropout)
     singles = [mk.CMRU(4 if layer == 0 else 12, 6, bidirectional=True) for layer in range(3)]
     for layer, single in enumerate(singles):
@@ -198,10 +198,10 @@ def test_time_first_and_unbatched(cls):
     module, time_first = make(cls, 4, 6, **options), make(cls, 4, 6, batch_first=False, **options)
     x, hx = integers(3, 17, 4), integers(4, 3, 6)
     output, h_n = module(x, hx)
-    turned, turned_h_n = time_first(x.transpose(0, 1).contiguous(), hx)
-    assert torch.equal(turned, output.transpose(0, 1))
-    assert torch.equal(turned_h_n, h_n)
-    assert turned.is_contiguous()
+    time_first_output, time_first_h_n = time_first(x.transpose(0, 1).contiguous(), hx)
+    assert torch.equal(time_first_output, output.transpose(0, 1))
+    assert torch.equal(time_first_h_n, h_n)
+    assert time_first_output.is_contiguous()
     for unbatched in (module, time_first):
         one, one_h_n = unbatched(x[1], hx[:, 1])
         assert torch.equal(one, output[1])
@@ -301,7 +301,7 @@ def test_learned_initial_state():
     assert torch.equal(fixed(x)[0], fixed(x, torch.zeros(2, 3, 6))[0])
 
 
-def test_the_learned_state_has_gradient_zero_where_a_state_is_given():
+def test_the_learned_state_has_gradient_zero_with_a_given_state():
     module = make(mk.CMRU, 4, 6)
     with torch.no_grad():
         module.initial_state_l0.fill_(float("nan"))

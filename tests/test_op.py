@@ -50,7 +50,7 @@ def test_equals_the_reference_when_time_is_cut(backend, device, largest, data):
 
 @given(st.data())
 def test_equals_the_reference_for_any_chunk_size(backend, device, largest, data):
-    """Whatever states are saved, and if none are, then with the same bits."""
+    """Any chunk size gives right results. Without saved states, results have the same bits as by default."""
     least, most = backends.TABLE[backend].module.CHUNK_SIZES
     steps = data.draw(SEGMENTS)
     chunk_size = data.draw(st.sampled_from([size for size in (16, 32, 48, 64, 128, 256) if least <= size <= most]))
@@ -63,7 +63,7 @@ def test_equals_the_reference_for_any_chunk_size(backend, device, largest, data)
 
 @pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
 def test_equals_the_reference_where_the_backend_cuts_time(backend, device, largest, cell, dtype):
-    """Few channels and a long time, with the segments of the backend's own choice."""
+    """The backend chooses the segment size itself, for few channels and many steps."""
     if largest[0] < 200:
         pytest.skip("too long for an interpreted backend")
     factors = inputs.CELLS[cell].factors
@@ -94,11 +94,11 @@ def nan_sources() -> list[tuple[str, str, str, dict]]:
 @pytest.mark.parametrize("batch", [3, "packed"])
 @pytest.mark.parametrize(("cell", "dtype", "source", "options"), nan_sources(), ids=str)
 def test_nan_stays_from_its_step_on_and_in_its_channel(backend, device, cell, dtype, source, options, batch, reverse):
-    """In its sequence, not hidden by a hold nor undone by a write; and all else is as without it."""
+    """Neither a hold nor a write removes a NaN. Other channels and sequences do not change."""
     options = options | {"batch": batch, "reverse": reverse}
     call = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], 5, time=150, channels=9, **options).build()
     row, time, channel = (0, 40, 3) if batch == "packed" else (1, 40, 3)
-    touched = torch.zeros_like(call.stream, dtype=torch.bool)  # of h
+    touched = torch.zeros_like(call.stream, dtype=torch.bool)  # elements of h that must be NaN
     sequence = row
     if batch == "packed":
         cu_seqlens = torch.tensor([0, 10, 10, 120, 150], dtype=torch.int32)
@@ -130,7 +130,7 @@ def test_nan_stays_from_its_step_on_and_in_its_channel(backend, device, cell, dt
         final = torch.zeros_like(got["final_state"], dtype=torch.bool)
         final[slice(None) if dirty.dim() == 1 else sequence, channel] = True
         if dirty.dim() == 1 and batch == "packed":
-            final[1] = False  # of an empty sequence
+            final[1] = False  # an empty sequence returns its initial state
         assert got["final_state"][final].isnan().all()
         assert torch.equal(got["final_state"][~final], clean["final_state"][~final])
         others = [d for d in range(9) if d != channel]
@@ -154,7 +154,7 @@ def test_segments_equal_the_whole(backend, device, largest, data):
 
 
 def _seldom_written(cell: str, **options) -> tuple[inputs.Call, inputs.Call]:
-    """A call whose channels write once in 150 steps, and the same with a NaN in one of them."""
+    """A call whose channels write about once in 150 steps, and the same call with a NaN in one channel."""
     call = inputs.case(cell, torch.float32, 7, initial_state="integer", **options).build()
     kind = torch.randint(300, call.stream.shape, generator=torch.Generator().manual_seed(0))
     if cell == "bmru":
@@ -188,7 +188,7 @@ def test_states_held_over_many_segments_equal_the_whole(backend, device, largest
 @pytest.mark.parametrize("batch", [1, "packed"])
 @pytest.mark.parametrize("cell", ["bmru", "schmitt"])
 def test_fewer_sequences_than_threads_equal_one_thread(backend, device, largest, cell, batch):
-    """Where time is long: what a backend cuts for its threads alone, with epsilon 0."""
+    """With epsilon 0 a backend cuts a long time for its threads alone, and bits do not change."""
     if largest[0] < 300:
         pytest.skip("too long for an interpreted backend")
     for call in _seldom_written(cell, time=3000, channels=19, batch=batch, reverse=batch == 1):
@@ -219,7 +219,7 @@ def test_halves_with_the_state_handed_over_equal_the_whole(backend, device, larg
         if arguments["reverse"]:
             first, second = second, first
         h_first, state = part(first, initial_state)
-        # State in the state dtype; its gradient comes back in it.
+        # The state and its gradient have the state dtype.
         h_second, state = part(second, state)
         both = (h_second, h_first) if arguments["reverse"] else (h_first, h_second)
         return torch.cat(both, 1), state
@@ -236,10 +236,10 @@ def test_reverse_equals_flip_scan_flip(backend, device, largest, data):
     op = op_of(call.cell, backend)
 
     def flipped(*, reverse, **arguments):
-        turned = {
+        flipped_arguments = {
             name: t.flip(1) if isinstance(t, torch.Tensor) and t.dim() == 3 else t for name, t in arguments.items()
         }
-        h, final_state = op(**turned, reverse=not reverse)
+        h, final_state = op(**flipped_arguments, reverse=not reverse)
         return h.flip(1), final_state
 
     with segments(backend, steps):
@@ -251,7 +251,7 @@ def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
     steps = data.draw(SEGMENTS)
     call = data.draw(cases(largest, batch="packed", nonfinite=False)).build()
     cuts = data.draw(st.lists(st.integers(0, call.stream.shape[1]), min_size=1, max_size=12))
-    cuts = sorted([0, *cuts, call.stream.shape[1]])  # twelve of them: empty sequences, sequences of one step
+    cuts = sorted([0, *cuts, call.stream.shape[1]])  # many cuts give empty sequences and sequences of one step
     states = {name: t for name, t in call.tensors.items() if name == "initial_state"}
     generator = torch.Generator().manual_seed(1)
 
@@ -284,7 +284,7 @@ def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
 
 @given(st.data())
 def test_a_sequence_does_not_depend_on_its_batch(backend, device, largest, data):
-    """One call for each row of the batch gives what one call for all gives."""
+    """One call for each row of the batch equals one call for the whole batch."""
     steps = data.draw(SEGMENTS)
     call = data.draw(cases(largest, batch=data.draw(st.integers(2, 3)), nonfinite=False)).build()
     op = op_of(call.cell, backend)
@@ -306,7 +306,7 @@ def test_a_sequence_does_not_depend_on_its_batch(backend, device, largest, data)
 
 @given(st.data())
 def test_no_sequence_at_all(backend, device, data):
-    """T = 0 with `cu_seqlens` [0]; B = 0; D = 0."""
+    """No sequence (`cu_seqlens` [0]), B = 0, D = 0 and T = 0: the final state is the initial state."""
     steps = data.draw(SEGMENTS)
     call = data.draw(cases((3, 5), batch="packed", reverse=data.draw(st.booleans()))).build()
     empty = data.draw(st.sampled_from(["sequences", "batch", "channels", "time"]))
@@ -343,7 +343,7 @@ def test_no_sequence_at_all(backend, device, data):
 
 @given(st.data())
 def test_steps_equal_the_scan(backend, device, data):
-    """The step function time after time, in every dtype: each h, and the state, as exactly as any two ways agree."""
+    """Calls of the step function, one for each time step, agree with one scan."""
     call = data.draw(cases((20, 40), batch=data.draw(st.integers(1, 3)), reverse=False)).build()
     tensors = call.to(device).tensors
     settings = step_settings(call)
@@ -367,7 +367,7 @@ def test_steps_equal_the_scan(backend, device, data):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_default_device_changes_nothing(backend, device, cell):
-    """Everything is made where the inputs are, or on the CPU."""
+    """Ops create tensors on the device of their inputs or on the CPU, not on the default device."""
     options = {"batch": "packed", "initial_state": "real"} | (
         {"epsilon": 0.31} if "epsilon" in factors_of(cell) else {}
     )

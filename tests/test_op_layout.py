@@ -33,15 +33,15 @@ from tests.calls import (
 
 @st.composite
 def odd_views(draw, t: torch.Tensor) -> torch.Tensor:
-    """A view of the shape and dtype of `t` with any strides, over values of `t`; most of them occur in users' code."""
+    """A view over values of `t`, with its shape and dtype and with random strides, as user code may create it."""
     order = draw(st.permutations(range(t.dim())))
     steps = draw(st.tuples(*(st.sampled_from([0, 1, 1, 1, 2, 3]) for _ in order)))
-    overlaps = draw(st.sampled_from([False, False, True]))  # as those of unfold do
+    overlaps = draw(st.sampled_from([False, False, True]))  # the views of unfold overlap too
     strides, extent = [0] * t.dim(), 1
     for dim, step in zip(order, steps, strict=True):
         strides[dim] = step * extent
         if t.shape[dim] == 1 and draw(st.booleans()):
-            strides[dim] = draw(st.sampled_from([0, 1, 7, 2**40]))  # it is never taken
+            strides[dim] = draw(st.sampled_from([0, 1, 7, 2**40]))  # no access uses this stride
         elif not overlaps:
             extent *= max(t.shape[dim], 1) * max(step, 1)
     offset = draw(st.integers(0, 3))
@@ -59,8 +59,8 @@ def contiguous(t: torch.Tensor) -> torch.Tensor:
 
 
 def assert_dense(result: torch.Tensor, stream: torch.Tensor) -> None:
-    """`result` lies in memory as the docstrings say of a result for `stream`."""
-    stream = stream.resolve_conj().resolve_neg()  # as torch does before an op runs, with strides of its own
+    """`result` is dense, and time-major where `stream` is time-major, as the docstrings say."""
+    stream = stream.resolve_conj().resolve_neg()  # torch resolves both before an op runs, and chooses new strides
     has_units = stream.shape[2] <= 1 or stream.stride(2) == 1
     time_major = has_units and stream.stride(1) > stream.stride(0) > 0
     assert result.stride(2) == 1
@@ -69,7 +69,7 @@ def assert_dense(result: torch.Tensor, stream: torch.Tensor) -> None:
 
 @given(st.data())
 def test_strides_do_not_change_a_bit(backend, device, largest, data):
-    """Neither in results nor in gradients, which are dense."""
+    """Results and gradients are dense and have the same bits for any strides of the inputs."""
     steps = data.draw(SEGMENTS)
     call = data.draw(cases(largest, layout="contiguous", nonfinite=False)).build().to(device)
     odd = replace(
@@ -132,7 +132,7 @@ def test_strides_do_not_change_a_bit_of_a_step(backend, device, data):
 
 @pytest.mark.parametrize("name", ["candidate", "threshold"])
 def test_windows_over_time(backend, device, name):
-    """They overlap, and have one stride over time and channels: `empty_like` would give channels another than 1."""
+    """Windows overlap and have one stride for time and channels. `empty_like` of them has no dense channels."""
     windows = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)).unfold(1, 80, 1).to(device)
     assert torch.empty_like(windows).stride(2) != 1
     odd = inputs.call("bmru", {"candidate": contiguous(windows), "threshold": contiguous(windows.flip(1))}, {})
@@ -148,7 +148,7 @@ def test_windows_over_time(backend, device, name):
 
 
 def _large(cell: str, largest: tuple[int, int], **options) -> inputs.Call:
-    """A call large enough for several threads."""
+    """A call that is large enough for several threads."""
     time, channels = largest
     options = {"time": time, "channels": channels, "batch": 4, "initial_state": "real"} | options
     return inputs.case(cell, torch.float32, **options).build()
@@ -164,7 +164,7 @@ VARIANTS = [
 
 
 def variants(cell: str) -> list[dict]:
-    """`VARIANTS` as far as a cell has the factors."""
+    """`VARIANTS` without the factors that the cell does not have, and without duplicates."""
     factors = inputs.COMMON_FACTORS | inputs.CELLS[cell].factors
     reduced = [{name: value for name, value in options.items() if name in factors} for options in VARIANTS]
     return [options for i, options in enumerate(reduced) if options not in reduced[:i]]
@@ -187,7 +187,7 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(backend, device
 
 @contextmanager
 def poisoned(device: torch.device):
-    """Fresh memory is NaN."""
+    """Fresh memory contains NaN."""
     if device.type == "cpu":
         perturb = -6  # glibc's M_PERTURB: fresh bytes are the complement of the value's lowest byte
         mallopt = ctypes.CDLL(None).mallopt
@@ -196,7 +196,7 @@ def poisoned(device: torch.device):
             yield
         finally:
             mallopt(perturb, 0)
-    else:  # by torch where it allocates; else by blocks of the caching allocator that held NaN
+    else:  # torch fills memory that it allocates; freed blocks of the caching allocator contain NaN
         for elements in (2**6, 2**10, 2**14, 2**18, 2**22):
             blocks = [torch.full((elements,), math.nan, device=device) for _ in range(16)]
             del blocks
@@ -215,7 +215,7 @@ class Mallinfo(ctypes.Structure):
 
 
 def test_a_long_chunk_leaves_no_scratch():
-    """The scratch of a chunk of 4096 steps is 16 MiB a thread, and would stay with the thread."""
+    """The scratch memory of a chunk of 4096 steps is 16 MiB a thread. The kernel frees it after the call."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo is None:
         pytest.skip("memory is counted by glibc")

@@ -1,4 +1,4 @@
-"""Numbers at the limits of their types: slopes of any scale, sums of many equal terms, parts of a vector."""
+"""Numbers at the limits of their dtypes: slopes of any scale, sums of many equal terms, partial vectors."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def _gradients(op, tensors: dict[str, Tensor], grad_h: Tensor, device: torch.dev
 # ------------------------------------------------------------------------------------------ slopes
 
 SCALES = [1e-300, 1e-60, 1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e30, 3e37, 4e37, 9e37, 3e38, 1e39, 1e45, 1e300]
-EXACT_GAIN = {torch.float32: 2.0**124, torch.float64: 2.0**1020}  # of a scale: up to it no slope is lost (lanes.h)
+EXACT_GAIN = {torch.float32: 2.0**124, torch.float64: 2.0**1020}  # largest scale at which no slope is lost (lanes.h)
 
 
 def _near_ties(cell: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Streams with ties, near ties and zeros."""
+    """Streams [2, 24, 19] with ties, near ties and zeros."""
     candidate = torch.randn(2, 24, 19).to(dtype)
     candidate[0, 3], candidate[1, 2] = 0, 2.0**-20
     state = errors.state_dtype(dtype)
@@ -54,7 +54,7 @@ def _near_ties(cell: str, dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("cell", ["bmru", "schmitt"])
 @pytest.mark.parametrize("dtype", inputs.DTYPES.values(), ids=str)
 def test_any_scale_gives_the_slopes_of_the_reference(backend, device, cell, dtype, epsilon):
-    """Rounded: what is beyond the dtype is infinite, or 0."""
+    """Gradients equal the rounded reference: they are infinite above the range of the dtype and 0 below it."""
     torch.manual_seed(0)
     tensors = _near_ties(cell, dtype)
     state = errors.state_dtype(dtype)
@@ -71,12 +71,12 @@ def test_any_scale_gives_the_slopes_of_the_reference(backend, device, cell, dtyp
         gain = min(max(1.0, scale / EXACT_GAIN[state]), 2.0**62)
         for name, result in got.items():
             lost = 100 * gain * torch.finfo(state).smallest_normal + torch.finfo(result.dtype).smallest_normal
-            lost += 1e-150 if scale > 1e150 else 0  # where the reference's square is infinite
+            lost += 1e-150 if scale > 1e150 else 0  # the square in the reference overflows
             error = (result.double() - expected[name]).abs()
             right = error <= 4 * errors.LIMITS[result.dtype] * terms[name] + lost
             right |= result == expected[name].to(state).to(result.dtype)  # infinities
             if result.dim() == 1:
-                right |= terms[name] > torch.finfo(state).max  # some partial sum may be infinite
+                right |= terms[name] > torch.finfo(state).max  # a partial sum may be infinite
             assert right.all(), (scale, name, result[~right][:4], expected[name][~right][:4])
 
 
@@ -90,15 +90,15 @@ SUMS = {
 
 
 def _equal_terms(cell: str, batch: int, time: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """A call whose steps repeat, all or every second one, after the first few."""
-    channels = torch.arange(1, 6) / 5  # near powers of two and far from them
+    """A call whose steps, or pairs of steps, are all equal: every sum has many equal terms."""
+    channels = torch.arange(1, 6) / 5  # near to and far from powers of two
     state = errors.state_dtype(dtype)
     if dtype.is_complex:
         channels = channels * (1 + 0.3j)
     stream = "update" if cell == "linear_recurrence" else "candidate"
     tensors = {stream: (channels + 0.1).to(dtype).repeat(batch, time, 1)}
     if cell == "schmitt":
-        tensors[stream][:, 1::2] = 0  # the low threshold has a gradient where the state was high
+        tensors[stream][:, 1::2] = 0  # a low step after a high state gives `low` a gradient
     tensors |= {name: (value * channels / 1.2).to(state) for name, value in SUMS[cell].items()}
     return tensors, (channels / 3).to(dtype).expand(batch, time, 5)
 
@@ -116,7 +116,7 @@ def _check_sums(backend, device, cell: str, batch: int, time: int, dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("cell", SUMS)
 def test_sums_of_many_equal_terms(backend, device, largest, cell, dtype):
-    """Over time and batch: half of the limit of their dtype, which a plain sum exceeds from 100 terms on."""
+    """Sums over time and batch keep half the limit of their dtype. A plain sum exceeds it from 100 terms on."""
     if dtype not in inputs.CELLS[cell].dtypes.values():
         pytest.skip("the cell has no complex streams")
     check = partial(_check_sums, backend, device, cell, dtype=dtype)
@@ -139,12 +139,12 @@ def test_sums_over_a_million_steps(backend, device, largest, cell):
     _check_sums(backend, device, cell, 1, 1_000_000, torch.float32)
 
 
-# ------------------------------------------------------------------------------------------ far looks
+# ------------------------------------------------------------------------------------------ long segments
 
 
 @pytest.mark.parametrize("cell", ["bmru", "schmitt"])
 def test_a_state_held_over_long_segments_equals_the_whole(backend, device, largest, cell):
-    """Written once, far before the end of its segment; and the gradient that it gets from far after."""
+    """One write reaches the end of its segment many steps later, and its gradient comes from many steps later."""
     if largest[0] < 300:
         pytest.skip("too long for an interpreted backend")
     time, segment = 2**16, 2**15
@@ -167,12 +167,12 @@ def test_a_state_held_over_long_segments_equals_the_whole(backend, device, large
             torch.testing.assert_close(cut[name], expected, rtol=tolerance, atol=0.1 * tolerance)
 
 
-# ------------------------------------------------------------------------------------------ parts of a vector
+# ------------------------------------------------------------------------------------------ partial vectors
 
 
 @pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
 def test_any_number_of_channels_gives_the_same_values(backend, device, largest, cell, dtype):
-    """Channels never meet: the first few are what they are among more."""
+    """The first channels of a call do not depend on the number of channels."""
     most = 70 if largest[0] >= 300 else 9
     options = {"initial_state": "real"} | dict.fromkeys(inputs.CELLS[cell].optional, True)
     call = inputs.case(cell, inputs.CELLS[cell].dtypes[dtype], 3, time=5, batch=2, channels=most, **options).build()
@@ -190,7 +190,7 @@ def test_any_number_of_channels_gives_the_same_values(backend, device, largest, 
 
 @contextmanager
 def _before_a_border(elements: int, dtype: torch.dtype):
-    """Memory whose last element borders on a page that may not be read."""
+    """A tensor whose last element lies directly before a page that may not be read."""
     page = mmap.PAGESIZE
     size = -(-elements * dtype.itemsize // page) * page
     room = mmap.mmap(-1, size + page)
@@ -206,7 +206,7 @@ def _before_a_border(elements: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64], ids=str)
 def test_nothing_behind_the_last_channel_is_read(dtype):
-    """Of streams, states, and what comes per channel, by the CPU kernels: a read beyond would end the process."""
+    """CPU kernels do not read beyond streams, states and per-channel inputs. Such a read would end the process."""
     state = errors.state_dtype(dtype)
     for channels in range(1, 40):
         with (

@@ -1,4 +1,4 @@
-"""`python -m bench profile`, on the CPU."""
+"""`python -m bench profile` on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_page_and_trace(cell, tmp_path, capsys):
     page = capsys.readouterr().out
     assert f"| mru::{cell}_backward |" in page
     assert "of the floor" in page
-    assert "ncu" not in page  # nothing to look into without a GPU
+    assert "ncu" not in page  # ncu needs a GPU
     assert json.loads(trace.read_text())["traceEvents"]
 
 
@@ -30,7 +30,7 @@ def test_bytes_of_a_pass():
         assert moved == {name: 2 * 30 * count for name, count in counts.items()}
 
 
-def test_ncus_form_needs_a_gpu(capsys):
+def test_the_option_for_ncu_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
         profile.main(["--once", "--shape", "1,4,4"])
     assert "--once: expected a GPU" in capsys.readouterr().err

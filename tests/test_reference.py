@@ -28,7 +28,7 @@ def test_states_by_hand(epsilon, initial, reverse, expected, final):
     assert_values(final_state, final)
 
 
-# Between 1 and 3 hold: a tie that writes 1, a hold, a tie that holds, a 0, a hold, a 1, a 0.
+# Candidates in [1, 3) hold. The steps write 1 at a tie, hold, hold at a tie, write 0, hold, write 1, write 0.
 LOW, HIGH = torch.tensor([1.0]), torch.tensor([3.0])
 TRIGGER = column(3, 2, 1, 0.5, 2, 4, -1)
 
@@ -83,7 +83,7 @@ def test_states_of_a_linear_recurrence_by_hand(initial, reverse, expected, final
     assert_values(final_state, final)
 
 
-def test_a_complex_linear_recurrence_turns_its_state():
+def test_a_complex_linear_recurrence_rotates_its_state():
     w = column(1, 0, 0, 1j, 0)
     s, final_state = python_ref.linear_recurrence(torch.tensor([2j]), w, state(1), dtype=torch.float64)
     assert_values(s, 1 + 2j, -4 + 2j, -4 - 8j, 16 - 7j, 14 + 32j)
@@ -97,14 +97,14 @@ def test_nan_in_any_input_of_a_linear_recurrence_stays():
         assert_values(final_state, NAN)
 
 
-def test_alpha_scales_the_output_alone_and_amplitude_what_is_written():
+def test_alpha_scales_the_output_and_amplitude_scales_the_writes():
     alpha, amplitude = torch.tensor([10.0]), column(2, 3, 9, -1, 9, 7, 9)
     h, final_state = python_ref.bmru(C, B, epsilon=1, alpha=alpha, amplitude=amplitude)
     assert_values(h, 20, -10, -10, -20, -20, -90, -90)
     assert_values(final_state, -9)
 
 
-def test_a_threshold_per_channel_is_that_of_every_step():
+def test_a_per_channel_threshold_applies_to_every_step():
     c = column(1, -3, 1, 2)
     assert_values(python_ref.bmru(c, torch.tensor([2.0]), epsilon=1)[0], 0, -1, -1, 0)
 
@@ -141,7 +141,7 @@ def test_both_zeros_write_plus_one(epsilon, zero):
 def test_a_nan_in_a_stream_lasts_from_its_step_on(epsilon, argument, reverse):
     streams = {"candidate": C.clone(), "threshold": B.clone(), "amplitude": torch.ones_like(C)}
     clean, _ = python_ref.bmru(**streams, epsilon=epsilon, reverse=reverse)
-    streams[argument][0, 2] = NAN  # a step that holds; others before and after it write
+    streams[argument][0, 2] = NAN  # a step that holds, with steps that write before and after it
     h, final_state = python_ref.bmru(**streams, epsilon=epsilon, reverse=reverse)
     before, after = (h[0, 3:], h[0, :3]) if reverse else (h[0, :2], h[0, 2:])
     assert torch.equal(before, clean[0, 3:] if reverse else clean[0, :2])
@@ -151,7 +151,7 @@ def test_a_nan_in_a_stream_lasts_from_its_step_on(epsilon, argument, reverse):
 
 @pytest.mark.parametrize("epsilon", [0, 0.5, 1])
 @pytest.mark.parametrize("argument", ["threshold", "alpha", "initial_state"])
-def test_a_nan_parameter_or_initial_state_is_there_from_the_start(epsilon, argument):
+def test_a_nan_parameter_or_initial_state_lasts_from_the_first_step(epsilon, argument):
     two = C.expand(1, 7, 2)
     given = {"threshold": torch.ones(2), "alpha": torch.ones(2), "initial_state": torch.ones(1, 2)}
     clean, clean_final = python_ref.bmru(two, epsilon=epsilon, **given)
@@ -185,7 +185,7 @@ def test_infinite_candidates_write_and_have_no_slope(epsilon):
     c = column(INF, -INF, 0.5).requires_grad_()
     b = column(1, INF, 1).requires_grad_()
     h, _ = python_ref.bmru(c, b, epsilon=epsilon)
-    assert_values(h, 1, *((-1, -1) if epsilon == 0 else (0, 0)))  # infinite against infinite is a tie
+    assert_values(h, 1, *((-1, -1) if epsilon == 0 else (0, 0)))  # infinity against infinity is a tie, which writes
     h.sum().backward()
     assert c.grad[0, 0] == 0
     assert b.grad[0, 0] == 0
@@ -226,7 +226,7 @@ def test_packed_sequences_without_steps(offsets):
     assert torch.equal(final_state, initial.double())
 
 
-def test_arithmetic_is_in_float64_or_as_asked_and_gradients_in_the_arguments_dtype():
+def test_arithmetic_is_in_float64_and_gradients_have_the_argument_dtype():
     c = torch.tensor([2.0], dtype=torch.bfloat16).view(1, 1, 1).requires_grad_()
     alpha = torch.tensor([1 / 3], dtype=torch.float32, requires_grad=True)
     h, final_state = python_ref.bmru(c, column(1), alpha=alpha)

@@ -1,4 +1,4 @@
-"""`python -m bench report`: from records to pages."""
+"""`python -m bench report` turns records into pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def file(tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "bench", "speed", *options], check=True, cwd=ROOT, capture_output=True)
     record = json.loads(file.read_text())
     for figure in record["figures"]:
-        figure["spread"] = 0.05  # such short times are noisy
+        figure["spread"] = 0.05  # a fixed value, because such short times are noisy
     file.write_text(json.dumps(record))
     return file
 
@@ -64,8 +64,8 @@ def test_two_records(file, tmp_path, capsys):
     assert capsys.readouterr().out.count("| faster |") == 1
 
 
-def test_a_figure_that_says_little_is_marked(file, tmp_path, capsys):
-    """A ratio is marked where the spread of either of its figures is over 100 %; it is no change."""
+def test_a_noisy_figure_is_marked(file, tmp_path, capsys):
+    """A ratio is marked where the spread of either figure is over 100 %. It does not count as a change."""
     record = json.loads(file.read_text())
     for figure in record["figures"]:
         figure["spread"] = 1.5 if figure["subject"] == "log-step scan" else 0.05
@@ -91,7 +91,7 @@ def test_plot_of_a_sweep(file, tmp_path, kind):
     assert image.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[kind])
 
 
-def test_plot_of_what_is_no_sweep(file, tmp_path, capsys):
+def test_a_plot_needs_a_sweep(file, tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(file), "--plot", str(tmp_path / "image.png")])
     assert "expected a sweep of one of B, T and D, got 0" in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_sizes_of_a_sweep(letter):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", "\x80", '{"machine": {}, "microseconds": {}, "figures": [{"subject": "bmru forward"}]}']
 )
-def test_what_is_no_record(text, tmp_path, capsys):
+def test_an_invalid_record_is_refused(text, tmp_path, capsys):
     file = tmp_path / "record.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(SystemExit):
@@ -119,7 +119,7 @@ def test_what_is_no_record(text, tmp_path, capsys):
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
 def test_tables_are_what_their_records_say(page):
-    """Each table between comments is what the command in the first of them prints from the record that it names."""
+    """Each table between comments equals the output of the command in the first comment."""
     text = page.read_text()
     assert text == tables.filled(text)
     assert ("<!-- " in text) == (page.name in ("README.md", "performance.md"))

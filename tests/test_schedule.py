@@ -1,4 +1,4 @@
-"""The schedule of epsilon: its values, resuming, and the modules around the units."""
+"""The schedule of epsilon: values, resumption, and modules that contain units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mru_kernels.distributed import sequence_parallel
 
 
 def values(schedule: mk.EpsilonSchedule, unit: mk.BMRU, steps: int) -> list[float]:
-    """Epsilon of the unit before each of `steps` steps, and after the last."""
+    """Epsilon of the unit before each of `steps` steps, and after the last step."""
     found = [unit.epsilon]
     for _ in range(steps):
         schedule.step()

@@ -1,4 +1,4 @@
-"""`python -m bench speed`: peers do the same job, and the table holds what was asked for."""
+"""`python -m bench speed`: peers compute the same results, and the record has every figure that the options ask for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def case(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.flo
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Few turns, no cost of calls, one allocator."""
+    """Measure few repetitions, no cost of calls, and one allocator."""
     measure = speed.measure
     monkeypatch.setattr(speed, "measure", lambda subjects, device: measure(subjects, device, seconds=0.0))
     monkeypatch.setattr(speed, "overhead", lambda *_: {"a call": 1.0})
@@ -39,7 +39,7 @@ def run(capsys, *arguments: str) -> tuple[int, str]:
     return status, capsys.readouterr().out
 
 
-def test_what_calls_cost_is_of_the_backend_that_is_named():
+def test_the_overhead_is_that_of_the_named_backend():
     with patch.object(backends, "_CHOSEN", "cuda"), patch.object(speed, "per_call", lambda f: f() is None):
         assert len(overhead(CPU, "cpu")) == 4
 
@@ -47,7 +47,7 @@ def test_what_calls_cost_is_of_the_backend_that_is_named():
 @pytest.mark.parametrize(("cell", "epsilon"), CELLS)
 @pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.compiled])
 def test_a_peer_does_the_same_job(name, cell, epsilon):
-    """Results, and gradients where they are whole; what is not the same is found."""
+    """Results of a peer, and gradients of a whole peer, equal ours. A wrong peer is detected."""
     for dtype in {torch.float32, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
         given = case(cell, epsilon, dtype)
         if peers.PEERS[name].why_not(given, CPU) is None:
@@ -66,7 +66,7 @@ def test_a_compiled_peer_does_the_same_job(name):
     speed.check_peer(name, case("bmru", 0.5).build())
 
 
-def test_a_gradient_that_is_not_the_same_is_found():
+def test_a_wrong_gradient_is_detected():
     wrong = peers.Peer(lambda a, w: peers.python_loop(a.detach() + 0 * a, w))
     with patch.dict(peers.PEERS, {"python loop": wrong}), pytest.raises(RuntimeError, match="another gradient"):
         speed.check_peer("python loop", case("linear_recurrence").build())
@@ -119,7 +119,7 @@ def test_a_record_holds_what_was_asked_for(cell, dtype, tmp_path, capsys):
     assert report.main([str(file), str(file)]) == 0
 
 
-def test_what_is_wrong_is_refused(tmp_path, capsys):
+def test_a_wrong_result_is_refused(tmp_path, capsys):
     file = tmp_path / "record.json"
     options = ["--shape", "2,20,5", "--dtype", "fp32", "--json", str(file), "--peer", "log-step scan"]
     with patch.object(speed, "meets_limits", lambda *_: False):
@@ -157,7 +157,7 @@ def test_a_sweep_is_drawn(kind, tmp_path, capsys):
     ],
 )
 @pytest.mark.parametrize("command", [speed, profile, memory], ids=lambda command: command.__name__)
-def test_what_a_command_does_not_take(command, options, message, capsys):
+def test_a_command_refuses_invalid_options(command, options, message, capsys):
     if command is not speed and "--epsilon" in options:
         pytest.skip("an option of speed")
     with pytest.raises(SystemExit):
@@ -165,7 +165,7 @@ def test_what_a_command_does_not_take(command, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_chunk_sizes_that_memory_does_not_take(capsys):
+def test_memory_refuses_invalid_chunk_sizes(capsys):
     for size, message in (("17", 'a positive multiple of 16 or "None"'), ("8192", "16 to 4096 for backend cpu")):
         with pytest.raises(SystemExit):
             memory.main(["--chunk-size", size])

@@ -1,4 +1,4 @@
-"""Streams: chunks of any length equal the whole sequence, in constant memory."""
+"""`mk.stream`: chunks of any length equal the whole sequence and need constant memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import mru_kernels as mk
 from mru_kernels.nn.wrappers import unwrapped
 
-CUTS = [1, 40, 0, 25, 34]  # steps of the chunks, one of them empty
+CUTS = [1, 40, 0, 25, 34]  # steps of each chunk; one chunk is empty
 
 
 def _module(kind: str) -> torch.nn.Module:
@@ -42,7 +42,7 @@ def test_chunks_equal_the_whole(kind):
 
 
 def test_integers_are_exact():
-    """With integer weights and inputs the gates, and so all bits, do not depend on the chunks."""
+    """With integer weights and inputs, gates do not depend on the chunks, so no bit does."""
     torch.manual_seed(0)
     module = mk.CMRU(5, 8)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_module_that_cannot_stream_raises():
 
 @pytest.mark.parametrize("kind", ["BMRU", "block"])
 def test_a_stream_calls_the_wrapper_of_its_module(kind, group_of_one):
-    """The hook of DistributedDataParallel runs in every backward pass, so gradients are synchronised."""
+    """Every backward pass runs the hook of DistributedDataParallel, so it synchronises gradients."""
     torch._dynamo.reset()
     module = _module(kind)
     x = torch.randn(3, 20, 5, dtype=torch.float64)
@@ -153,11 +153,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.check
-def test_a_million_steps_take_the_memory_of_a_few():
+def test_a_million_steps_need_the_memory_of_a_few():
     def peak(chunks: int) -> int:
         """Peak memory in KiB."""
         done = subprocess.run([sys.executable, "-c", PROGRAM, str(chunks)], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     few, many = peak(20), peak(1000)
-    assert many < few + 8 * 1024  # all outputs together are 61 MiB
+    assert many < few + 8 * 1024  # the outputs of all chunks are 61 MiB

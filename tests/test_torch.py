@@ -25,8 +25,8 @@ LAYOUTS = {
     "windows": lambda t: t.flatten(1)[:, : t.shape[1] + t.shape[2] - 1].unfold(1, t.shape[2], 1),
 }
 
-#: Dtype, the index of the value of each factor of the cell, options, and words: a layout, "gates" for streams in one
-#: tensor, "segments".
+#: Dtype, index into the values of each factor of the cell, options, and words. A word is a layout; "gates" puts all
+#: streams into one tensor; "segments" cuts time.
 FORMS = [
     ("fp32", 0, {}, ""),
     ("fp64", 1, {"initial_state": "real"}, "segments"),
@@ -43,7 +43,7 @@ VARIANTS = [(cell, *form) for cell, declared in inputs.CELLS.items() for form in
 
 
 def raw_arguments(variant: tuple, device: torch.device, save: bool = True) -> dict:
-    """Arguments of the forward op of a variant's cell, whose tensors require gradients."""
+    """Arguments of the forward op of a variant. All tensors require gradients."""
     cell, dtype, index, options, words = variant
     factors = inputs.CELLS[cell].factors
     values = {name: x[index % len(x)] for name, x in factors.items()} | {"batch": 2, "parameters": "as streams"}
@@ -63,14 +63,14 @@ def test_opcheck(backend, device, variant):
     arguments, cell = raw_arguments(variant, device), ops.CELLS[variant[0]]
     torch.library.opcheck(cell.forward[backend], tuple(arguments.values()))
     results = raw.run(cell.forward[backend], arguments)
-    # Second derivatives raise, so nothing that requires grad goes into the backward op.
+    # A second derivative raises, so the backward op gets detached tensors.
     frozen = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw.backward(arguments, results))
     torch.library.opcheck(cell.backward[backend], tuple(frozen.values()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_map_of_a_scan(backend, device, variant):
-    """It takes the state on entry to the final state."""
+    """The map op returns a factor and an offset that take the initial state to the final state."""
     cell = ops.CELLS[variant[0]]
     arguments = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, raw_arguments(variant, device))
     torch.library.opcheck(cell.map[backend], raw.of(raw.MAP, arguments))
@@ -83,7 +83,7 @@ def test_the_map_of_a_scan(backend, device, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_raw_op_is_differentiable_by_itself(backend, device, variant):
-    """Through the dispatcher, with boundary states saved or not, as through the public function."""
+    """The dispatcher gives the same gradients whether checkpoints are saved or not, also under torch.func."""
     arguments = raw_arguments(variant, device)
     leaves = raw.tensors_of(arguments)
     op = ops.CELLS[variant[0]].forward[backend]
@@ -134,7 +134,7 @@ def test_compile_with_dynamic_time(backend, device, recompiling_fails, compiler)
 
 
 def test_compile_with_dynamic_time_where_it_is_cut(backend, device, recompiling_fails):
-    """The length of a segment follows from T, and does not pin it."""
+    """The segment size is computed from T and does not specialise the graph on T."""
     if backend != "cpu":
         pytest.skip("the lengths are those at which the CPU backend cuts time")
 
@@ -251,21 +251,21 @@ def test_autocast(backend, device, dtype):
 
     with torch.autocast(device.type, dtype):
         got = results_and_grads(op, c, b, m, alpha, state)
-        # as after a linear layer: streams of several dtypes meet
+        # A linear layer under autocast returns the autocast dtype, so streams of several dtypes meet.
         mixed = results_and_grads(op, c.to(dtype), b, m, alpha, state)
         kept = results_and_grads(lambda *x: mk.bmru(*x, backend=backend), c.double(), b.double())
     plain = results_and_grads(op, c.to(dtype), b.to(dtype), m.to(dtype), alpha, state)
     assert got[0].dtype == dtype
     assert got[1].dtype == torch.float32
-    assert [t.dtype for t in got[2:]] == [torch.float32] * 5  # gradients in the dtype of what was given
+    assert [t.dtype for t in got[2:]] == [torch.float32] * 5  # gradients have the dtype of the inputs
     assert_equal([t.float() for t in got], [t.float() for t in plain])
     assert_equal([t.float() for t in mixed], [t.float() for t in plain])
     assert all(t.dtype == torch.float64 for t in kept)
 
 
 def test_autocast_leaves_a_threshold_per_channel_in_float32(backend, device):
-    candidate = torch.full((1, 1, 1), 0.30078125, device=device)  # a bfloat16 number
-    threshold = torch.full((1,), 0.301, device=device)  # a little more, and the same when rounded
+    candidate = torch.full((1, 1, 1), 0.30078125, device=device)  # exact in bfloat16
+    threshold = torch.full((1,), 0.301, device=device)  # slightly larger, and equal after rounding to bfloat16
     assert threshold.bfloat16().item() == candidate.item()
     with torch.autocast(device.type, torch.bfloat16):
         h, _ = mk.bmru(candidate, threshold, backend=backend)
@@ -274,7 +274,7 @@ def test_autocast_leaves_a_threshold_per_channel_in_float32(backend, device):
 
 
 def test_grad_scaler(backend):
-    """A loss scaled up and gradients scaled down again; an overflow skips the step."""
+    """GradScaler scales the loss up and the gradients down by the same power of two."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     weight = torch.nn.Parameter(torch.tensor([0.5, 0.25]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -286,7 +286,7 @@ def test_grad_scaler(backend):
     weight.grad = None
     h, _ = mk.bmru(x * weight, torch.full((2,), 0.1), epsilon=0.5, backend=backend)
     h.square().mean().backward()
-    assert torch.equal(scaled, weight.grad)  # scaled by a power of two
+    assert torch.equal(scaled, weight.grad)  # exact, because the scale is a power of two
 
 
 def test_inference_mode_and_no_grad(backend, device):
@@ -299,13 +299,13 @@ def test_inference_mode_and_no_grad(backend, device):
         assert all(t.is_inference() for t in got)
         assert_equal(list(got), expected)
         x = draw(2, 90, 3, device=device)
-    assert_equal(list(mk.bmru(x, b, epsilon=0.5, backend=backend)), expected)  # inference tensors outside
+    assert_equal(list(mk.bmru(x, b, epsilon=0.5, backend=backend)), expected)  # outside of inference mode
 
 
 def test_a_model_that_was_evaluated_first_can_be_trained(backend, device):
-    """Nothing that a call keeps is an inference tensor."""
+    """The cached epsilon of a call in inference mode is no inference tensor."""
     c, b = draw(2, 9, 3, device=device), draw(2, 9, 3, seed=1, device=device)
-    epsilon = 0.71828  # used nowhere else
+    epsilon = 0.71828  # no other test uses this value, so this call caches it
     with torch.inference_mode():
         mk.bmru(c, b, epsilon=epsilon, backend=backend)
     h, _ = mk.bmru(c.requires_grad_(), b, epsilon=epsilon, backend=backend)
@@ -313,7 +313,7 @@ def test_a_model_that_was_evaluated_first_can_be_trained(backend, device):
 
 
 def test_negated_view(backend, device):
-    """The imaginary part of a conjugate: a view whose memory holds the negative of its values."""
+    """The imaginary part of a conjugate is a view whose memory stores the negated values."""
     view = torch.randn(2, 40, 1, dtype=torch.complex64, device=device).conj().imag
     assert view.is_neg()
     plain = view.clone().resolve_neg().contiguous()

@@ -40,7 +40,7 @@ def loss(c, b, state=None, **settings):
     ids=str,
 )
 def test_vmap(backend, device, in_dims, shapes):
-    """Of the op, of its gradient, and the gradient through it, against a loop; thresholds per channel as well."""
+    """Mapped ops, mapped gradients of its gradient and gradients through vmap equal a loop over the rows."""
     inputs = [draw(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
 
     def rows():
@@ -108,7 +108,7 @@ def test_vmap_refuses_to_map_offsets_and_epsilons(backend, device):
 
 
 def test_gradients_outside_a_transform(backend, device):
-    """The value that `grad_and_value` returns is itself differentiable, by autograd and by an outer transform."""
+    """Autograd and an outer transform can differentiate the value that `grad_and_value` returns."""
     x, b = draw(2, 50, 3, device=device), draw(2, 50, 3, seed=1, device=device)
     weight = draw(3, seed=2, device=device).requires_grad_()
 
@@ -154,7 +154,7 @@ def rows_of(cell: str, dtype: str, index: int, device: torch.device):
 
 @pytest.fixture(params=CALLS, ids=str)
 def call(request, backend, device):
-    """A call of a cell, its loss, and four rows of its inputs."""
+    """A call of a cell, a loss of it, and four rows of its inputs."""
     function, rows = rows_of(*request.param, device)
 
     def op(*inputs):
@@ -168,7 +168,7 @@ def call(request, backend, device):
 
 
 def loop(op_loss, rows: list[Tensor]) -> list[Tensor]:
-    """The gradient of each row by itself, without torch.func."""
+    """Gradients of each row, by one call of autograd for each row."""
     leaves = [[t.clone().requires_grad_() for t in row] for row in zip(*rows, strict=True)]
     grads = [torch.autograd.grad(op_loss(*row), row) for row in leaves]
     return [torch.stack(each) for each in zip(*grads, strict=True)]
@@ -190,7 +190,7 @@ def test_transforms_of_every_cell(call):
 
 
 def test_a_batch_of_gradients_of_every_cell(call):
-    """`is_grads_batched`, also where one result has no gradient, against one call for each gradient."""
+    """`is_grads_batched` equals one call for each gradient, also where one result has no gradient."""
     op, _, rows = call
     leaves = [t[0].clone().requires_grad_() for t in rows]
     results = op(*leaves)
@@ -242,7 +242,7 @@ def test_compiled_and_exported_transforms(backend, device, cell):
 
 @pytest.mark.parametrize("make", [mk.BMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.LRU, "network"], ids=str)
 def test_transforms_of_modules(device, make):
-    """Gradients per sample, of an ensemble and of a stack of networks, against autograd on each by itself."""
+    """Per-sample gradients and gradients of an ensemble equal autograd on each sample and each module."""
 
     def module(seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -276,7 +276,7 @@ def test_transforms_of_modules(device, make):
 
 
 def test_transforms_in_other_modes(backend, device):
-    """Gradients are off, or inside; anomalies are looked for; tensors are functional, or saved elsewhere."""
+    """Transforms work under no_grad, inference mode, anomaly detection, functionalize and save_on_cpu."""
     x, b = draw(2, 20, 3, device=device), draw(2, 20, 3, seed=1, device=device)
 
     def op_loss(c):
@@ -292,7 +292,7 @@ def test_transforms_in_other_modes(backend, device):
     with torch.no_grad():
         assert torch.equal(grad(x), expected)
     with torch.inference_mode():
-        differentiates = torch.func.grad(lambda c: c.sin().sum())(x).any()  # torch 2.11 gives zeros for its own ops too
+        differentiates = torch.func.grad(lambda c: c.sin().sum())(x).any()  # torch 2.11 gives its own ops zeros
         assert torch.equal(grad(x), expected if differentiates else torch.zeros_like(x))
     with warnings.catch_warnings(), torch.autograd.detect_anomaly():
         warnings.simplefilter("ignore")
@@ -301,7 +301,7 @@ def test_transforms_in_other_modes(backend, device):
     assert torch.equal(torch.func.grad(torch.func.functionalize(op_loss))(x), expected)
     assert torch.equal(torch.func.grad(held)(x), mk.bmru(x, b, backend=backend)[0])
     _, pull = torch.func.vjp(op_loss, x)
-    assert torch.equal(pull(torch.ones((), device=device))[0], expected)  # outside of the transform
+    assert torch.equal(pull(torch.ones((), device=device))[0], expected)  # after the transform has returned
     leaf = x.clone().requires_grad_()
     with torch.autograd.graph.save_on_cpu():
         mapped = torch.vmap(lambda c, b: loss(c[None], b[None], backend=backend))(leaf, b)
@@ -327,7 +327,7 @@ def with_tangent(op, x):
 
 @pytest.mark.parametrize("way", FORWARD_MODE)
 def test_forward_mode_raises(backend, device, monkeypatch, way):
-    """Of ops, steps and modules; what comes afterwards is not disturbed."""
+    """Forward mode of ops, steps and modules raises. Later reverse-mode calls still work."""
     monkeypatch.setattr(backends, "_CHOSEN", backend)
     x, state, low = draw(2, 20, 3, device=device), draw(2, 3, device=device), draw(3, device=device)
     module = mk.BMRU(3, 3).to(device)
@@ -337,14 +337,14 @@ def test_forward_mode_raises(backend, device, monkeypatch, way):
         (lambda c: mk.linear_recurrence(low, c)[0], x),
         (lambda c: module(c)[0], x),
     ]
-    if way not in ("around vjp", "functional", "hessian"):  # these take a first derivative, which a step refuses
+    if way not in ("around vjp", "functional", "hessian"):  # these need a first derivative, and a step has none
         ops.append((lambda c: mk.bmru_step(c, c, state)[0], state))
     for op, point in ops:
         with pytest.raises(NotImplementedError, match="no forward-mode"):
             FORWARD_MODE[way](op, point)
     expected = torch.autograd.functional.vjp(lambda c: mk.bmru(c, c)[0].sum(), x)[1]
     assert torch.equal(torch.func.grad(lambda c: mk.bmru(c, c)[0].sum())(x), expected)
-    with torch.autograd.forward_ad.dual_level():  # without a tangent
+    with torch.autograd.forward_ad.dual_level():  # no input has a tangent, so the call runs
         mk.bmru(x, x)
 
 

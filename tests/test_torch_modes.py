@@ -32,7 +32,7 @@ class Scaled(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(4))
 
     def forward(self, x):
-        return mk.bmru(x * self.weight, 0.5 * x, epsilon=0.171828)  # used nowhere else
+        return mk.bmru(x * self.weight, 0.5 * x, epsilon=0.171828)  # no other test uses this epsilon
 
 
 TRACED_MODULES = {
@@ -47,10 +47,10 @@ TRACED_MODULES = {
 @TRACED
 @pytest.mark.parametrize("make", TRACED_MODULES.values(), ids=TRACED_MODULES)
 def test_jit_trace(backend, device, monkeypatch, make):
-    """With gradients, and at other lengths than that which was traced; other backends refuse, by name."""
+    """A trace runs at other lengths and has gradients. Backends other than cpu raise and name themselves."""
     monkeypatch.setattr(backends, "_CHOSEN", backend)
     torch.manual_seed(0)
-    module = make().to(device, torch.float64)  # a cut of time, which a trace does not see, rounds differently
+    module = make().to(device, torch.float64)  # a trace fixes the segment size, so float32 would round differently
     x = draw(2, 9, 4, dtype=torch.float64, device=device)
     if backend != "cpu":
         with pytest.raises(RuntimeError, match=r"backend: torch\.jit\.trace records 'cpu' only"):
@@ -119,7 +119,7 @@ def _traced(mode: str, transform=lambda op: op):
     return trace
 
 
-#: What a call may run under; none of it may change later calls.
+#: Modes and transforms that a call may run under. None may change later calls.
 SURROUNDINGS = {
     "nested grad": _nested_gradients,
     "refused second derivative": _refused_second_derivative,
@@ -135,8 +135,8 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("first", SURROUNDINGS)
-def test_a_call_leaves_nothing_of_what_it_runs_under(backend, device, first, monkeypatch):
-    """Every surrounding in turn makes the cached epsilon; then calls of every kind use it."""
+def test_a_call_under_a_mode_does_not_change_later_calls(backend, device, first, monkeypatch):
+    """Each surrounding in turn creates the cached epsilon. Calls under all surroundings then use it."""
     EPSILON._known.clear()
     x = draw(1, 5, 2, device=device)
 
@@ -170,7 +170,7 @@ def _described(results: Iterable[Tensor]) -> list[tuple]:
 
 @pytest.mark.parametrize("name", [None, *backends.TABLE])
 def test_meta(name):
-    """Every backend gives the shapes of its results and gradients for tensors on meta, without its kernels."""
+    """Every backend returns results and gradients of the right shapes for tensors on meta, without its kernels."""
     for real, on_meta in zip(_every_call("cpu"), _every_call("meta"), strict=True):
         op, step = getattr(mk, real.cell), getattr(mk, f"{real.cell}_step")
         leaves = {key: t.requires_grad_() for key, t in on_meta.tensors.items()}
@@ -202,8 +202,8 @@ def test_bad_input_on_meta():
             op(*arguments, epsilon=1.5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_fake_tensors_on_a_device_that_is_not_there():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_fake_tensors_on_a_missing_device():
     calls = _every_call("cpu")
     with FakeTensorMode(), torch.no_grad():
         for call in calls:
@@ -229,10 +229,10 @@ def test_fake_tensors_on_a_device_that_is_not_there():
 @pytest.mark.parametrize("segment", [0, 128])
 @pytest.mark.parametrize("chunk_size", [64, 16, 256, None])
 def test_saved_memory(backend, device, dtype, chunk_size, segment, monkeypatch):
-    """Beyond the inputs, a boundary state a chunk, by default 1/32 of a stream at most; in segments, 2 bits a step."""
+    """A scan saves a checkpoint per chunk, by default at most 1/32 of a stream. Segments add 2 bits per step."""
     least, most = backends.TABLE[backend].module.CHUNK_SIZES
     if chunk_size is not None and not least <= chunk_size <= most:
-        pytest.skip(f"{backend} takes chunk sizes from {least} to {most}")
+        pytest.skip(f"{backend} supports chunk sizes from {least} to {most}")
     monkeypatch.setattr(backends.TABLE[backend].module, "segment", lambda *sizes: segment)
     shape = (2, 1000, 16)
     c, b = (draw(*shape, dtype=dtype, seed=i, device=device).requires_grad_() for i in range(2))
@@ -260,7 +260,7 @@ def test_saved_memory(backend, device, dtype, chunk_size, segment, monkeypatch):
 
 
 def test_recomputed_or_kept_elsewhere(backend, device):
-    """Under activation checkpointing, and with what is saved moved to host memory, gradients are the same bits."""
+    """Activation checkpointing and `save_on_cpu` do not change a bit of the gradients."""
     c, b = (draw(2, 200, 5, seed=i, device=device) for i in range(2))
     state = draw(2, 5, device=device)
 
@@ -280,7 +280,7 @@ def test_recomputed_or_kept_elsewhere(backend, device):
 
 
 def test_nothing_is_saved_without_gradients(backend, device):
-    """A call whose inputs need no gradient computes no boundary states."""
+    """A call whose inputs need no gradient computes no checkpoints."""
     x = draw(1, 1000, 4, device=device)
     seen = []
 
@@ -301,7 +301,7 @@ def test_nothing_is_saved_without_gradients(backend, device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zeros_stand_for_the_gradient_of_a_result_that_is_not_used_and_for_no_other(backend, device, dtype, packed):
+def test_only_an_unused_result_gets_a_gradient_of_zeros(backend, device, dtype, packed):
     c, b = (draw(1, 200, 4, seed=seed, device=device).to(dtype).requires_grad_() for seed in (0, 1))
     settings = {"backend": backend, "epsilon": 0.5}
     if packed:
@@ -339,7 +339,7 @@ def test_saved_inputs_may_not_be_changed_before_the_backward(backend, device):
 
 
 def test_a_subset_of_gradients(backend, device):
-    """Whichever inputs require grad, each gets the same gradient; the others get none."""
+    """The gradient of an input does not depend on which other inputs require grad."""
     shapes = [(2, 70, 3)] * 3 + [(3,), (2, 3)]
     full = [draw(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
 
@@ -366,8 +366,8 @@ def test_one_result_alone_has_gradients(backend, device, used):
 
 
 @pytest.mark.parametrize("cls", [mk.BMRU, mk.MinGRU])
-def test_a_compiled_transform_of_what_requires_grad(cls):
-    """The first derivative is as in eager mode; the second raises where it is asked for, not where it is traced."""
+def test_a_compiled_transform_of_inputs_that_require_grad(cls):
+    """A compiled first derivative equals the eager one. The second raises in the backward call, not at tracing."""
     unit, x = cls(3, 4), torch.randn(2, 5, 3, requires_grad=True)
 
     def gradient(x):

@@ -20,7 +20,7 @@ def test_below_autograd_records_nothing():
         assert not (x + 1).requires_grad
 
 
-def test_tracing_is_told():
+def test_tracing_is_detected():
     seen = []
 
     def f(x):
@@ -32,13 +32,13 @@ def test_tracing_is_told():
     assert not private.is_tracing()
 
 
-def test_forward_mode_is_told():
+def test_forward_mode_is_detected():
     assert not private.in_forward_mode()
     with forward_ad.dual_level():
         assert private.in_forward_mode()
 
 
-def test_wrapped_tensors_are_told():
+def test_wrapped_tensors_are_detected():
     def f(x):
         assert private.transforms_active()
         assert private.is_wrapped(x)
@@ -51,10 +51,10 @@ def test_wrapped_tensors_are_told():
     assert not private.is_wrapped(torch.ones(1))
 
 
-def test_legacy_batches_are_told():
+def test_legacy_batches_are_detected():
     seen = []
 
-    class Told(torch.autograd.Function):
+    class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
@@ -65,12 +65,12 @@ def test_legacy_batches_are_told():
             return private.add_batch_dim(private.remove_batch_dim(grad, 1, 3, 0), 0, 1)
 
     x = torch.ones(2, requires_grad=True)
-    (grad,) = torch.autograd.grad(Told.apply(x), x, torch.ones(3, 2), is_grads_batched=True)
+    (grad,) = torch.autograd.grad(Recorded.apply(x), x, torch.ones(3, 2), is_grads_batched=True)
     assert seen == [True]
     assert grad.shape == (3, 2)
 
 
-def test_modes_are_told_and_left():
+def test_modes_are_detected_and_left():
     assert private.modes_active() == 0
     assert private.dispatch_mode(private.FAKE_MODE) is None
     with torch._subclasses.fake_tensor.FakeTensorMode():
@@ -93,7 +93,7 @@ def test_functions_and_transforms_are_disabled():
     torch.func.vmap(f)(torch.ones(2))
 
 
-def test_autocast_is_told():
+def test_autocast_is_detected():
     assert not private.any_autocast()
     with torch.autocast("cpu"):
         assert private.any_autocast()

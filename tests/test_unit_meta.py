@@ -11,7 +11,7 @@ from tests.units import CLASSES, all_units, make
 
 
 def run_all(module, like):
-    """Shapes of all results and gradients of a module, for tensors with the dtype and device of `like`."""
+    """Shapes of all results and gradients of a module, for inputs with the dtype and device of `like`."""
     x, hx = like.new_ones(2, 9, 4, requires_grad=True), module(like.new_ones(2, 9, 4))[1]
     output, h_n = module(x, hx.detach())
     (output.sum() + h_n.abs().sum()).backward()

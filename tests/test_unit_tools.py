@@ -8,7 +8,7 @@ from tests.units import SIGNED, integers, make
 
 
 def step(module, x, hx=None):
-    """Output, states and all gradients of a training step."""
+    """Output, final state and all gradients of one training step."""
     module.zero_grad()
     output, h_n = module(x, hx)
     (output.square().sum() + h_n.sum()).backward()
@@ -87,7 +87,7 @@ def test_a_training_step_copies_no_stream_and_runs_no_cat(cls, batch_first):
     sizes = (4, 128) if batch_first else (128, 4)
     x = torch.randn(*sizes, 16, requires_grad=True)
     gradient = torch.randn(*sizes, 32)
-    module(x)[0].backward(gradient)  # one-time allocations happen here
+    module(x)[0].backward(gradient)  # the first call makes one-time allocations
     module.zero_grad(), setattr(x, "grad", None)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -98,6 +98,6 @@ def test_a_training_step_copies_no_stream_and_runs_no_cat(cls, batch_first):
     assert "aten::cat" not in names
     stream, gates = output.numel() * output.element_size(), len(module.gates)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
-    needed = (2 * gates + 1) * stream + x.grad.nbytes  # gates, their gradient, the output, the input's gradient
+    needed = (2 * gates + 1) * stream + x.grad.nbytes  # gates, gradient of the gates, output, gradient of x
     parameters = sum(p.nbytes for p in module.parameters())
     assert needed <= allocated < needed + parameters + stream / 4
