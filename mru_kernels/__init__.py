@@ -14,6 +14,7 @@ from importlib.metadata import version as _version
 
 from .backends import available_backends
 from .cells.bmru import bmru, bmru_step
+from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
 from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, MRUBlock, MRUNetwork
@@ -36,6 +37,8 @@ __all__ = [
     "bmru",
     "bmru_step",
     "distributed",
+    "leaky_integrator",
+    "leaky_integrator_step",
     "linear_recurrence",
     "linear_recurrence_step",
     "schmitt",
