@@ -347,8 +347,8 @@ def rows_read(variant: Variant) -> int:
     """
     streams, tile = len(variant.streams), variant.tile
     match variant.kernel:
-        case "check":  # a map, what entered, what left, and what was handed on; and the last recent magnitude
-            return 5 + (not variant.resets)
+        case "check":  # what left and what was handed on; with bounds also the map, what entered and its magnitude
+            return 2 if variant.resets else 6
         case "forward":
             return 2 * tile * streams * (not variant.codes)
         case "summarize":
