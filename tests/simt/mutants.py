@@ -69,6 +69,7 @@ _FAULTS = {
         ("end of a sequence passed over", "if (holds && span.last)", "if (false)"),
         ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
         ("map of a head", "call.heads == Heads::kBegin ? span.first", "call.heads != Heads::kEnd ? span.first"),
+        ("map of an end", "call.heads == Heads::kEnd && span.last", "false"),
     ),
     "carry.cuh": (
         ("dropped barrier in carry", _AFTER_RUNS + _BARRIER, _AFTER_RUNS),
@@ -108,6 +109,11 @@ _FAULTS = {
     "backward.cuh": (
         ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
         ("copies of the adjoint not waited for", _WAIT, ""),
+        (
+            "output's slope at the state before",
+            "states_[t].at[w], states_[t + 1].at[w], widen",
+            "states_[t].at[w], states_[t].at[w], widen",
+        ),
         ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
         ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
         ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
@@ -127,6 +133,7 @@ _FAULTS = {
             _CARRY + _EXPAND,
             _EXPAND.rstrip(";\n") + ", carry_over(1);\n",
         ),
+        ("adjoint that sees the state from no offset", "from_zero.exit = work_.offset;", ""),
         ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
     ),
     "plan.h": (
