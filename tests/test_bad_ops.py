@@ -79,6 +79,7 @@ RAW_BAD = [
     ("initial_state", ones(D)),
     ("cu_seqlens", torch.tensor([0, 150], dtype=torch.int32)),  # batch is 2
     ("cu_seqlens", ones(2)),
+    ("packed", 1),
     ("packed", 2),
     ("packed", 3),
     ("packed", 7),

@@ -157,6 +157,7 @@ class BoundArguments {
     }
     MRU_EXPECT(t.dim() == arguments.rank, "inputs[", place[i], "]: expected ", arguments.rank, " dimensions or [",
                scan.channels, "], got ", t.dim(), " dimensions");
+    MRU_EXPECT(arguments.packed == 0, "packed: expected every stream side by side, got inputs[", place[i], "] apart");
     stream[i] = int(streams.size());
     streams.push_back(unit_channels(t));
     MRU_EXPECT(streams.back().scalar_type() == type && streams.back().sizes().equals(streams[0].sizes()), "inputs[",
