@@ -17,6 +17,7 @@
 //   enter(x, s)                  the state that enters a sequence; only inputs per channel may be read
 //
 //   kAdjointSeesState            whether `cotangent` depends on s or `after`
+//   kAlpha                       the input per channel that scales the output, h = alpha s'; -1: there is none
 //   kCodes                       whether a step fits a write code of 2 bits (maps/write_or_hold.h); then also
 //     kFirstValue, kSecondValue  the two values that a step may write
 //     writes(x), value(x, first, second), encode(x), step_code(code, s), pull_code(code, m)
@@ -48,6 +49,7 @@ constexpr Scalar positive(const char* name) { return {name, 5e-324, 1.7976931348
 // The defaults of a cell: h is the state after the step.
 struct CellBase {
   static constexpr bool kAdjointSeesState = false, kCodes = false, kResets = false;
+  static constexpr int kAlpha = -1;
 
   template <class V>
   MRU_INLINE V output(const V*, V, V after) const {

@@ -332,12 +332,16 @@ class BackwardTile {
         const Elements grad = room_.staged(part_.tile, kGrad, t);
         agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
           S dx[F::kInputs];
-          m.at[w] = cell_.vjp(x, state(t, w), state(t + 1, w), widen(grad, w), m.at[w], dx);
-          int sum = 0;
+          const S after = state(t + 1, w), g = widen(grad, w);
+          m.at[w] = cell_.vjp(x, state(t, w), after, g, m.at[w], dx);
+          int of_channel = 0;
 #pragma unroll
           for (int i = 0; i < F::kInputs; ++i) {
-            if (F::is_per_channel(i)) agent_.sums_[sum++].at[w] += dx[i];
-            else if (F::is_stream(i)) gradients[i].at[w] = dx[i];
+            if (F::is_stream(i)) gradients[i].at[w] = dx[i];
+            if (!F::is_per_channel(i)) continue;
+            S& sum = agent_.sums_[of_channel++].at[w];
+            if (i == Cell::kAlpha) sum = multiply_add(g, after, sum);  // dx[i] is g after: one instruction for both
+            else sum += dx[i];
           }
         });
         for_streams<F>([&](int i, int k) { store<Traffic::kStream>(into[k], narrow<typename F::T>(gradients[i])); });

@@ -6,7 +6,10 @@
 
 namespace mru::cuda {
 
-constexpr int kSegmentThreads = 128, kSegmentBlocks = 3;  // of a block; blocks that a multiprocessor has registers for
+constexpr int kSegmentThreads = 128;  // of a block
+// Blocks that a multiprocessor has registers for. Eight channels with three inputs per channel each take more of them.
+template <class F>
+constexpr int kSegmentBlocks = F::W == 8 && F::kSums > 2 ? 2 : 3;
 template <class F>
 constexpr int kSegmentTile = F::W == 8 ? 4 : 8;
 
@@ -88,7 +91,7 @@ __device__ __forceinline__ int add_steps(const Tile<F, U>& tile, const ChannelIn
 
 // Each segment as one map of the state, and its codes.
 template <class F>
-__global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks) summarize(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(const __grid_constant__ Call<F> call) {
   const Scan& scan = call.scan;
   const auto [segment, d] = place(call);
   if (segment >= call.plan.segments) return;
@@ -177,7 +180,7 @@ __device__ __forceinline__ void expand_steps(const Vector<int32_t, F::W>& codes,
 
 // h, final states and checkpoints from the codes and the segments' entry states.
 template <class F>
-__global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks) expand(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(const __grid_constant__ Call<F> call) {
   const auto& [scan, plan, work, across, its_cell, heads, unless_zero] = call;
   const typename F::Cell cell = its_cell;
   const auto [segment, d] = place(call);
@@ -278,7 +281,7 @@ class AdjointSteps {
 // Each segment as one map of m, from the right. Where writes reset: from the left up to the first write, because the m
 // that leaves the segment does not depend on later steps.
 template <class F, bool kFromCodes>
-__global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks)
+__global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>)
     summarize_adjoint(const __grid_constant__ Call<F> call) {
   using States = typename F::States;
   using Steps = AdjointSteps<F, kFromCodes>;
