@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from mru_kernels import backends, ops
+from mru_kernels import backends, checks, ops
 from tests import raw
 
 # Shapes [B, T, D] of streams. HUGE has sizes that overflow, that are 0, or that exceed all memory. Its shapes that can
@@ -83,7 +83,8 @@ def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
     one = torch.ones((), dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])), device=device)
     names = [i.name for i in cell.inputs if not i.optional or draw(st.booleans())]
     streams = [i.name for i in cell.inputs if i.name in names and i.kind != "channel"]
-    packed = streams if len(streams) > 1 and draw(st.booleans()) else []
+    fits = batch * time * channels * len(streams) <= checks.MOST_ELEMENTS
+    packed = streams if len(streams) > 1 and fits and draw(st.booleans()) else []
     shape = (batch, time, channels * (len(packed) or 1))
     arrays = {name: one.expand(shape if name in streams else (channels,)) for name in names if name not in packed}
     if packed:

@@ -69,7 +69,6 @@ _FAULTS = {
         ("end of a sequence passed over", "if (holds && span.last)", "if (false)"),
         ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
         ("map of a head", "call.heads == Heads::kBegin ? span.first", "call.heads != Heads::kEnd ? span.first"),
-        ("map of an end", "call.heads == Heads::kEnd && span.last", "false"),
     ),
     "carry.cuh": (
         ("dropped barrier in carry", _AFTER_RUNS + _BARRIER, _AFTER_RUNS),
@@ -110,7 +109,7 @@ _FAULTS = {
         ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
         ("copies of the adjoint not waited for", _WAIT, ""),
         (
-            "output's slope at the state before",
+            "slope of the output at the state before",
             "states_[t].at[w], states_[t + 1].at[w], widen",
             "states_[t].at[w], states_[t].at[w], widen",
         ),
