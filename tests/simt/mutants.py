@@ -108,11 +108,6 @@ _FAULTS = {
     "backward.cuh": (
         ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
         ("copies of the adjoint not waited for", _WAIT, ""),
-        (
-            "slope of the output at the state before",
-            "states_[t].at[w], states_[t + 1].at[w], widen",
-            "states_[t].at[w], states_[t].at[w], widen",
-        ),
         ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
         ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
         ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
