@@ -1,5 +1,5 @@
-// The protocol of a cell: what one step computes, on one channel. csrc/cells/<name>.h states one cell each; setup.py makes
-// the list of cells from the files in that folder, and every backend's kernels take any cell. leaky_integrator.h is the
+// The protocol of a cell: what one step computes, on one channel. csrc/cells/<name>.h states one cell each; csrc/cells.py
+// makes the list of cells from the files in that folder, and every backend's kernels take any cell. leaky_integrator.h is the
 // example to copy.
 //
 // A cell is a struct over S, the scalar type of the state, and a struct `cells::<name>`, its declaration. Its functions are

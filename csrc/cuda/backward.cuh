@@ -232,7 +232,7 @@ class BackwardTile {
     if constexpr (!kSeesState) room_.own(2) = m;
     if constexpr (kComplex) room_.own(kFactor) = conj_all<F>(a);
   }
-  // The map of m from the states, of which the factor is in shared memory.
+  // The offsets of the maps of m, from the states. Their factors are in shared memory already.
   __device__ __forceinline__ void reduce_adjoint() const {
     States a = all<F>(1), m = all<F>(0);
 #pragma unroll

@@ -10,7 +10,7 @@ from . import CHUNK
 
 CHUNK_SIZES = (16, 4096)
 _BLOCK = 64  # channels that keep one thread busy
-_ENOUGH = 16  # units of work: with so many or more, time is not cut
+_ENOUGH = 16  # units of work (sequences x blocks); time is cut only below this number
 _SEGMENTS = 64  # of a sequence, at most
 _LEAST = 512  # steps of a segment, at least
 

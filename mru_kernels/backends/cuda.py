@@ -9,8 +9,8 @@ from . import CHUNK, cpu
 
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
 _WORD = 16  # bytes that a thread moves at once
-_ENOUGH = 2**11  # words in a row of all sequences: with so many or more, time is not cut
-_MOST = 2**15  # threads if time is cut: eight warps per multiprocessor of an H100, each of which loads a tile ahead
+_ENOUGH = 2**11  # words in one time step of all sequences; time is cut only below this number
+_MOST = 2**15  # threads if time is cut: eight warps per multiprocessor of an H100; each warp loads a tile ahead
 _FEW = 4 * CHUNK  # shorter sequences are not cut
 
 

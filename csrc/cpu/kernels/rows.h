@@ -13,7 +13,7 @@ namespace mru {
 namespace {
 
 constexpr int64_t kFewChannels = 32;  // see with_tile
-constexpr int64_t kRowsAhead = 4;     // to prefetch rows, of which hardware fetches too few
+constexpr int64_t kRowsAhead = 4;     // rows that are prefetched; hardware prefetches too few
 
 // The types of the kernels of a cell. C: its declaration; Element: of the streams; kGiven, kChannels: bit i is set if
 // input i is given, and if it comes per channel.

@@ -88,7 +88,7 @@ class Reads(NamedTuple):
 
 
 #: The most registers of a lane, from streams and from codes, each with float32 and with float64 states. Without a limit
-#: (None) ptxas sometimes takes so many that fewer warps fit, and sometimes so few that it spills.
+#: (None) ptxas sometimes takes too many for the warps that should fit, and sometimes too few, and spills.
 _REGISTERS = {
     "forward": ((168, 255), (None, None)),
     "summarize": ((255, 255), (255, 255)),

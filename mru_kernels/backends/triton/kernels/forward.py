@@ -32,7 +32,7 @@ def enter(c, opened, s):
 
 @triton.jit
 def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
-    """Write h at the 16 steps from `first` on, some of which lie beyond the end if MASKED. Returns the state after."""
+    """Write h at the 16 steps from `first` on. If MASKED, some lie beyond the end. Returns the state after."""
     left = left_of(c.at, first, WORD)
     for j in range(0, WORD, c.block.tile):
         if not c.form.codes:

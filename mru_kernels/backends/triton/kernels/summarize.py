@@ -52,7 +52,7 @@ def add_tile(c, map_, late, opened, tile, j, left, MASKED: tl.constexpr):
 
 @triton.jit
 def add_word(c, ahead, map_, writes, late, opened, codes, first, whole, MASKED: tl.constexpr):
-    """The map of the steps so far and of the 16 from `first` on, some of which lie beyond the end if MASKED.
+    """The map of the steps so far and of the 16 from `first` on. If MASKED, some lie beyond the end.
 
     Codes are stored, and their writes counted: the factor is a function of that number.
     """
