@@ -1,6 +1,6 @@
 """Counts the instructions that kernels issue, without a GPU.
 
-    python -m tests.sass bfloat16 "backward<Form<cells::bmru, BFloat16Bits, 4" sm_90
+    python -m tests.sass bfloat16 "backward<Form<cells::bmru, BFloat16, 4" sm_90
     python -m tests.sass triton "backward bf16 bmru events 2 inputs epsilon 0" sm_90
 
 Prints the longer straight runs of instructions, and how many of each go to the units that add and multiply, and to

@@ -6,32 +6,12 @@
 
 #include <type_traits>
 
-#include "../lanes.h"
+#include "../elements.h"
 #ifndef __CUDACC__
 #include "../cpu/kernels/vector.h"  // conversions of half precision
 #endif
 
 namespace mru::cuda {
-
-struct BFloat16Bits {
-  uint16_t bits;
-};
-struct Float16Bits {
-  uint16_t bits;
-};
-
-template <class T>
-struct StateOf {
-  using type = float;
-};
-template <>
-struct StateOf<double> {
-  using type = double;
-};
-template <class S>
-struct StateOf<Complex<S>> {
-  using type = Complex<S>;
-};
 
 // N values. In memory they are aligned to their size, at most to 16 bytes.
 template <class T, int N>
@@ -168,19 +148,19 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return dynamic_shared_memory;
 }
 
-__device__ __forceinline__ float widen(BFloat16Bits x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-__device__ __forceinline__ float widen(Float16Bits x) {
+__device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float widen(Float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
 // Two values in one word, the first in the low half, rounded to nearest even.
-__device__ __forceinline__ uint32_t narrow_pair(BFloat16Bits, float low, float high) {
+__device__ __forceinline__ uint32_t narrow_pair(BFloat16, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
-__device__ __forceinline__ uint32_t narrow_pair(Float16Bits, float low, float high) {
+__device__ __forceinline__ uint32_t narrow_pair(Float16, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
@@ -225,12 +205,12 @@ T* advance(T* p, int64_t step) {
 }
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
 
-inline float widen(BFloat16Bits x) { return Half<1, BFloat16>::widen(x.bits); }
-inline float widen(Float16Bits x) { return Half<1, Float16>::widen(x.bits); }
-inline uint32_t narrow_pair(BFloat16Bits, float low, float high) {
+inline float widen(BFloat16 x) { return Half<1, BFloat16>::widen(x.bits); }
+inline float widen(Float16 x) { return Half<1, Float16>::widen(x.bits); }
+inline uint32_t narrow_pair(BFloat16, float low, float high) {
   return Half<1, BFloat16>::narrow(low) | Half<1, BFloat16>::narrow(high) << 16;
 }
-inline uint32_t narrow_pair(Float16Bits, float low, float high) {
+inline uint32_t narrow_pair(Float16, float low, float high) {
   return Half<1, Float16>::narrow(low) | Half<1, Float16>::narrow(high) << 16;
 }
 
@@ -247,7 +227,7 @@ __device__ __forceinline__ Complex<S> widen(Complex<S> x) {
 template <class T, int N>
 __device__ __forceinline__ auto widen(const Vector<T, N>& v, int i) {
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, BFloat16Bits> && N % 2 == 0) {  // a shift or a mask of the register that holds two
+  if constexpr (std::is_same_v<T, BFloat16> && N % 2 == 0) {  // a shift or a mask of the register that holds two
     const uint32_t pair = bits_as<Vector<uint32_t, N / 2>>(v).at[i / 2];
     return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }

@@ -24,12 +24,12 @@ __device__ __forceinline__ PairMask operator>=(Magnitudes a, Magnitudes b) { ret
 
 #ifdef __CUDACC__
 
-__device__ __forceinline__ uint32_t fused(Pair<BFloat16Bits> a, uint32_t b, uint32_t c) {
+__device__ __forceinline__ uint32_t fused(Pair<BFloat16> a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a.bits), "r"(b), "r"(c));
   return d;
 }
-__device__ __forceinline__ uint32_t fused(Pair<Float16Bits> a, uint32_t b, uint32_t c) {
+__device__ __forceinline__ uint32_t fused(Pair<Float16> a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a.bits), "r"(b), "r"(c));
   return d;

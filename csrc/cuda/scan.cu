@@ -11,8 +11,8 @@ namespace {
 struct Element {
   using float32 = float;
   using float64 = double;
-  using bfloat16 = BFloat16Bits;
-  using float16 = Float16Bits;
+  using bfloat16 = BFloat16;
+  using float16 = Float16;
   using complex64 = Complex<float>;
   using complex128 = Complex<double>;
 };

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../../lanes.h"
+#include "../../elements.h"
 
 namespace mru {
 
@@ -88,26 +88,6 @@ struct Count : Count<N - 1, N - 1, i...> {};
 template <int... i>
 struct Count<0, i...> {
   using type = Indices<i...>;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-template <class T>
-struct StateOf {
-  using type = float;
-};
-template <>
-struct StateOf<double> {
-  using type = double;
-};
-template <class S>
-struct StateOf<Complex<S>> {
-  using type = Complex<S>;
 };
 
 template <class To, class From>
