@@ -115,17 +115,15 @@ MRU_INLINE V signed_as(V v, V x) {
 // a b + c and 1 / x, rounded as is fastest on a device: for gradients, which need not be the same bits on every backend.
 template <class V>
 MRU_INLINE V multiply_add(V a, V b, V c) {
-#ifdef __CUDA_ARCH__
-  return fma(a, b, c);
-#else
   return a * b + c;
-#endif
 }
 template <class V>
 MRU_INLINE V reciprocal(V x) {
   return splat<V>(1) / x;
 }
 #ifdef __CUDA_ARCH__
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 __device__ __forceinline__ float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
