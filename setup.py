@@ -67,6 +67,7 @@ if os.environ.get("MRU_SANITIZE") == "1":
 
 # Object name: (source, flags of its own).
 CPU_OBJECTS = {
+    "library": ("csrc/torch/library.cpp", []),
     **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in CPU_PARTS},
     **{
         f"cpu_{cell}_{isa}": ("csrc/cpu/kernels/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
@@ -132,7 +133,16 @@ def quoted(path):
     return ninja_syntax.escape(shlex.quote(str(path)))
 
 
-OWN_HEADERS = ["-I.", f"-I{quoted(ROOT / 'csrc')}"]  # cells.h is in ninja's folder
+OWN_HEADERS = ["-I.", f"-I{quoted(ROOT / 'csrc')}"]  # cells.h and schemas.h are in ninja's folder
+
+
+def schemas_header():
+    """The text of schemas.h: the schemas of the ops of a cell, as mru_kernels/ops states them."""
+    schemas = runpy.run_path(str(ROOT / "mru_kernels/ops/schemas.py"))["SCHEMAS"]
+    rows = [f'    {{"{suffix}", "{schema}"}},' for suffix, schema in schemas.items()]
+    pairs = "inline constexpr std::pair<const char*, const char*> kSchemas[] = {"
+    head = ["#pragma once", "#include <utility>", "namespace mru {", pairs]
+    return "\n".join([*head, *rows, "};", "}  // namespace mru", ""])
 
 
 class NinjaBuild(build_ext):
@@ -150,6 +160,7 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         CELLS_MODULE["write_header"](ROOT / "csrc", folder)
+        CELLS_MODULE["write_if_changed"](folder / "schemas.h", schemas_header())
         with open(folder / "build.ninja", "w") as file:
             self.write_ninja(ninja_syntax.Writer(file, width=110), target, home)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)

@@ -47,7 +47,7 @@ def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[i
     chunk = chunk_size or CHUNK
     named = {i.name: call.tensors[i.name].to("meta") for i in cell.inputs if i.name in call.tensors}
     inputs_of_op, given = list(named.values()), cell.mask(*named)
-    saved = ops.allocate(cell, inputs_of_op, given, 0, None, chunk, -(-segment // chunk) * chunk, save=True)[2:]
+    saved = ops.allocate(cell, inputs_of_op, given, 0, None, chunk, segment, save=True)[2:]
     states = sum(t.nbytes for t in saved)
     h, grads = call.stream.nbytes, sum(t.nbytes for t in streams)
     if chunk_size is None:  # the second forward pass has an h too, and frees it before there are gradients

@@ -21,7 +21,11 @@ def header(csrc: Path) -> str:
 
 
 def write_header(csrc: Path, folder: Path) -> None:
-    """Write cells.h to `folder`, unless it is the same already, so that a build makes only what has changed."""
-    path, text = folder / "cells.h", header(csrc)
+    """Write cells.h to `folder`."""
+    write_if_changed(folder / "cells.h", header(csrc))
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write `text` to `path`, unless it is there already, so that a build makes only what has changed."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import mru_kernels as mk
 import python_ref
 from bench import compare, errors, inputs
-from mru_kernels import backends
+from mru_kernels.ops import entry
 
 CELLS = list(inputs.CELLS)
 SEGMENTS = st.sampled_from([0, 64])
@@ -40,11 +40,7 @@ def cases(draw, largest: tuple[int, int], cell: str | None = None, **fixed) -> i
 @contextmanager
 def segments(backend: str, steps: int | None):
     """Set the length of segments; 0 disables splitting, None leaves the choice to the backend."""
-    with ExitStack() as stack:
-        module = backends.TABLE[backend].module
-        for name in ("segment", "adjoint_segment"):
-            if steps is not None and hasattr(module, name):
-                stack.enter_context(patch.object(module, name, lambda *sizes: steps))
+    with patch.object(entry, "SEGMENT", -1 if steps is None else steps):
         yield
 
 

@@ -106,7 +106,7 @@ def test_raw_op_checks_what_its_kernel_relies_on(backend, device, name, value):
 
 NUMBERS = [("epsilon", 1.5), ("epsilon", math.nan), ("surrogate_scale", 0.0), ("surrogate_scale", math.inf)]
 NUMBERS += [("chunk", value) for value in (0, -64, 8, 8192, 2**59, 2**63 - 64)]
-NUMBERS += [("segment", value) for value in (65, -64, 2**60 + 64, 2**63 - 64)]
+NUMBERS += [("segment", value) for value in (-2, -64, 2**60 + 64, 2**63 - 64)]
 
 
 @pytest.mark.parametrize(("name", "value"), NUMBERS)
@@ -141,9 +141,10 @@ SAVED = [
     ("grad_h", (B, 150, D + 1)),
     ("grad_h", (150, D)),
     ("grad_final", (B, D + 1)),
-    ("checkpoints", (B, 1, D)),
-    ("checkpoints", (B, 2, D + 1)),
-    ("events", (B, 9, D)),
+    ("checkpoints", (2 * B - 1, D)),
+    ("checkpoints", (B, 2, D)),
+    ("checkpoints", (2 * B, D + 1)),
+    ("events", (10 * B - 1, D)),
 ]
 SAVED_DTYPES = [("grad_h", torch.int64), ("grad_h", torch.complex64), ("checkpoints", torch.float64)]
 SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]

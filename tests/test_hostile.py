@@ -94,7 +94,7 @@ def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
     state = one.float().expand(batch if cu_seqlens is None else 2, channels)
     return raw.arguments(
         cell, arrays, packed=packed, initial_state=draw(st.sampled_from([None, state])), cu_seqlens=cu_seqlens,
-        reverse=draw(st.booleans()), segment=draw(st.sampled_from([0, 64])), save=draw(st.booleans()),
+        reverse=draw(st.booleans()), segment=draw(st.sampled_from([-1, 0, 64, 65])), save=draw(st.booleans()),
         epsilon=draw(st.sampled_from([0.0, 0.5])),
     )  # fmt: skip
 

@@ -68,6 +68,34 @@ def test_opcheck(backend, device, variant):
     torch.library.opcheck(cell.backward[backend], tuple(frozen.values()))
 
 
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_an_op_that_decides_how_time_is_cut(backend, device, cell, cut):
+    """It gives what the same cut gives if the caller asks for it, whether the states are kept or scanned again."""
+    time = (1030 if backend == "cpu" else 300) if cut else 9
+    dtype = next(iter(inputs.CELLS[cell].dtypes.values()))
+    call = inputs.case(cell, dtype, batch=2, time=time, channels=3, initial_state="real").build().to(device)
+    row, forward, backward = (
+        backends.TABLE[backend],
+        ops.CELLS[cell].forward[backend],
+        ops.CELLS[cell].backward[backend],
+    )
+    own = row.module.segment(2, 2 * time, 3, call.stream.itemsize, device)
+    assert (own > 0) == cut or backend == "simt"
+    kept, expected = (raw.run(forward, raw.scan(call, segment=segment)) for segment in (-1, own))
+    for a, b in zip(kept[:2], expected[:2], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(kept[2:], expected[2:], strict=True):
+        assert torch.equal(a[: len(b)], b)
+        assert not a[len(b) :].any()
+    grads = [
+        raw.run(backward, raw.backward(raw.scan(call, segment=segment), [*expected[:2], *saved]))
+        for segment, saved in ((own, expected[2:]), (-1, kept[2:]), (-1, (None, None)))
+    ]
+    for others in zip(*grads, strict=True):
+        assert all(torch.equal(others[0], t) for t in others)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_map_of_a_scan(backend, device, variant):
     """The map op returns a factor and an offset that take the initial state to the final state."""

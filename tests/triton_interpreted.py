@@ -395,7 +395,7 @@ def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
     inputs_, *arguments = arguments_of(dict(zip(("candidate", "threshold"), streams, strict=True)), segment)
     tensors = {
         "grad_h": torch.zeros(1, 70, 4), "grad_final": torch.zeros(1, 4),
-        "checkpoints": torch.zeros(1, 1, 4), "events": torch.zeros(1, 5 if segment else 0, 4, dtype=torch.int32),
+        "checkpoints": torch.zeros(1, 4), "events": torch.zeros(5 if segment else 0, 4, dtype=torch.int32),
     }  # fmt: skip
 
     def backward(streams=streams, **changed):
@@ -404,7 +404,7 @@ def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
 
     backward()
     for name, t in tensors.items():
-        for wrong in (t[:, :-1] if t.numel() else torch.zeros(1, 3, 4).int(), t[..., :-1], t.to(torch.int64), t[None]):
+        for wrong in (t[:-1] if t.numel() else torch.zeros(3, 4).int(), t[..., :-1], t.to(torch.int64), t[None]):
             with pytest.raises((TypeError, ValueError), match=name):
                 backward(**{name: wrong})
     for wrong in ([streams[0], streams[1][:, :-1]], streams[:1], [], [t[0] for t in streams]):

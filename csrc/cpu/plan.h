@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../segment.h"
 #include "kernels/kernels.h"
 
 namespace mru::cpu {
@@ -13,7 +14,6 @@ constexpr int64_t kBlockBytes = 4096;         // of one row of a block: wider bl
 constexpr int64_t kLeastBlockBytes = 256;     // of a block that is narrower for the sake of the threads
 constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t state_bytes(const Scan& scan) { return mru::state_bytes(scan.dtype); }
 inline bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.channels < kSerialElements; }
 

@@ -11,7 +11,7 @@ using mru::Scan;
 using mru::Tensor;
 
 struct Cpu {
-  static constexpr int64_t kMostChunk = 4096;
+  static constexpr mru::BackendInfo kInfo = {/*most_chunk=*/4096, &mru::cpu::segment};
 
   template <class C>
   static void forward(const Scan& scan, const Tensor&) {

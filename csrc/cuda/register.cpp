@@ -29,7 +29,7 @@ void launch(const Scan& scan, bool backward, const Tensor& like, Run run) {
 }
 
 struct Cuda {
-  static constexpr int64_t kMostChunk = mru::cuda::kMostChunk;
+  static constexpr mru::BackendInfo kInfo = {mru::cuda::kMostChunk, &mru::cuda::segment};
 
   template <class C>
   static void forward(const Scan& scan, const Tensor& like) {

@@ -1,10 +1,11 @@
-// From the arguments of a torch op to a Scan. The schemas and the shapes of the results are stated in mru_kernels/ops.
+// From the arguments of a torch op to a Scan. The shapes of the results are stated in mru_kernels/ops too.
 #pragma once
 #include <array>
 #include <bit>
 #include <limits>
 
 #include "../cell.h"
+#include "../segment.h"
 #include "tensors.h"
 
 namespace mru {
@@ -36,6 +37,12 @@ bool has_codes(unsigned given, unsigned per_channel) {
 template <class C>
 constexpr CellInfo info_of = {C::inputs(), C::scalars(), C::kScalars, C::kComplex, &C::takes, &has_codes<C>};
 
+// What the binding needs to know of a backend.
+struct BackendInfo {
+  int64_t most_chunk;                  // the longest chunk that it takes
+  int64_t (*segment)(const Sizes& n);  // how it cuts time, if the call leaves that to it
+};
+
 // A Scan and the tensors that it points into. Checks everything that a kernel relies on; the public functions of the package
 // check first, in terms of their own arguments.
 class BoundArguments {
@@ -46,10 +53,10 @@ class BoundArguments {
   std::array<int, kMaxInputs> stream{};  // of input i among `streams`; -1: it is none
   unsigned given = 0, per_channel = 0;   // bit i: array input i is given; it comes per channel
   ScalarType type, state;                // of the streams, of the states
-  bool packs_codes = false;              // whether forward packs the codes, and backward is given them
+  bool packs_codes = false;              // whether forward packs the codes, and backward reads them
+  int64_t kept_rows = 0, code_rows = 0;  // of the tensors `checkpoints` and `events` that forward saves
 
-  // `most_chunk`: the longest chunk that the backend takes.
-  BoundArguments(const CellInfo& cell, int64_t most_chunk, const Arguments& arguments) {
+  BoundArguments(const CellInfo& cell, const BackendInfo& backend, const Arguments& arguments) {
     MRU_EXPECT(!arguments.inputs.empty(), "inputs: expected at least one tensor");
     kept_.reserve(2 * kMaxInputs);
     streams.reserve(kMaxInputs);
@@ -57,16 +64,20 @@ class BoundArguments {
     bind_inputs(cell, arguments);
     bind_scalars(cell, arguments);
     bind_sequences(arguments);
-    scan.reverse = arguments.reverse, scan.chunk = arguments.chunk, scan.segment = arguments.segment;
-    MRU_EXPECT(scan.chunk > 0 && scan.chunk <= most_chunk && scan.chunk % kEventsPerWord == 0,
-               "chunk: expected a positive multiple of 16 up to ", most_chunk, ", got ", scan.chunk);
-    MRU_EXPECT(scan.segment >= 0 && scan.segment <= kMostElements && scan.segment % scan.chunk == 0,
-               "segment: expected 0 or a positive multiple of the chunk ", scan.chunk, " up to 2^60, got ",
-               scan.segment);
+    scan.reverse = arguments.reverse, scan.chunk = arguments.chunk;
+    MRU_EXPECT(scan.chunk > 0 && scan.chunk <= backend.most_chunk && scan.chunk % kEventsPerWord == 0,
+               "chunk: expected a positive multiple of 16 up to ", backend.most_chunk, ", got ", scan.chunk);
+    scan.segment = segment_of(backend, arguments.segment);
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
     scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
     // Packing the codes pays off if time is cut, as a cut reads the inputs twice.
-    packs_codes = scan.segment > 0 && cell.has_codes(given, per_channel);
+    const bool has_codes = cell.has_codes(given, per_channel);
+    packs_codes = has_codes && scan.segment > 0;
+    // If the backend decides how time is cut, sizes must not depend on it, and none may be 0 or 1: torch.compile would
+    // record another graph for these. So there are codes, and rows that nothing uses.
+    spare_rows_ = arguments.segment < 0 ? 2 : 0;
+    kept_rows = scan.batch * scan.checkpoint_rows + spare_rows_;
+    if (has_codes && arguments.segment != 0) code_rows = scan.batch * scan.event_rows + spare_rows_;
   }
 
   // A tensor [sequences, D], in the state dtype.
@@ -75,11 +86,10 @@ class BoundArguments {
                scan.sequences, ", ", scan.channels, "]");
     return parameter(t, name);
   }
-  // What the forward pass saved, [B, rows, D].
+  // What the forward pass saved, [rows, D].
   void* saved(const Tensor& t, int64_t rows, ScalarType as, const char* name) {
-    MRU_EXPECT(t.dim() == 3 && t.size(0) == scan.batch && t.size(1) == rows && t.size(2) == scan.channels &&
-                   t.scalar_type() == as,
-               name, ": expected [", scan.batch, ", ", rows, ", ", scan.channels, "] as the forward pass made it");
+    MRU_EXPECT(t.dim() == 2 && t.size(0) == rows && t.size(1) == scan.channels && t.scalar_type() == as, name,
+               ": expected [", rows, ", ", scan.channels, "] as the forward pass made it");
     expect_device(t, name);
     return const_cast<void*>(keep(torch::stable::contiguous(t)));
   }
@@ -90,14 +100,30 @@ class BoundArguments {
                ": expected the streams' dtype, the state dtype or, for real streams, float32");
   }
 
-  Tensor states(int64_t rows) const { return allocate(streams[0], {rows, scan.channels}, state); }
-  Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {scan.batch, rows, scan.channels}, as); }
+  Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {rows, scan.channels}, as); }
+  Tensor states(int64_t rows) const { return this->rows(rows, state); }
+  // Zeros the spare rows of what the forward pass saves, and codes that it did not pack.
+  void clear_unused(Tensor& checkpoints, Tensor& events) const {
+    if (spare_rows_ == 0) return;
+    for (Tensor* t : {&checkpoints, &events}) {
+      const bool whole = t == &events && !packs_codes;
+      Tensor unused = whole ? *t : torch::stable::narrow(*t, 0, t->size(0) - spare_rows_, spare_rows_);
+      torch::stable::zero_(unused);
+    }
+  }
   const void* keep(Tensor t) {
     kept_.push_back(std::move(t));
     return kept_.back().data_ptr();
   }
 
  private:
+  // Steps of a segment, a multiple of the chunk.
+  int64_t segment_of(const BackendInfo& backend, int64_t wanted) const {
+    MRU_EXPECT(wanted >= -1 && wanted <= kMostElements,
+               "segment: expected -1 for the backend's own choice, 0 or a number of steps up to 2^60, got ", wanted);
+    const Sizes sizes{scan.sequences, scan.batch * scan.time, scan.channels, element_bytes(scan.dtype)};
+    return ceil_div(wanted < 0 ? backend.segment(sizes) : wanted, scan.chunk) * scan.chunk;
+  }
   static double size(int64_t n) { return double(std::max<int64_t>(n, 1)); }  // strides are products of other sizes
 
   // The first stream, which sets sizes, dtype and device; or the streams that lie side by side.
@@ -210,6 +236,7 @@ class BoundArguments {
 
   int32_t device_type_, device_index_;
   int64_t next_ = 1;  // the next tensor of `inputs`
+  int64_t spare_rows_ = 0;
   Tensors kept_;
 };
 

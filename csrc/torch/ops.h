@@ -1,7 +1,7 @@
 // The ops of every cell for a backend that is written in C++: forward, backward, step and map.
 //
 // A backend is a type with
-//   kMostChunk                              the longest chunk that it takes
+//   kInfo                                   what it takes and decides, a BackendInfo
 //   forward<C>(scan, like), backward<C>(scan, like), map<C>(scan, factor, offset)
 //                                           run cell C on the device of `like` or `factor`
 #pragma once
@@ -15,7 +15,7 @@ template <class Backend, class C>
 Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                 OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse, int64_t chunk, int64_t segment,
                 bool save) {
-  BoundArguments bound(info_of<C>, Backend::kMostChunk,
+  BoundArguments bound(info_of<C>, Backend::kInfo,
                        {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
   Scan& scan = bound.scan;
   Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
@@ -23,15 +23,16 @@ Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<doubl
   scan.final_state = results[1].data_ptr();
   scan.save = save;
   if (save) {
-    results.push_back(bound.rows(scan.checkpoint_rows, bound.state));
+    results.push_back(bound.rows(bound.kept_rows, bound.state));
     scan.checkpoints = results.back().data_ptr();
   }
   if (save || bound.packs_codes) {  // the scan itself needs them too
-    results.push_back(bound.rows(bound.packs_codes ? scan.event_rows : 0, ScalarType::Int));
+    results.push_back(bound.rows(bound.code_rows, ScalarType::Int));
     if (bound.packs_codes) scan.events = static_cast<int32_t*>(results.back().data_ptr());
   }
   Backend::template forward<C>(scan, results[0]);
-  if (!save) results.resize(2, results[0]);
+  if (save) bound.clear_unused(results[2], results[3]);
+  else results.resize(2, results[0]);
   return results;
 }
 
@@ -64,8 +65,8 @@ inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, 
 template <class Backend, class C>
 Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given, int64_t packed,
                  std::vector<double> numbers, OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse,
-                 int64_t chunk, int64_t segment, Tensor checkpoints, Tensor events) {
-  BoundArguments bound(info_of<C>, Backend::kMostChunk,
+                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor events) {
+  BoundArguments bound(info_of<C>, Backend::kInfo,
                        {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
   Scan& scan = bound.scan;
   MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
@@ -75,8 +76,14 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);
   scan.grad_final = bound.keep(bound.sequence_states(grad_final, "grad_final"));
-  scan.checkpoints = bound.saved(checkpoints, scan.checkpoint_rows, bound.state, "checkpoints");
-  void* const rows = bound.saved(events, bound.packs_codes ? scan.event_rows : 0, ScalarType::Int, "events");
+  if (!checkpoints && !events) {
+    const Tensors again = forward<Backend, C>(inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk,
+                                              segment, /*save=*/true);
+    checkpoints = again[2], events = again[3];
+  }
+  MRU_EXPECT(checkpoints && events, "checkpoints, events: expected both or neither");
+  scan.checkpoints = bound.saved(*checkpoints, bound.kept_rows, bound.state, "checkpoints");
+  void* const rows = bound.saved(*events, bound.code_rows, ScalarType::Int, "events");
   if (bound.packs_codes) scan.events = static_cast<int32_t*>(rows);
   Tensors grads = allocate_gradients(bound, inputs, packed);
   Backend::template backward<C>(scan, grad_h);
@@ -94,7 +101,7 @@ template <class Backend, class C>
 std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<double> numbers, Tensor state) {
   const OptionalTensor initial = state, none;
   BoundArguments bound(
-      info_of<C>, Backend::kMostChunk,
+      info_of<C>, Backend::kInfo,
       {inputs, given, /*packed=*/0, numbers, initial, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
        /*segment=*/0, /*rank=*/2});
   Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
@@ -109,7 +116,7 @@ template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                                OptionalTensor cu_seqlens, bool reverse, int64_t segment) {
   const OptionalTensor none;
-  BoundArguments bound(info_of<C>, Backend::kMostChunk,
+  BoundArguments bound(info_of<C>, Backend::kInfo,
                        {inputs, given, packed, numbers, none, cu_seqlens, reverse, /*chunk=*/kEventsPerWord, segment});
   Tensor factor = bound.states(bound.scan.sequences), offset = bound.states(bound.scan.sequences);
   Backend::template map<C>(bound.scan, factor, offset);

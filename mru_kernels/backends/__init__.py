@@ -25,7 +25,7 @@ class Backend:
 
     Its module offers:
 
-    load(): called once; registers the ops or raises ImportError with the reason why it cannot.
+    load(): called once; registers the kernels or raises ImportError with the reason why it cannot.
     segment(sequences, steps, channels, itemsize, device): steps of a segment, a multiple of `CHUNK`; 0 scans each
         sequence as a whole. `steps` is the total of all sequences, `itemsize` the bytes of a stream's element.
     CHUNK_SIZES: the least and the greatest `chunk_size`, multiples of 16, that its kernels support.
@@ -61,7 +61,7 @@ TABLE: dict[str, Backend] = {
 
 
 @cache
-def _load_error(name: str) -> str | None:
+def load_error(name: str) -> str | None:
     try:
         TABLE[name].module.load()
     except (ImportError, OSError) as error:
@@ -78,7 +78,7 @@ def why_not(name: str, device: torch.device) -> str | None:
         return f"{backend.needs}, got a tensor on {device}"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device"
-    return _load_error(name)
+    return load_error(name)
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 
 from .. import torch_private as private
-from . import CHUNK, cpu
+from . import cpu
 
 CHUNK_SIZES = (16, 64)  # the streams of a chunk lie in shared memory
-_WORD = 16  # bytes that a thread moves at once
-_ENOUGH = 2**11  # words in one time step of all sequences; time is cut only below this number
-_MOST = 2**15  # threads if time is cut: eight warps per multiprocessor of an H100; each warp loads a tile ahead
-_FEW = 4 * CHUNK  # shorter sequences are not cut
 
 
 def load() -> None:
@@ -24,9 +20,5 @@ def load() -> None:
 
 
 def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
-    """Steps of a segment, from sizes only: results are the same on every device."""
-    words = -(-channels * itemsize // _WORD)
-    if sequences * words >= _ENOUGH or sequences * words == 0 or steps < _FEW * sequences:
-        return 0
-    least = max(-(-steps * words // _MOST), CHUNK)
-    return (least + CHUNK - 1) // CHUNK * CHUNK
+    """Steps of a segment, from sizes only; see csrc/segment.h."""
+    return torch.ops.mru.segment.cuda(sequences, steps, channels, itemsize)

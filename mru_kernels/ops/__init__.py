@@ -15,14 +15,20 @@ Arguments that they share:
     packed      bit i: input i is one of the streams that lie side by side in `inputs[0] [B, T, k D]`; 0: none
     numbers     the other scalars
     chunk       steps between two checkpoints, the states that are saved for the backward pass
-    segment     steps of a segment that is scanned in parallel with others; 0 scans each sequence as a whole. Results
-                differ from those of a whole scan by rounding only (csrc/maps/cut.h)
+    segment     steps of a segment that is scanned in parallel with others, rounded up to a multiple of `chunk`; 0
+                scans each sequence as a whole; -1 leaves the choice to the backend, so that a recorded graph serves
+                all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
     save        whether a backward pass may follow, so whether the op returns what it needs
 
-With `save` the results of the scan include the checkpoints `[B, floor((T - 1) / chunk), D]` and `events`, the write
-codes `[B, floor(T / 16) + (N or 1), D]` (int32, 16 steps of 2 bits), which have no rows if no codes are packed. h and
-the gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64 for
-float64 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed sequences.
+The backward op scans again if it is given neither checkpoints nor events.
+
+With `save` the results of the scan include the checkpoints `[B floor((T - 1) / chunk), D]` and `events`, the write
+codes `[B (floor(T / 16) + (N or 1)), D]` (int32, 16 steps of 2 bits), which have no rows if `segment` is 0 or the cell
+packs no codes. If `segment` is -1, both have two rows more, and codes that a backend does not pack are zeros.
+
+h and the gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64
+for float64 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed
+sequences.
 """
 
 from ..checks import state_dtype
@@ -31,15 +37,18 @@ from .layout import (
     CODES_PER_WORD,
     allocate,
     allocate_backward,
+    allocate_codes,
     arrays,
     check,
     check_numbers,
+    checkpoint_rows,
+    code_rows,
     dense_like,
     first_stream,
     places,
-    returned,
     scalars,
     sequences_of,
+    spare_rows,
     split_gates,
 )
 from .registration import add_backend, add_cell
@@ -54,17 +63,20 @@ __all__ = [
     "add_cell",
     "allocate",
     "allocate_backward",
+    "allocate_codes",
     "arrays",
     "as_maps",
     "check",
     "check_numbers",
+    "checkpoint_rows",
+    "code_rows",
     "dense_like",
     "first_stream",
     "places",
-    "returned",
     "scalars",
     "scan",
     "sequences_of",
+    "spare_rows",
     "split_gates",
     "state_dtype",
     "step",

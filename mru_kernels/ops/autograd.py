@@ -112,9 +112,6 @@ class Scan(torch.autograd.Function):
         initial_state = tensors.pop(of_arrays) if has_initial else None
         inputs, (cu_seqlens, *saved) = tensors[:count], tensors[count:]
         call = (inputs, *ctx.constants, initial_state, cu_seqlens, *ctx.rest)
-        if not saved:
-            with torch.no_grad():
-                saved = cell.forward[backend](*call, True)[2:]
         _given, packed, _numbers = ctx.constants
         if grad_h is None or grad_final is None:
             first = first_stream(inputs, packed)
@@ -124,7 +121,7 @@ class Scan(torch.autograd.Function):
                 states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
                 grad_final = first.new_zeros(states, dtype=state_dtype(first.dtype))
         try:
-            grads = cell.backward[backend](grad_h, grad_final, *call, *saved)
+            grads = cell.backward[backend](grad_h, grad_final, *call, *(saved or (None, None)))
         except RuntimeError as error:
             raise_as_torch(error, allocate_backward, cell, inputs, initial_state)
             raise

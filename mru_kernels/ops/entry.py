@@ -15,6 +15,8 @@ from .autograd import Scan, differentiable_inputs, raise_as_torch, requires_grad
 from .layout import allocate
 from .spec import Cell
 
+SEGMENT = -1  # of every call: the op decides how time is cut. Tests set another
+
 _TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and takes the first: that of this backend
 
 
@@ -53,16 +55,9 @@ def scan(
     chunk = checks.chunk_size(chunk_size) or backends.CHUNK
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row)
-    batch, time, channels = first.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    channels //= packed.bit_count() or 1
-    segment = row.module.segment(sequences, batch * time, channels, first.itemsize, first.device)
-    segment = -(-segment // chunk) * chunk
     if _wanted.maps:
         with private.BelowAutograd():
-            return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, segment)
-    constants = (given, packed, numbers)
-    rest = (initial_state, cu_seqlens, reverse, chunk, segment)
+            return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, SEGMENT)
     differentiated = torch.is_grad_enabled() and requires_grad((*inputs, initial_state))
     compiling = torch.compiler.is_compiling()
     tracing = not compiling and private.is_tracing()
@@ -75,7 +70,10 @@ def scan(
     # one made under no_grad. The backward pass of a recorded graph scans once more.
     recorded = tracing or (compiling and torch.compiler.is_exporting())
     save = differentiated and chunk_size is not None and not recorded
-    arguments = (inputs, *constants, *rest, save)
+    segment = SEGMENT
+    if save and segment < 0 and not compiling:  # so that a scan of whole sequences keeps no codes
+        segment = segment_of(row, first, packed, cu_seqlens)
+    arguments = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save)
     if compiling or tracing or private.transforms_active():
         results = cell.forward[row.name](*arguments)
         return results[0], results[1]
@@ -89,6 +87,14 @@ def scan(
         raise_as_torch(error, allocate, cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
         raise
     return results[0], results[1]
+
+
+def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Tensor | None) -> int:
+    """Steps of a segment that a backend chooses for a call; 0 if it scans whole sequences."""
+    batch, time, channels = first.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    channels //= packed.bit_count() or 1
+    return row.module.segment(sequences, batch * time, channels, first.itemsize, first.device)
 
 
 def step(

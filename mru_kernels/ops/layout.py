@@ -88,25 +88,47 @@ def allocate(
     cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, cu_seqlens: Tensor | None, chunk: int, segment: int,
     save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Uninitialised results of the forward op, all four of them; the first `returned(save)` are returned."""
+    """Uninitialised results of the forward op: h, the final state and, if it saves, checkpoints and write codes."""
     first = first_stream(inputs, packed)
-    batch, time, channels = first.shape
-    sequences = sequences_of(inputs, cu_seqlens)
-    state = state_dtype(first.dtype)
-    checkpoint_rows = max(time - 1, 0) // chunk if save else 0
-    packs = segment > 0 and cell.has_codes(given)
-    code_rows = time // CODES_PER_WORD + (1 if cu_seqlens is None else sequences) if packs else 0
-    return [
-        dense_like(first),
-        first.new_empty((sequences, channels), dtype=state),
-        first.new_empty((batch, checkpoint_rows, channels), dtype=state),
-        first.new_empty((batch, code_rows, channels), dtype=torch.int32),
-    ]
+    states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
+    results = [dense_like(first), first.new_empty(states, dtype=state_dtype(first.dtype))]
+    if not save:
+        return results
+    kept = (checkpoint_rows(first, chunk, segment), first.shape[-1])
+    checkpoints = first.new_empty(kept, dtype=state_dtype(first.dtype))
+    return [*results, checkpoints, allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)]
 
 
-def returned(save: bool) -> int:
-    """How many results the forward op has."""
-    return 4 if save else 2
+def checkpoint_rows(first: Tensor, chunk: int, segment: int) -> int:
+    """The rows `[D]` of states that the forward op saves, for a stream `first [B, T, D]`."""
+    batch, time, _ = first.shape
+    return batch * (max(time - 1, 0) // chunk) + spare_rows(segment)
+
+
+def spare_rows(segment: int) -> int:
+    """How many rows of what is saved are not used.
+
+    If the backend decides how time is cut, no size may be 0 or 1: torch.compile would record another graph for these.
+    """
+    return 2 if segment < 0 else 0
+
+
+def allocate_codes(
+    cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, cu_seqlens: Tensor | None, segment: int
+) -> Tensor:
+    """Uninitialised write codes of the forward op."""
+    first = first_stream(inputs, packed)
+    rows = code_rows(cell, inputs, given, cu_seqlens, segment)
+    return first.new_empty((rows, first.shape[-1]), dtype=torch.int32)
+
+
+def code_rows(cell: Cell, inputs: Sequence[Tensor], given: int, cu_seqlens: Tensor | None, segment: int) -> int:
+    """The rows `[D]` of words of write codes that the forward op makes."""
+    if segment == 0 or not cell.has_codes(given):
+        return 0
+    batch, time, _ = inputs[0].shape
+    in_batch_row = time // CODES_PER_WORD + (1 if cu_seqlens is None else sequences_of(inputs, cu_seqlens))
+    return batch * in_batch_row + spare_rows(segment)
 
 
 def allocate_backward(cell: Cell, inputs: Sequence[Tensor], initial_state: Tensor | None) -> list[Tensor]:
@@ -142,12 +164,12 @@ def check(cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens
 
 
 def check_numbers(
-    cell: Cell, inputs: Sequence[Tensor], numbers: Sequence[float], chunk: int, segment: int | torch.SymInt,
+    cell: Cell, inputs: Sequence[Tensor], numbers: Sequence[float], chunk: int, segment: int,
     chunk_sizes: tuple[int, int],
 ) -> None:  # fmt: skip
     """Raise unless the numbers of a call are such that the kernels may compute with them.
 
-    A fake scalar (no value) and a symbolic segment (made by `scan`) are not checked.
+    A fake scalar, which has no value, is not checked.
     """
     scheduled = inputs[len(inputs) - len(cell.scheduled) :]
     for scalar, t in zip(cell.scheduled, scheduled, strict=True):
@@ -163,5 +185,5 @@ def check_numbers(
     least, most = chunk_sizes
     if not least <= chunk <= most or chunk % CODES_PER_WORD:
         raise ValueError(f"chunk: expected a multiple of {CODES_PER_WORD} from {least} to {most}, got {chunk}")
-    if isinstance(segment, int) and (not 0 <= segment <= checks.MOST_ELEMENTS or segment % chunk):
-        raise ValueError(f"segment: expected a multiple of the chunk {chunk} from 0 to 2^60, got {segment}")
+    if not -1 <= segment <= checks.MOST_ELEMENTS:
+        raise ValueError(f"segment: expected -1 for the backend's own choice or 0 to 2^60 steps, got {segment}")

@@ -1,4 +1,7 @@
-"""The schemas of the ops, and what every one of them is given: fake, autograd, vmap. The kernels come elsewhere."""
+"""The ops, and what every one of them is given: fake, autograd, vmap. The kernels come elsewhere.
+
+The extension defines the ops of its backends, so that a process without Python has them. The others are defined here.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,12 @@ from .. import backends
 from ..checks import state_dtype
 from .autograd import differentiable, not_differentiable, once_differentiable, raise_no_derivative
 from .batching import BACKWARD_NAMES, FORWARD_NAMES, batch_of_gradients, fold_into_channels
-from .layout import allocate, allocate_backward, check, check_numbers, first_stream, returned, sequences_of
+from .layout import allocate, allocate_backward, check, check_numbers, first_stream, sequences_of
+from .schemas import SCHEMAS
 from .spec import CELLS, Cell
 
-_INPUTS = "Tensor[] inputs, int given, int packed, float[] numbers"
-_CALL = f"{_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, int chunk, SymInt segment"
-_SCHEMAS = {
-    "": f"({_CALL}, bool save) -> Tensor[]",
-    "_backward": f"(Tensor grad_h, Tensor grad_final, {_CALL}, Tensor checkpoints, Tensor events) -> Tensor[]",
-    "_step": "(Tensor[] inputs, int given, float[] numbers, Tensor state) -> (Tensor, Tensor)",
-    "_map": f"({_INPUTS}, Tensor? cu_seqlens, bool reverse, SymInt segment) -> (Tensor, Tensor)",
-}
-
-_library = torch.library.Library("mru", "DEF")
-_library.define("cpu_isa() -> str")
+backends.load_error("cpu")  # loads the extension, if there is one
+_library = torch.library.Library("mru", "FRAGMENT")
 _library.define("no_derivative(Tensor[] grads, Tensor[] inputs, str reason) -> Tensor[]")
 _library.impl("no_derivative", raise_no_derivative, "CompositeExplicitAutograd")
 
@@ -48,10 +43,10 @@ def add_backend(row: backends.Backend) -> None:
 
 
 def _define(cell: Cell, backend: str) -> None:
-    """Define the ops of a cell for a backend: `mru::<cell>.<backend>` and those of _SCHEMAS."""
-    for suffix, schema in _SCHEMAS.items():
-        _library.define(f"{cell.name}{suffix}.{backend}{schema}")
+    """Define the ops of a cell for a backend, `mru::<cell>.<backend>` and its kin, and register what Python adds."""
     for suffix, table in {"": cell.forward, "_backward": cell.backward, "_step": cell.step, "_map": cell.map}.items():
+        if not hasattr(getattr(torch.ops.mru, cell.name + suffix, None), backend):
+            _library.define(f"{cell.name}{suffix}.{backend}{SCHEMAS[suffix]}")
         table[backend] = getattr(getattr(torch.ops.mru, cell.name + suffix), backend)
     _register_fakes(cell, backend)
 
@@ -85,7 +80,7 @@ def _register_fakes(cell: Cell, backend: str) -> None:
     def _(inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save):
         check(cell, inputs, given, packed, initial_state, cu_seqlens)
         check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
-        return allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)[: returned(save)]
+        return allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
 
     @torch.library.register_fake(f"mru::{cell.name}_backward.{backend}", lib=_library)
     def _(grad_h, grad_final, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment,
@@ -94,7 +89,7 @@ def _register_fakes(cell: Cell, backend: str) -> None:
         check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
         tensors = {"grad_h": grad_h, "grad_final": grad_final, "checkpoints": checkpoints, "events": events}
         for name, t in tensors.items():
-            if t.device != inputs[0].device:
+            if t is not None and t.device != inputs[0].device:
                 raise ValueError(f"{name}: expected the streams' device {inputs[0].device}, got {t.device}")
         return allocate_backward(cell, inputs, initial_state)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ import simt
 from bench import compare, errors, inputs
 from mru_kernels import ops
 from mru_kernels.backends import CHUNK
-from simt import backend
+from mru_kernels.ops import entry
 from tests import test_cuts
 
 _MAP_NORESERVE = 0x4000  # pages that are never written take no memory
@@ -31,12 +32,8 @@ WAVES = [(1, 24), (2, 1), (3, 200)]  # seeds of the order of threads and blocks,
 @contextmanager
 def segments(steps: int):
     """Make `mru_kernels` cut time into segments of `steps` steps; 0: do not cut it."""
-    before = backend.segment
-    backend.segment = lambda *sizes: steps
-    try:
+    with patch.object(entry, "SEGMENT", steps):
         yield
-    finally:
-        backend.segment = before
 
 
 def require(condition: object, what: object) -> None:

@@ -16,9 +16,9 @@ import os
 
 import torch
 
-from .tuning import CHUNK_SIZES, adjoint_segment, segment
+from .tuning import CHUNK_SIZES, adjoint_segment, ceil_div, segment
 
-__all__ = ["CHUNK_SIZES", "adjoint_segment", "backward_segment", "load", "segment"]
+__all__ = ["CHUNK_SIZES", "adjoint_segment", "backward_segment", "forward_segment", "load", "segment"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,8 +30,15 @@ def load() -> None:
     ops.register(("CUDA", "CPU") if _INTERPRETED else ("CUDA",))
 
 
+def forward_segment(given: int, sizes: tuple[int, int, int], itemsize: int, device: torch.device) -> int:
+    """Steps of a segment of the forward pass, a multiple of the chunk; `given` and `sizes` are those of the op."""
+    steps = segment(*sizes, itemsize, device) if given < 0 else given
+    return ceil_div(steps, CHUNK_SIZES[1]) * CHUNK_SIZES[1]
+
+
 def backward_segment(given: int, sizes: tuple[int, int, int], itemsize: int, device: torch.device) -> int:
     """Steps of a segment of the backward pass: those given, unless they are what the forward pass takes by itself."""
-    if given == 0 or given != segment(*sizes, itemsize, device):
-        return given
+    steps = forward_segment(given, sizes, itemsize, device)
+    if steps == 0 or steps != segment(*sizes, itemsize, device):
+        return steps
     return adjoint_segment(*sizes, itemsize, device)

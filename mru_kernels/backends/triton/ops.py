@@ -38,12 +38,25 @@ def forward(
     cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save
 ) -> list[Tensor]:
     _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment)
-    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, saved=save)
     results = ops.allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
-    h, final_state, checkpoints, codes = map(real, results)
+    codes = results[3] if save else ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)
+    spare, segment = ops.spare_rows(segment), backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
+    if save and spare > 0:
+        results[2][-spare:].zero_()
+        codes[-spare if segment > 0 else 0 :].zero_()
+    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, saved=save)
+    h, final_state, *saved = map(real, results)
+    checkpoints = saved[0] if save else call.nothing
     own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "codes": codes}
     call.scan("forward", own, "entries", "final_state")
-    return results[: ops.returned(save)]
+    return results
+
+
+def _sizes(inputs, packed: int, cu_seqlens) -> tuple[tuple[int, int, int], int, torch.device]:
+    """What the choice of a segment depends on."""
+    batch, time, channels = inputs[0].shape
+    sizes = (ops.sequences_of(inputs, cu_seqlens), batch * time, channels // (packed.bit_count() or 1))
+    return sizes, inputs[0].dtype.itemsize, inputs[0].device
 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
@@ -56,9 +69,10 @@ def compose(cell: ops.Cell, inputs, given, packed, numbers, cu_seqlens, reverse,
     """The op `mru::<cell>_map`."""
     _check(cell, inputs, given, packed, numbers, None, cu_seqlens, CHUNK, segment)
     time = inputs[0].shape[1]
+    segment = backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
     segment = segment or ceil_div(max(time, 1), CHUNK) * CHUNK
     call = Call(cell, inputs, given, packed, numbers, None, cu_seqlens, reverse, CHUNK, segment)
-    *_, codes = ops.allocate(cell, inputs, given, packed, cu_seqlens, CHUNK, segment, False)
+    codes = ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)
     factor, offset = (_as_states(t, inputs[0]) for t in call.compose(codes))
     return factor, offset
 
@@ -76,10 +90,19 @@ def backward(
     first = inputs[0]
     batch, time, channels = first.shape
     channels //= packed.bit_count() or 1
-    sizes = (ops.sequences_of(inputs, cu_seqlens), batch * time, channels)
+    sequences = ops.sequences_of(inputs, cu_seqlens)
     checks.like("grad_h", grad_h, first, (batch, time, channels), "[batch, time, channels]")
-    checks.like("grad_final", grad_final, first, (sizes[0], channels), "[sequences, channels]")
-    segment = backend.backward_segment(segment, sizes, first.dtype.itemsize, first.device)
+    checks.like("grad_final", grad_final, first, (sequences, channels), "[sequences, channels]")
+    if checkpoints is None and events is None:
+        call = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment)
+        *_, checkpoints, events = forward(cell, *call, True)
+    if checkpoints is None or events is None:
+        raise ValueError("checkpoints, events: expected both or neither")
+    rows = (
+        ops.checkpoint_rows(first, chunk, segment),
+        ops.code_rows(cell, inputs, given, cu_seqlens, segment),
+    )
+    segment = backend.backward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
     call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, grad_h=grad_h)
@@ -88,7 +111,7 @@ def backward(
     in_place = initial_state is not None and written[-1].dtype == call.state
     grad_initial = written[-1] if in_place else call.rows(call.sequences)
     grads = _gradients(call, cell, written, given, packed, chunk)
-    checkpoints, codes = _saved(call, checkpoints, events, batch, chunk)
+    checkpoints, codes = _saved(call, checkpoints, events, rows)
     states = call.rows(call.segments * (min(call.time, chunk) // tile("backward", call.reads)))
     grad_final = call.vector(grad_final)
     own = {
@@ -122,13 +145,11 @@ def _gradients(call: Call, cell: ops.Cell, written, given: int, packed: int, chu
     return grads
 
 
-def _saved(call: Call, checkpoints: Tensor, events: Tensor, batch: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _saved(call: Call, checkpoints: Tensor, events: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The saved tensors as kernels take them. ValueError unless shape, dtype and device are this call's."""
-    words = call.time // ops.CODES_PER_WORD + (call.sequences if call.packed else 1) if call.codes else 0
-    rows, channels = max(call.time - 1, 0) // chunk, call.channels
     for name, t, expected, dtype in (
-        ("checkpoints", real(checkpoints), (batch, rows, channels), call.state),
-        ("events", events, (batch, words, channels // call.parts), torch.int32),
+        ("checkpoints", real(checkpoints), (rows[0], call.channels), call.state),
+        ("events", events, (rows[1], call.channels // call.parts), torch.int32),
     ):
         if t.shape != expected or t.dtype != dtype or t.device != call.first.device:
             came = f"{list(t.shape)}, {t.dtype} on {t.device}"

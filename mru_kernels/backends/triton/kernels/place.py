@@ -122,14 +122,14 @@ def hidden(step, at):
 
 @triton.jit
 def word_row(scan, at, step):
-    """The row of the codes `[B, T // 16 + (N if packed else 1), D]` that holds those of 16 steps."""
+    """The row of the codes `[B (T // 16 + (N if packed else 1)), D]` that holds those of 16 steps."""
     first = tl.where(scan.packed != 0, at.start // WORD + at.n, at.n * (scan.time // WORD + 1))
     return first + step // WORD
 
 
 @triton.jit
 def checkpoint_row(scan, at, step, form):
-    """The row of `[B, (T - 1) // chunk, D]` with the state that enters `step`, a multiple of the chunk above 0."""
+    """The row of `[B ((T - 1) // chunk), D]` with the state that enters `step`, a multiple of the chunk above 0."""
     return at.batch * ((scan.time - 1) // form.chunk) + (at.start + step) // form.chunk - 1
 
 
