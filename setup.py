@@ -145,7 +145,7 @@ class NinjaBuild(build_ext):
     def finalize_options(self):
         self.build_temp = self.build_temp or "build/objects"  # they stay, so that a build makes only what has changed
         super().finalize_options()
-        self.with_symbols = bool(self.inplace or self.editable_mode)
+        self.with_symbols = bool(self.inplace or self.editable_mode or SANITIZE)  # a wheel is stripped
 
     def build_extension(self, extension):
         home, why = choose_cuda()
@@ -170,7 +170,7 @@ class NinjaBuild(build_ext):
         own_headers = ["-I.", f"-I{quoted(root / 'csrc')}"]  # cells.h is in `folder`
         places = [quoted(f"-fmacro-prefix-map={root}/=./"), quoted(f"-fmacro-prefix-map={headers}/=")]
         link = [f"-L{quoted(libraries)} {quoted(f'-Wl,-rpath-link,{libraries}')}", *LINK_FLAGS]
-        if not (self.with_symbols or SANITIZE):
+        if not self.with_symbols:
             link.append("-s")
         n.variable("cxx", os.environ.get("CXX", "g++"))
         n.variable("cxxflags", [*CXX_FLAGS, *own_headers, f"-isystem {quoted(headers)}", *places])
