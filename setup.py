@@ -21,12 +21,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import ninja
-import torch
-from ninja import ninja_syntax
+from build_backend import find_torch, missing  # before setuptools, whose absence it names
+
+# isort: split
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from torch.utils import cpp_extension
+
+try:
+    import ninja
+    from ninja import ninja_syntax
+except ModuleNotFoundError as error:
+    raise missing(error) from None
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -58,6 +63,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kAvx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", *FMA]
     ISA_FLAGS["kAvx512"] += ["-Wno-uninitialized"]  # raised within GCC 12's own headers
 
+SANITIZE = []
 if os.environ.get("MRU_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     CXX_FLAGS += ["-O1", *SANITIZE]
@@ -109,8 +115,9 @@ def choose_cuda():
         if forced == "1":
             raise SystemExit("MRU_FORCE_CUDA=1, but there is no nvcc (set CUDA_HOME or PATH)")
         return None, "there is no nvcc"
-    if torch.version.cuda is None and forced != "1":
-        return None, f"torch {torch.__version__} is built without CUDA"
+    torch = find_torch()
+    if torch.cuda is None and forced != "1":
+        return None, f"torch {torch.version} is built without CUDA"
     return home, f"nvcc of {home}"
 
 
@@ -133,9 +140,6 @@ def quoted(path):
     return ninja_syntax.escape(shlex.quote(str(path)))
 
 
-OWN_HEADERS = ["-I.", f"-I{quoted(ROOT / 'csrc')}"]  # cells.h and schemas.h are in ninja's folder
-
-
 def schemas_header():
     """The text of schemas.h: the schemas of the ops of a cell, as mru_kernels/ops states them."""
     schemas = runpy.run_path(str(ROOT / "mru_kernels/ops/schemas.py"))["SCHEMAS"]
@@ -151,6 +155,7 @@ class NinjaBuild(build_ext):
     def finalize_options(self):
         self.build_temp = self.build_temp or "build/objects"  # they stay, so that a build makes only what has changed
         super().finalize_options()
+        self.with_symbols = bool(self.inplace or self.editable_mode or SANITIZE)  # a wheel is stripped
 
     def build_extension(self, extension):
         home, why = choose_cuda()
@@ -162,25 +167,34 @@ class NinjaBuild(build_ext):
         CELLS_MODULE["write_header"](ROOT / "csrc", folder)
         CELLS_MODULE["write_if_changed"](folder / "schemas.h", schemas_header())
         with open(folder / "build.ninja", "w") as file:
-            self.write_ninja(ninja_syntax.Writer(file, width=110), target, home)
+            self.write_ninja(ninja_syntax.Writer(file, width=110), folder, target, home)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
 
-    def write_ninja(self, n, target, cuda):
-        includes = [f"-isystem {quoted(path)}" for path in cpp_extension.include_paths()]
-        link = [f"-L{quoted(path)} {quoted(f'-Wl,-rpath-link,{path}')}" for path in cpp_extension.library_paths()]
-        link += LINK_FLAGS
+    def write_ninja(self, n, folder, target, cuda):
+        """Write the rules for a build in `folder`.
+
+        Paths of the sources are relative to `folder`, and `__FILE__` in torch's headers does not say where torch is
+        installed, so that every clone makes the same code.
+        """
+        root = Path(os.path.relpath(ROOT, folder))
+        headers, libraries = (find_torch().folder / name for name in ("include", "lib"))
+        own_headers = ["-I.", f"-I{quoted(root / 'csrc')}"]  # cells.h is in `folder`
+        places = [quoted(f"-fmacro-prefix-map={root}/=./"), quoted(f"-fmacro-prefix-map={headers}/=")]
+        link = [f"-L{quoted(libraries)} {quoted(f'-Wl,-rpath-link,{libraries}')}", *LINK_FLAGS]
+        if not self.with_symbols:
+            link.append("-s")
         n.variable("cxx", os.environ.get("CXX", "g++"))
-        n.variable("cxxflags", [*CXX_FLAGS, *OWN_HEADERS, *includes])
+        n.variable("cxxflags", [*CXX_FLAGS, *own_headers, f"-isystem {quoted(headers)}", *places])
         n.rule("cxx", "$cxx $cxxflags $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name, (source, own) in CPU_OBJECTS.items():
-            objects += n.build(f"{name}.o", "cxx", str(ROOT / source), variables={"own": own})
+            objects += n.build(f"{name}.o", "cxx", str(root / source), variables={"own": own})
         if cuda:
-            objects += n.build("cuda_register.o", "cxx", str(ROOT / "csrc/cuda/register.cpp"))
-            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *OWN_HEADERS, *gencode_flags()])
+            objects += n.build("cuda_register.o", "cxx", str(root / "csrc/cuda/register.cpp"))
+            n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *own_headers, *gencode_flags()])
             n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for name, (source, own) in CUDA_OBJECTS.items():
-                objects += n.build(f"{name}.o", "nvcc", str(ROOT / source), variables={"own": own})
+                objects += n.build(f"{name}.o", "nvcc", str(root / source), variables={"own": own})
             link += [quoted(next(cuda.glob("lib*/libcudart_static.a"))), "-ldl", "-lrt", "-lpthread"]
         n.rule("link", "$cxx $in $link -o $out")
         n.build(str(target), "link", objects, variables={"link": link})

@@ -27,6 +27,25 @@ PARTS = [part for layer in LAYERS for part in layer]
 #: Modules that `import mru_kernels` does not import.
 LEFT_OUT = {"python_ref", "bench", "examples", "tests", "mru_kernels.distributed"}
 
+#: Parts of torch that take long to import. `import mru_kernels` imports none that `import torch` has not imported.
+HEAVY = ("_dynamo", "_inductor", "onnx", "distributed", "fx.experimental", "_export", "testing", "utils.cpp_extension")
+
+#: Most MiB that `import mru_kernels` adds to the memory of a process that has imported torch. It adds about 3.
+MOST_MEMORY = 20
+
+# What the import of the package adds to that of torch.
+ADDED = """
+import json, os, sys, torch
+
+def memory():  # MiB
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+before, modules = memory(), set(sys.modules)
+import mru_kernels
+print(json.dumps([memory() - before, sorted(set(sys.modules) - modules)]))
+"""
+
 # Import the package in a separate process. Then import its parts in order, without mru_kernels/__init__.py, which
 # imports most of them. Import the parts of a layer of several parts in separate processes.
 IMPORTS = """
@@ -108,8 +127,14 @@ def test_the_package_does_not_import_what_it_does_not_need(loaded):
     assert not loaded["mru_kernels"] & LEFT_OUT
 
 
-def test_the_package_does_not_import_the_compiler(loaded):
-    assert not loaded["mru_kernels"] & {"torch._dynamo", "triton"}
+def test_what_the_import_adds_to_that_of_torch():
+    """No other package, no heavy part of torch, and little memory. docs/installing.md has the time."""
+    memory, modules = json.loads(run(ADDED))
+    packages = {name.split(".")[0] for name in modules}
+    assert packages - set(sys.stdlib_module_names) <= {"mru_kernels", "torch"}
+    heavy = tuple(f"torch.{part}." for part in HEAVY)
+    assert [name for name in modules if f"{name}.".startswith(heavy)] == []
+    assert memory < MOST_MEMORY
 
 
 def test_a_torch_without_distributed():
