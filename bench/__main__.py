@@ -12,17 +12,17 @@ from importlib.util import find_spec
 
 from . import allocator
 
-#: Module and purpose. Those whose module is absent are left out: a wheel has no `gpu-check`.
+#: Module and purpose of each command. A command without its module is not listed: a wheel has no `gpu-check`.
 SUBCOMMANDS = {
     "compare": ("compare", "errors of every backend against the float64 reference"),
     "speed": ("speed", "times against a pass over the same bytes"),
     "gpu-check": ("gpu.command", "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`"),
-    "profile": ("profile", "where the time goes"),
-    "memory": ("memory", "what a training step keeps, by the length of its chunks"),
+    "profile": ("profile", "the time of each op or kernel in a call"),
+    "memory": ("memory", "memory of a training step for each chunk_size"),
     "report": ("report", "tables and figures from recorded results"),
 }
 
-_TIMED = ("speed", "profile", "memory")  # with the allocator pinned
+_TIMED = ("speed", "profile", "memory")  # commands that run with the allocator pinned
 
 
 def main(argv: list[str]) -> int:

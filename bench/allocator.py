@@ -1,6 +1,6 @@
 """Settings of glibc's allocator, by environment variables that a process reads when it starts.
 
-By default glibc returns a large block to the system when it is freed, and every new output costs page faults. That can
+By default glibc returns a large block to the system when it is freed, so every new output costs page faults. They can
 take several times as long as a scan. `PINNED` keeps freed memory in the process.
 """
 
@@ -10,7 +10,7 @@ import os
 
 PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": "0"}
 
-#: For a process whose resident memory is to be what is in use: it returns what is freed.
+#: For measuring memory: freed memory returns to the system, so resident memory is memory in use.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
 
 
@@ -19,16 +19,16 @@ def is_pinned() -> bool:
 
 
 def pinned() -> dict[str, str]:
-    """The environment, for a process with `PINNED`."""
+    """The environment of this process, with `PINNED`."""
     return os.environ | PINNED
 
 
 def default() -> dict[str, str]:
-    """The environment, for a process with glibc's default settings."""
+    """The environment of this process, without `PINNED`: glibc's default settings."""
     return {name: value for name, value in os.environ.items() if name not in PINNED}
 
 
 def describe() -> str:
-    """The settings of this process, as a record states them."""
+    """The allocator settings of this process, as a record has them."""
     given = [f"{name}={os.environ[name]}" for name in PINNED if name in os.environ]
     return "pinned" if is_pinned() else " ".join(given) or "default"

@@ -1,6 +1,6 @@
-"""Values of command-line options: each function raises what argparse reports under the option's name.
+"""Parsers of command-line values. argparse reports their errors under the option's name.
 
-`mru_kernels` is imported only where an option needs it, see `bench.gpu.stages.record_version`.
+A function imports `mru_kernels` only if it needs it: see `bench.gpu.stages.record_version`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from . import inputs
 if TYPE_CHECKING:
     from mru_kernels import backends
 
-_MOST_ELEMENTS = 2**40  # more than any machine's memory
+_MOST_ELEMENTS = 2**40  # more than fit the memory of any machine
 DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
 
 
 def prog(name: str) -> str:
-    """How a command of the bench is called."""
+    """The command line that starts a command of the bench."""
     return f"python -m {__package__} {name}"
 
 
 def shape(text: str) -> tuple[int, int, int]:
-    """The sizes in "B,T,D"."""
+    """Parse "B,T,D" into three sizes."""
     sizes = text.split(",")
     if len(sizes) != 3 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise ArgumentTypeError(f"expected three positive sizes B,T,D such as 4,4096,512, got {text!r}")
@@ -46,7 +46,7 @@ def device(text: str) -> torch.device:
 
 
 def part(text: str) -> tuple[int, int]:
-    """The numbers in "I/N", 1 <= I <= N."""
+    """Parse "I/N", where 1 <= I <= N."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise ArgumentTypeError(f"expected I/N with 1 <= I <= N, got {text!r}")
@@ -80,7 +80,7 @@ def check_dtypes(parser: ArgumentParser, cell: str, names: list[str]) -> None:
 
 
 def resolve(parser: ArgumentParser, name: str | None, device: torch.device) -> backends.Backend:
-    """The backend that `--backend` names, or that None chooses. Ends the command where it cannot run on `--device`."""
+    """The backend that `--backend` names, or the default for None. Ends the command if it cannot run on `--device`."""
     from mru_kernels import backends
 
     try:

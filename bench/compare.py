@@ -20,27 +20,27 @@ from .progress import tqdm
 from .reference import CELLS
 
 FORWARD = ("h", "final_state")
-REFERENCE = "reference"  #: as a backend: the plain loop in the dtype that the kernels accumulate in
+REFERENCE = "reference"  #: as a backend: the plain loop in the state dtype
 
 
 @dataclass(frozen=True)
 class Result:
-    """One result of a call: "h", "final_state", or "d" and the argument whose gradient it is."""
+    """One result of a call: "h", "final_state", or a gradient, named "d" and its argument."""
 
     name: str
     error: float
-    limit: float  # 0: equality is asked
+    limit: float  # 0: equality is required
     passed: bool
 
     @property
     def share(self) -> float:
-        """Error over limit: what ranks results of different limits."""
+        """Error over limit. It ranks results with different limits."""
         return self.error / self.limit if self.limit else (0.0 if self.passed else math.inf)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One call on one backend. `failure` says why there are no results, where there are none."""
+    """One call on one backend. `failure` is the reason if there are no results."""
 
     cell: str
     backend: str
@@ -62,7 +62,7 @@ def run(
     progress: bool = False,
     end: float = math.inf,
 ) -> list[Row]:
-    """Compare each case, or call on given tensors, with the reference: one row each.
+    """Compare each case, or call on given tensors, with the reference.
 
     Args:
         cases: what to run; see `bench.inputs.case`, `covering_cases` and `call`.
@@ -72,7 +72,7 @@ def run(
         end: value of `time.monotonic()` after which no case starts.
 
     Returns:
-        A row a case, failed where the op raised.
+        A row per case. It has failed if the op raised.
     """
     in_time = takewhile(lambda _: time.monotonic() < end, tqdm(cases, backend, disable=not progress, leave=False))
     return [_row(item, backend, device) for item in in_time]
@@ -92,14 +92,14 @@ def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
 
 
 def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
-    """Judge what an op gave for a call that lies on the CPU.
+    """Judge the results of an op for a call on the CPU.
 
     Args:
-        call: its arguments.
-        got: "h", "final_state", and under the name of each of the call's tensors its gradient.
+        call: the arguments.
+        got: "h", "final_state", and the gradient of each of the call's tensors under its name.
     """
     reference_op = CELLS[call.cell]
-    wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # gradients too
+    wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # so gradients are wide
     reference = _results(wide, reference_op)
     given = call.tensors | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
     terms = reference_op.adjoint(**given, term=abs)
@@ -136,7 +136,7 @@ def is_exact(call: Call) -> bool:
 
 
 def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
-    """Where a gradient is specified: not in a channel, of one sequence, with a NaN; final states tell."""
+    """Where a gradient is specified: in channels of a sequence without a NaN. A NaN shows in the final state."""
     ok = ~final_state.isnan()
     if grad.dim() == 1:
         return ok.all(0)
@@ -163,7 +163,7 @@ def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _results(call: Call, op: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Both results of an op, and the gradients under the arguments' names, on the CPU."""
+    """Both results of an op and the gradients, each under its argument's name, on the CPU."""
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     outputs = op(**leaves, **call.settings)
     given = zip(outputs, (call.grad_h, call.grad_final), strict=True)
@@ -177,7 +177,7 @@ def _results(call: Call, op: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row: the worst forward result and the worst gradient, by their shares of their limits."""
+    """A line per row with the worst forward result and the worst gradient, ranked by error over limit."""
     lines = [("cell", "backend", "dtype", "B,T,D", "options", "forward", "worst gradient", "")]
     failures = []
     for row in rows:
@@ -202,7 +202,7 @@ def _figures(result: Result) -> str:
 
 
 def to_record(rows: Sequence[Row]) -> dict:
-    """The rows for a JSON file; an infinite error is None."""
+    """The rows for a JSON file. An infinite error becomes None."""
     entries = [asdict(row) | {"passed": row.passed} for row in rows]
     for entry in entries:
         for result in entry["results"]:
@@ -216,10 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=cli.DTYPES, default=list(cli.DTYPES))
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
-    parser.add_argument("--brief", action="store_true", help="half of the cases: pairs of all factors but time")
-    parser.add_argument("--part", type=cli.part, default=(1, 1), metavar="I/N", help="one of N parts of the cases")
+    parser.add_argument("--brief", action="store_true", help="half of the cases: pairs of all factors except time")
+    parser.add_argument("--part", type=cli.part, default=(1, 1), metavar="I/N", help="run part I of N of the cases")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="start no case later; exit with 1 if one is left"
+        "--seconds", type=float, default=math.inf, help="start no case after this time; exit with 1 if one is left"
     )
     arguments = parser.parse_args(argv)
 
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in available.items())
             parser.error(f"--backend: none can run on {arguments.device} ({reasons})")
         for name in names:
-            reason = available.get(name, "there is none of this name") if name != REFERENCE else None
+            reason = available.get(name, "there is no such backend") if name != REFERENCE else None
             if reason is not None:
                 parser.error(f"--backend: {name}: {reason}")
     select = inputs.brief_cases if arguments.brief else inputs.covering_cases
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def part_of(cases: list[Case], index: int, count: int) -> list[Case]:
-    """Every `count`-th case. Parts start at different cells, so they seldom compile the same kernel at once."""
+    """Every `count`-th case. Parts start at different cells, so they seldom compile a kernel at the same time."""
     part = cases[index - 1 :: count]
     start = len(part) * (index - 1) // count
     return part[start:] + part[:start]

@@ -1,11 +1,10 @@
-"""The error of a result, the limit it is held to, and where equality is asked instead.
+"""The error of a result, its limit, and the calls whose results must be equal to the reference.
 
     error = RMS(result - reference) / RMS(terms)
 
-where the reference is in float64 (complex128 for a complex result), and `terms` is the sum of the absolute
-values of the terms that each element of the result adds up (`adjoint` of `python_ref.Cell` with `term=abs`; for an
-element that sums nothing that is its own absolute value). So neither cancellation nor a reference that is zero
-everywhere decides.
+The reference is in float64, or complex128 for a complex result. Each element of a result is a sum of terms. `terms`
+has the sums of their absolute values (`python_ref.Cell.adjoint` with `term=abs`); for an element without a sum this is
+its absolute value. So the error stays small where terms cancel, and where the reference is zero everywhere.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: By the dtype of the result.
+#: Limits by the dtype of the result.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LIMITS |= {torch.complex128: LIMITS[torch.float64], torch.complex64: LIMITS[torch.float32]}
 
-#: Every integer up to this one is a value of the dtype that states are held in.
+#: The state dtype represents every integer up to this one.
 _LARGEST_LEVEL = {torch.float64: 2**53, torch.float32: 2**24}
 
 
 class Verdict(NamedTuple):
-    """An error, its limit (0: equality is asked), and whether it is met."""
+    """An error, its limit (0: equality is required), and whether the result passes."""
 
     error: float
     limit: float
@@ -39,21 +38,21 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(t: Tensor) -> Tensor:
-    """A tensor in double precision, real or complex."""
+    """The tensor in float64 or complex128."""
     return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Equal in shape and in every value; NaN equals NaN, and the sign of zero does not count."""
+    """Whether shapes and all values are equal. NaN equals NaN, and the sign of zero does not count."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def relative_error(result: Tensor, reference: Tensor, terms: Tensor) -> float:
     """The error as defined above, over the elements where the reference is finite.
 
-    Infinite where the result has another shape, NaN elsewhere than the reference, or other infinities. A
-    reference too large for the result's dtype counts as infinite, and RMS(terms) as no smaller than the
-    smallest normal number of that dtype, below which it has no relative precision.
+    The error is infinite if the shapes differ, or if the NaN or infinite elements do. A reference that is too large for
+    the result's dtype counts as infinite. RMS(terms) counts as at least the smallest normal number of that dtype,
+    because smaller numbers have no relative precision.
 
     Args:
         result: any shape and floating or complex dtype.
@@ -79,14 +78,14 @@ def _rms(x: Tensor) -> float:
 def judge(
     result: Tensor, reference: Tensor, terms: Tensor, float32_loop: Callable[[], Tensor] | None = None
 ) -> Verdict:
-    """Hold a result to the limit of its dtype.
+    """Compare the error of a result with the limit of its dtype.
 
     Args:
         result: as for `relative_error`.
         reference: as for `relative_error`.
         terms: as for `relative_error`.
-        float32_loop: gives the same result from a plain sequential loop in float32. Twice its error is
-            accepted as well, float64 excepted. Called only where it decides.
+        float32_loop: returns the same result from a plain sequential loop in float32. Twice its error is also
+            accepted, except for float64 and complex128. It is called only if the error exceeds the dtype's limit.
     """
     error, limit = relative_error(result, reference, terms), LIMITS[result.dtype]
     if error > limit and float32_loop is not None and result.dtype not in (torch.float64, torch.complex128):
@@ -97,7 +96,7 @@ def judge(
 
 
 def judge_exact(result: Tensor, reference: Tensor, terms: Tensor, state: torch.dtype) -> Verdict:
-    """Ask for equality with the reference, rounded to the dtype of states and then to the result's."""
+    """Require equality with the reference, rounded to the state dtype and then to the dtype of the result."""
     error = relative_error(result, reference, terms)
     return Verdict(error, 0.0, same_values(result, reference.to(state).to(result.dtype)))
 
@@ -105,17 +104,18 @@ def judge_exact(result: Tensor, reference: Tensor, terms: Tensor, state: torch.d
 def is_exact(
     *, epsilon: float | None, amplitude: bool, initial_state: Tensor | None, time: int, state: torch.dtype
 ) -> bool:
-    """Whether the forward pass is to equal the reference on every backend.
+    """Whether the forward pass must equal the reference on every backend.
 
-    With `epsilon` 0 always, as values are only copied. With 1 where levels are integers of the state's dtype:
-    no amplitude, an integer initial state, and no level out of reach (a write moves it by 1).
+    With `epsilon` 0 it must, because values are only copied. With `epsilon` 1 it must if all levels are integers that
+    the state dtype represents: there is no amplitude, the initial state has integers, and no level gets too large. A
+    write changes a level by 1.
 
     Args:
         epsilon: None for a cell without one, which is never exact.
-        amplitude: whether one is given.
-        initial_state: None for zeros. A NaN in it is no obstacle: it stays.
+        amplitude: whether the call has one.
+        initial_state: None for zeros. A NaN in it stays NaN, so it may be there.
         time: steps of the longest sequence.
-        state: dtype of states.
+        state: the state dtype.
     """
     if epsilon != 1 or amplitude:
         return epsilon == 0

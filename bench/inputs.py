@@ -1,7 +1,7 @@
-"""Seeded inputs of every cell: tests, comparison, times and demo draw from here.
+"""Seeded inputs of every cell, for tests, comparison, timing and the demo.
 
-A case is a value for each factor: those that all cells share, and those that the cell declares (`python_ref.Cell`). The
-cell draws its tensors.
+A case has a value for each factor. Some factors are common to all cells; a cell declares the others
+(`python_ref.Cell`). The cell draws its tensors.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .errors import state_dtype
 from .reference import CELLS, python_ref
 
 DTYPES: dict[str, torch.dtype] = python_ref.DTYPES
-COMPLEX_DTYPES: dict[str, torch.dtype] = python_ref.COMPLEX_DTYPES  # of the cells that take them
+COMPLEX_DTYPES: dict[str, torch.dtype] = python_ref.COMPLEX_DTYPES  # for the cells that take complex streams
 
 Options = Mapping[str, Any]
 
-#: Of every cell. The first value of each is the default of `case`.
+#: The factors of every cell. The first value of each is the default of `case`.
 COMMON_FACTORS: dict[str, tuple] = {
     "time": (64, 0, 1, 2, 3, 63, 65, 127, 1000, 4097),
     "batch": (3, 1, "packed"),
@@ -39,7 +39,7 @@ COMMON_FACTORS: dict[str, tuple] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What determines a call but for its device: cell, dtype of the streams, a value of each factor, seed."""
+    """Everything that determines a call except its device: cell, dtype of the streams, a value per factor, seed."""
 
     cell: str
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Case:
         return (1 if batch == "packed" else batch, self.options["time"], self.options["channels"])
 
     def label(self) -> str:
-        """The options that are not the default, size aside."""
+        """The options that differ from the default, sizes excepted."""
         factors = COMMON_FACTORS | CELLS[self.cell].factors
         words = ["packed"] if self.options["batch"] == "packed" else []
         for name, value in self.options.items():
@@ -82,11 +82,11 @@ class Call:
 
     Attributes:
         cell: name of the op.
-        tensors: floating arguments by name, the first a stream `[B, T, D]`; gradients are taken for each.
+        tensors: floating-point arguments by name. The first is a stream `[B, T, D]`. Each has a gradient.
         settings: the other arguments.
         grad_h: `[B, T, D]` in the streams' dtype.
-        grad_final: `[B, D]`, `[N, D]` with cu_seqlens, in the state dtype.
-        label: for people.
+        grad_final: `[B, D]`, or `[N, D]` with cu_seqlens, in the state dtype.
+        label: names the case in tables.
     """
 
     cell: str
@@ -102,7 +102,7 @@ class Call:
         return next(iter(self.tensors.values()))
 
     def to(self, device: torch.device | str) -> Call:
-        """The same call on another device, in the same strides; 0-dim settings stay on the CPU, where they belong."""
+        """The same call on another device, with the same strides. 0-dim settings stay on the CPU, as ops require."""
 
         def moved(x: Any) -> Any:
             if not isinstance(x, Tensor) or x.dim() == 0:
@@ -128,7 +128,7 @@ def call(
     label: str = "",
     generator: torch.Generator | None = None,
 ) -> Call:
-    """A call on given tensors, such as a model's activations, with normal gradients of its results."""
+    """A call on given tensors, such as a model's activations. The gradients of its results are normally distributed."""
     generator = generator or torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator)
     tensors = {name: t.detach() for name, t in tensors.items()}
@@ -150,7 +150,7 @@ def call(
 
 
 def _laid_out(streams: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """The same values in another place: within a wider tensor, as a projection leaves them, or time-major."""
+    """The same values in another layout: chunks of a wider tensor, as a projection gives them, or time-major."""
     if layout == "chunked":
         wide = torch.cat([*streams.values(), *streams.values()], -1)
         return dict(zip(streams, wide.chunk(2 * len(streams), -1), strict=False))
@@ -163,12 +163,12 @@ def _laid_out(streams: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def values_of(factor: str) -> list:
-    """The values that any cell declares for a factor."""
+    """All values that cells declare for a factor."""
     return list(dict.fromkeys(value for cell in CELLS.values() for value in cell.factors.get(factor, ())))
 
 
 def case(cell: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> Case:
-    """A case with the given options, and the default of every other factor."""
+    """A case with the given options, and the default for every other factor."""
     factors = COMMON_FACTORS | CELLS[cell].factors
     unknown = options.keys() - factors.keys()
     if unknown:
@@ -180,7 +180,7 @@ def case(cell: str, dtype: torch.dtype, seed: int = 0, **options: Any) -> Case:
 
 
 def covering_cases(cell: str, dtype: torch.dtype) -> list[Case]:
-    """A short list of cases in which any two values of two factors meet (of time and channels, most)."""
+    """A short list of cases with every pair of values of two factors, except some pairs of time and channels."""
     factors = COMMON_FACTORS | CELLS[cell].factors
     index = list(CELLS[cell].dtypes.values()).index(dtype)
     rows = _covering_rows(factors, apart=("time", "channels"), seed=index)
@@ -188,8 +188,9 @@ def covering_cases(cell: str, dtype: torch.dtype) -> list[Case]:
 
 
 def brief_cases(cell: str, dtype: torch.dtype) -> list[Case]:
-    """Half as many, of four numbers of channels: any two values of two factors meet, time aside. It has each of its
-    values, and the longest once.
+    """About half as many cases, with four numbers of channels and every pair of values of two factors except time.
+
+    Each time occurs. The longest occurs once.
     """
     times, factors = COMMON_FACTORS["time"], COMMON_FACTORS | CELLS[cell].factors | {"channels": (17, 1, 64, 100)}
     del factors["time"]
@@ -203,7 +204,7 @@ def brief_cases(cell: str, dtype: torch.dtype) -> list[Case]:
 
 
 def _covering_rows(factors: dict[str, tuple], apart: tuple[str, str], seed: int) -> Iterator[dict]:
-    """Greedy: of some random rows that hold the first pair not yet met, the one with the most such pairs."""
+    """Rows that cover all pairs. Greedy: of random rows with the first missing pair, take the one with the most."""
     rng = random.Random(seed)
     missing = dict.fromkeys(
         ((a, x), (b, y))

@@ -1,9 +1,9 @@
 """Memory of a training step for each `chunk_size`, predicted and measured: `python -m bench memory`.
 
-Between the passes an op keeps its inputs and one state a chunk of time (and 2 bits a step of events, where time is
-scanned in segments). `chunk_size` trades that memory for the length of what the backward pass scans again at a time;
-None keeps the inputs alone, for one forward pass more. Memory is measured in a process of its own: on the CPU its
-resident memory, on a GPU what torch's allocator gave. Times are taken side by side in another.
+Between the passes an op keeps its inputs and one state per chunk of time. Where time is scanned in segments it may also
+keep write codes, 2 bits a step. A larger `chunk_size` keeps fewer states, and the backward pass recomputes more steps
+at a time. None keeps only the inputs, at the cost of another forward pass. Memory is measured in another process: on
+the CPU its resident memory, on a GPU the memory from torch's allocator. Times are measured in this process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes beyond the inputs, kept between the passes and at the peak: predicted and measured."""
+    """Bytes beyond the inputs that are kept between the passes, and bytes at the peak: predicted and measured."""
 
     kept: int
     peak: int
@@ -39,7 +39,7 @@ class Memory:
 
 
 def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[int, int]:
-    """Bytes kept between the passes beyond inputs and h, and the peak beyond inputs and the gradient of h."""
+    """Predicted bytes: kept between the passes beyond inputs and h, and at the peak beyond inputs and grad_h."""
     cell = ops.CELLS[call.cell]
     streams = [t for t in call.tensors.values() if t.dim() == 3]
     batch, time, channels = call.stream.shape
@@ -50,13 +50,13 @@ def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[i
     saved = ops.allocate(cell, inputs_of_op, given, 0, None, chunk, segment, save=True)[2:]
     states = sum(t.nbytes for t in saved)
     h, grads = call.stream.nbytes, sum(t.nbytes for t in streams)
-    if chunk_size is None:  # the second forward pass has an h too, and frees it before there are gradients
+    if chunk_size is None:  # the second forward pass allocates an h too, and frees it before gradients are allocated
         return 0, h + max(h + states, states + grads)
     return states, h + states + grads
 
 
 class _Observed:
-    """Bytes in use, and the most since `reset`."""
+    """Bytes in use now, and the most since `reset`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -79,7 +79,7 @@ class _Observed:
 
 
 def training_step(call: inputs.Call, chunk_size: int | None, backend: str):
-    """A function that runs a forward and a backward pass and returns what `between` gave, called between them."""
+    """A function that runs a forward pass, `between()` and a backward pass. It returns the result of `between()`."""
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
 
     def step(between=lambda: None):
@@ -96,7 +96,7 @@ def observe(call: inputs.Call, chunk_size: int | None, backend: str) -> Memory:
     """Measure one training step in this process."""
     observed = _Observed(call.stream.device)
     few = inputs.case(call.cell, call.stream.dtype, batch=1, time=300, channels=512).build().to(call.stream.device)
-    training_step(few, chunk_size, backend)()  # what stays for good: code, threads, their scratch
+    training_step(few, chunk_size, backend)()  # allocates what the process keeps: code, threads, their scratch memory
     step = training_step(call, chunk_size, backend)
     observed.reset()
     before = observed.now()
@@ -105,7 +105,7 @@ def observe(call: inputs.Call, chunk_size: int | None, backend: str) -> Memory:
 
 
 def in_own_process(argv: Sequence[str]) -> list[Memory]:
-    """What `main(argv)` measures for its chunk sizes, in a process that gives back what it frees."""
+    """The results of `main(argv)` for its chunk sizes, from a process that returns freed memory to the system."""
     environment = os.environ | allocator.RETURNED
     command = [sys.executable, "-m", f"{__package__}.memory", *argv, "--here"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -115,8 +115,9 @@ def in_own_process(argv: Sequence[str]) -> list[Memory]:
 
 
 def table(rows: Sequence[tuple[int | None, Memory, float]]) -> str:
-    """Markdown: a row a chunk size."""
-    head = ["chunk_size", "kept, MiB", "measured", "peak, MiB", "measured", "forward + backward, ms"]
+    """A Markdown table with a row per chunk size."""
+    head = ["chunk_size", "kept, MiB: predicted", "measured", "peak, MiB: predicted", "measured"]
+    head += ["forward + backward, ms"]
     lines = []
     for chunk_size, memory, seconds in rows:
         bytes_ = (memory.kept, memory.kept_measured, memory.peak, memory.peak_measured)
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--chunk-size", nargs="+", type=cli.chunk_size, metavar="N", help='multiples of 16, or "None"')
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--here", action="store_true", help="print what is measured in this process as JSON")
+    parser.add_argument("--here", action="store_true", help="measure in this process and print JSON")
     arguments = parser.parse_args(argv)
     cli.check_dtypes(parser, arguments.cell, [arguments.dtype])
     row = cli.resolve(parser, arguments.backend, arguments.device)
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = records.machine(arguments.device) | {"backend": backend}
     print(records.facts_of(facts))
     shape, stream = records.name_of(arguments.shape), call.stream.nbytes / _MIB
-    print(f"{arguments.cell}, {arguments.dtype}, B, T, D = {shape}: {stream:.0f} MiB a stream\n\n{table(rows)}")
+    print(f"{arguments.cell}, {arguments.dtype}, B, T, D = {shape}: {stream:.0f} MiB per stream\n\n{table(rows)}")
     if arguments.json:
         found = [{"chunk_size": size, "seconds": s} | asdict(memory) for size, memory, s in rows]
         records.write_json(arguments.json, {"machine": facts, "shape": arguments.shape, "memory": found})

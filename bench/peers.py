@@ -1,9 +1,9 @@
-"""The same job by other means: gates, scan and gradients. Each is checked before it is timed.
+"""Other implementations of the same job: gates, scan and gradients. Each is checked before it is timed.
 
-A peer scans (a, w), `[B, T, D]` each: s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`) gives
-them in plain torch, with surrogate derivatives, and autograd gives the gradients. Each package gets the layout that it
-asks for, and the conversion is part of the job. mlstm_kernels is no peer: the mLSTM divides its output by a normaliser,
-so it cannot give these results.
+A peer scans a and w, each `[B, T, D]`: s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`)
+computes both in plain torch, with surrogate derivatives. Autograd computes the gradients. Each package gets the layout
+that it needs, and the conversion is timed too. mlstm_kernels is not a peer: the mLSTM divides its output by a
+normaliser, so it cannot give these results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Scan = Callable[[Tensor, Tensor], Tensor]
 
 
 def python_loop(a: Tensor, w: Tensor) -> Tensor:
-    """One step after the other."""
+    """A loop over the steps."""
     s = torch.zeros_like(w[:, 0])
     states = []
     for a_t, w_t in zip(a.unbind(1), w.unbind(1), strict=True):
@@ -37,7 +37,7 @@ def python_loop(a: Tensor, w: Tensor) -> Tensor:
 
 
 def log_step(a: Tensor, w: Tensor) -> Tensor:
-    """Hillis and Steele's scan: log2(T) passes, each composes with the element 2^k steps before."""
+    """Hillis and Steele's scan in log2(T) passes. Pass k composes each element with the one 2^k steps earlier."""
     s, shift = w, 1
     while shift < s.shape[1]:
         s = torch.cat([s[:, :shift], s[:, shift:] + a[:, shift:] * s[:, :-shift]], 1)
@@ -47,12 +47,12 @@ def log_step(a: Tensor, w: Tensor) -> Tensor:
 
 
 def cumsum(a: Tensor, w: Tensor) -> Tensor:
-    """A sum over time of what is written, where a is 1."""
+    """The sum of w over time. It is the scan if every a is 1."""
     return w.cumsum(1)
 
 
 def cummax(a: Tensor, w: Tensor) -> Tensor:
-    """The value at the latest write, where a is 0 or 1. Its gradient knows the values written, not a."""
+    """The value of the latest write. It is the scan if every a is 0 or 1. It has a gradient for w, but not for a."""
     steps = torch.arange(1, w.shape[1] + 1, device=w.device).view(1, -1, 1)
     latest = torch.where(a == 0, steps, 0).cummax(1).values
     return torch.where(latest > 0, w.gather(1, (latest - 1).clamp_min(0)), 0)
@@ -64,21 +64,21 @@ def _compose(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple
 
 
 def associative_scan(a: Tensor, w: Tensor) -> Tensor:
-    """The operator of torch, in plain torch operations."""
+    """The associative_scan of torch, in plain torch operations."""
     from torch._higher_order_ops.associative_scan import associative_scan as scan
 
     return scan(_compose, (a, w), dim=1, combine_mode="generic")[1]
 
 
 def pointwise_scan(a: Tensor, w: Tensor) -> Tensor:
-    """The operator of torch, as one kernel: only where it is compiled, and only on a GPU."""
+    """The associative_scan of torch as one kernel, which needs torch.compile and a GPU."""
     from torch._higher_order_ops.associative_scan import associative_scan as scan
 
     return scan(_compose, (a, w), dim=1, combine_mode="pointwise")[1]
 
 
 def _channels_first(scan: Scan, a: Tensor, w: Tensor) -> Tensor:
-    """By a scan that takes a and w as contiguous `[B, D, T]`; the transpositions belong to the job."""
+    """Call a scan that takes contiguous `[B, D, T]`. The transpositions are part of the job."""
     return scan(*(x.transpose(1, 2).contiguous() for x in (a, w))).transpose(1, 2)
 
 
@@ -90,14 +90,14 @@ def accelerated_scan_triton(a: Tensor, w: Tensor) -> Tensor:
 
 
 def accelerated_scan_warp(a: Tensor, w: Tensor) -> Tensor:
-    """accelerated_scan's CUDA kernels, compiled when first imported; T is to be a power of 2."""
+    """accelerated_scan's CUDA kernels, compiled at the first import. T must be a power of 2."""
     from accelerated_scan.warp import scan
 
     return _channels_first(scan, a, w)
 
 
 def fla_hgrn(a: Tensor, w: Tensor) -> Tensor:
-    """The recurrence of HGRN in fla, which takes log a. Where a is 0 the logarithm keeps no gradient."""
+    """The recurrence of HGRN in fla. It takes log a, so there is no gradient where a is 0."""
     from fla.ops.hgrn import fused_recurrent_hgrn
 
     return fused_recurrent_hgrn(w.contiguous(), a.log().contiguous())[0]
@@ -122,15 +122,15 @@ def _jax_scan(a: Any, w: Any) -> Any:
 
 @cache
 def _jitted(scan: Callable) -> tuple[Callable, Callable, Callable]:
-    """The scan, the scan with what `jax.vjp` keeps for its gradient, and the gradient from that."""
+    """Three jitted functions: the scan, the scan with its pullback from `jax.vjp`, and the call of a pullback."""
     import jax
 
-    jax.config.update("jax_enable_x64", True)  # else float64 is not float64; float32 stays float32
+    jax.config.update("jax_enable_x64", True)  # without it JAX turns float64 into float32
     return jax.jit(scan), jax.jit(lambda a, w: jax.vjp(scan, a, w)), jax.jit(lambda pull, grad: pull(grad))
 
 
 class _Jax(torch.autograd.Function):
-    """A scan in JAX under jit, and its gradient by `jax.vjp`, on the memory of torch's tensors."""
+    """A jitted scan in JAX and its gradient by `jax.vjp`. It uses the memory of torch's tensors."""
 
     @staticmethod
     def forward(ctx, scan: Callable, a: Tensor, w: Tensor) -> Tensor:
@@ -158,12 +158,12 @@ def _from_jax(array: Any) -> Tensor:
 
 
 def jax_associative_scan(a: Tensor, w: Tensor) -> Tensor:
-    """`jax.lax.associative_scan` under jit; gates are torch's."""
+    """`jax.lax.associative_scan` under jit. torch computes the gates."""
     return _Jax.apply(_jax_associative_scan, a, w)
 
 
 def jax_scan(a: Tensor, w: Tensor) -> Tensor:
-    """`jax.lax.scan` under jit; gates are torch's."""
+    """`jax.lax.scan` under jit. torch computes the gates."""
     return _Jax.apply(_jax_scan, a, w)
 
 
@@ -172,17 +172,17 @@ def jax_scan(a: Tensor, w: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to do it, and what limits it.
+    """One implementation and its limits.
 
     Attributes:
         scan: a, w `[B, T, D]` -> s `[B, T, D]`.
-        compiled: whether it goes through torch.compile, with the gates.
-        epsilon: of the cells that it computes; None: any cell.
-        decays: "all", "real" or "positive": the a that it takes.
-        whole: whether its gradient is the whole one.
-        needs: packages to import, as far as they are not this one's.
-        only_on: the type of the devices that it is for.
-        most_steps: a longer T takes too long to time.
+        compiled: whether torch.compile compiles it, with the gates.
+        epsilon: the only epsilon that it computes; None: any.
+        decays: "all", "real" or "positive": the values of a that it takes.
+        whole: whether it gives the whole gradient.
+        needs: packages that it imports and this package does not.
+        only_on: the only type of device that it runs on; None: any.
+        most_steps: the longest T that is timed; None: any.
     """
 
     scan: Scan
@@ -195,7 +195,7 @@ class Peer:
     most_steps: int | None = None
 
     def why_not(self, case: Case, device: torch.device) -> str | None:
-        """Why it is left out; None where it can run."""
+        """The reason to leave it out; None if it can run."""
         compilers = ("triton",) if self.compiled and device.type == "cuda" else ()
         missing = [name for name in (*self.needs, *compilers) if find_spec(name) is None]
         if self.compiled and device.type == "cpu" and shutil.which("g++") is None:
@@ -216,12 +216,12 @@ class Peer:
 
     @property
     def slow_at_first(self) -> bool:
-        """Whether the first call on a shape compiles, which is no time of its calls."""
+        """Whether the first call on a shape compiles. That call is not timed."""
         return self.compiled or bool({"jax", "ninja"} & set(self.needs))
 
 
 def _has_negative(case: Case) -> bool:
-    """Whether some decays are below 0, by a few of such inputs."""
+    """Whether some decays are negative, judged by a small case."""
     few = replace(case, options={**case.options, "batch": 2, "time": 64, "channels": 64}).build()
     reference = CELLS[case.cell]
     decays, _ = reference.affine(**dict.fromkeys(reference.optional), **few.tensors, **few.settings)
@@ -240,11 +240,11 @@ def _job(peer: Peer, cell: str, **settings: float) -> Callable[..., Tensor]:
 
 
 def job(peer: Peer, call: Call) -> Callable[..., Tensor]:
-    """A function of such a call's tensors, by name, that gives h by way of the peer."""
+    """A function that computes h by the peer. It takes the call's tensors by name."""
     return _job(peer, call.cell, **{name: x for name, x in call.settings.items() if name != "reverse"})
 
 
-#: The quick first: where time is short the last are left out.
+#: The fast ones first: if time runs out, the last are left out.
 PEERS: dict[str, Peer] = {
     "accelerated_scan, Triton": Peer(
         accelerated_scan_triton, decays="real", needs=("accelerated_scan", "triton"), only_on="cuda"

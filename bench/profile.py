@@ -1,8 +1,8 @@
-"""Where the time of a call goes: `python -m bench profile`.
+"""The time of each op or kernel in a call: `python -m bench profile`.
 
-`torch.profiler` over some forward and backward passes of one cell on one shape: the time of every op or kernel, what
-the passes take together, and its ratio to the floor, the time of a streaming pass over as many bytes (`bench speed`).
-On a GPU it prints the command by which `ncu` looks into each kernel, launched once.
+It profiles some forward and backward passes of one cell on one shape with `torch.profiler`. It prints the time of each
+op or kernel, the time of a whole pass, and the ratio of that to the floor. The floor is the time of a streaming pass
+over the same bytes (see `bench speed`). On a GPU it also prints the command that profiles the kernels with `ncu`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PASSES = 10
 
 
 def floor(call: inputs.Call, device: torch.device) -> float:
-    """Seconds a byte of a streaming pass."""
+    """Seconds per byte of a streaming pass."""
     one, other, out = (torch.empty_like(call.stream) for _ in range(3))
     subjects = {"add": lambda: torch.add(one, other, out=out)}
     seconds, _ = timing.measure(subjects, device, seconds=0.5)["add"]
@@ -30,7 +30,7 @@ def floor(call: inputs.Call, device: torch.device) -> float:
 
 
 def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
-    """Markdown: the events that took longest by themselves, on the GPU where there is one."""
+    """A Markdown table of the events with the longest time of their own: on the GPU if `on_gpu`, else on the CPU."""
     own = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
     events = sorted((e for e in profile.key_averages() if own(e) > 0), key=own, reverse=True)
     total = sum(map(own, events))
@@ -38,7 +38,7 @@ def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
         [e.key[:80], f"{e.count / _PASSES:.3g}", f"{own(e) / _PASSES:.1f}", f"{own(e) / total:.1%}"]
         for e in events[:15]
     ]
-    return records.table(["event", "times a pass", "microseconds a pass", "share"], lines, 1)
+    return records.table(["event", "calls per pass", "microseconds per pass", "share"], lines, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing or Perfetto")
-    parser.add_argument("--once", action="store_true", help="run one pass between the profiler's marks, for ncu")
+    parser.add_argument("--once", action="store_true", help="run one pass in the range that ncu profiles")
     arguments = parser.parse_args(argv)
     device, shape = arguments.device, dict(zip(("batch", "time", "channels"), arguments.shape, strict=True))
     cli.check_dtypes(parser, arguments.cell, [arguments.dtype])
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ratio = seconds / (floor(call, device) * moved)
     print(f"{arguments.cell}, {backend}, {arguments.dtype}, B, T, D = {records.name_of(arguments.shape)}\n")
     print(table(profile, on_gpu))
-    print(f"\nA pass, forward and backward: {1e3 * seconds:.3g} ms, {moved / 2**20:.0f} MiB, {ratio:.2f} of the floor.")
+    print(f"\nForward + backward: {1e3 * seconds:.3g} ms, {moved / 2**20:.0f} MiB, {ratio:.2f} times the floor.")
     if arguments.trace:
         profile.export_chrome_trace(str(arguments.trace))
     if on_gpu:

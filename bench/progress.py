@@ -1,4 +1,4 @@
-"""tqdm, or nothing in its place where it is not installed."""
+"""tqdm, or a stand-in without a bar if tqdm is not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ try:
 except ImportError:
 
     def tqdm(iterable: Iterable, *_: object, **__: object) -> Iterable:
-        """The iterable itself: no bar."""
+        """Return the iterable itself."""
         return iterable
 
 

@@ -1,4 +1,4 @@
-"""Figures, what they were measured on, tables and files: for every command of the bench."""
+"""Figures, descriptions of machines, tables and files, for every command of the bench."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Figure:
-    """A time of one subject at one work (a pass, see `bench.work`) on one shape.
+    """The time of one subject in one pass on one shape.
 
     Attributes:
         shape: (B, T, D).
         dtype: of the streams.
         subject: an op, a backend, a module, a peer or torch.add.
-        work: the pass.
+        work: the pass, see `bench.work`.
         ms: median.
-        spread: range between the quartiles over the median.
-        gb_per_s: at the bytes of the floor.
-        floor_ratio: time over that of a streaming pass over the same bytes.
-        slower: of a peer: its time over that of the op, or of the module.
-        share: of a module's projections: time over that of the module.
+        spread: the range between the quartiles, divided by the median.
+        gb_per_s: the bytes of the floor, divided by the time.
+        floor_ratio: the time, divided by that of a streaming pass over the same bytes.
+        slower: for a peer: its time, divided by that of the op or the module.
+        share: for the projections of a module: their time, divided by that of the module.
         peak_mib: peak memory beyond the inputs and the gradient of h.
-        percent_of_copy: gb_per_s in percent of a copy's.
+        percent_of_copy: gb_per_s in percent of that of a copy.
     """
 
     shape: Shape
@@ -76,17 +76,17 @@ def name_of(shape: Sequence[int]) -> str:
 
 
 def facts_of(machine: dict[str, Any]) -> str:
-    """What `machine` gives, in one line."""
+    """The result of `machine` in one line."""
     return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
-    """Markdown.
+    """A Markdown table.
 
     Args:
         head: the names of the columns.
-        lines: a text a column.
-        words: how many columns, from the first on, are text; the others are numbers.
+        lines: the rows, one text per column.
+        words: the number of leading columns with words. The others have numbers, aligned on the right.
     """
     rule = "|" + "---|" * words + "---:|" * (len(head) - words)
     first, *others = ("| " + " | ".join(line) + " |" for line in (head, *lines))
@@ -94,13 +94,13 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> st
 
 
 def table_without_empty(head: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
-    """`table` without the columns of numbers in which there is nothing."""
+    """`table` without the columns of numbers that are empty."""
     kept = [i for i in range(len(head)) if i < words or any(line[i] for line in lines)]
     return table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], words)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Plain text in columns."""
+    """Plain text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -109,7 +109,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What figures are measured on: for a GPU with driver and clocks, as nvidia-smi gives them."""
+    """The machine that figures are measured on, for a GPU with its driver and clocks from nvidia-smi."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
@@ -128,7 +128,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -136,7 +136,7 @@ def version_of(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout; None where the bench is installed."""
+    """The commit of the checkout; None if the bench runs from an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -162,7 +162,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; empty where there is no such program or it fails."""
+    """The output of a command; empty if there is no such program or it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""The reference: the checkout's folder `python_ref`, or the copy that a wheel installs within this package."""
+"""The reference: the folder `python_ref` of the checkout, or the copy that a wheel installs inside this package."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Pages from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
+"""Tables and plots from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
 
-One record gives a summary, a row a shape and dtype; with --plot also a plot of a sweep. Two records are compared figure
-by figure: a change counts where it exceeds the sum of both spreads. A "?" marks a value from a figure whose spread is
-over 100 %.
+One record gives a summary with a row per shape and dtype, and with --plot a plot of a sweep. Two records are compared
+figure by figure. A change counts if it exceeds the sum of both spreads. A "?" marks a value from a figure whose spread
+is over 100 %.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Key = tuple[str, str]  # subject and work
 
 
 def load(file: Path) -> Record:
-    """A record.
+    """Read a record.
 
     Raises:
-        ValueError: the file is not one.
+        ValueError: the file has no record of this version.
     """
     try:
         record = json.loads(file.read_text())
@@ -47,9 +47,9 @@ def _rows(record: Record) -> dict[tuple[str, str], dict[Key, Record]]:
 
 
 def summary(record: Record) -> str:
-    """One row a shape and dtype: the op in floors of its bytes and against its peers, and the module.
+    """A row per shape and dtype: times of the op, also as multiples of the floor, its peers and the module.
 
-    Values of peers and of the module are for forward + backward.
+    The values of peers and of the module are for forward + backward.
     """
     columns = _columns(record)
     lines = []
@@ -68,7 +68,7 @@ def summary(record: Record) -> str:
 
 
 def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
-    """By its heading: the figure of a column, which of its values, the form, and the figure that it is a ratio to."""
+    """Columns by heading: a figure's key, the name and format of its value, the key of the figure it is relative to."""
     cell = record["machine"]["cell"]
     module = CELLS[cell].unit
     peers = [f["subject"] for f in record["figures"] if f["work"] == BOTH and f.get("slower") is not None]
@@ -87,7 +87,7 @@ def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
 
 
 def _floors(record: Record) -> str:
-    """What the floors are scaled from, and what a ratio under 1 means."""
+    """The rates of torch.add that set the floor, and what a ratio under 1 means."""
     rates: dict[str, list[float]] = {}
     for f in record["figures"]:
         if (f["subject"], f["work"]) == (ADD, FORWARD):
@@ -98,7 +98,7 @@ def _floors(record: Record) -> str:
 
 
 def comparison(before: Record, after: Record) -> tuple[str, bool]:
-    """Markdown of what both records hold, and whether anything became slower."""
+    """A Markdown table of the figures that are in both records, and whether any became slower."""
     lines, slower = [], False
     old = _rows(before)
     for key, figures in _rows(after).items():
@@ -117,21 +117,21 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
     return table(head, lines, 4), slower
 
 
-#: Of a plot's panels: the title, and what is drawn of a figure.
+#: The title of each panel, and the value of a figure that it shows.
 _PANELS: dict[str, Callable[[Record], float | None]] = {
     "time, ms": lambda f: f["ms"],
-    "GB/s at the bytes of the floor, under torch.add's": lambda f: f.get("gb_per_s"),
-    "time over that of the floor": lambda f: f.get("floor_ratio"),
-    "times faster than": lambda f: f.get("slower"),
+    "GB/s, by the bytes of the floor": lambda f: f.get("gb_per_s"),
+    "time / floor": lambda f: f.get("floor_ratio"),
+    "speed-up over a peer": lambda f: f.get("slower"),
 }
 _STYLES = {FORWARD: "--", BACKWARD: ":", BOTH: "-"}
 
 
 def plot(record: Record, file: Path) -> None:
-    """Draw a sweep, a row of panels a dtype: time, the roofline, ratio to the floor, speed-up over each peer.
+    """Draw a sweep with a row of panels per dtype: time, roofline, ratio to the floor, speed-up over each peer.
 
     Raises:
-        ValueError: not just one of B, T and D varies.
+        ValueError: not exactly one of B, T and D varies.
     """
     import matplotlib
 

@@ -1,12 +1,11 @@
-"""Times of a cell's op and module, against a streaming pass over the same bytes and against peers.
+"""Times of a cell's op and module, compared with a streaming pass over the same bytes and with peers.
 
-`python -m bench speed` times nothing that fails its comparison: the op with the reference, a peer with the op. The
-floor of a pass is the time of a streaming pass over as many bytes, scaled from `torch.add(out=)` in the same run. A
-pass must move each of its streams once, in or out. `torch.add` that allocates its output is timed too, as the op
-allocates.
+`python -m bench speed` first compares the op with the reference, and each peer with the op. It times only what passes.
+The floor of a pass is the time of a streaming pass that moves each of its streams once. It is scaled from
+`torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its output.
 
-On the CPU freed memory stays with the process (`python -m bench` pins the allocator's thresholds), so an output costs
-no page faults. The op is timed with glibc's default settings too, in a process of its own. The projections of a module
+On the CPU freed memory stays in the process (`python -m bench` pins the allocator's thresholds), so an output costs
+no page faults. The op is also timed with glibc's default settings, in another process. The projections of a module
 are its matrix products alone, forward and backward. The cost of a call is measured on tiny inputs.
 """
 
@@ -38,9 +37,9 @@ from .timing import measure, per_call
 from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS, Passes, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
-SMALL = (1, 1, 64)  # where the cost of a call shows
-_CHECKED_STEPS = 256  # of the inputs are compared before anything is timed
-_WIDEST_MODULE = 2048  # beyond it a module's time is that of its matrix products
+SMALL = (1, 1, 64)  # so small that the cost of a call dominates
+_CHECKED_STEPS = 256  # steps that are compared before anything is timed
+_WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
 _MOST_OF_GRU = (4096, 1024)  # steps, channels
 _MIB = 2**20
 
@@ -49,28 +48,28 @@ Subjects = dict[Key, Callable[[], object]]
 
 
 def op(call: Call, backend: str | None) -> Callable[..., Tensor]:
-    """A function of such a call's tensors, by name, that gives h."""
+    """A function that computes h by the op. It takes the call's tensors by name."""
     return lambda **tensors: getattr(mk, call.cell)(**tensors, **call.settings, backend=backend)[0]
 
 
 def per_channel(case: Case) -> dict[str, Case]:
-    """By the name of each input that may be `[D]` in place of a stream, the case in which it is."""
+    """For each input that may be a stream or `[D]`, by name: the case in which it is `[D]`."""
     factors = inputs.CELLS[case.cell].factors
     names = [name for name, values in factors.items() if "channel" in values and case.options[name] == "stream"]
     return {name: replace(case, options={**case.options, name: "channel"}) for name in names}
 
 
 def meets_limits(case: Case, backend: str, device: torch.device) -> bool:
-    """Whether the op meets its limits against the reference on few such inputs."""
+    """Whether the op meets its limits against the reference, tested on a smaller case."""
     most = {"batch": 4, "time": _CHECKED_STEPS, "channels": 128}
     few = {name: min(case.options[name], size) for name, size in most.items()}
     return all(row.passed for row in compare.run([replace(case, options={**case.options, **few})], backend, device))
 
 
 def check_peer(name: str, call: Call, backend: str | None = None) -> None:
-    """Raise unless a peer gives, in float32 or wider, the h of the op on the first steps of a call, and its gradients.
+    """Raise unless a peer gives h and the gradients of the op on the first steps of a call, in float32 or wider.
 
-    Where the peer's gradient is not the whole one, none is asked for.
+    Gradients are not compared if the peer does not give the whole gradient.
     """
     dtype = errors.state_dtype(call.stream.dtype)
     first = {name: (t[:, :_CHECKED_STEPS] if t.dim() == 3 else t).to(dtype) for name, t in call.tensors.items()}
@@ -98,7 +97,7 @@ def time_case(
     """Time op, module and peers on one case.
 
     Returns:
-        The figures; what failed its comparison, so that it is not timed; what was left out, and why.
+        The figures; a line for each subject that failed its comparison; a line for each that is left out, with why.
     """
     failed: list[str] = []
     left_out: list[str] = []
@@ -134,7 +133,7 @@ def time_case(
             continue
         try:
             check_peer(name, call, backend)
-        except Exception as error:  # the others go on
+        except Exception as error:  # the other peers are still timed
             failed.append(" ".join(f"FAIL {where}: peer {name!r} {error}; it is not timed".split()))
             continue
         subjects |= _peer_subjects(name, call)
@@ -145,13 +144,13 @@ def time_case(
 def _figures(
     case: Case, seconds: dict[Key, tuple[float, float]], moved: dict[Key, int], compared_with: dict[str, str]
 ) -> list[Figure]:
-    """Figures of subjects.
+    """Figures from times.
 
     Args:
         case: the inputs.
-        seconds: median and spread.
-        moved: bytes to move.
-        compared_with: for peers and parts, the subject of ours whose time theirs is divided by.
+        seconds: median and spread for each subject and work.
+        moved: the bytes that each must move.
+        compared_with: for a peer or a part of a module, the subject of ours that divides its time.
     """
     add = seconds[ADD, FORWARD][0] / moved[ADD, FORWARD]
     figures = []
@@ -181,7 +180,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _streaming(call: Call) -> tuple[Subjects, dict[Key, int]]:
-    """torch.add into a given output and into one that it allocates, and the bytes that it moves."""
+    """torch.add with a given output and with a new one, and the bytes that each moves."""
     one, other, out = (torch.ones_like(call.grad_h) for _ in range(3))
     subjects: Subjects = {
         (ADD, FORWARD): lambda: torch.add(one, other, out=out),
@@ -191,10 +190,10 @@ def _streaming(call: Call) -> tuple[Subjects, dict[Key, int]]:
 
 
 def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[Subjects, dict[str, str]]:
-    """The unit whose scan is the cell's, as wide as the streams, its projections alone, and torch.nn.GRU.
+    """The cell's unit with as many channels as the streams, its projections alone, and torch.nn.GRU.
 
-    The second result maps the last two to the subject that they are compared with. There are no subjects for a cell
-    without a unit, for complex streams and for very many channels.
+    The second result maps the projections and the GRU to the unit, which they are compared with. There are no subjects
+    for a cell without a unit, for complex streams and for more than `_WIDEST_MODULE` channels.
     """
     _, steps, channels = case.shape
     unit = inputs.CELLS[case.cell].unit
@@ -235,7 +234,7 @@ def _peer_subjects(name: str, call: Call) -> Subjects:
 
 
 def time_op(case: Case, backend: str, device: torch.device) -> list[Figure]:
-    """Time torch.add and the op alone, with the allocator as this process has it."""
+    """Time only torch.add and the op, with the allocator settings of this process."""
     call = case.build().to(device)
     subjects, moved = _streaming(call)
     subjects |= {(case.cell, work): run for work, run in passes(call, op(call, backend)).items()}
@@ -244,7 +243,7 @@ def time_op(case: Case, backend: str, device: torch.device) -> list[Figure]:
 
 
 def with_default_allocator(figures: list[Figure], case: Case, backend: str) -> list[Figure]:
-    """The figures, and those of `time_op` in a process whose allocator has glibc's default settings."""
+    """The figures, and those of `time_op` in a process with glibc's default allocator settings."""
     options = {name: case.options[name] for name in ("epsilon", "writes") if name in case.options}
     command = [sys.executable, "-m", f"{__package__}.speed", "--here", "--backend", backend, *_arguments(case)]
     command += [f"--{name}={value}" for name, value in options.items()]
@@ -256,13 +255,13 @@ def with_default_allocator(figures: list[Figure], case: Case, backend: str) -> l
 
 
 def _arguments(case: Case) -> list[str]:
-    """The options of a command that name the cell, shape and dtype of a case."""
+    """The command-line options for the cell, shape and dtype of a case."""
     dtype = next(name for name, value in inputs.CELLS[case.cell].dtypes.items() if value == case.dtype)
     return ["--cell", case.cell, "--shape", ",".join(map(str, case.shape)), "--dtype", dtype]
 
 
 def with_peak(figures: list[Figure], case: Case, backend: str, device: torch.device) -> list[Figure]:
-    """The figures, with the peak memory of the op's forward + backward, measured in a process of its own."""
+    """The figures with the peak memory of the op's forward + backward, measured in another process."""
     from . import memory
 
     arguments = [*_arguments(case), "--device", str(device), "--backend", backend, "--chunk-size", str(CHUNK)]
@@ -272,7 +271,7 @@ def with_peak(figures: list[Figure], case: Case, backend: str, device: torch.dev
 
 
 def overhead(device: torch.device, backend: str, cell: str = "bmru") -> dict[str, float]:
-    """Microseconds of one call on a tiny input."""
+    """Microseconds per call on tiny inputs."""
 
     def tensors(channels: int) -> dict[str, Tensor]:
         return inputs.case(cell, torch.float32, batch=1, time=1, channels=channels).build().to(device).tensors
@@ -292,7 +291,7 @@ def overhead(device: torch.device, backend: str, cell: str = "bmru") -> dict[str
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Markdown, without the columns in which there is nothing."""
+    """A Markdown table without empty columns."""
     head = ["B, T, D", "dtype", "subject", "work", "ms", "spread", "GB/s", "time / floor", "times slower than ours"]
     head += ["share of the module", "peak, MiB"]
 
@@ -311,7 +310,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]]:
-    """Shapes in which the size B, T or D is 1, 4, 16 and so on, up to that of `shape`."""
+    """Shapes whose size B, T or D, named by `letter`, is 1, 4, 16 and so on, up to that of `shape`."""
     i = "BTD".index(letter)
     sizes = [size for k in range(shape[i].bit_length()) if (size := 4**k) < shape[i]]
     return [(*shape[:i], size, *shape[i + 1 :]) for size in (*sizes, shape[i])]
@@ -321,15 +320,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("speed"), description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=list(SHAPES), metavar="B,T,D")
-    parser.add_argument("--sweep", choices="BTD", help="let this size of the one --shape grow to it in powers of 4")
+    parser.add_argument("--sweep", choices="BTD", help="vary this size in powers of 4, up to that of the one --shape")
     parser.add_argument("--dtype", nargs="+", choices=cli.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--epsilon", type=cli.epsilon, help="default: 0, for the cells that have one")
     parser.add_argument("--writes", choices=inputs.values_of("writes"), help="default: often, for the cells that write")
-    parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="default: none; they are slow")
-    parser.add_argument("--memory", action="store_true", help="measure the peak of forward + backward too")
-    parser.add_argument("--here", action="store_true", help="print the op's times in this process as JSON, no more")
+    parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="peers to time (default: none)")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory of forward + backward")
+    parser.add_argument("--here", action="store_true", help="time only the op, in this process, and print JSON")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     cell, device = arguments.cell, arguments.device
@@ -367,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = machine(device) | {"backend": backend, "cell": cell} | options
     print(facts_of(facts), end="\n\n")
     print(table(figures), end="\n\n")
-    print("\n".join(f"{k}: {v:.1f} us a call" for k, v in calls.items()))
+    print("\n".join(f"{k}: {v:.1f} us per call" for k, v in calls.items()))
     for lines in ([f"left out: {reason}" for reason in left_out], failed):
         print("\n".join(lines), end="\n" * bool(lines))
     if arguments.json:

@@ -1,8 +1,8 @@
-"""A stopwatch for calls on a device, for all that measures time.
+"""A stopwatch for calls on a device. Every command that measures time uses it.
 
-All that is compared is interleaved in one process. A figure is a median; its spread is the range between the quartiles
-over the median. On a GPU a time is the device's own, between two events, with the caches emptied before it and the call
-issued ahead of it.
+Subjects that are compared take turns in one process. A figure is the median time. Its spread is the range between the
+quartiles, divided by the median. On a GPU the device measures the time between two events. The caches are emptied
+before a call, and the host issues the call before the device is free to start it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SECONDS = 1.5
 
 
 class Stopwatch:
-    """Seconds that a call takes on a device."""
+    """Measures the seconds that a call takes on a device."""
 
-    _AHEAD = 4_000_000  # cycles, about two milliseconds, in which a call is issued before the device is free to begin
+    _AHEAD = 4_000_000  # cycles, about two milliseconds, that the device waits while the host issues a call
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
-            # Read rather than written: lines that are to be written back would take part of the next call's bandwidth.
+            # Reading empties the caches. After writing, the write-back would take bandwidth from the next call.
             size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
             self.other = torch.ones(size // 4, device=device)
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -48,13 +48,14 @@ class Stopwatch:
 def measure(
     subjects: Mapping[Key, Callable[[], object]], device: torch.device, seconds: float = _SECONDS
 ) -> dict[Key, tuple[float, float]]:
-    """Median seconds and relative spread of each subject; all take turns, slow ones fewer.
+    """Median seconds and relative spread of each subject. Subjects take turns.
 
-    `seconds` is spent on one subject, at most, beyond its third run.
+    A subject is timed at least three times, then until its runs add up to `seconds`, at most 60 times in all. A subject
+    whose first run takes over three times `seconds` is timed once.
     """
     stopwatch = Stopwatch(device)
     times: dict[Key, list[float]] = {name: [] for name in subjects}
-    if stopwatch.on_gpu:  # kernels are compiled by their first call, which is no time of theirs
+    if stopwatch.on_gpu:  # the first call compiles kernels, so it is not timed
         for subject in subjects.values():
             subject()
     for turn in range(60):
@@ -77,7 +78,7 @@ def _median_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 def per_call(subject: Callable[[], object], calls: int = 2000) -> float:
-    """Seconds of one call among many, the best of five rounds."""
+    """Mean seconds of a call in a round of calls: the fastest of five rounds."""
     rounds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What is timed, by its names: the passes of a call, and the streams that each must move, once, in or out."""
+"""Names of what is timed: the passes of a call. Also the bytes that each pass must move."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from .inputs import Call
 
-FORWARD = "forward"  # without gradients; the output is allocated
-SAVING = "forward with gradients"  # what the backward pass asks for is made too
+FORWARD = "forward"  # without gradients; allocates the output
+SAVING = "forward with gradients"  # also saves what the backward pass needs
 BACKWARD = "backward"
 BOTH = "forward + backward"
 MAIN = (FORWARD, BACKWARD, BOTH)
 
-ADD = "torch.add(out=)"  # the streaming pass that the floor is scaled from
-GRU = "torch.nn.GRU"  # a peer of the modules: another unit, so that nothing is compared
-PROJECTIONS = ", projections alone"  # of a module
-DEFAULT_ALLOCATOR = ", default allocator"  # of the op and torch.add
+ADD = "torch.add(out=)"  # the streaming pass whose rate sets the floor
+GRU = "torch.nn.GRU"  # a peer of the modules; another unit, so its results are not compared
+PROJECTIONS = ", projections alone"  # suffix of a module's name
+DEFAULT_ALLOCATOR = ", default allocator"  # suffix of the op's name and of torch.add's
 
-NOISY = 1.0  # a spread from which on a figure says little: what is made of it is marked "?"
+NOISY = 1.0  # above this spread a figure is unreliable: values derived from it are marked "?"
 
 Passes = dict[str, Callable[[], object]]
 
 
 def passes(call: Call, f: Callable[..., Tensor]) -> Passes:
-    """Each pass of `f`, which takes the call's tensors by name and gives h, under its name."""
+    """The passes of `f` by name. `f` takes the call's tensors by name and returns h `[B, T, D]`."""
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     forward = cache(lambda: f(**leaves))
 
@@ -45,9 +45,9 @@ def passes(call: Call, f: Callable[..., Tensor]) -> Passes:
 def floor_bytes(call: Call) -> dict[str, int]:
     """Bytes that each pass must move.
 
-    Forward it reads the inputs and writes h. Backward it reads as many streams (the inputs, or where those are not
-    needed h) and the gradient of h, and writes the gradients. Vectors and states do not count, nor what is saved: how
-    much that is, is a choice.
+    The forward pass reads the input streams and writes h. The backward pass reads as many streams again (h instead of
+    an input that it does not need) and the gradient of h, and writes the gradients. Per-channel inputs and states do
+    not count. Saved tensors do not count: an implementation chooses how much it saves.
     """
     inputs = sum(t.dim() == 3 for t in call.tensors.values())
     forward, backward = inputs + 1, 2 * inputs + 1

@@ -1,8 +1,9 @@
-"""A language model of characters: trained on a text file, then writing on, a character at a time, in constant memory.
+"""A character language model: it trains on a text, then writes one character at a time in constant memory.
 
-The network (`mk.MRUNetwork` on tokens) is a hybrid: bistable units (arXiv 2601.09495) hold what lasts, minGRU (arXiv
-2410.01201) follows what changes. The last tenth of the text is held out and tested in one pass, so its states come from
-all that was before. Beside the model's bits per character is the entropy of single characters, for comparison.
+The network (`mk.MRUNetwork` on tokens) is a hybrid. Bistable units (arXiv 2601.09495) keep what lasts, and minGRU
+(arXiv 2410.01201) follows what changes. The last tenth of the text is held out. It is tested in one pass, so a
+prediction can use all characters before it. The table has the model's bits per character, and the entropy of single
+characters for comparison.
 
 The text is the reference manual that comes with Python as `pydoc_data.topics` (about 460,000 characters, PSF licence),
 or any file:
@@ -35,7 +36,7 @@ LENGTH = 128
 BATCH = 32
 LEARNING_RATE = 5e-3
 TEST_CHUNK = 1024
-CONTEXT = 512  # characters before what is generated
+CONTEXT = 512  # characters of the default prompt
 
 
 def manual() -> str:
@@ -45,7 +46,7 @@ def manual() -> str:
 
 
 class Text:
-    """Characters as numbers: rare ones, fewer than 10 in all the text, are one token."""
+    """A text as tokens, one per character. Characters that occur fewer than 10 times share a token."""
 
     def __init__(self, text: str) -> None:
         counts: dict[str, int] = {}
@@ -73,7 +74,7 @@ def network(characters: int) -> mk.MRUNetwork:
 
 @torch.no_grad()
 def bits_per_character(model: mk.MRUNetwork, tokens: Tensor) -> float:
-    """Over the whole sequence, in chunks: only the states are kept."""
+    """The mean over the whole sequence, which is read in chunks. Only the state is kept between them."""
     feed = mk.stream(model)
     bits = 0.0
     for start in range(0, len(tokens) - 1, TEST_CHUNK):
@@ -85,7 +86,7 @@ def bits_per_character(model: mk.MRUNetwork, tokens: Tensor) -> float:
 
 @torch.no_grad()
 def generate(model: mk.MRUNetwork, prompt: Tensor, count: int, temperature: float) -> tuple[Tensor, float]:
-    """`count` tokens after the prompt, by `model.step`, and tokens per second."""
+    """Generate `count` tokens after the prompt by `model.step`. Returns them and the tokens per second."""
     scores, state = model(prompt.unsqueeze(0))
     scores = scores[:, -1]
     tokens = []
@@ -99,7 +100,7 @@ def generate(model: mk.MRUNetwork, prompt: Tensor, count: int, temperature: floa
 
 
 def fit(text: Text, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, list[float]]:
-    """The trained network, and bits per character of each step of training."""
+    """Train a network. Returns it, and the bits per character at each step of training."""
     torch.manual_seed(seed)
     model = network(len(text.characters))
     window = torch.arange(LENGTH + 1)
@@ -125,7 +126,7 @@ def fit(text: Text, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, lis
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=400)
     parser.add_argument("--text", type=Path, help="file in UTF-8 (default: Python's reference manual)")
-    parser.add_argument("--prompt", help=f"what to go on from (default: the first {CONTEXT} characters held out)")
+    parser.add_argument("--prompt", help=f"text to continue (default: the first {CONTEXT} held-out characters)")
     parser.add_argument("--generate", type=int, default=1000, help="characters to generate")
     parser.add_argument("--temperature", type=float, default=0.7)
     arguments = parser.parse_args(argv)

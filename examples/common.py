@@ -1,4 +1,4 @@
-"""What the examples share: command line, runs of units and seeds, training, epsilon schedule, tables and plots."""
+"""Shared by the examples: command line, runs of units and seeds, training, epsilon schedule, tables and plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import mru_kernels as mk
 
 
 def parser(doc: str, *, steps: int) -> argparse.ArgumentParser:
-    """The command line that all examples have; `doc` is the docstring of the module."""
+    """A parser of the options that all examples have. `doc` is the docstring of the module."""
     result = argparse.ArgumentParser(description=doc.split("\n")[0])
     result.add_argument("--steps", type=int, default=steps, help="steps of training")
     result.add_argument("--seeds", type=int, default=3, help="how many seeds: 0, 1, ...")
@@ -30,7 +30,7 @@ def parser(doc: str, *, steps: int) -> argparse.ArgumentParser:
 
 
 def run_all(run: Callable[..., Any], names: Iterable[str], arguments: argparse.Namespace) -> dict[str, list[Any]]:
-    """`run(name, seed, arguments)` of every name and seed, one result a seed, shared among the workers."""
+    """Call `run(name, seed, arguments)` for every name and seed, by the workers. Returns a list over seeds per name."""
     calls = [(name, seed) for seed in range(arguments.seeds) for name in names]
     results: dict[tuple[str, int], Any] = {}
     with tqdm(total=len(calls), desc="runs", unit="run", smoothing=0) as bar:
@@ -47,7 +47,7 @@ def run_all(run: Callable[..., Any], names: Iterable[str], arguments: argparse.N
                 done(name, seed, run(name, seed, arguments))
             torch.set_num_threads(threads)
         else:
-            context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
+            context = multiprocessing.get_context("spawn")  # a forked process would lack torch's threads
             with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
                 futures = {pool.submit(run, name, seed, arguments): (name, seed) for name, seed in calls}
                 for future in as_completed(futures):
@@ -64,7 +64,10 @@ def train(
     epsilon: mk.EpsilonSchedule | None = None,
     after: Callable[[float], None] | None = None,
 ) -> None:
-    """Train with AdamW, a warm-up and a cosine, and clipped gradients; call `after(loss)` after each step."""
+    """Train with AdamW and clipped gradients. The learning rate warms up, then falls as a cosine.
+
+    `after(loss)` is called after each step.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
@@ -83,13 +86,13 @@ def train(
 
 
 def positions(steps: int, features: int) -> Tensor:
-    """Sines and cosines of a step's place `[steps, features]`: half a turn over all steps, one turn, two, and so on."""
+    """Sines and cosines of each step's position, `[steps, features]`. They make 1/2, 1, 2, ... turns over all steps."""
     angles = torch.arange(steps).unsqueeze(1) * math.pi / steps * 2.0 ** torch.arange(features // 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def epsilon_schedule(model: nn.Module, steps: int) -> mk.EpsilonSchedule:
-    """Epsilon from 1 to 0 in the first half of the steps, so that training also covers the unit that is used."""
+    """Lower epsilon from 1 to 0 in the first half of the steps. The second half trains the unit as it is used."""
     return mk.EpsilonSchedule(model, max(1, steps // 2))
 
 
@@ -105,13 +108,13 @@ def parameters(model: nn.Module) -> int:
 
 
 def spread(values: Sequence[float], scale: float = 100.0) -> str:
-    """Mean and, of several values, standard deviation; in percent unless `scale` says otherwise."""
+    """The mean and, for several values, the standard deviation, times `scale` (100: in percent)."""
     values = [scale * value for value in values]
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; all columns but the first are numbers."""
+    """A Markdown table. All columns except the first have numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -1,14 +1,14 @@
-"""Which units remember a symbol for a million steps, after training at a hundred.
+"""Which units remember a symbol for a million steps, after training on a hundred.
 
-One of four symbols is shown at the first step: a signal in its channel, under noise of unit variance that is there in
-every channel at every step; a marker says which step is the first. After the last step the symbol must be named. No
-unit can do better than the noise of the first step lets it, the Bayes limit; chance is 25 %. Sequences longer than
-those of training go through in chunks, from state to state, in constant memory.
+The first step shows one of four symbols, as a signal in the symbol's channel. Every channel has noise of unit variance
+at every step. A marker tells which step is the first. After the last step the model names the symbol. The noise of the
+first step bounds the accuracy of every unit: this is the Bayes limit. Chance is 25 %. Sequences longer than those of
+training are read in chunks, from state to state, in constant memory.
 
-Every unit reads the same encoding of the step, a linear map and a GLU, so that even those whose own gates cannot tell
-the first step from others (arXiv 2303.06349, LRU) can be shown nothing else. The units that hold exactly are BMRU
-(arXiv 2601.09495), here also with the schedule of epsilon, and CMRU (arXiv 2605.11855); minGRU and minLSTM (arXiv
-2410.01201) fade at a rate that they learn.
+Every unit reads the same encoding of a step, a linear map and a GLU. The encoding can hide all other steps from units
+whose gates cannot tell the first step from others (LRU, arXiv 2303.06349). BMRU (arXiv 2601.09495), here also with a
+schedule of epsilon, and CMRU (arXiv 2605.11855) keep their state exactly. The states of minGRU and minLSTM (arXiv
+2410.01201) fade at a rate that is learned.
 
 Run from the repository's root: `python -m examples.copy_first`.
 """
@@ -34,9 +34,9 @@ FEATURES = 16
 CHANNELS = 32
 TRAIN_LENGTH = 100
 BATCH = 64
-TEST_STEPS = 16384  # that are in memory at once, of all sequences together
+TEST_STEPS = 16384  # the most in memory at once, over all sequences
 
-#: Sequences of each length to test with, at most, for each seed.
+#: The most test sequences of each length, for each seed.
 SEQUENCES = {100: 2000, 1000: 1000, 10_000: 500, 100_000: 200, 1_000_000: 64}
 
 
@@ -65,10 +65,10 @@ UNITS: dict[str, Callable[[], list[nn.Module]]] = {
     "nn.GRU": lambda: [chrono_gru()],
 }
 
-#: The best of 3e-3, 1e-2 and 3e-2 with seed 0 and 200 sequences, some of those of the table, by what was right up to
-#: T = 100,000. In that sweep nn.GRU with torch's own initial values learned nothing, and LRU with |a| from 0.99 to
-#: 0.9999 and phases up to 0.1 lost the symbol by T = 1,000; with the initial values above, both had 3e-3 and 1e-2
-#: tried, up to T = 10,000. No other TIME_SCALE was tried.
+#: The best of 3e-3, 1e-2 and 3e-2 by accuracy up to T = 100,000, with seed 0 and 200 sequences. The table's sequences
+#: include some of these. In that sweep nn.GRU with torch's initial values learned nothing. LRU with |a| from 0.99 to
+#: 0.9999 and phases up to 0.1 lost the symbol by T = 1,000. Both were then tried with the initial values above, at 3e-3
+#: and 1e-2, up to T = 10,000. No other TIME_SCALE was tried.
 LEARNING_RATES = {
     "BMRU": 1e-2,
     "BMRU, epsilon 1 to 0": 3e-2,
@@ -82,7 +82,7 @@ LEARNING_RATES = {
 
 
 class Model(nn.Module):
-    """Encoder, units side by side, and a head on the last step: `[B, T, SYMBOLS + 1]` to `[B, SYMBOLS]`, and states."""
+    """Encoder, parallel units, and a head on the last step. Maps `[B, T, SYMBOLS + 1]` to `[B, SYMBOLS]` and states."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def draw_symbols(sequences: int, generator: torch.Generator) -> Tensor:
 
 
 def bayes_limit(symbols: int, signal: float) -> float:
-    """The probability that of independent gaussians the one whose mean is `signal`, not 0, is the largest."""
+    """The probability that a Gaussian with mean `signal` is the largest of `symbols`, when the others have mean 0."""
     x = torch.linspace(-12.0, 12.0 + signal, 20001, dtype=torch.float64)
     density = torch.exp(-0.5 * (x - signal) ** 2) / math.sqrt(2 * math.pi)
     return torch.trapezoid(density * torch.special.ndtr(x) ** (symbols - 1), x).item()
@@ -120,7 +120,7 @@ def bayes_limit(symbols: int, signal: float) -> float:
 
 @torch.no_grad()
 def test(model: Model, length: int, sequences: int, seed: int) -> tuple[float, float]:
-    """Accuracy of the model, and of the Bayes rule on the same sequences: the largest channel of the first step."""
+    """Accuracy of the model, and of the Bayes rule, which names the largest channel of the first step."""
     generator = torch.Generator().manual_seed(1000 + seed)
     symbols = draw_symbols(sequences, generator)
     chunk = max(1, TEST_STEPS // sequences)
@@ -153,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=1200)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS), metavar="UNIT")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(SEQUENCES), metavar="T")
-    parser.add_argument("--sequences", type=int, default=max(SEQUENCES.values()), help="at most, of each length")
-    parser.add_argument("--learning-rate", type=float, help="for all units, in place of LEARNING_RATES")
+    parser.add_argument(
+        "--sequences", type=int, default=max(SEQUENCES.values()), help="most test sequences of a length"
+    )
+    parser.add_argument("--learning-rate", type=float, help="for all units (default: LEARNING_RATES)")
     arguments = parser.parse_args(argv)
     lengths = arguments.lengths
     results = common.run_all(run, arguments.units, arguments)

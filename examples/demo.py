@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two blocks over pixels `[B, 64]` that come one at a time: class scores `[B, 10]`."""
+    """Two blocks that read pixels `[B, 64]` one at a time and give class scores `[B, 10]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def accuracy(model: Classifier, pixels: Tensor, classes: Tensor) -> float:
 
 @torch.no_grad()
 def activations(model: Classifier, pixels: Tensor) -> list[inputs.Call]:
-    """What each block's unit gives its scan for these images, as calls of `bmru` in every dtype."""
+    """The inputs of each block's scan for these images, as calls of `bmru` in every dtype."""
     calls = []
 
     def record(unit: mk.BMRU, arguments: tuple[Tensor]) -> None:
@@ -112,7 +112,7 @@ def activations(model: Classifier, pixels: Tensor) -> list[inputs.Call]:
 
 
 def milliseconds(passes: dict[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
-    """The median time of each pass; the passes take turns, so that a disturbance meets all of them."""
+    """The median time of each pass. The passes take turns, so a disturbance affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat in range(repeats + 2):
         for name, run in passes.items():
@@ -124,7 +124,7 @@ def milliseconds(passes: dict[str, Callable[[], object]], repeats: int = 15) -> 
 
 
 def throughput(batch: int = 4, steps: int = 2048, channels: int = 256) -> str:
-    """A table of times beside that of `torch.add`, which reads two streams and writes a third."""
+    """A table of times, with that of `torch.add`, which reads two streams and writes one."""
     module = mk.BMRU(channels, channels)
     x, candidate, threshold = torch.randn(3, batch, steps, channels).unbind()
     gradient = torch.randn_like(x)
@@ -139,19 +139,20 @@ def throughput(batch: int = 4, steps: int = 2048, channels: int = 256) -> str:
         module(x.requires_grad_())[0].backward(gradient)
 
     baseline = "torch.add"
-    passes: dict[str, tuple[int, Callable[[], object]]] = {  # streams that pass through memory, at least
+    passes: dict[str, tuple[int, Callable[[], object]]] = {  # the fewest streams that it can read and write
         baseline: (3, lambda: torch.add(candidate, threshold)),
         "bmru forward": (3, lambda: mk.bmru(candidate, threshold)),
-        "BMRU forward": (6, forward),  # x; gates out and in; h
-        "BMRU forward and backward": (17, forward_backward),  # and gates, g, d gates; d gates twice, x, dx
+        "BMRU forward": (6, forward),  # x; two gates, out and in; h
+        # Also two gates, the gradients of h and of the gates; then the latter, twice, x and its gradient.
+        "BMRU forward and backward": (17, forward_backward),
     }
     times = milliseconds({name: run for name, (_, run) in passes.items()})
-    lines = [f"{'':26}{'ms':>8}{'steps/s':>10}{'GB/s':>7}{'times the add of as many bytes':>32}"]
+    lines = [f"{'':26}{'ms':>8}{'steps/s':>10}{'GB/s':>7}{'time / torch.add of as many bytes':>35}"]
     for name, (streams, _) in passes.items():
         seconds = times[name] / 1e3
         rate, bandwidth = batch * steps / seconds, streams * x.nbytes / seconds / 1e9
         ratio = times[name] / times[baseline] * 3 / streams
-        lines.append(f"{name:26}{times[name]:8.2f}{rate:10.2e}{bandwidth:7.1f}{ratio:32.1f}")
+        lines.append(f"{name:26}{times[name]:8.2f}{rate:10.2e}{bandwidth:7.1f}{ratio:35.1f}")
     return "\n".join(lines)
 
 

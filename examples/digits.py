@@ -1,11 +1,13 @@
-"""Handwritten digits, one pixel a step, in two orders: every unit at about as many parameters.
+"""Handwritten digits, one pixel per step, in two orders: every unit with about the same number of parameters.
 
-scikit-learn's digits have 8 x 8 pixels, so a sequence has 64 steps of one number. They come row by row, or in one fixed
-random order, in which neighbours are far apart. Beside it stand sines and cosines of the step's number, as in arXiv
-2601.09495: a bistable unit's gate sees its own step alone, and without them cannot know which pixel it is. Each unit
-sits in the same residual network (`mk.MRUNetwork`), whose number of channels a unit is chosen so that the parameters
-are nearest to PARAMETERS. Only the last step's output is used. The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU,
-alpha-CMRU), 2605.15216 (first quadrant), 2410.01201 (minGRU, minLSTM), 2303.06349 (LRU).
+scikit-learn's digits have 8 x 8 pixels, so a sequence has 64 steps. The pixels come row by row, or in one fixed random
+order that puts neighbours far apart. Each step also has sines and cosines of its position, as in arXiv 2601.09495. The
+gate of a bistable unit sees only its own step, so without positions it cannot know which pixel it sees. Every unit is
+in the same residual network (`mk.MRUNetwork`). The number of channels of a unit is chosen so that the number of
+parameters is nearest to PARAMETERS. Only the output of the last step is used.
+
+The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU, alpha-CMRU), 2605.15216 (first quadrant), 2410.01201 (minGRU,
+minLSTM), 2303.06349 (LRU).
 
 Run from the repository's root: `python -m examples.digits`.
 """
@@ -66,14 +68,15 @@ def network(name: str, hidden_size: int, conv_size: int = 0) -> mk.MRUNetwork:
 
 @functools.cache
 def channels(name: str) -> int:
-    """Of each unit, for the number of parameters nearest to PARAMETERS."""
+    """Channels of each unit, for the number of parameters nearest to PARAMETERS."""
     return min(range(4, 129, 2), key=lambda size: abs(common.parameters(network(name, size)) - PARAMETERS))
 
 
 def data(order: str, positions: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs `[N, 64, 17]`, pixels first, and classes `[N]`: four fifths to train, one fifth to test.
+    """Inputs `[N, 64, 17]` and classes `[N]`: four fifths to train, one fifth to test.
 
-    Without `positions` the other 16 features are zero, so the network has the same parameters.
+    The first feature is the pixel. The other 16 are the position; without `positions` they are zero, so the network
+    keeps its number of parameters.
     """
     digits = load_digits()
     pixels = torch.tensor(digits.data / 8.0 - 1.0, dtype=torch.float32).unsqueeze(-1)
@@ -110,10 +113,10 @@ def accuracy(name: str, order: str, seed: int, arguments: argparse.Namespace) ->
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=600)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS), metavar="UNIT")
-    parser.add_argument("--learning-rate", type=float, help=f"for all units, in place of {LEARNING_RATE}")
+    parser.add_argument("--learning-rate", type=float, help=f"for all units (default: {LEARNING_RATE})")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS, metavar="ORDER", help=f"of {ORDERS}")
     parser.add_argument(
-        "--positions", action=argparse.BooleanOptionalAction, default=True, help="of the steps, as input"
+        "--positions", action=argparse.BooleanOptionalAction, default=True, help="give positions as input"
     )
     parser.add_argument("--conv-size", type=int, default=0, help="steps of a convolution in front of the units")
     arguments = parser.parse_args(argv)
@@ -133,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.bars(
             axes, {o: {n: [r[o] for r in runs] for n, runs in results.items()} for o in orders}, "percent right"
         )
-        axes.set_title("8 x 8 digits, one pixel a step; points: seeds")
+        axes.set_title("8 x 8 digits, one pixel per step; points: seeds")
 
     common.finish("digits", text, draw, arguments.out)
 

@@ -1,6 +1,6 @@
-"""The first symbol of many, with one bistable unit and with `mk.MRUNetwork`, at several learning rates.
+"""Recall the first symbol of a sequence, by one bistable unit and by `mk.MRUNetwork`, at several learning rates.
 
-Every step shows one of eight symbols. The first step is marked, and its symbol must be named after the last step.
+Every step shows one of eight symbols. The first step is marked, and after the last step the model names its symbol.
 Chance is 12.5 %. The write rate is the share of steps at which a channel of a unit writes, before and after training. A
 channel that writes at every step has no memory. A channel that never writes gives its initial state.
 
@@ -26,7 +26,7 @@ TEST_SEQUENCES = 512
 
 
 class Bare(nn.Module):
-    """A unit that reads the symbols themselves, and a head on its last output."""
+    """A unit that reads the symbols directly, and a head on its last output."""
 
     def __init__(self, surrogate_scale: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ MODELS: dict[str, Callable[[float], nn.Module]] = {
 
 
 def draw(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs `[B, T, SYMBOLS + 1]`, the mark last, and the first symbols `[B]`."""
+    """Inputs `[B, T, SYMBOLS + 1]`, whose last feature is the mark, and the first symbols `[B]`."""
     symbols = torch.randint(SYMBOLS, (sequences, length), generator=generator)
     x = F.pad(F.one_hot(symbols, SYMBOLS).float(), (0, 1))
     x[:, 0, SYMBOLS] = 1.0
@@ -62,7 +62,7 @@ def draw(sequences: int, length: int, generator: torch.Generator) -> tuple[Tenso
 
 @torch.no_grad()
 def write_rate(model: nn.Module, x: Tensor) -> float:
-    """Mean over all channels of all units."""
+    """The mean write rate over all channels of all units."""
     rates: list[Tensor] = []
     hooks = [
         unit.register_forward_pre_hook(lambda unit, inputs: rates.append(common.write_rates(unit, inputs[0])))

@@ -1,9 +1,9 @@
-"""A sequence longer than one process holds: each rank scans its piece of time.
+"""A sequence that is too long for one process: each rank scans a piece of time.
 
     torchrun --standalone --nproc-per-node 2 -m examples.sequence_parallel
 
-Every rank draws its own piece of ten million steps, so that no process ever has the whole, and ranks exchange one map
-a channel. Rank 0 then does the same work alone, piece after piece with the state handed over, and compares.
+The sequence has ten million steps. Every rank draws its own piece, so no process has the whole sequence. Ranks exchange
+one map per channel. Then rank 0 scans the pieces alone, one after another, and compares the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import mru_kernels as mk
 
 
 def gates(piece: int, steps: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Candidate and threshold of a piece, the same wherever it is drawn."""
+    """Candidate and threshold of a piece. Every process draws the same values for a piece."""
     generator = torch.Generator().manual_seed(piece)
     candidate, threshold = torch.randn(2, 1, steps, channels, generator=generator).unbind()
     return candidate.requires_grad_(), threshold.add_(3).requires_grad_()
@@ -29,7 +29,7 @@ def gates(piece: int, steps: int, channels: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000_000, help="of the whole sequence")
+    parser.add_argument("--steps", type=int, default=10_000_000, help="steps of the whole sequence")
     parser.add_argument("--channels", type=int, default=8)
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
@@ -44,8 +44,8 @@ def main() -> None:
     forward = time.perf_counter() - start
     h.sum().backward()
     both = time.perf_counter() - start
-    # Forward and backward alike, each rank sends a description of its call, a map (a, w) and the state that leaves its
-    # piece, with one flag and two.
+    # In each pass a rank sends a description of its call, a map (a, w) with one flag, and the state that leaves its
+    # piece, with two flags.
     exchanged = 2 * (512 + (2 * final.numel() + 1 + final.numel() + 2) * final.element_size())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rows: list = [None] * ranks
@@ -64,12 +64,12 @@ def main() -> None:
             alone += time.perf_counter() - start
             state = state.detach()
         assert torch.equal(state, final)
-        print(f"{arguments.steps:,} steps, {arguments.channels} channels, float32; final state: that of one process")
-        print("| rank | forward, s | forward + backward, s | bytes sent | of streams, bytes | peak memory, MiB |")
+        print(f"{arguments.steps:,} steps, {arguments.channels} channels, float32; final state equal to one process's")
+        print("| rank | forward, s | forward + backward, s | bytes sent | bytes of streams | peak memory, MiB |")
         print("|---|---:|---:|---:|---:|---:|")
         for i, (f, fb, sent, memory) in enumerate(rows):
             print(f"| {i} | {f:.2f} | {fb:.2f} | {sent} | {2 * candidate.nbytes:,} | {memory} |")
-        print(f"| alone, piece by piece, no gradient between them | | {alone:.2f} | | | |")
+        print(f"| rank 0 alone, no gradient between pieces | | {alone:.2f} | | | |")
     dist.barrier()
     dist.destroy_process_group()
 

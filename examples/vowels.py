@@ -1,8 +1,8 @@
-"""Who is speaking: sequences of unequal length, through `PackedSequence`, as they are used with `torch.nn.GRU`.
+"""Recognise speakers from sequences of different lengths, given as `PackedSequence`, as with `torch.nn.GRU`.
 
-Japanese Vowels (Kudo, Toyama, Shimbo 1999; UCI Machine Learning Repository, doi 10.24432/C5NS47, whose data sets are
-under CC BY 4.0): nine men say two vowels, each utterance 7 to 29 frames of 12 coefficients; 270 utterances to train,
-370 to test. The data lie in the wheels of aeon and sktime, of which nothing is imported or needed but the two files:
+The data are Japanese Vowels (Kudo, Toyama, Shimbo 1999; UCI Machine Learning Repository, doi 10.24432/C5NS47, CC BY
+4.0). Nine men say two vowels. An utterance has 7 to 29 frames of 12 coefficients. There are 270 utterances to train and
+370 to test. The wheels of aeon and sktime contain the data in two files, and nothing else of them is used:
 
     python -m pip install --no-deps aeon==1.6.0
     python -m examples.vowels
@@ -49,7 +49,7 @@ Set = tuple[list[Tensor], Tensor]
 
 
 class Model(nn.Module):
-    """Sequences of any lengths to scores `[B, SPEAKERS]`."""
+    """Maps sequences of any lengths to scores `[B, SPEAKERS]`."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -64,13 +64,13 @@ class Model(nn.Module):
 
 
 def mean(packed: PackedSequence) -> Tensor:
-    """Over the steps of each sequence; padding is zero."""
+    """The mean over the steps of each sequence `[B, C]`. Padding is zero, so it adds nothing."""
     padded, lengths = pad_packed_sequence(packed, batch_first=True)
     return padded.sum(1) / lengths.unsqueeze(1)
 
 
 def folder() -> Path | None:
-    """Where an installed package has the data."""
+    """The folder of the data in an installed package; None if there is none."""
     for package in ("aeon", "sktime"):
         spec = find_spec(package)  # without running the package
         for place in spec.submodule_search_locations or () if spec else ():
@@ -81,7 +81,7 @@ def folder() -> Path | None:
 
 
 def read(file: Path) -> Set:
-    """Sequences `[T, FEATURES]` and speakers from the text format ".ts": channels and class are split by colons."""
+    """Sequences `[T, FEATURES]` and speakers from a ".ts" file, in which colons separate channels and class."""
     sequences, speakers = [], []
     _, _, lines = file.read_text().partition("@data\n")
     for line in lines.split():
@@ -92,7 +92,7 @@ def read(file: Path) -> Set:
 
 
 def load(data: Path) -> tuple[Set, Set]:
-    """To train and to test, in units of the training set's standard deviation."""
+    """The sets to train and to test, normalised by the mean and standard deviation of the training set."""
     train, test = (read(data / f"JapaneseVowels_{name}.ts") for name in ("TRAIN", "TEST"))
     frames = torch.cat(train[0])
     center, scale = frames.mean(0), frames.std(0)
@@ -118,7 +118,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> tuple[float, int
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=500)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS), metavar="UNIT")
-    parser.add_argument("--learning-rate", type=float, help=f"for all units, in place of {LEARNING_RATE}")
+    parser.add_argument("--learning-rate", type=float, help=f"for all units (default: {LEARNING_RATE})")
     parser.add_argument("--data", type=Path, default=folder(), help="folder of JapaneseVowels_TRAIN.ts and _TEST.ts")
     arguments = parser.parse_args(argv)
     if arguments.data is None:

@@ -42,7 +42,7 @@ class Mutant:
 
     Attributes:
         anew: the object that is compiled with the fault.
-        tests: the tests of test_precision.py and test_isa.py that must fail, as an expression of pytest's -k.
+        tests: the tests of TESTS that must fail, as an expression of pytest's -k.
         isa: the compiler's flags for the instruction set.
     """
 
@@ -54,6 +54,9 @@ class Mutant:
     tests: str
     isa: tuple[str, ...] = ()
 
+
+#: The files of the tests that run on a mutant.
+TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts"))
 
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
 MUTANTS = (
@@ -83,9 +86,11 @@ MUTANTS = (
     Mutant("gain of slopes left out", "cells/schmitt.h", "gained = lambda * splat<V>(surrogate.gain);",
            "gained = lambda;", "schmitt", "slopes and schmitt"),
     Mutant("a look back given up", "cpu/forward.cpp", "part.begin > segment.begin; steps *= 2",
-           "part.begin > segment.begin && steps <= 1 << 13; steps *= 2", "forward", "held"),
+           "part.begin > segment.begin && steps <= 1 << 13; steps *= 2", "forward", "held_over_long"),
     Mutant("a look ahead given up", "cpu/backward.cpp", "part.end < segment.end; steps *= 2",
-           "part.end < segment.end && steps <= 1 << 13; steps *= 2", "backward", "held"),
+           "part.end < segment.end && steps <= 1 << 13; steps *= 2", "backward", "held_over_long"),
+    Mutant("adjoint that sees the state from no offset", "cpu/backward.cpp", "  if (k.adjoint_sees_state)\n",
+           "  if (false)\n", "backward", "depend_on_the_state"),
 )  # fmt: skip
 
 
@@ -128,7 +133,7 @@ def package_with(objects: dict[str, Path], folder: Path) -> None:
 def run_tests(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     """The tests on the package in `folder`, in a process of their own: a fault may crash it."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not check", "-o", f"pythonpath={folder} ."]
-    command = [sys.executable, "-m", "pytest", *options, "-k", tests, "tests/test_precision.py", "tests/test_isa.py"]
+    command = [sys.executable, "-m", "pytest", *options, "-k", tests, *TESTS]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 

@@ -255,6 +255,13 @@ def test_ordinary_numbers_are_not_scanned_again(backend, device):
         assert_cut(call, backend, device, 64, name)
 
 
+def test_gradients_that_depend_on_the_state_are_not_scanned_again(backend, device):
+    """The maps of the adjoint come from a backward pass of their own."""
+    x = Draw(torch.float32)
+    call = inputs.call("leaky_integrator", {"input": x.normal(), "decay": x.stream((1, 0.98))}, {})
+    assert_cut(call, backend, device, 64, "input")
+
+
 def test_states_that_are_small_by_chance_are_not_scanned_again(backend, device):
     """The state that leaves a segment is small because its terms cancel, so its relative rounding error is large."""
     x = Draw(torch.float32)

@@ -16,7 +16,7 @@ def test_page_and_trace(cell, tmp_path, capsys):
     assert profile.main(["--cell", cell, "--shape", "2,64,4", "--trace", str(trace)]) == 0
     page = capsys.readouterr().out
     assert f"| mru::{cell}_backward |" in page
-    assert "of the floor" in page
+    assert "times the floor" in page
     assert "ncu" not in page  # ncu needs a GPU
     assert json.loads(trace.read_text())["traceEvents"]
 

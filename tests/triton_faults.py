@@ -21,7 +21,7 @@ from mru_kernels.backends import triton as backend
 from mru_kernels.backends.triton import ops as backend_ops
 from mru_kernels.checks import state_dtype
 from mru_kernels.ops import CELLS
-from tests.triton_interpreted import arguments_of, run
+from tests.triton_calls import arguments_of, run
 
 
 def plant(monkeypatch, folder: Path, old: str, new: str) -> None:

@@ -1,11 +1,11 @@
 """Everything that needs a GPU, in at most nine minutes: `python -m bench gpu-check`, or `make gpu-check`.
 
-The stages are build, checks (tests and comparison), times, sanitizers. Each runs in processes of its own, which end at
-the stage's deadline. A failure is reported, and the other stages run. Nothing is installed: the package is built and
-used in its tree. Results go to `bench/results/<gpu>-torch<version>` (.json, .md, .png), and with the log to $OUT where
-that is set.
+The stages are build, checks (tests and comparison), times, sanitizers. Each runs in other processes, which end at the
+stage's deadline. A failure is reported, and the other stages still run. Nothing is installed: the package is built and
+used in its tree. Results go to `bench/results/<gpu>-torch<version>` (.json, .md, .png). If $OUT is set, results and log
+are copied there.
 
-The exit status is 0; 1 where something failed; 2 where there is no GPU.
+The exit status is 0 if all passed, 1 if something failed, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _shape(text: str) -> Shape:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("gpu-check"), description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="tests name a CPU here")
+    parser.add_argument("--device", default="cuda", help="the device to check; tests give a CPU")
     parser.add_argument("--stage", nargs="+", choices=DEADLINES, default=list(DEADLINES))
     parser.add_argument("--shape", type=_shape, nargs="+", default=list(SHAPES), metavar="B,T,D,dtype")
     parser.add_argument("--results", type=Path, default=RESULTS)

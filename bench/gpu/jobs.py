@@ -1,4 +1,4 @@
-"""What `gpu-check` runs in processes of its own: times of backends and peers, and a small set for the sanitizers."""
+"""Jobs that `gpu-check` runs in other processes: times of backends and peers, and few calls for the sanitizers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..records import Figure
 from .stages import Shape
 
 CELL = "bmru"  # the cell that is timed
-SELDOM = ", seldom writes"  # after a backend's name: one step in three hundred writes, not one in two
+SELDOM = ", seldom writes"  # suffix of a backend's name: one step in three hundred writes, instead of one in two
 
-_COPIED = 2**30  # bytes, both read and written, by the copy that bandwidth is measured by
+_COPIED = 2**30  # bytes that the copy reads, and as many that it writes, to measure the bandwidth
 _PER_SUBJECT = 0.4  # seconds
 _COMPILING = 60  # seconds that a peer may take to compile
 
@@ -31,15 +31,16 @@ class Timing:
     """Times backends and peers on a device.
 
     Args:
-        device: where.
-        write: takes "copy", "figure", "call", "left out" or "failed", and what it is, as soon as it is known.
-        copied: bytes that a copy reads, and writes, to measure the bandwidth.
+        device: the device.
+        write: called with each result when it is known: its kind ("copy", "figure", "call", "left out" or "failed")
+            and its value.
+        copied: bytes that a copy reads, and as many that it writes, to measure the bandwidth.
     """
 
     def __init__(self, device: torch.device, write: Callable[[str, object], None], copied: int = _COPIED):
         self.device, self.write = device, write
         self.bandwidth = self._copy(copied)
-        self._checked: set[str] = set()  # peers
+        self._checked: set[str] = set()  # names of peers
 
     def _copy(self, copied: int) -> float:
         source = torch.ones(copied // 4, device=self.device)
@@ -50,7 +51,7 @@ class Timing:
         return rate
 
     def backends(self, names: Sequence[str], shape: Shape) -> None:
-        """Time torch.add, and the backends that meet their limits on a few such inputs."""
+        """Time torch.add, and the backends that meet their limits on a smaller case."""
         call = _call(shape, self.device)
         candidate, threshold = call.tensors.values()
         out = torch.empty_like(candidate)
@@ -70,14 +71,14 @@ class Timing:
         self.write("call", {"backend": name, "microseconds": microseconds})
 
     def peer(self, name: str, shape: Shape) -> None:
-        """Time a peer, forward, and forward and backward; checked on the first shape that it is timed on."""
+        """Time a peer: forward, and forward + backward. It is checked on the first shape that it gets."""
         call = _call(shape, self.device)
         if name not in self._checked:
             speed.check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
             self._checked.add(name)
         works = _works(name, call, job(PEERS[name], call))
         timed = (work.FORWARD, work.BOTH) if PEERS[name].whole else (work.FORWARD,)
-        for key in ((name, what) for what in timed):  # each alone: some have no gradient
+        for key in ((name, what) for what in timed):  # one at a time: a gradient may fail
             self._measure(shape, call, {key: works[key]})
 
     def _measure(self, shape: Shape, call: Call, works: Works) -> None:
@@ -98,13 +99,13 @@ def time_all(
 ) -> None:
     """Time backends on all shapes, then peers.
 
-    No peer starts when `time.monotonic()` is past the deadline, and none that compiles shortly before it.
+    No peer starts after the deadline, a value of `time.monotonic()`. No peer that compiles starts shortly before it.
     """
 
     def attempt(kind: str, what: str, run: Callable[..., None], *arguments: object) -> None:
         try:
             run(*arguments)
-        except Exception as error:  # the others are timed
+        except Exception as error:  # the others are still timed
             timing.write(kind, f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
 
     for shape in shapes:
@@ -124,13 +125,13 @@ def time_all(
 
 
 def _case(shape: Shape) -> Case:
-    """Such inputs, epsilon 0 and a threshold stream."""
+    """A case of this shape, with epsilon 0 and a threshold stream."""
     batch, steps, channels, dtype = shape
     return inputs.case(CELL, inputs.DTYPES[dtype], batch=batch, time=steps, channels=channels)
 
 
 def _call(shape: Shape, device: torch.device) -> Call:
-    """Candidate, threshold and gradient, standard normal and drawn on the device."""
+    """A call on a candidate, threshold and gradient that are standard normal and drawn on the device."""
     generator = torch.Generator(device).manual_seed(0)
     draw = (torch.randn(shape[:3], generator=generator, device=device) for _ in range(3))
     candidate, threshold, grad = (t.to(inputs.DTYPES[shape[3]]) for t in draw)
@@ -139,13 +140,13 @@ def _call(shape: Shape, device: torch.device) -> Call:
 
 
 def _works(subject: str, call: Call, f: Callable) -> Works:
-    """The passes that are timed of a function of the call's tensors."""
+    """The timed passes of a function of the call's tensors."""
     found = work.passes(call, f)
     return {(subject, what): found[what] for what in work.MAIN}
 
 
 def _in_graph(backend: str, device: torch.device, calls: int = 100) -> dict[str, float]:
-    """Microseconds of a small call within a CUDA graph; nothing on a CPU."""
+    """Microseconds of a small call in a CUDA graph; empty on a CPU."""
     if device.type != "cuda":
         return {}
     c, b = torch.randn(1, 1, 512, device=device), torch.randn(1, 1, 512, device=device)
@@ -162,7 +163,7 @@ def _in_graph(backend: str, device: torch.device, calls: int = 100) -> dict[str,
 def run_small_set(backends: Sequence[str], device: torch.device) -> bool:
     """Compare each backend with the reference on a few small calls of one cell, with time whole and split.
 
-    There are few, as a sanitizer slows each call down.
+    The calls are few because a sanitizer slows each one.
     """
     from mru_kernels.backends import TABLE
 

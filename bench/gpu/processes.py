@@ -1,4 +1,4 @@
-"""Commands side by side, each with a log of its own and one deadline for all."""
+"""Commands that run at the same time, each with its own log and all with one deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INTERRUPTED = 5  # seconds that a command may take to end after an interrupt
 
 @dataclass
 class Outcome:
-    """How something ended: "passed", "failed", "timed out" or "skipped", and why."""
+    """The end of a stage or command: "passed", "failed", "timed out" or "skipped", and the reason."""
 
     name: str
     status: str
@@ -36,13 +36,13 @@ class Outcome:
 
 
 def run_jobs(jobs: dict[str, Sequence[str]], seconds: float, logs: Path, **environment: str) -> list[Outcome]:
-    """Run commands side by side in the tree, and end those that take longer.
+    """Run commands at the same time in the tree, and end those that miss the deadline.
 
     Args:
         jobs: commands by name.
-        seconds: in which all must end.
-        logs: the folder for the output; each log has the name of its command.
-        environment: variables, beyond those of this process.
+        seconds: the time until the deadline of all commands.
+        logs: the folder for the output. Each log has the name of its command.
+        environment: variables to add to those of this process.
     """
     logs.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -77,7 +77,7 @@ def _take_interrupts() -> None:
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> str:
-    """The status of a process that has these seconds left. A late one ends with all processes that it started."""
+    """Wait at most `seconds` for a process, and return its status. End a late process with all that it started."""
     try:
         return "failed" if process.wait(max(seconds, 0.1)) else "passed"
     except subprocess.TimeoutExpired:
@@ -95,6 +95,6 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def missing(*packages: str) -> str:
-    """Which of these packages are not installed, in words; empty if all are."""
+    """A message with the packages that are not installed; empty if all are."""
     names = [name for name in packages if find_spec(name) is None]
     return f"{', '.join(names)} not installed" if names else ""

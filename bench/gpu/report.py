@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 def read_figures(path: Path) -> dict[str, list]:
-    """What `time_all` wrote, by kind; the last line may be cut off."""
+    """The results that `time_all` wrote, by kind. A last line that was cut off is ignored."""
     found: dict[str, list] = {kind: [] for kind in ("copy", "figure", "call", "left out", "failed")}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -32,7 +32,7 @@ def read_figures(path: Path) -> dict[str, list]:
 
 
 def with_ratios(figures: Sequence[Record], backends: Sequence[str]) -> list[Record]:
-    """The figures, those of peers with "slower_than": the ratio of their time to each backend's for the same work."""
+    """The figures. Those of peers get "slower_than": their time divided by each backend's for the same work."""
 
     def job(f: Record) -> tuple:
         return tuple(f["shape"]), f["dtype"], f["work"]
@@ -44,19 +44,19 @@ def with_ratios(figures: Sequence[Record], backends: Sequence[str]) -> list[Reco
 
 
 def markdown(record: Record) -> str:
-    """The record as a page."""
+    """The record as a page in Markdown."""
     parts = [f"# {record['machine']['device']}", records.facts_of(record["machine"])]
     for copy in record["copy"]:
         parts.append(f"Copy of {copy['bytes'] / 2**30:.3g} GiB, read and written: {copy['gb_per_s']:.4g} GB/s.")
     if record["figures"]:
         parts += [
-            "Epsilon 0 and a threshold stream. Half of the steps write; with `seldom writes` one in three hundred. "
-            "GB/s and the share of that copy are at the bytes of the floor.",
+            "Epsilon is 0, and the threshold is a stream. Half of the steps write; with `seldom writes`, one step in "
+            "three hundred. GB/s counts the bytes of the floor, and `of copy` compares it with the copy.",
             _figures(record["figures"]),
         ]
     for call in record["call"]:
         lines = (f"- {name}: {value:.1f}" for name, value in call["microseconds"].items())
-        parts += [f"Microseconds a call, {call['backend']}:", "\n".join(lines)]
+        parts += [f"Microseconds per call, {call['backend']}:", "\n".join(lines)]
     if record["left out"]:
         parts += ["Left out:", "\n".join(f"- {reason}" for reason in record["left out"])]
     stages = [[s["name"], s["status"], s["reason"], f"{s['seconds']:.0f}"] for s in record["stages"]]
@@ -76,7 +76,7 @@ def _figures(figures: Sequence[Record]) -> str:
 
 
 def summary(record: Record) -> str:
-    """A row a shape, a column a backend and pass: the percent of the copy's rate, at the bytes of the floor."""
+    """A row per shape, and a column per backend and pass with its GB/s in percent of the copy's."""
     backends = [call["backend"] for call in record["call"]]
     columns = [(backend, what) for backend in backends for what in (work.FORWARD, work.BACKWARD)]
     share = {(*f["shape"], f["dtype"], f["subject"], f["work"]): f["percent_of_copy"] for f in record["figures"]}
@@ -88,7 +88,7 @@ def summary(record: Record) -> str:
 
 
 def plot(record: Record, path: Path) -> None:
-    """Rates over the bytes moved, under the roof that the copy sets."""
+    """Draw GB/s over the bytes moved, with a line at the copy's GB/s."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +112,7 @@ def plot(record: Record, path: Path) -> None:
 
 
 def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
-    """Write record, page and plot; the paths."""
+    """Write record, page and plot, and return their paths."""
     found = read_figures(check.figures)
     outcomes += [Outcome("times", "failed", reason) for reason in found["failed"]]
     machine = records.machine(torch.device(check.device))
@@ -136,7 +136,7 @@ def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
 
 
 def copy_out(paths: Sequence[Path], logs: Path, folder: Path) -> None:
-    """Copy results to a folder; the comparison's parts as one file, and all logs as one."""
+    """Copy results to a folder. Join the parts of the comparison into one file, and all logs into another."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         shutil.copy(path, folder)

@@ -18,7 +18,7 @@ from .. import records
 from .processes import ROOT, Outcome, last_lines, missing, run_jobs
 
 Shape = tuple[int, int, int, str]
-#: B, T, D and dtype of what is timed, with epsilon 0 and a threshold stream.
+#: B, T, D and dtype of the timed calls, with epsilon 0 and a threshold stream.
 SHAPES: tuple[Shape, ...] = (
     (8, 4096, 2048, "bf16"),
     (32, 2048, 512, "fp32"),
@@ -30,7 +30,7 @@ SHAPES: tuple[Shape, ...] = (
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "op", "op_layout", "bad_input", "bad_ops"))
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
-#: Stage: seconds from the start by which it ends. The next stage gets the time that a stage leaves.
+#: The deadline of each stage in seconds from the start. Time that a stage leaves goes to the next.
 DEADLINES = {"build": 100, "checks": 300, "times": 460, "sanitizers": 520}
 
 _LAST_PEER = 30  # seconds between the start of the last peer and the end of the times
@@ -39,14 +39,14 @@ _LAST_CASE = 20  # seconds between the start of a comparison's last case and the
 
 @dataclass
 class Check:
-    """What the stages share.
+    """State shared by the stages.
 
     Attributes:
         device: where the backends run.
-        shapes: what is timed.
+        shapes: the shapes to time.
         logs: the folder for logs and figures.
         backends: names of the backends that can run on the device; `find_backends` sets them.
-        cuda: the folder of CUDA; None where there is no nvcc.
+        cuda: the folder of CUDA; None without nvcc.
     """
 
     device: str
@@ -60,7 +60,7 @@ class Check:
         return self.logs / "figures.jsonl"
 
     def build(self, seconds: float) -> Iterable[Outcome]:
-        """Build the extension in place, with CUDA where there is nvcc."""
+        """Build the extension in place, with CUDA if there is nvcc."""
         environment = {}
         if self.cuda:
             environment = {"CUDA_HOME": self.cuda, "MRU_FORCE_CUDA": "1"}
@@ -92,13 +92,13 @@ class Check:
                 expected = name != "cuda" or self.cuda
                 yield Outcome(f"backend {name}", "failed" if expected else "skipped", reason)
         if not reasons:
-            yield Outcome("backends", "failed", f"none is for {self.device}")
+            yield Outcome("backends", "failed", f"no backend is for {self.device}")
 
     def checks(self, seconds: float) -> Iterable[Outcome]:
-        """`python -m bench compare` and the tests of the op, of each backend, side by side.
+        """Run `python -m bench compare` and the tests of the op for every backend, all at the same time.
 
-        Nearly every call compiles some Triton kernels, which takes seconds each. So Triton gets fewer examples, and
-        half of the cases (`bench compare --brief`).
+        Nearly every call compiles Triton kernels, each of which takes seconds. So Triton gets fewer examples, and half
+        of the cases (`bench compare --brief`).
         """
         cores = os.cpu_count() or 1
         jobs: dict[str, Sequence[str]] = {}
@@ -122,17 +122,17 @@ class Check:
                     *("--hypothesis-profile", profile, "--maxfail", "20", *side_by_side),
                     *("--backend", name, "--device", self.device, *TESTS),
                 ]
-        # One thread a process: the reference's small steps gain nothing from more.
+        # One thread per process: the reference's small steps gain nothing from more.
         yield from run_jobs(jobs, seconds, self.logs, OMP_NUM_THREADS="1")
 
     def times(self, seconds: float) -> Iterable[Outcome]:
-        """`jobs.time_all`, with each peer."""
+        """Run `jobs.time_all` with every peer."""
         shapes = [f"{batch},{steps},{channels},{dtype}" for batch, steps, channels, dtype in self.shapes]
         command = self._own("--job", "times", "--seconds", str(seconds - _LAST_PEER), "--shape", *shapes)
         yield from run_jobs({"times": command}, seconds, self.logs)
 
     def sanitizers(self, seconds: float) -> Iterable[Outcome]:
-        """Run compute-sanitizer's tools on `jobs.run_small_set`. Each tensor is an allocation that they see."""
+        """Run compute-sanitizer's tools on `jobs.run_small_set`. Without torch's cache they see every allocation."""
         path = os.pathsep.join([os.environ.get("PATH", ""), f"{self.cuda}/bin"])
         program = shutil.which("compute-sanitizer", path=path)
         if program is None:
@@ -148,7 +148,7 @@ class Check:
 
 
 def run_stages(check: Check, deadlines: dict[str, float]) -> list[Outcome]:
-    """Run each stage named, to its deadline; without a backend all but the build is skipped."""
+    """Run each named stage until its deadline. Without a backend only the build runs."""
     start, outcomes = time.monotonic(), []
 
     def note(found: Iterable[Outcome]) -> None:
@@ -167,15 +167,15 @@ def run_stages(check: Check, deadlines: dict[str, float]) -> list[Outcome]:
             note(stages[name](start + deadline - time.monotonic()))
             if name == "build":
                 note(check.find_backends())
-        except Exception as error:  # the other stages run
+        except Exception as error:  # the other stages still run
             note([Outcome(name, "failed", f"{type(error).__name__}: {error}")])
     return outcomes
 
 
 def record_version() -> None:
-    """Record the version in the tree where the package is not installed, as it reads its version on import.
+    """Record the version in the tree if the package is not installed, because the package reads it on import.
 
-    So nothing in this process imports the package before.
+    Nothing in this process may import the package before this call.
     """
     if records.version_of("mru_kernels") is None:
         version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]

@@ -30,9 +30,9 @@ LOADED = ("float32", "bfloat16", "complex64") if SANITIZE else ELEMENTS
 
 FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
 
-_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+_SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 COMPILER = [
-    *(os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *(os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wno-unknown-pragmas"),
     *(_SANITIZE if SANITIZE else []),
 ]

@@ -1,17 +1,15 @@
 """Checks of the CUDA kernels under host execution; a check that fails raises.
 
-`python -m simt.battery float32` runs the checks of a dtype on the module that MRU_SIMT_MODULE names.
+`python -m simt.battery float32` runs the checks of a dtype on the cells of the module that MRU_SIMT_MODULE names.
 """
 
 from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,24 +19,12 @@ import simt
 from bench import compare, errors, inputs
 from mru_kernels import ops
 from mru_kernels.backends import CHUNK
-from mru_kernels.ops import entry
+from simt.calls import Op, cells_of, measure, per_channel_options, require, results, segments
+from simt.traffic import check_traffic
 from tests import test_cuts
 
 _MAP_NORESERVE = 0x4000  # pages that are never written take no memory
-GROUPS = 32  # most groups of threads that share the steps of a tile
 WAVES = [(1, 24), (2, 1), (3, 200)]  # seeds of the order of threads and blocks, and blocks that run at the same time
-
-
-@contextmanager
-def segments(steps: int):
-    """Make `mru_kernels` cut time into segments of `steps` steps; 0: do not cut it."""
-    with patch.object(entry, "SEGMENT", steps):
-        yield
-
-
-def require(condition: object, what: object) -> None:
-    if not condition:
-        raise AssertionError(what)
 
 
 # ------------------------------------------------------------------------------------------ the numbers
@@ -54,11 +40,6 @@ def compare_cases(cases: list[inputs.Case]) -> None:
         require(row.passed, f"{compare.table([row])}, segments of {steps}")
 
 
-def cells_of(dtype: torch.dtype) -> list[str]:
-    """The cells that take streams of `dtype`."""
-    return [cell for cell, declared in inputs.CELLS.items() if dtype in declared.dtypes.values()]
-
-
 def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
     """The covering cases, with sizes reduced for the host execution, which is slow."""
     cases = []
@@ -67,13 +48,6 @@ def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
         channels = {100: 20}.get(case.options["channels"], case.options["channels"])
         cases.append(inputs.Case(case.cell, dtype, {**case.options, "time": time, "channels": channels}, case.seed))
     return cases
-
-
-def per_channel_options(cell: str) -> dict[str, object]:
-    """Options of a case in which everything that may come per channel does, and alpha is given."""
-    factors = inputs.CELLS[cell].factors
-    options: dict[str, object] = {name: "channel" for name, values in factors.items() if "channel" in values}
-    return options | {name: True for name in factors if name == "alpha"}
 
 
 def check_numbers(dtype: torch.dtype) -> None:
@@ -201,14 +175,6 @@ def check_little_shared_memory(dtype: torch.dtype) -> None:
     simt.control().configure()
 
 
-def results(call: inputs.Call, steps: int, backend: str = "simt") -> dict[str, Tensor]:
-    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
-    with segments(steps):
-        h, final = getattr(mk, call.cell)(**leaves, **call.settings, backend=backend)
-        grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
-    return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
 def check_any_order(dtype: torch.dtype) -> None:
     """The order in which threads and blocks run changes no bit."""
     for cell, steps in product(cells_of(dtype), (0, CHUNK)):
@@ -245,137 +211,30 @@ def check_copies(dtype: torch.dtype) -> None:
 
 def check_cuts(dtype: torch.dtype) -> None:
     """Results where composed states leave the range of their dtype: the tests of every backend."""
-    here = ("simt", torch.device("cpu"))
+    here, cells = ("simt", torch.device("cpu")), cells_of(dtype)
+
+    def built(case: Callable[[test_cuts.Draw], inputs.Call]) -> bool:
+        return case(test_cuts.Draw(dtype)).cell in cells
+
     for name, key in test_cuts.cases():
-        if test_cuts.DTYPES[key] == dtype:
+        if test_cuts.DTYPES[key] == dtype and built(test_cuts.CASES[name]):
             for form in test_cuts.FORMS:
                 test_cuts.test_every_cut_equals_the_whole(*here, name, key, form)
-    if dtype == torch.float32:
-        for name, steps in product(test_cuts.LEAPS, (0, CHUNK)):
+    if dtype != torch.float32:
+        return
+    for name, steps in product(test_cuts.LEAPS, (0, CHUNK)):
+        if built(test_cuts.LEAPS[name]):
             test_cuts.test_few_steps_that_leave_the_range(*here, name, steps)
-        for name in ("late update, decay per channel", "gradient held"):
+    for name in ("late update, decay per channel", "gradient held"):
+        if built(test_cuts.CASES[name]):
             test_cuts.test_no_state_saved_and_any_number_of_threads(*here, name)
+    if "linear_recurrence" in cells:
         test_cuts.test_ordinary_numbers_are_not_scanned_again(*here)
         test_cuts.test_states_that_are_small_by_chance_are_not_scanned_again(*here)
+    if "leaky_integrator" in cells:
+        test_cuts.test_gradients_that_depend_on_the_state_are_not_scanned_again(*here)
+    if "bmru" in cells:
         test_cuts.test_gradients_that_cancel_are_not_scanned_again(*here)
-
-
-# ------------------------------------------------------------------------------------------ traffic
-
-
-def measure(op: Callable, *arguments) -> tuple[Sequence[Tensor], dict[str, list[int]]]:
-    """Results of an op, and the bytes that it read and wrote."""
-    simt.control().reset_traffic()
-    return op(*arguments), simt.control().traffic()
-
-
-class Op:
-    """The private ops of a cell with some of its inputs: a call below the public functions."""
-
-    def __init__(self, cell: ops.Cell, arrays: dict[str, Tensor], reverse: bool = False, steps: int = 0,
-                 cu_seqlens: Tensor | None = None) -> None:  # fmt: skip
-        self.cell = cell
-        least = {scalar.name: torch.tensor(scalar.least, dtype=torch.float64) for scalar in cell.scheduled}
-        self.given = cell.mask(*arrays, *least)
-        values = [(arrays | least)[name] for name in cell.names if name in arrays | least]
-        numbers = [1.0 for _ in cell.numbers]
-        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, reverse, CHUNK, steps)
-
-    def forward(self) -> list[Tensor]:
-        return self.cell.forward["simt"](*self.arguments, True)
-
-    def backward(self, results: list[Tensor]) -> list[Tensor]:
-        h, final_state, *saved = results
-        return self.cell.backward["simt"](h, final_state, *self.arguments, *saved)
-
-
-#: Values with which every step of a cell writes, or none does.
-WRITES: dict[str, dict[str, dict[str, float]]] = {
-    "bmru": {"always": {"threshold": 0.0}, "never": {"threshold": torch.inf}},
-    "schmitt": {"always": {"low": 0.0, "high": 0.0}, "never": {"low": -torch.inf, "high": torch.inf}},
-}
-
-
-def forms(cell: ops.Cell) -> list[dict[str, str]]:
-    """Each choice of a cell's optional inputs, and of how those come that may come as either: kinds by name."""
-    choices = [[None, i.kind] if i.optional else ["stream", "channel"] if i.kind == "either" else [i.kind]
-               for i in cell.inputs]  # fmt: skip
-    names = [i.name for i in cell.inputs]
-    return [{name: kind for name, kind in zip(names, row, strict=True) if kind} for row in product(*choices)]
-
-
-def check_traffic(dtype: torch.dtype) -> None:
-    """Bytes of streams and codes equal the budget; what else is moved is a few states a segment."""
-    batch, time = 2, 4 * CHUNK
-    for name in cells_of(dtype):
-        for form, channels, reverse, steps in product(forms(ops.CELLS[name]), (16, 3), (False, True), (0, CHUNK)):
-            for when, values in WRITES.get(name, {"": {}}).items():
-                arrays = {}
-                for argument, kind in form.items():
-                    shape = (channels,) if kind == "channel" else (batch, time, channels)
-                    values_dtype = errors.state_dtype(dtype) if kind == "channel" else dtype
-                    arrays[argument] = (torch.rand(shape) - 0.5).to(values_dtype)  # no decay reaches 1
-                    if argument in values:
-                        arrays[argument].fill_(values[argument])
-                _check_traffic(Op(ops.CELLS[name], arrays, reverse, steps), arrays, when)
-
-
-def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
-    stream = next(iter(arrays.values()))
-    batch, time, channels = stream.shape
-    dtype, steps = stream.dtype, op.arguments[-1]
-    e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
-    streams = sum(t.dim() == 3 for t in arrays.values())
-    per_channel = len(arrays) - streams
-    traits = simt.control().cells()[op.cell.name]
-    resets, sees_state = traits["resets"], traits["adjoint_sees_state"]
-    n = stream.numel()
-    cut, has_codes = steps > 0, op.cell.has_codes(op.given)
-    segments = batch * time // (steps or time)
-    packs = cut and has_codes
-
-    results, moved = measure(op.forward)
-    _, final_state, checkpoints, _ = results
-    states = checkpoints.nbytes + final_state.nbytes
-    form = f"{op.cell.name} of {', '.join(arrays)}, {when=} {channels=} {per_channel=} {op.arguments[-3]=} {steps=}"
-    where = f"{form} {moved}"
-    rereads = 2 if cut and not has_codes else 1
-    require(moved["stream"] == [rereads * streams * n * e, n * e], f"forward, streams: {where}")
-    require(moved["codes"] == [n // 4 * packs] * 2, f"forward, codes: {where}")
-    # factor, offset and entry written; inputs per channel for each kernel; factor and offset twice, entry.
-    carries = segments * channels * s
-    # Where `check` follows: `exit`, a flag and, unless writes reset, a magnitude each. All are read, `entry` twice, and
-    # the flag by each thread of the uncut form.
-    late = carries // (2 if dtype.is_complex else 1) * (not resets) * cut
-    flags = 4 * (256 * batch + 1) * cut
-    checked = cut and not resets
-    written = states + 3 * carries * cut + (carries + late + 4) * checked
-    require(moved["state"][1] == written, f"forward, states written: {where}, not {written}")
-    # Each group of a tile's steps reads what comes per channel once more.
-    block = -(-channels // 64) * 64
-    groups = GROUPS * segments * block * s * per_channel
-    bound = (9 if cut else 2) * carries + groups + (5 * carries + late + flags) * checked
-    require(moved["state"][0] <= bound, f"forward, states read: {where}, at most {bound}")
-
-    _, moved = measure(op.backward, results)
-    where = f"{form} {moved}"
-    again = n if cut else 0  # steps whose map is made first
-    if cut and when == "always":  # of each segment the first steps that are loaded together
-        again = segments * channels * (4 if channels == 16 and e == 2 and not has_codes else 8)
-    passes = 2 if cut and sees_state else 1  # of `backward`; then the maps are made from the inputs alone
-    reads = passes * (streams + 1) * n + (streams * (not has_codes) + (not sees_state)) * again
-    require(moved["stream"] == [reads * e, passes * streams * n * e], f"backward, streams: {where}, not {reads * e}")
-    words = 2 * segments if again < n else time * batch // 16  # and the word after it
-    require(moved["codes"] == [4 * words * channels * packs, 0], f"backward, codes: {where}")
-    sums = per_channel * carries * passes + per_channel * channels * s
-    states = passes * final_state.nbytes + sums
-    late = 0 if sees_state else late
-    written = states + (4 * carries + late + 4 + (passes - 1) * carries) * cut
-    require(moved["state"][1] == written, f"backward, states written: {where}, not {written}")
-    flags += 4 * 1024 * per_channel * cut  # and by each thread that adds up sums
-    bound = passes * (checkpoints.nbytes + groups) + (16 if cut else 3) * passes * carries + late + flags + sums
-    require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
-    require(moved["index"] == [0, 0], where)
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -450,12 +309,14 @@ CHECKS = (
     check_little_shared_memory,
     check_numbers,
 )
+#: Checks of one cell only.
+OF_BMRU = {check_copies, check_held, check_far_strides, check_many_segments, check_sums, check_slopes}
 
 if __name__ == "__main__":
     dtype = getattr(torch, sys.argv[1])
     simt.register()
     torch.manual_seed(0)
-    for check in CHECKS:
+    for check in CHECKS if "bmru" in cells_of(dtype) else [check for check in CHECKS if check not in OF_BMRU]:
         try:
             check(dtype)
         except (AssertionError, RuntimeError) as error:

@@ -1,34 +1,47 @@
-"""Faults planted into copies of the CUDA sources, one at a time: the battery must catch each."""
+"""Faults planted into copies of the CUDA sources, one at a time: the battery must catch each.
+
+A copy has one cell, because all cells would take too long to compile. If the battery passes on the cell that a fault
+names, the other cells are tried.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 
 from . import FOLDER, ROOT, build
+
+CELLS = sorted(path.stem for path in (ROOT / "csrc" / "cells").glob("*.h"))
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: in `file`, relative to csrc/cuda, the text `old`, which occurs once, becomes `new`."""
+    """A fault: in `file`, relative to csrc/cuda, the text `old`, which occurs once, becomes `new`.
+
+    `cell` is tried first.
+    """
 
     name: str
     file: str
     old: str
     new: str
+    cell: str = "bmru"
 
     @property
     def element(self) -> str:
         """The type of streams that shows it."""
         return "bfloat16" if self.file == "pairs.cuh" else "float32"
 
-    def plant(self, csrc: Path) -> None:
-        """Write a copy of the sources with the fault; files that stay the same keep their time."""
+    def plant(self, csrc: Path, cell: str) -> None:
+        """Write a copy of the sources with the fault and one cell. Files that stay the same keep their time."""
         for source in [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]:
+            if source.parent.name == "cells" and source.stem != cell:
+                continue
             text = source.read_text()
             place = source.relative_to(ROOT / "csrc")
             if source == (ROOT / "csrc" / "cuda" / self.file).resolve():
@@ -51,7 +64,7 @@ _EXPAND = "  if constexpr (F::Cell::kCodes) over_segments(expand<F>);\n"
 _CARRY = "  carry_over(1);\n"
 _SUMMARIZE = "  summarize_segments(Heads::kBegin);\n"
 
-#: By file: name, old text, new text.
+#: By file: name, old text, new text and, if it is not bmru, the cell.
 _FAULTS = {
     "spans.cuh": (("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),),
     "streams.cuh": (
@@ -84,19 +97,26 @@ _FAULTS = {
             "last boundary not checked",
             "next < 0 || next >= plan.row_segments)",
             "next < 0 || next >= plan.row_segments - 1)",
+            "linear_recurrence",
         ),
         (
             "last boundary of the adjoint not checked",
             "next < 0 || next >= plan.row_segments)",
             "next <= 0 || next >= plan.row_segments)",
+            "linear_recurrence",
         ),
         ("sums of both scans", "!= 0) rows = uncut_rows;", "!= 0) rows += 0;"),
-        ("small by chance scanned again", "late = work.late ? load", "late = false ? load"),
+        ("small by chance scanned again", "late = work.late ? load", "late = false ? load", "linear_recurrence"),
         ("a segment left out of a map", "i < row_segments; ++i", "i < row_segments - 1; ++i"),
     ),
     "tiles.cuh": (
         ("missing head mask", "(low <= t && t < high)", "t < high"),
-        ("maps applied beyond the range", "is_nan(finite) && !is_nan(carried) ? scan(carried) : left;", "left;"),
+        (
+            "maps applied beyond the range",
+            "is_nan(finite) && !is_nan(carried) ? scan(carried) : left;",
+            "left;",
+            "linear_recurrence",
+        ),
     ),
     "forward.cuh": (
         ("dropped barrier in a tile", _AFTER_MAPS + _BARRIER, _AFTER_MAPS),
@@ -110,6 +130,18 @@ _FAULTS = {
         ("copies of the adjoint not waited for", _WAIT, ""),
         ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
         ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
+        (
+            "slope of the output at the state before",
+            "after = state(t + 1, w)",
+            "after = state(t, w)",
+            "leaky_integrator",
+        ),
+        (
+            "map of the adjoint at the state before",
+            "cotangent(x, states_[t].at[w], states_[t + 1].at[w]",
+            "cotangent(x, states_[t].at[w], states_[t].at[w]",
+            "leaky_integrator",
+        ),
         ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
         (
             "rows of sums left out",
@@ -127,7 +159,7 @@ _FAULTS = {
             _CARRY + _EXPAND,
             _EXPAND.rstrip(";\n") + ", carry_over(1);\n",
         ),
-        ("adjoint that sees the state from no offset", "from_zero.exit = work_.offset;", ""),
+        ("adjoint that sees the state from no offset", "from_zero.exit = work_.offset;", "", "leaky_integrator"),
         ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
     ),
     "plan.h": (
@@ -142,7 +174,9 @@ _FAULTS = {
         ("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),
     ),
 }
-MUTANTS = tuple(Mutant(name, file, old, new) for file, faults in _FAULTS.items() for name, old, new in faults)
+MUTANTS = tuple(Mutant(name, file, *fault) for file, faults in _FAULTS.items() for name, *fault in faults)
+
+_building = Lock()
 
 
 def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
@@ -152,9 +186,35 @@ def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
-def outcome(mutant: Mutant, modules: Mapping[str, Path]) -> subprocess.CompletedProcess[str]:
-    """Build the mutant for its element, with the object of the unchanged module, and run the battery on it."""
-    folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
-    mutant.plant(folder / "csrc")
-    module = None if mutant.file == "plan.h" else modules[mutant.element]
-    return run_battery(build(folder, folder / "csrc", (mutant.element,), module, "-O0"), mutant.element)
+@cache
+def _unchanged(element: str, cell: str) -> Path:
+    folder = FOLDER / "mutants" / f"none-{element}-{cell}"
+    Mutant("none", "tiles.cuh", "#pragma once\n", "#pragma once\n").plant(folder / "csrc", cell)
+    return build(folder, folder / "csrc", (element,), optimization="-O0")
+
+
+def unchanged(element: str, cell: str) -> Path:
+    """The module of the sources as they are, for one element type and cell."""
+    with _building:
+        return _unchanged(element, cell)
+
+
+def outcome_unchanged(element: str) -> subprocess.CompletedProcess[str]:
+    """Run the battery on the sources as they are, cell by cell, until it fails."""
+    for cell in CELLS:
+        done = run_battery(unchanged(element, cell), element)
+        if done.returncode != 0:
+            break
+    return done
+
+
+def outcome(mutant: Mutant) -> subprocess.CompletedProcess[str]:
+    """Build the mutant and run the battery on it, cell by cell, until it fails."""
+    for cell in sorted(CELLS, key=lambda cell: cell != mutant.cell):
+        folder = FOLDER / "mutants" / mutant.name.replace(" ", "-") / cell
+        mutant.plant(folder / "csrc", cell)
+        module = unchanged(mutant.element, cell).parent / "module.o"
+        done = run_battery(build(folder, folder / "csrc", (mutant.element,), module, "-O0"), mutant.element)
+        if done.returncode != 0:
+            break
+    return done

@@ -1,0 +1,76 @@
+"""Calls of the ops under host execution, and what the checks of the battery share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import mru_kernels as mk
+import simt
+from bench import inputs
+from mru_kernels import ops
+from mru_kernels.backends import CHUNK
+from mru_kernels.ops import entry
+
+
+@contextmanager
+def segments(steps: int):
+    """Make `mru_kernels` cut time into segments of `steps` steps; 0: do not cut it."""
+    with patch.object(entry, "SEGMENT", steps):
+        yield
+
+
+def require(condition: object, what: object) -> None:
+    if not condition:
+        raise AssertionError(what)
+
+
+def cells_of(dtype: torch.dtype) -> list[str]:
+    """The cells of the module that take streams of `dtype`."""
+    built = simt.control().cells()
+    return [cell for cell, declared in inputs.CELLS.items() if cell in built and dtype in declared.dtypes.values()]
+
+
+def per_channel_options(cell: str) -> dict[str, object]:
+    """Options of a case in which everything that may come per channel does, and alpha is given."""
+    factors = inputs.CELLS[cell].factors
+    options: dict[str, object] = {name: "channel" for name, values in factors.items() if "channel" in values}
+    return options | {name: True for name in factors if name == "alpha"}
+
+
+def results(call: inputs.Call, steps: int, backend: str = "simt") -> dict[str, Tensor]:
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    with segments(steps):
+        h, final = getattr(mk, call.cell)(**leaves, **call.settings, backend=backend)
+        grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
+    return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def measure(op: Callable, *arguments) -> tuple[Sequence[Tensor], dict[str, list[int]]]:
+    """Results of an op, and the bytes that it read and wrote."""
+    simt.control().reset_traffic()
+    return op(*arguments), simt.control().traffic()
+
+
+class Op:
+    """The private ops of a cell with some of its inputs: a call below the public functions."""
+
+    def __init__(self, cell: ops.Cell, arrays: dict[str, Tensor], reverse: bool = False, steps: int = 0,
+                 cu_seqlens: Tensor | None = None) -> None:  # fmt: skip
+        self.cell = cell
+        least = {scalar.name: torch.tensor(scalar.least, dtype=torch.float64) for scalar in cell.scheduled}
+        self.given = cell.mask(*arrays, *least)
+        values = [(arrays | least)[name] for name in cell.names if name in arrays | least]
+        numbers = [1.0 for _ in cell.numbers]
+        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, reverse, CHUNK, steps)
+
+    def forward(self) -> list[Tensor]:
+        return self.cell.forward["simt"](*self.arguments, True)
+
+    def backward(self, results: list[Tensor]) -> list[Tensor]:
+        h, final_state, *saved = results
+        return self.cell.backward["simt"](h, final_state, *self.arguments, *saved)

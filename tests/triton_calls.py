@@ -1,0 +1,97 @@
+"""Calls of the Triton backend under the interpreter, with the addresses that they load and store."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+from mru_kernels.backends import CHUNK
+from mru_kernels.ops import CELLS
+
+
+class Traffic:
+    """Distinct addresses of 1 byte that each launch read and wrote: what has to come from memory and go there."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, dict[str, set[int]]]] = []
+
+    def bytes_in(self, how: str, *tensors: torch.Tensor) -> int:
+        """Bytes of the tensors' memory that launches loaded or stored, a byte once a launch."""
+        total = 0
+        for _, touched in self.launches:
+            addresses = np.fromiter(touched[how], np.uint64, len(touched[how]))
+            for t in tensors:
+                begin = np.uint64(t.untyped_storage().data_ptr())
+                end = begin + np.uint64(t.untyped_storage().nbytes())
+                total += int(((addresses >= begin) & (addresses < end)).sum())
+        return total
+
+    def all_bytes(self) -> int:
+        return sum(len(addresses) for _, touched in self.launches for addresses in touched.values())
+
+
+@contextmanager
+def recorded():
+    """Traffic of what is launched within."""
+    traffic = Traffic()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    before = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def record(how, pointers, mask):
+        element = pointers.get_element_ty().primitive_bitwidth // 8
+        first = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        first = first[np.broadcast_to(mask.data, first.shape).astype(bool)]
+        traffic.launches[-1][1][how].update((first[:, None] + np.arange(element, dtype=np.uint64)).ravel().tolist())
+
+    def load(self, pointers, mask, *rest):
+        record("load", pointers, mask)
+        return before[0](self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        record("store", pointers, mask)
+        return before[1](self, pointers, value, mask, *rest)
+
+    def launch(self, *arguments, **keywords):
+        traffic.launches.append((self.fn.__name__, defaultdict(set)))
+        return before[2](self, *arguments, **keywords)
+
+    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, launch
+    try:
+        yield traffic
+    finally:
+        builder.create_masked_load, builder.create_masked_store, executor.__call__ = before
+
+
+def arguments_of(
+    tensors,
+    segment,
+    *,
+    cell="bmru",
+    epsilon=0.5,
+    surrogate_scale=1.0,
+    initial_state=None,
+    cu_seqlens=None,
+    reverse=False,
+):
+    """The arguments of a cell's op, from its array inputs by name."""
+    spec = CELLS[cell]
+    values = {"epsilon": epsilon, "surrogate_scale": surrogate_scale}
+    scheduled = [torch.tensor(values[s.name], dtype=torch.float64) for s in spec.scheduled]
+    inputs_ = [tensors[i.name] for i in spec.inputs if i.name in tensors]
+    given = spec.mask(*tensors, *(s.name for s in spec.scheduled))
+    numbers = [values[s.name] for s in spec.numbers]
+    return ([*inputs_, *scheduled], given, 0, numbers, initial_state, cu_seqlens, reverse, CHUNK, segment)
+
+
+def run(arguments, grad_h, grad_final, save=True, cell="bmru"):
+    """Forward and backward on the Triton backend: results, gradients, and the traffic of each."""
+    with torch.no_grad():
+        with recorded() as forward:
+            results = CELLS[cell].forward["triton"](*arguments, save)
+        with recorded() as backward:
+            grads = CELLS[cell].backward["triton"](grad_h, grad_final, *arguments, *results[2:])
+    return results, grads, forward, backward
