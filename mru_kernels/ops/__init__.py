@@ -36,6 +36,7 @@ from .layout import (
     check_numbers,
     dense_like,
     first_stream,
+    is_time_major,
     places,
     returned,
     scalars,
@@ -43,13 +44,14 @@ from .layout import (
     split_gates,
 )
 from .registration import add_backend, add_cell
-from .spec import CELLS, Cell, Input
+from .spec import CELLS, Cell, Input, Plain
 
 __all__ = [
     "CELLS",
     "CODES_PER_WORD",
     "Cell",
     "Input",
+    "Plain",
     "add_backend",
     "add_cell",
     "allocate",
@@ -60,6 +62,7 @@ __all__ = [
     "check_numbers",
     "dense_like",
     "first_stream",
+    "is_time_major",
     "places",
     "returned",
     "scalars",
