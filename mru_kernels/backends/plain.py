@@ -91,17 +91,24 @@ def _loops(
 def _loop_of_any_length(
     cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool
 ) -> tuple[Tensor, Tensor]:
+    """`_loop` as one op, which takes real tensors: exporters know few ops on complex ones."""
     traced = [v for v in p if isinstance(v, Tensor)]
+    real, back = (torch.view_as_real, torch.view_as_complex) if s.is_complex() else (torch.Tensor.clone, _itself)
 
     def body(s, x, *traced):
         known = iter(traced)
-        after = cell.plain.step(x.unbind(), s, [next(known) if isinstance(v, Tensor) else v for v in p])
+        row = [back(x[i]) for i in range(len(gates))]
+        after = real(cell.plain.step(row, back(s), [next(known) if isinstance(v, Tensor) else v for v in p]))
         return after, after.clone()  # results may not share memory
 
     # One input for one state: torch 2.13 writes a wrong ONNX Scan if their numbers differ.
-    x = torch.stack(list(gates)).movedim(2, 0)
-    final, states = private.scan_op(body, [s], [x.flip(0) if reverse else x], tuple(traced))
-    return (states.flip(0) if reverse else states).movedim(0, 1), final
+    x = real(torch.stack(list(gates)).movedim(2, 0))
+    final, states = private.scan_op(body, [real(s)], [x.flip(0) if reverse else x], tuple(traced))
+    return back(states.flip(0) if reverse else states).movedim(0, 1), back(final)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 # ------------------------------------------------------------------------------------------ arguments

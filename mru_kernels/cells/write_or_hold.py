@@ -74,15 +74,17 @@ def gates(z: Tensor, v: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     return z.masked_fill(nan, 1), v.masked_fill(nan, math.nan)
 
 
+def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
+    """epsilon s, but 0 if epsilon is 0: nothing is multiplied by 0. NaN stays."""
+    if isinstance(epsilon, Tensor):
+        return epsilon * torch.where(s.isnan() | (epsilon != 0), s, 0)
+    return epsilon * s if epsilon else torch.where(s.isnan(), s, 0)
+
+
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
-    """The state after a step. With an epsilon of 0 nothing of the state is kept but NaN, also not an infinity."""
+    """The state after a step."""
     z, v = gates
-    epsilon = p[0]
-    if isinstance(epsilon, float) and epsilon != 0:
-        kept = s
-    else:
-        kept = torch.where(s.isnan() | (epsilon != 0), s, 0)
-    return _Select.apply(z, v + epsilon * kept, s)
+    return _Select.apply(z, v + _kept(s, p[0]), s)
 
 
 def output(x: Inputs, s: Tensor) -> Tensor:
