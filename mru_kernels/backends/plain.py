@@ -34,7 +34,7 @@ def scan(
         raise RuntimeError(f"backend: 'torch' cannot run this call: it does not have the cell {cell.name}")
     ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
     ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
-    inputs = [_with_gradient_like_it(t) if t.dim() == 3 else t for t in inputs]
+    inputs = [_with_dense_gradient(t) if t.dim() == 3 else t for t in inputs]
     first = ops.first_stream(inputs, packed)
     state = ops.state_dtype(first.dtype)
     arrays = ops.arrays(cell, inputs, given, packed)
@@ -43,13 +43,13 @@ def scan(
     if initial_state is None:
         s = first.new_zeros((ops.sequences_of(inputs, cu_seqlens), first.shape[-1]), dtype=state)
     else:
-        s = initial_state.to(state)
+        s = _with_dense_gradient(initial_state).to(state)
     gates = cell.plain.gates(x, p)
     if cu_seqlens is None:
         states, final = _loop(cell, gates, s, p, reverse)
     else:
         states, final = _loops(cell, gates, s, p, reverse, _offsets(cu_seqlens, first.shape[1]))
-    return _laid_out(cell.plain.output(x, states).to(first.dtype), ops.is_time_major(first)), final
+    return _laid_out(cell.plain.output(x, states).to(first.dtype), ops.is_time_major(first)), final.contiguous()
 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
@@ -137,11 +137,11 @@ def _offsets(cu_seqlens: Tensor, total: int) -> list[int]:
 
 
 def _laid_out(t: Tensor, time_major: bool) -> Tensor:
-    """`t [B, T, D]`, dense in one of the two layouts of results."""
+    """`t`, dense; as `[T, B, D]` in memory if it is time-major."""
     return t.transpose(0, 1).contiguous().transpose(0, 1) if time_major else t.contiguous()
 
 
-class _GradientLikeIt(torch.autograd.Function):
+class _WithDenseGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -157,11 +157,11 @@ class _GradientLikeIt(torch.autograd.Function):
         return _laid_out(grad, ctx.time_major), None
 
 
-def _with_gradient_like_it(t: Tensor) -> Tensor:
-    """The input `t [B, T, D]`, whose gradient will have the layout of results."""
+def _with_dense_gradient(t: Tensor) -> Tensor:
+    """A stream `[B, T, D]` or state, whose gradient will have the layout of a result."""
     if t.is_conj() or t.is_neg():
         t = t.resolve_conj().resolve_neg()
     if torch.compiler.is_compiling():
         return t
     has_units = t.shape[-1] <= 1 or t.stride(-1) == 1
-    return _GradientLikeIt.apply(t, has_units and ops.is_time_major(t))
+    return _WithDenseGradient.apply(t, t.dim() == 3 and has_units and ops.is_time_major(t))

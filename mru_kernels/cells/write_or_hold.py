@@ -77,8 +77,8 @@ def gates(z: Tensor, v: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
 def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
     """epsilon s, but 0 if epsilon is 0: nothing is multiplied by 0. NaN stays."""
     if isinstance(epsilon, Tensor):
-        return epsilon * torch.where(s.isnan() | (epsilon != 0), s, 0)
-    return epsilon * s if epsilon else torch.where(s.isnan(), s, 0)
+        return epsilon * s.masked_fill(~s.isnan() & (epsilon == 0), 0)
+    return epsilon * s if epsilon else s.masked_fill(~s.isnan(), 0)
 
 
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
