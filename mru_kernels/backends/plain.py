@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from .. import torch_private as private
-from ..scalars import has_value
+from ..scalars import Scalar, has_value
 from . import CHUNK
 
 CHUNK_SIZES = (16, sys.maxsize)  # nothing is cut into chunks
@@ -23,7 +23,9 @@ Scalars = Sequence[float | Tensor]
 
 
 def load() -> None:
-    """There are no ops to register."""
+    """There are no ops to register. torch.compile reads the cached properties of a cell, but cannot compute them."""
+    for cell in ops.CELLS.values():
+        _ = cell.names, cell.scheduled, cell.required, cell.numbers
 
 
 def scan(
@@ -32,14 +34,16 @@ def scan(
     """What the op `mru::<cell>` computes: h and the final state. See mru_kernels.ops for the arguments."""
     if cell.plain is None:
         raise RuntimeError(f"backend: 'torch' cannot run this call: it does not have the cell {cell.name}")
-    ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
-    ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
+    if not torch.compiler.is_dynamo_compiling():  # there the tensors are checked before
+        ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
+        ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
     inputs = [_with_dense_gradient(t) if t.dim() == 3 else t for t in inputs]
     first = ops.first_stream(inputs, packed)
     state = ops.state_dtype(first.dtype)
     arrays = ops.arrays(cell, inputs, given, packed)
     x = [None if t is None else t.to(state).expand(first.shape) for t in arrays]
-    p = [*map(_value, inputs[len(inputs) - len(cell.scheduled) :]), *numbers]
+    scheduled = inputs[len(inputs) - len(cell.scheduled) :]
+    p = [*(_value(*pair) for pair in zip(cell.scheduled, scheduled, strict=True)), *numbers]
     if initial_state is None:
         s = first.new_zeros((ops.sequences_of(inputs, cu_seqlens), first.shape[-1]), dtype=state)
     else:
@@ -114,12 +118,16 @@ def _itself(t: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ arguments
 
 
-def _value(scalar: Tensor) -> float | Tensor:
-    """The value of a scheduled scalar, or the tensor if the value is not known while the call is traced."""
-    if torch.compiler.is_dynamo_compiling() or private.is_tracing() or not has_value(scalar):
-        return scalar
+def _value(scalar: Scalar, t: Tensor) -> float | Tensor:
+    """The value of a scheduled scalar; `t` itself if the value is not known while the call is traced."""
+    if torch.compiler.is_dynamo_compiling():
+        within = (t >= scalar.least) & (t <= scalar.most)
+        torch._assert_async(within, f"{scalar.name}: expected a value in [{scalar.least:g}, {scalar.most:g}]")
+        return t
+    if private.is_tracing() or not has_value(t):
+        return t
     with private.disable_modes():
-        return scalar.item()
+        return t.item()
 
 
 def _offsets(cu_seqlens: Tensor, total: int) -> list[int]:
@@ -159,9 +167,9 @@ class _WithDenseGradient(torch.autograd.Function):
 
 def _with_dense_gradient(t: Tensor) -> Tensor:
     """A stream `[B, T, D]` or state, whose gradient will have the layout of a result."""
-    if t.is_conj() or t.is_neg():
-        t = t.resolve_conj().resolve_neg()
     if torch.compiler.is_compiling():
         return t
+    if t.is_conj() or t.is_neg():
+        t = t.resolve_conj().resolve_neg()
     has_units = t.shape[-1] <= 1 or t.stride(-1) == 1
     return _WithDenseGradient.apply(t, t.dim() == 3 and has_units and ops.is_time_major(t))
