@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ..backends.surrogate import surrogate
+from ..ops.autograd import WithoutDerivative, apply, requires_grad
 
 Inputs = Sequence[Tensor | None]
+
+_NO_OTHER_DERIVATIVE = (
+    "backend 'torch': a gate has a first derivative in reverse mode only, no second derivative and no forward-mode"
+    " derivative (jvp, jacfwd, hessian)"
+)
+
+
+def _once(gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
+    """`gradients(*tensors)`, whose own derivatives raise."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not requires_grad(tensors):
+        return gradients(*tensors)
+    return apply(WithoutDerivative, gradients, _NO_OTHER_DERIVATIVE, tensors, *tensors)
 
 
 class _UnitStep(torch.autograd.Function):
@@ -29,12 +42,14 @@ class _UnitStep(torch.autograd.Function):
         ctx.save_for_backward(x, y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, y = ctx.saved_tensors
         bend, tie, gain = surrogate(ctx.scale, grad.dtype)
-        grad = grad * gain / (((x - y) * bend).square() + tie)
-        return grad, -grad, None
+
+        def gradients(grad, x, y):
+            grad = grad * gain / (((x - y) * bend).square() + tie)
+            return grad, -grad
+
+        return *_once(gradients, grad, *ctx.saved_tensors), None
 
 
 class _Select(torch.autograd.Function):
@@ -51,11 +66,11 @@ class _Select(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        z, one, zero = ctx.saved_tensors
-        writes, none = z == 1, torch.zeros_like(grad)
-        return grad * (one - zero), torch.where(writes, grad, none), torch.where(writes, none, grad)
+        def gradients(grad, z, one, zero):
+            return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
+
+        return _once(gradients, grad, *ctx.saved_tensors)
 
 
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -77,8 +92,8 @@ def gates(z: Tensor, v: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
 def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
     """epsilon s, but 0 if epsilon is 0: nothing is multiplied by 0. NaN stays."""
     if isinstance(epsilon, Tensor):
-        return epsilon * s.masked_fill(~s.isnan() & (epsilon == 0), 0)
-    return epsilon * s if epsilon else s.masked_fill(~s.isnan(), 0)
+        return epsilon * s.masked_fill((s == s) & (epsilon == 0), 0)
+    return epsilon * s if epsilon else s.masked_fill(s == s, 0)
 
 
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
