@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .. import torch_private as private
 from ..backends.surrogate import surrogate
 from ..ops.autograd import WithoutDerivative, apply, requires_grad
 
@@ -22,7 +23,8 @@ _NO_OTHER_DERIVATIVE = (
 
 def _once(gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
     """`gradients(*tensors)`, whose own derivatives raise."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not requires_grad(tensors):
+    differentiated = torch.is_grad_enabled() and (private.transforms_active() or requires_grad(tensors))
+    if not differentiated or torch.compiler.is_compiling():
         return gradients(*tensors)
     return apply(WithoutDerivative, gradients, _NO_OTHER_DERIVATIVE, tensors, *tensors)
 
@@ -90,7 +92,7 @@ def gates(z: Tensor, v: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
-    """epsilon s, but 0 if epsilon is 0: nothing is multiplied by 0. NaN stays."""
+    """What a write keeps, epsilon s; nothing is multiplied by an epsilon of 0, but NaN stays."""
     if isinstance(epsilon, Tensor):
         return epsilon * s.masked_fill((s == s) & (epsilon == 0), 0)
     return epsilon * s if epsilon else s.masked_fill(s == s, 0)

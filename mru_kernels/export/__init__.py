@@ -15,7 +15,7 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[Any, Callable]:
-    """torch's table of decompositions, and those of the scans of this package into ops of torch.
+    """The table of torch's decompositions, and those of the scans of this package into ops of torch.
 
     `torch.export.ExportedProgram.run_decompositions` takes the table. The program that it returns has no op of this
     package, so that other exporters can read it, such as ONNX and ExecuTorch. In it a scan over a time that may vary is
