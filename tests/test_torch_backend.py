@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mru_kernels as mk
+import python_ref
 from bench import inputs
 from mru_kernels import backends, ops
 from tests.calls import CELLS, assert_agree, cases, op_of, run
@@ -161,19 +162,23 @@ def test_offsets_that_have_no_values_yet_are_refused():
         op(draw(1, 5, 3), draw(1, 5, 3), cu_seqlens=offsets)
 
 
-def test_other_derivatives_of_gates_are_refused():
-    x, y = (draw(2, 5, 3, seed=i).requires_grad_() for i in range(2))
-    grads = torch.autograd.grad(plain_bmru(x, y)[0].sum(), (x, y), create_graph=True)
-    for grad in grads:
-        with pytest.raises(NotImplementedError, match="no second derivative"):
-            grad.sum().backward(retain_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.func.jacrev(torch.func.jacrev(lambda x: plain_bmru(x, y.detach())[0].sum()))(x.detach())
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: plain_bmru(x, y.detach())[0], (x.detach(),), (x.detach(),))
-
-
 # ------------------------------------------------------------------------------------------ transforms and graphs
+
+
+def test_second_derivatives_are_those_of_the_surrogate():
+    """The kernels refuse them."""
+    x, y = draw(2, 5, 3, dtype=torch.float64), draw(2, 5, 3, dtype=torch.float64, seed=1)
+
+    def second(op):
+        return torch.func.grad(lambda x: torch.func.grad(lambda x: op(x, y, epsilon=0.5)[0].square().sum())(x).sum())(x)
+
+    leaf = x.clone().requires_grad_()
+    h, _ = python_ref.bmru(leaf, y, epsilon=0.5)
+    (first,) = torch.autograd.grad(h.square().sum(), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(first.sum(), leaf)
+    assert_close([second(plain_bmru)], [expected])
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: plain_bmru(x, y)[0], (x,), (x,))
 
 
 def test_compiled():

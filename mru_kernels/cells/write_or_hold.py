@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .. import torch_private as private
 from ..backends.surrogate import surrogate
-from ..ops.autograd import WithoutDerivative, apply, requires_grad
 
 Inputs = Sequence[Tensor | None]
-
-_NO_OTHER_DERIVATIVE = (
-    "backend 'torch': a gate has a first derivative in reverse mode only, no second derivative and no forward-mode"
-    " derivative (jvp, jacfwd, hessian)"
-)
-
-
-def _once(gradients: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
-    """`gradients(*tensors)`, whose own derivatives raise."""
-    differentiated = torch.is_grad_enabled() and (private.transforms_active() or requires_grad(tensors))
-    if not differentiated or torch.compiler.is_compiling():
-        return gradients(*tensors)
-    return apply(WithoutDerivative, gradients, _NO_OTHER_DERIVATIVE, tensors, *tensors)
 
 
 class _UnitStep(torch.autograd.Function):
@@ -45,13 +30,10 @@ class _UnitStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        x, y = ctx.saved_tensors
         bend, tie, gain = surrogate(ctx.scale, grad.dtype)
-
-        def gradients(grad, x, y):
-            grad = grad * gain / (((x - y) * bend).square() + tie)
-            return grad, -grad
-
-        return *_once(gradients, grad, *ctx.saved_tensors), None
+        grad = grad * gain / (((x - y) * bend).square() + tie)
+        return grad, -grad, None
 
 
 class _Select(torch.autograd.Function):
@@ -69,10 +51,8 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        def gradients(grad, z, one, zero):
-            return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
-
-        return _once(gradients, grad, *ctx.saved_tensors)
+        z, one, zero = ctx.saved_tensors
+        return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
 
 
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:

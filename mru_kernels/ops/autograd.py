@@ -19,7 +19,7 @@ def differentiable(cell: Cell, backend: str):
     def autograd_kernel(*arguments):
         inputs = differentiable_inputs(cell, arguments)
         if _is_differentiated(*inputs):
-            return list(apply(Scan, cell, backend, arguments, *inputs))
+            return list(_apply(Scan, cell, backend, arguments, *inputs))
         with private.BelowAutograd():
             return cell.forward[backend](*arguments)
 
@@ -34,7 +34,7 @@ def once_differentiable(cell: Cell, backend: str):
         inputs = (grad_h, grad_final, *differentiable_inputs(cell, rest))
         if _is_differentiated(*inputs):
             reason = _no_other_derivative(cell)
-            return list(apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
+            return list(_apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
         with private.BelowAutograd():
             return cell.backward[backend](*arguments)
 
@@ -46,7 +46,7 @@ def not_differentiable(op: private.OpOverload, reason: str):
 
     def autograd_kernel(inputs, *rest):
         tensors = [*inputs, *(t for t in rest if isinstance(t, Tensor))]
-        return apply(WithoutDerivative, op, reason, (inputs, *rest), *tensors)
+        return _apply(WithoutDerivative, op, reason, (inputs, *rest), *tensors)
 
     return autograd_kernel
 
@@ -69,7 +69,7 @@ def _is_differentiated(*inputs: Tensor | None) -> bool:
     return (torch.is_grad_enabled() and requires_grad(inputs)) or private.in_forward_mode()
 
 
-def apply(function: type[torch.autograd.Function], *arguments):
+def _apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply` in an autograd kernel, which the dispatcher calls once for each level of torch.func."""
     if not private.transforms_active():
         return function.apply(*arguments)
