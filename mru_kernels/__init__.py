@@ -37,6 +37,7 @@ __all__ = [
     "bmru",
     "bmru_step",
     "distributed",
+    "export",
     "leaky_integrator",
     "leaky_integrator_step",
     "linear_recurrence",
@@ -49,12 +50,12 @@ __all__ = [
 available_backends()  # registers the CPU kernels, which a loaded exported program needs before any call
 
 if _typing.TYPE_CHECKING:
-    from . import distributed
+    from . import distributed, export
 else:
 
     def __getattr__(name):
-        """Import `distributed` when it is used: not every torch build has torch.distributed."""
-        if name == "distributed":
+        """Import `distributed` and `export` when they are used: not every torch build has torch.distributed."""
+        if name in ("distributed", "export"):
             return _importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
@@ -37,6 +38,7 @@ __all__ = [
     "is_wrapped",
     "modes_active",
     "remove_batch_dim",
+    "scan_op",
     "transforms_active",
     "unwrapped_tensor",
 ]

@@ -20,12 +20,12 @@ LAYERS = [
     ["ops"],
     ["cells"],
     ["nn"],
-    ["schedule", "streaming", "distributed"],
+    ["schedule", "streaming", "distributed", "export"],
 ]
 PARTS = [part for layer in LAYERS for part in layer]
 
 #: Modules that `import mru_kernels` does not import.
-LEFT_OUT = {"python_ref", "bench", "examples", "tests", "mru_kernels.distributed"}
+LEFT_OUT = {"python_ref", "bench", "examples", "tests", "mru_kernels.distributed", "mru_kernels.export"}
 
 #: Parts of torch that take long to import. `import mru_kernels` imports none that `import torch` has not imported.
 HEAVY = ("_dynamo", "_inductor", "onnx", "distributed", "fx.experimental", "_export", "testing", "utils.cpp_extension")

@@ -1,13 +1,14 @@
 """The backends: one row and one module each, and the only place that chooses between them.
 
 A backend implements the ops of every cell (see `mru_kernels.ops`) under its own overload name, such as `mru::bmru.cpu`,
-and decides in one function how to cut time into segments.
+and decides in one function how to cut time into segments. The last backend, "torch", has no ops: see plain.py.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
@@ -32,9 +33,14 @@ class Backend:
     """
 
     name: str
-    device_types: tuple[str, ...]
+    device_types: tuple[str, ...]  # with kernels; none: plain torch, which runs on any device
     needs: str  # the reason in an error for a device of another type
     module_name: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is plain torch, without ops."""
+        return not self.device_types
 
     @cached_property
     def module(self) -> ModuleType:
@@ -56,6 +62,7 @@ TABLE: dict[str, Backend] = {
             "needs a CUDA or ROCm device (or TRITON_INTERPRET=1 in the environment)",
             f"{__name__}.triton",
         ),
+        Backend("torch", (), "", f"{__name__}.plain"),
     )
 }
 
@@ -74,7 +81,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     backend = TABLE[name]
     if device.type == "meta":
         return None  # shapes need no kernels
-    if device.type not in backend.device_types:
+    if device.type not in backend.device_types and not backend.plain:
         return f"{backend.needs}, got a tensor on {device}"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device"
@@ -84,7 +91,8 @@ def why_not(name: str, device: torch.device) -> str | None:
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Every backend's name, with None if it can run on `device`, else the reason why it cannot.
 
-    On "meta" every backend runs: a call computes shapes, which needs no kernels.
+    On "meta" every backend runs: a call computes shapes, which needs no kernels. "torch" is a loop over time in plain
+    torch, which runs on any device. A call chooses it by itself only on devices for which there are no kernels.
 
     Example::
 
@@ -96,11 +104,23 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
 
 
 @cache
+def _warn_of_plain() -> None:
+    warnings.warn(
+        "backend: no kernels run on this device, so calls run on 'torch', a slow loop over time in plain torch",
+        stacklevel=2,
+    )
+
+
+@cache
 def _resolve(name: str | None, device: torch.device) -> str:
     if name is None:
         reasons = available_backends(device)
+        if any(device.type in row.device_types for row in TABLE.values()):
+            reasons |= {row.name: "runs if it is named" for row in TABLE.values() if row.plain}
         for candidate, reason in reasons.items():
             if reason is None:
+                if TABLE[candidate].plain:
+                    _warn_of_plain()
                 return candidate
         listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
         raise RuntimeError(f"backend: none can run on {device} ({listed})")

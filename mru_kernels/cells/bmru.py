@@ -6,7 +6,16 @@ from torch import Tensor
 
 from .. import backends, ops
 from ..scalars import EPSILON, SURROGATE_SCALE
+from . import write_or_hold
 from .call import call, step
+
+
+def _gates(x, p):
+    candidate, threshold, amplitude, _alpha = x
+    z = write_or_hold.unit_step(candidate.abs(), threshold.abs(), p[1])
+    v = write_or_hold.sign(candidate, p[1])
+    return write_or_hold.gates(z, v if amplitude is None else amplitude * v, x)
+
 
 CELL = ops.add_cell(
     ops.Cell(
@@ -20,6 +29,7 @@ CELL = ops.add_cell(
         scalars=(EPSILON, SURROGATE_SCALE),
         codes=True,
         without_codes=("amplitude",),
+        plain=ops.Plain(write_or_hold.step, _gates, write_or_hold.output),
     )
 )
 

@@ -7,7 +7,23 @@ from torch import Tensor
 from .. import backends, ops
 from .call import call, step
 
-CELL = ops.add_cell(ops.Cell(name="leaky_integrator", inputs=(ops.Input("input"), ops.Input("decay", "either"))))
+
+def _step(gates, s, p):
+    input, decay = gates
+    return decay * s + input
+
+
+def _output(x, s):
+    return s.tanh()
+
+
+CELL = ops.add_cell(
+    ops.Cell(
+        name="leaky_integrator",
+        inputs=(ops.Input("input"), ops.Input("decay", "either")),
+        plain=ops.Plain(_step, output=_output),
+    )
+)
 
 
 def leaky_integrator(

@@ -7,11 +7,18 @@ from torch import Tensor
 from .. import backends, checks, ops
 from .call import call, step
 
+
+def _step(gates, s, p):
+    update, decay = gates
+    return decay * s + update
+
+
 CELL = ops.add_cell(
     ops.Cell(
         name="linear_recurrence",
         inputs=(ops.Input("update"), ops.Input("decay", "either")),
         dtypes=checks.STREAM_DTYPES + checks.COMPLEX_DTYPES,
+        plain=ops.Plain(_step),
     )
 )
 

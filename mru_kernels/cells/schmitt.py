@@ -6,7 +6,15 @@ from torch import Tensor
 
 from .. import backends, ops
 from ..scalars import EPSILON, SURROGATE_SCALE
+from . import write_or_hold
 from .call import call, step
+
+
+def _gates(x, p):
+    candidate, low, high, _alpha = x
+    at_least_low, at_least_high = (write_or_hold.unit_step(candidate, edge, p[1]) for edge in (low, high))
+    return write_or_hold.gates(1 - at_least_low * (1 - at_least_high), at_least_high, x)
+
 
 CELL = ops.add_cell(
     ops.Cell(
@@ -19,6 +27,7 @@ CELL = ops.add_cell(
         ),
         scalars=(EPSILON, SURROGATE_SCALE),
         codes=True,
+        plain=ops.Plain(write_or_hold.step, _gates, write_or_hold.output),
     )
 )
 

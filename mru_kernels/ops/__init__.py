@@ -45,6 +45,7 @@ from .layout import (
     code_rows,
     dense_like,
     first_stream,
+    is_time_major,
     places,
     scalars,
     sequences_of,
@@ -52,13 +53,14 @@ from .layout import (
     split_gates,
 )
 from .registration import add_backend, add_cell
-from .spec import CELLS, Cell, Input
+from .spec import CELLS, Cell, Input, Plain
 
 __all__ = [
     "CELLS",
     "CODES_PER_WORD",
     "Cell",
     "Input",
+    "Plain",
     "add_backend",
     "add_cell",
     "allocate",
@@ -72,6 +74,7 @@ __all__ = [
     "code_rows",
     "dense_like",
     "first_stream",
+    "is_time_major",
     "places",
     "scalars",
     "scan",

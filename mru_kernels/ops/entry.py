@@ -55,6 +55,10 @@ def scan(
     chunk = checks.chunk_size(chunk_size) or backends.CHUNK
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row)
+    if row.plain:
+        if _wanted.maps:
+            raise RuntimeError(f"backend: {row.name!r} cannot run this call: it has no sequence parallelism")
+        return row.module.scan(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse)
     if _wanted.maps:
         with private.BelowAutograd():
             return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, SEGMENT)
@@ -101,7 +105,10 @@ def step(
     cell: Cell, inputs: Sequence[Tensor], given: int, numbers: Sequence[float], state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`scan` of a single step, without gradients: streams are `[B, D]`, and so are the results."""
-    op = cell.step[resolve(None, state).name]
+    row = resolve(None, state)
+    if row.plain:
+        return row.module.step(cell, inputs, given, numbers, state)
+    op = cell.step[row.name]
     with private.BelowAutograd():
         return op(inputs, given, numbers, state)
 

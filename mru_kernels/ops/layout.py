@@ -19,6 +19,11 @@ def _unit_channels(t: Tensor) -> Tensor:
     return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
+def is_time_major(t: Tensor) -> bool:
+    """Whether results like the stream `t [B, T, D]` lie in memory as `[T, B, D]`."""
+    return t.stride(1) > t.stride(0) > 0
+
+
 def dense_like(t: Tensor) -> Tensor:
     """An uninitialised tensor for a stream `t [B, T, D]` with unit channel stride, in the layout of every such result.
 
@@ -26,7 +31,7 @@ def dense_like(t: Tensor) -> Tensor:
     of `t` over time is larger than that over the batch and neither is 0; else batch-major, which is contiguous.
     """
     batch, time, channels = t.shape
-    if t.stride(1) > t.stride(0) > 0:
+    if is_time_major(t):
         return t.new_empty((time, batch, channels)).transpose(0, 1)
     return t.new_empty((batch, time, channels))
 

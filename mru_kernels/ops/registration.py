@@ -30,8 +30,9 @@ def _(grads, inputs, reason):
 def add_cell(cell: Cell) -> Cell:
     """Define the ops of `cell` for every backend."""
     CELLS[cell.name] = cell
-    for backend in backends.TABLE:
-        _define(cell, backend)
+    for row in backends.TABLE.values():
+        if not row.plain:
+            _define(cell, row.name)
     return cell
 
 

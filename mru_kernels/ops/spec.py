@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from .. import checks
 from ..scalars import Scalar
@@ -27,6 +29,32 @@ class Input:
     optional: bool = False
 
 
+def _all_inputs(x: Sequence[Tensor | None], p: Sequence[float | Tensor]) -> Sequence[Tensor | None]:
+    return x
+
+
+def _state(x: Sequence[Tensor | None], s: Tensor) -> Tensor:
+    return s
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A cell in plain torch, which the backend "torch" loops over.
+
+    `x` is the list of the inputs `[B, T, D]` in the cell's order, None for one that is absent. `p` is the list of the
+    scalars; one that is traced is a 0-dim tensor. Tensors have the state dtype.
+
+    Attributes:
+        step: (gates, s, p) -> the state after one step, from its gates and the state before, all `[B, D]`.
+        gates: (x, p) -> what the steps need and no state decides, a sequence of tensors `[B, T, D]`.
+        output: (x, s) -> h, from the states after the steps, all `[B, T, D]`.
+    """
+
+    step: Callable[[Sequence[Tensor], Tensor, Sequence[float | Tensor]], Tensor]
+    gates: Callable[[Sequence[Tensor | None], Sequence[float | Tensor]], Sequence[Tensor | None]] = _all_inputs
+    output: Callable[[Sequence[Tensor | None], Tensor], Tensor] = _state
+
+
 @dataclass(frozen=True)
 class Cell:
     """A cell, as csrc/cells/<name>.h states it in C++.
@@ -38,6 +66,7 @@ class Cell:
         codes: whether a step fits a write code of 2 bits (hold, one of two writes, NaN).
         without_codes: inputs with which a step does not fit one.
         dtypes: of its streams.
+        plain: the cell in plain torch; without it the backend "torch" lacks the cell.
         forward, backward, step, map: the ops of each backend.
     """
 
@@ -47,6 +76,7 @@ class Cell:
     codes: bool = False
     without_codes: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
+    plain: Plain | None = None
     forward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     step: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)

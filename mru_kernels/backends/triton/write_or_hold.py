@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .surrogate import surrogate
+from ..surrogate import surrogate
 
 LOW_BITS = tl.constexpr(0x55555555)  # of a word's codes
 

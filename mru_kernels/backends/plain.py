@@ -1,0 +1,175 @@
+"""The backend "torch": every cell in plain torch, as a loop over time, on any device and for any exporter.
+
+It has no ops and no kernels. A call runs `Cell.plain`, and autograd differentiates it, so every step is saved. In a
+program that is exported for any T the loop is one `torch.ops.higher_order.scan`; elsewhere it is unrolled.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from .. import torch_private as private
+from ..scalars import Scalar, has_value
+from . import CHUNK
+
+CHUNK_SIZES = (16, sys.maxsize)  # nothing is cut into chunks
+Scalars = Sequence[float | Tensor]
+
+
+def load() -> None:
+    """There are no ops to register. torch.compile reads the cached properties of a cell, but cannot compute them."""
+    for cell in ops.CELLS.values():
+        _ = cell.names, cell.scheduled, cell.required, cell.numbers
+
+
+def scan(
+    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the op `mru::<cell>` computes: h and the final state. See mru_kernels.ops for the arguments."""
+    if cell.plain is None:
+        raise RuntimeError(f"backend: 'torch' cannot run this call: it does not have the cell {cell.name}")
+    if not torch.compiler.is_dynamo_compiling():  # there the tensors are checked before
+        ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
+        ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
+    inputs = [_with_dense_gradient(t) if t.dim() == 3 else t for t in inputs]
+    first = ops.first_stream(inputs, packed)
+    state = ops.state_dtype(first.dtype)
+    arrays = ops.arrays(cell, inputs, given, packed)
+    x = [None if t is None else t.to(state).expand(first.shape) for t in arrays]
+    scheduled = inputs[len(inputs) - len(cell.scheduled) :]
+    p = [*(_value(*pair) for pair in zip(cell.scheduled, scheduled, strict=True)), *numbers]
+    if initial_state is None:
+        s = first.new_zeros((ops.sequences_of(inputs, cu_seqlens), first.shape[-1]), dtype=state)
+    else:
+        s = _with_dense_gradient(initial_state).to(state)
+    gates = cell.plain.gates(x, p)
+    if cu_seqlens is None:
+        states, final = _loop(cell, gates, s, p, reverse)
+    else:
+        states, final = _loops(cell, gates, s, p, reverse, _offsets(cu_seqlens, first.shape[1]))
+    return _laid_out(cell.plain.output(x, states).to(first.dtype), ops.is_time_major(first)), final.contiguous()
+
+
+def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
+    """What the op `mru::<cell>_step` computes."""
+    streams = [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
+    h, after = scan(cell, streams, given, 0, numbers, state, None, False)
+    return h.squeeze(1), after
+
+
+# ------------------------------------------------------------------------------------------ loops
+
+
+def _loop(cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states after the steps `[B, T, D]`, and the one after the last step `[B, D]`."""
+    if isinstance(gates[0].shape[1], torch.SymInt):
+        return _loop_of_any_length(cell, gates, s, p, reverse)
+    states = []
+    rows = list(zip(*(g.unbind(1) for g in gates), strict=True))
+    for row in reversed(rows) if reverse else rows:
+        s = cell.plain.step(row, s, p)
+        states.append(s)
+    if not states:  # sums of nothing, so that every input has a gradient of zeros
+        none = sum(gates[1:], start=gates[0])
+        return none, s + none.sum(1)
+    return torch.stack(states[::-1] if reverse else states, 1), s
+
+
+def _loops(
+    cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool, offsets: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`_loop` over each of the sequences that `offsets` separate; the states of the last steps are `[N, D]`."""
+    parts = [_loop(cell, [g[:, :0] for g in gates], s[:0], p, reverse)]  # there may be no sequence
+    for n, (start, stop) in enumerate(pairwise(offsets)):
+        parts.append(_loop(cell, [g[:, start:stop] for g in gates], s[n : n + 1], p, reverse))
+    states, finals = zip(*parts, strict=True)
+    return torch.cat(states, 1), torch.cat(finals)
+
+
+def _loop_of_any_length(
+    cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`_loop` as one op, which takes real tensors: exporters know few ops on complex ones."""
+    traced = [v for v in p if isinstance(v, Tensor)]
+    real, back = (torch.view_as_real, torch.view_as_complex) if s.is_complex() else (torch.Tensor.clone, _itself)
+
+    def body(s, x, *traced):
+        known = iter(traced)
+        row = [back(x[i]) for i in range(len(gates))]
+        after = real(cell.plain.step(row, back(s), [next(known) if isinstance(v, Tensor) else v for v in p]))
+        return after, after.clone()  # results may not share memory
+
+    # One input for one state: torch 2.13 writes a wrong ONNX Scan if their numbers differ.
+    x = real(torch.stack(list(gates)).movedim(2, 0))
+    final, states = private.scan_op(body, [real(s)], [x.flip(0) if reverse else x], tuple(traced))
+    return back(states.flip(0) if reverse else states).movedim(0, 1), back(final)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+# ------------------------------------------------------------------------------------------ arguments
+
+
+def _value(scalar: Scalar, t: Tensor) -> float | Tensor:
+    """The value of a scheduled scalar; `t` itself if the value is not known while the call is traced."""
+    if torch.compiler.is_dynamo_compiling():
+        within = (t >= scalar.least) & (t <= scalar.most)
+        torch._assert_async(within, f"{scalar.name}: expected a value in [{scalar.least:g}, {scalar.most:g}]")
+        return t
+    if private.is_tracing() or not has_value(t):
+        return t
+    with private.disable_modes():
+        return t.item()
+
+
+def _offsets(cu_seqlens: Tensor, total: int) -> list[int]:
+    """The values of `cu_seqlens`, checked. A meta tensor has none, and shapes do not depend on them."""
+    if cu_seqlens.is_meta:
+        return [0] * (cu_seqlens.numel() - 1) + [total]
+    if torch.compiler.is_compiling() or private.is_tracing() or not has_value(cu_seqlens):
+        raise RuntimeError("backend: 'torch' cannot run this call: it reads cu_seqlens, whose values are not known yet")
+    on_cpu = cu_seqlens.cpu()
+    checks.offsets(on_cpu, total)
+    return on_cpu.tolist()
+
+
+# ------------------------------------------------------------------------------------------ layouts
+
+
+def _laid_out(t: Tensor, time_major: bool) -> Tensor:
+    """`t`, dense; as `[T, B, D]` in memory if it is time-major."""
+    return t.transpose(0, 1).contiguous().transpose(0, 1) if time_major else t.contiguous()
+
+
+class _WithDenseGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t, time_major):
+        return t.view_as(t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.time_major = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _laid_out(grad, ctx.time_major), None
+
+
+def _with_dense_gradient(t: Tensor) -> Tensor:
+    """A stream `[B, T, D]` or state, whose gradient will have the layout of a result."""
+    if torch.compiler.is_compiling():
+        return t
+    if t.is_conj() or t.is_neg():
+        t = t.resolve_conj().resolve_neg()
+    has_units = t.shape[-1] <= 1 or t.stride(-1) == 1
+    return _WithDenseGradient.apply(t, t.dim() == 3 and has_units and ops.is_time_major(t))
