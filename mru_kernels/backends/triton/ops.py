@@ -94,8 +94,8 @@ def backward(
     checks.like("grad_h", grad_h, first, (batch, time, channels), "[batch, time, channels]")
     checks.like("grad_final", grad_final, first, (sequences, channels), "[sequences, channels]")
     if checkpoints is None and events is None:
-        call = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment)
-        *_, checkpoints, events = forward(cell, *call, True)
+        again = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment)
+        *_, checkpoints, events = forward(cell, *again, True)
     if checkpoints is None or events is None:
         raise ValueError("checkpoints, events: expected both or neither")
     rows = (
