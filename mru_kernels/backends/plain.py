@@ -32,7 +32,8 @@ def scan(
     cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the op `mru::<cell>` computes: h and the final state. See mru_kernels.ops for the arguments."""
-    if cell.plain is None:
+    plain = cell.plain
+    if plain is None:
         raise RuntimeError(f"backend: 'torch' cannot run this call: it does not have the cell {cell.name}")
     if not torch.compiler.is_dynamo_compiling():  # there the tensors are checked before
         ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
@@ -48,12 +49,12 @@ def scan(
         s = first.new_zeros((ops.sequences_of(inputs, cu_seqlens), first.shape[-1]), dtype=state)
     else:
         s = _with_dense_gradient(initial_state).to(state)
-    gates = cell.plain.gates(x, p)
+    gates = plain.gates(x, p)
     if cu_seqlens is None:
-        states, final = _loop(cell, gates, s, p, reverse)
+        states, final = _loop(plain, gates, s, p, reverse)
     else:
-        states, final = _loops(cell, gates, s, p, reverse, _offsets(cu_seqlens, first.shape[1]))
-    return _laid_out(cell.plain.output(x, states).to(first.dtype), ops.is_time_major(first)), final.contiguous()
+        states, final = _loops(plain, gates, s, p, reverse, _offsets(cu_seqlens, first.shape[1]))
+    return _laid_out(plain.output(x, states).to(first.dtype), ops.is_time_major(first)), final.contiguous()
 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
@@ -66,14 +67,14 @@ def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]
 # ------------------------------------------------------------------------------------------ loops
 
 
-def _loop(cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool) -> tuple[Tensor, Tensor]:
+def _loop(plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool) -> tuple[Tensor, Tensor]:
     """The states after the steps `[B, T, D]`, and the one after the last step `[B, D]`."""
     if isinstance(gates[0].shape[1], torch.SymInt):
-        return _loop_of_any_length(cell, gates, s, p, reverse)
+        return _loop_of_any_length(plain, gates, s, p, reverse)
     states = []
     rows = list(zip(*(g.unbind(1) for g in gates), strict=True))
     for row in reversed(rows) if reverse else rows:
-        s = cell.plain.step(row, s, p)
+        s = plain.step(row, s, p)
         states.append(s)
     if not states:  # sums of nothing, so that every input has a gradient of zeros
         none = sum(gates[1:], start=gates[0])
@@ -82,18 +83,18 @@ def _loop(cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, revers
 
 
 def _loops(
-    cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool, offsets: Sequence[int]
+    plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool, offsets: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """`_loop` over each of the sequences that `offsets` separate; the states of the last steps are `[N, D]`."""
-    parts = [_loop(cell, [g[:, :0] for g in gates], s[:0], p, reverse)]  # there may be no sequence
+    parts = [_loop(plain, [g[:, :0] for g in gates], s[:0], p, reverse)]  # there may be no sequence
     for n, (start, stop) in enumerate(pairwise(offsets)):
-        parts.append(_loop(cell, [g[:, start:stop] for g in gates], s[n : n + 1], p, reverse))
+        parts.append(_loop(plain, [g[:, start:stop] for g in gates], s[n : n + 1], p, reverse))
     states, finals = zip(*parts, strict=True)
     return torch.cat(states, 1), torch.cat(finals)
 
 
 def _loop_of_any_length(
-    cell: ops.Cell, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool
+    plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """`_loop` as one op, which takes real tensors: exporters know few ops on complex ones."""
     traced = [v for v in p if isinstance(v, Tensor)]
@@ -102,7 +103,7 @@ def _loop_of_any_length(
     def body(s, x, *traced):
         known = iter(traced)
         row = [back(x[i]) for i in range(len(gates))]
-        after = real(cell.plain.step(row, back(s), [next(known) if isinstance(v, Tensor) else v for v in p]))
+        after = real(plain.step(row, back(s), [next(known) if isinstance(v, Tensor) else v for v in p]))
         return after, after.clone()  # results may not share memory
 
     # One input for one state: torch 2.13 writes a wrong ONNX Scan if their numbers differ.

@@ -29,8 +29,8 @@ class Input:
     optional: bool = False
 
 
-def _all_inputs(x: Sequence[Tensor | None], p: Sequence[float | Tensor]) -> Sequence[Tensor | None]:
-    return x
+def _all_inputs(x: Sequence[Tensor | None], p: Sequence[float | Tensor]) -> Sequence[Tensor]:
+    return [t for t in x if t is not None]
 
 
 def _state(x: Sequence[Tensor | None], s: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Plain:
     """
 
     step: Callable[[Sequence[Tensor], Tensor, Sequence[float | Tensor]], Tensor]
-    gates: Callable[[Sequence[Tensor | None], Sequence[float | Tensor]], Sequence[Tensor | None]] = _all_inputs
+    gates: Callable[[Sequence[Tensor | None], Sequence[float | Tensor]], Sequence[Tensor]] = _all_inputs
     output: Callable[[Sequence[Tensor | None], Tensor], Tensor] = _state
 
 
