@@ -151,7 +151,7 @@ def test_a_sweep_is_drawn(kind, tmp_path, capsys):
         (["--shape", "4x5x6"], "--shape: expected three positive sizes B,T,D such as 4,4096,512, got '4x5x6'"),
         (["--shape", "0,0,0"], "--shape: expected three positive sizes"),
         (["--device", "cpuu"], "--device: expected a device such as cpu or cuda:0, got 'cpuu'"),
-        (["--backend", "none"], "--backend: expected None or one of 'cpu', 'cuda', 'triton', got 'none'"),
+        (["--backend", "none"], "--backend: expected None or one of 'cpu', 'cuda', 'triton', 'torch', got 'none'"),
         (["--device", "meta"], "--device: expected a device such as cpu or cuda:0, got 'meta'"),
         (["--backend", "cuda"], "--backend: 'cuda' cannot run this call"),
     ],

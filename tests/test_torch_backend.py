@@ -87,7 +87,7 @@ def test_is_never_chosen_where_there_are_kernels(forgetful, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"^backend: none can run on cuda \(cpu: .*torch: runs if it is named\)$"):
         backends.resolve(None, torch.device("cuda"))
-    monkeypatch.setattr(backends, "_load_error", lambda name: "it is broken" if name == "cpu" else None)
+    monkeypatch.setattr(backends, "load_error", lambda name: "it is broken" if name == "cpu" else None)
     backends._resolve.cache_clear()
     with pytest.raises(RuntimeError, match="none can run on cpu"):
         backends.resolve(None, CPU)
