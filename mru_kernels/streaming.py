@@ -1,11 +1,12 @@
-"""Sequences that arrive in chunks of time. Only the state is kept between chunks."""
+"""Sequences that arrive in chunks of time. Only the state, and traces on request, are kept between chunks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from .nn import MRUBase, MRUBlock, MRUNetwork
+from .nn import MRUBase, MRUBlock, MRUNetwork, traces
 from .nn.wrappers import unwrapped
 
 __all__ = ["Stream", "stream"]
@@ -20,6 +21,8 @@ class Stream:
         module: the module.
         state: the state as the module returns it, or None before the first chunk. It may be saved, and set again here
             or in another process, on another device or backend. The next chunk then continues from it.
+        traces: with `gradient="traces"`, the traces by name, or None before the first chunk. They are saved and set
+            with the state. A state that is set without traces is a constant.
 
     Example::
 
@@ -32,41 +35,144 @@ class Stream:
         torch.Size([2, 7, 8])
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, gradient: str | None = None) -> None:
         self.module = module
+        self.gradient = gradient
         self.state: State | None = None
+        self._traces: traces.Traces | None = None
+        self._units = {name: m for name, m in unwrapped(module).named_modules() if isinstance(m, MRUBase)}
 
-    def __call__(self, chunk: Tensor) -> Tensor:
-        """The module's output for the next chunk of time, which may have any length. The new state is kept."""
-        output, state = self.module(chunk, self.state)
+    @property
+    def traces(self) -> dict[str, Tensor] | None:
+        return self._traces
+
+    @traces.setter
+    def traces(self, value: dict[str, Tensor] | None) -> None:
+        if value is not None:
+            self._check_traces(value)
+        self._traces = value
+
+    def __call__(self, chunk: Tensor, resets: Tensor | None = None) -> Tensor:
+        """The module's output for the next chunk of time, which may have any length. The new state is kept.
+
+        Args:
+            chunk: the module's input.
+            resets: bool `[B]`, the sequences that end before this chunk. New ones take their places, with the initial
+                states of the module and no past. For a chunk without a batch it has no dimensions.
+
+        Raises:
+            TypeError, ValueError: as the module, and for `resets` and traces that do not fit; the message names them.
+        """
+        state, before = self.state, self._traces
+        if resets is not None:
+            state, before = self._restarted(resets)
+        if self.gradient is None:
+            output, state = self.module(chunk, state)
+        else:
+            self._check_traceable(chunk)
+            with traces.Recorder(self._units, before, begins=state is None) as recorder:
+                output, state = self.module(chunk, state)
+            self._traces = recorder.result()
         self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
         return output
 
     def reset(self) -> None:
-        """Drop the state. The next chunk starts new sequences."""
+        """Drop the state and the traces. The next chunk starts new sequences."""
         self.state = None
+        self._traces = None
+
+    def _check_traceable(self, chunk: Tensor) -> None:
+        if isinstance(chunk, PackedSequence):
+            raise TypeError('input: expected a tensor with gradient="traces", got a PackedSequence')
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError('stream: gradient="traces" needs gradients, which inference mode excludes; use no_grad')
+        if self.state is None and self._traces is not None:
+            raise ValueError("traces: expected None without a state, got traces; set both, or call reset")
+
+    def _check_traces(self, value: object) -> None:
+        """Raise unless `value` has the names and shapes of the traces of the module."""
+        if self.gradient is None:
+            raise ValueError('traces: expected a stream with gradient="traces", got one without')
+        if not isinstance(value, dict):
+            raise TypeError(f"traces: expected a dict of tensors or None, got {type(value).__name__}")
+        expected = traces.expected(self._units)
+        if value.keys() != expected.keys():
+            wrong = ", ".join(sorted(map(str, value.keys() ^ expected.keys())))
+            raise ValueError(f"traces: expected the names of the module's traces, got other ones; they differ in {wrong}")
+        for name, (of, dtype) in expected.items():
+            traces.check(value, name, of, dtype, batch=None)
+
+    def _restarted(self, resets: Tensor) -> tuple[State | None, traces.Traces | None]:
+        """State and traces in which the sequences of `resets` begin anew."""
+        if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+            came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+            raise TypeError(f"resets: expected a bool tensor, got {came}")
+        if self.state is None:
+            return None, self._traces
+        layers = isinstance(self.state, Tensor)  # stacked
+        tensors = list(self.state)
+        batch = tensors[0].shape[:-1] if layers else tensors[0].shape[:1]
+        if resets.shape != batch:
+            raise ValueError(f"resets: expected shape {list(batch)} [batch], got {list(resets.shape)}")
+        if resets.device != tensors[0].device:
+            raise ValueError(f"resets: expected the state's device {tensors[0].device}, got {resets.device}")
+        after = []
+        for t, start in zip(tensors, _starts(unwrapped(self.module)), strict=True):
+            new = t.new_zeros(()) if start is None else start.to(t.dtype)
+            if self.gradient is not None:
+                new = new.detach()  # the traces give the initial state its gradient
+            after.append(torch.where(resets.reshape(*batch, *[1] * (t.dim() - len(batch))), new, t))
+        before = None if self._traces is None else traces.restarted(self._traces, resets)
+        return torch.stack(after) if layers else tuple(after), before
 
 
-def stream(module: torch.nn.Module) -> Stream:
+def _starts(module: torch.nn.Module) -> list[Tensor | None]:
+    """The state `[D]` in which a new sequence begins, for each tensor of the module's state; None for zeros."""
+    if isinstance(module, MRUNetwork):
+        return [start for block in module.blocks for start in _starts(block)]
+    if isinstance(module, MRUBlock):
+        return [None] * (module.conv is not None) + [start for unit in module.units for start in _starts(unit)]
+    if isinstance(module, MRUBase) and module.learn_initial_state:
+        return [module._learned_state(p) for p in module._parameters_by_scan()]
+    return [None] * getattr(module, "num_layers", 1)
+
+
+def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
     """Feed sequences to a module chunk by chunk, in memory that does not grow with time.
 
     The outputs equal those of one pass over the whole sequence where the gates are equal. A matrix product over fewer
     steps may round differently, and may flip a gate whose inputs are nearly tied.
 
-    No gradient passes from a chunk to the chunks before it. A backward pass after every chunk is truncated
-    back-propagation through time, with the exact state carried over.
+    Without `gradient`, no gradient passes from a chunk to the chunks before it. A backward pass after every chunk is
+    truncated back-propagation through time, with the exact state carried over.
+
+    With `gradient="traces"` the backward pass of a chunk also adds what the state at its start gives the parameters of
+    each recurrent layer. The gradients of all chunks then sum to those of one pass over the whole sequence, at a memory
+    of `B D (gates (features + 1) + vectors)` numbers a layer:
+
+    - exactly for the recurrent parameters of the last recurrent layer, also of units in one block, and for all above;
+    - for those of the layers below, without the paths that cross the start of a chunk in the state of a layer above;
+    - for all below the first projection, such as an embedding, within the chunk only, as without traces.
+
+    Recurrent parameters are all that the state depends on: weight, bias, thresholds, decays and learned initial states
+    of a unit. After a step of an optimiser, a trace still contains the derivatives at the older parameters. Chunks
+    under `no_grad` advance the traces too. A unit of your own needs a `_scan` in which no channel's state depends on
+    another channel.
 
     Args:
         module: a recurrent module of one direction, an `MRUBlock` or an `MRUNetwork`. `torch.compile` or
             `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every chunk.
+        gradient: None, or "traces" for gradients of the whole past.
 
     Returns:
-        A `Stream`, called as `output = feed(chunk)`. `feed.state` is the state after the last chunk; `feed.reset()`
-        drops it.
+        A `Stream`, called as `output = feed(chunk, resets=None)`. `feed.state` is the state after the last chunk, and
+        `feed.traces` has the traces; `feed.reset()` drops both.
 
     Raises:
-        TypeError: the module is of another kind.
-        ValueError: the module needs the whole sequence, because it is bidirectional or pools by the mean over time.
+        TypeError: the module is of another kind. With traces also: it contains a `torch.nn.GRU`, whose channels read
+            each other's states.
+        ValueError: the module needs the whole sequence, because it is bidirectional or pools by the mean over time;
+            `gradient` is not one of its values. With traces also: `torch.compile` wraps the module.
 
     Example::
 
@@ -76,6 +182,11 @@ def stream(module: torch.nn.Module) -> Stream:
         (2, 40, 5)
         (2, 40, 5)
         (2, 20, 5)
+        >>> feed = mk.stream(mk.CMRU(3, 8), gradient="traces")
+        >>> for chunk in torch.randn(2, 100, 3).split(10, dim=1):
+        ...     feed(chunk).square().mean().backward()  # adds to the gradients of all 100 steps
+        >>> feed.traces["weight_ih_l0"].shape
+        torch.Size([2, 16, 3])
     """
     inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
     if not isinstance(inner, (MRUBase, MRUBlock, MRUNetwork)):
@@ -87,4 +198,22 @@ def stream(module: torch.nn.Module) -> Stream:
         )
     if isinstance(inner, MRUNetwork) and inner.pool == "mean":
         raise ValueError('module: expected no pool or pool="last", got pool="mean", which needs every step at once')
-    return Stream(module)
+    if gradient not in (None, "traces"):
+        raise ValueError(f'gradient: expected None or "traces", got {gradient!r}')
+    if gradient is not None:
+        _check_can_trace(module)
+    return Stream(module, gradient)
+
+
+def _check_can_trace(module: torch.nn.Module) -> None:
+    """Raise unless every recurrent unit of `module` can have traces."""
+    for part in module.modules():
+        if hasattr(part, "_orig_mod"):
+            raise ValueError('module: expected an eager one with gradient="traces", got one that torch.compile wraps')
+        if isinstance(part, MRUBlock):
+            for unit in part.units:
+                if not isinstance(unit, MRUBase):
+                    raise TypeError(
+                        'module: expected units of this package with gradient="traces", got a'
+                        f" {type(unit).__name__}, whose channels read each other's states"
+                    )
