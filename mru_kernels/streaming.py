@@ -98,7 +98,9 @@ class Stream:
         expected = traces.expected(self._units)
         if value.keys() != expected.keys():
             wrong = ", ".join(sorted(map(str, value.keys() ^ expected.keys())))
-            raise ValueError(f"traces: expected the names of the module's traces, got other ones; they differ in {wrong}")
+            raise ValueError(
+                f"traces: expected the names of the module's traces, got other ones; they differ in {wrong}"
+            )
         for name, (of, dtype) in expected.items():
             traces.check(value, name, of, dtype, batch=None)
 
@@ -169,10 +171,10 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
         `feed.traces` has the traces; `feed.reset()` drops both.
 
     Raises:
-        TypeError: the module is of another kind. With traces also: it contains a `torch.nn.GRU`, whose channels read
-            each other's states.
+        TypeError: the module is of another kind. With traces also: a block contains a unit of another package, such as
+            `torch.nn.GRU`, whose channels read each other's states.
         ValueError: the module needs the whole sequence, because it is bidirectional or pools by the mean over time;
-            `gradient` is not one of its values. With traces also: `torch.compile` wraps the module.
+            `gradient` is neither None nor "traces".
 
     Example::
 
@@ -206,14 +208,11 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
 
 
 def _check_can_trace(module: torch.nn.Module) -> None:
-    """Raise unless every recurrent unit of `module` can have traces."""
-    for part in module.modules():
-        if hasattr(part, "_orig_mod"):
-            raise ValueError('module: expected an eager one with gradient="traces", got one that torch.compile wraps')
-        if isinstance(part, MRUBlock):
-            for unit in part.units:
-                if not isinstance(unit, MRUBase):
-                    raise TypeError(
-                        'module: expected units of this package with gradient="traces", got a'
-                        f" {type(unit).__name__}, whose channels read each other's states"
-                    )
+    """Raise unless every unit in the blocks of `module` can have traces."""
+    for block in module.modules():
+        for unit in block.units if isinstance(block, MRUBlock) else ():
+            if not isinstance(unit, MRUBase):
+                raise TypeError(
+                    'module: expected units of this package with gradient="traces", got a'
+                    f" {type(unit).__name__}, which has no traces"
+                )

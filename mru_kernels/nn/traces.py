@@ -29,6 +29,9 @@ Traces = dict[str, Tensor]
 """Traces `[B, *shape]` of tensors `shape` by name, such as "blocks.0.units.1.weight_ih_l0"."""
 
 
+_NO_REPEAT = "traces do not work under activation checkpointing, which runs layers again"
+
+
 class _Active(threading.local):
     recorder: Recorder | None = None
 
@@ -50,6 +53,7 @@ class Recorder:
         self._paths = {unit: path for path, unit in units.items()}
         self._before = traces
         self._begins = begins
+        self._differentiated = torch.is_grad_enabled()
         self._after: Traces = {}
         self._scans = 0
 
@@ -65,8 +69,7 @@ class Recorder:
         expected = sum(unit.num_layers for unit in self._paths)
         if self._scans != expected:
             raise RuntimeError(
-                f"module: expected {expected} scans in eager mode, one of each layer, got {self._scans}; traces follow"
-                " no compiled scans"
+                f"module: expected one scan for each of {expected} layers, got {self._scans}; {_NO_REPEAT}"
             )
         return self._after
 
@@ -74,10 +77,14 @@ class Recorder:
         """The scan of a layer with the input x `[B, T, features]` and the parameters `p`, recorded."""
         return functools.partial(self._scan, unit, layer, x, p)
 
+    @torch.compiler.disable(reason="autograd.grad within a forward pass")
     def _scan(
         self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor], gates: Tensor, state: Tensor | None, *,
         reverse: bool, cu_seqlens: Tensor | None, chunk_size: int | None, **vectors: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self._scans += 1  # before the scan, as checkpointing may run it again within its own gradient
+        if torch.is_grad_enabled() != self._differentiated:
+            raise RuntimeError(f"module: expected one grad mode for a whole call, got both; {_NO_REPEAT}")
         dtype, batch = unit._state_dtypes(gates.dtype)[-1], gates.shape[0]
         past = of_state(unit, p, vectors)
         names = {name: full_name(self._paths[unit], name, layer) for name in past}
@@ -102,7 +109,6 @@ class Recorder:
             )  # fmt: skip
         after = _advanced(past, before, x, *grads[:2], dict(zip(rows, grads[2:], strict=True)))
         self._after |= {names[name]: trace for name, trace in after.items()}
-        self._scans += 1
         return (h, final) if differentiated else (h.detach(), final.detach())
 
 
@@ -174,7 +180,7 @@ def full_name(path: str, name: str, layer: int) -> str:
 
 
 def check(traces: Traces, name: str, of: Tensor, dtype: torch.dtype, batch: int | None) -> Tensor:
-    """The trace `name` of the tensor `of`. Raise unless there is one with `dtype`, on the device, for the batch size."""
+    """The trace `name` of the tensor `of`. Raise unless it has this dtype and batch size, and the shape and device."""
     if name not in traces:
         raise ValueError(f"traces: expected {name!r}, got {', '.join(traces) or 'none'}")
     trace = traces[name]
