@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .nn import MRUBase, MRUBlock, MRUNetwork, traces
+from .nn import MRUBase, MRUBlock, MRUNetwork
+from .nn.traces import Recorder, Traces, check_all, restarted
 from .nn.wrappers import unwrapped
 
 __all__ = ["Stream", "stream"]
@@ -39,7 +40,7 @@ class Stream:
         self.module = module
         self.gradient = gradient
         self.state: State | None = None
-        self._traces: traces.Traces | None = None
+        self._traces: Traces | None = None
         self._units = {name: m for name, m in unwrapped(module).named_modules() if isinstance(m, MRUBase)}
 
     @property
@@ -49,7 +50,9 @@ class Stream:
     @traces.setter
     def traces(self, value: dict[str, Tensor] | None) -> None:
         if value is not None:
-            self._check_traces(value)
+            if self.gradient is None:
+                raise ValueError('traces: expected a stream with gradient="traces", got one without')
+            check_all(value, self._units)
         self._traces = value
 
     def __call__(self, chunk: Tensor, resets: Tensor | None = None) -> Tensor:
@@ -69,10 +72,7 @@ class Stream:
         if self.gradient is None:
             output, state = self.module(chunk, state)
         else:
-            self._check_traceable(chunk)
-            with traces.Recorder(self._units, before, begins=state is None) as recorder:
-                output, state = self.module(chunk, state)
-            self._traces = recorder.result()
+            output, state = self._recorded(chunk, state, before)
         self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
         return output
 
@@ -81,7 +81,17 @@ class Stream:
         self.state = None
         self._traces = None
 
+    @torch.compiler.disable(reason="traces need the gradients of a forward pass within it")
+    def _recorded(self, chunk: Tensor, state: State | None, before: Traces | None) -> tuple[Tensor, State]:
+        """The module's results for a chunk. The traces advance."""
+        self._check_traceable(chunk)
+        with Recorder(self._units, before, begins=state is None) as recorder:
+            output, state = self.module(chunk, state)
+        self._traces = recorder.result()
+        return output, state
+
     def _check_traceable(self, chunk: Tensor) -> None:
+        _check_eager(self.module)
         if isinstance(chunk, PackedSequence):
             raise TypeError('input: expected a tensor with gradient="traces", got a PackedSequence')
         if torch.is_inference_mode_enabled():
@@ -89,22 +99,7 @@ class Stream:
         if self.state is None and self._traces is not None:
             raise ValueError("traces: expected None without a state, got traces; set both, or call reset")
 
-    def _check_traces(self, value: object) -> None:
-        """Raise unless `value` has the names and shapes of the traces of the module."""
-        if self.gradient is None:
-            raise ValueError('traces: expected a stream with gradient="traces", got one without')
-        if not isinstance(value, dict):
-            raise TypeError(f"traces: expected a dict of tensors or None, got {type(value).__name__}")
-        expected = traces.expected(self._units)
-        if value.keys() != expected.keys():
-            wrong = ", ".join(sorted(map(str, value.keys() ^ expected.keys())))
-            raise ValueError(
-                f"traces: expected the names of the module's traces, got other ones; they differ in {wrong}"
-            )
-        for name, (of, dtype) in expected.items():
-            traces.check(value, name, of, dtype, batch=None)
-
-    def _restarted(self, resets: Tensor) -> tuple[State | None, traces.Traces | None]:
+    def _restarted(self, resets: Tensor) -> tuple[State | None, Traces | None]:
         """State and traces in which the sequences of `resets` begin anew."""
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
@@ -124,7 +119,7 @@ class Stream:
             if self.gradient is not None:
                 new = new.detach()  # the traces give the initial state its gradient
             after.append(torch.where(resets.reshape(*batch, *[1] * (t.dim() - len(batch))), new, t))
-        before = None if self._traces is None else traces.restarted(self._traces, resets)
+        before = None if self._traces is None else restarted(self._traces, resets)
         return torch.stack(after) if layers else tuple(after), before
 
 
@@ -174,7 +169,7 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
         TypeError: the module is of another kind. With traces also: a block contains a unit of another package, such as
             `torch.nn.GRU`, whose channels read each other's states.
         ValueError: the module needs the whole sequence, because it is bidirectional or pools by the mean over time;
-            `gradient` is neither None nor "traces".
+            `gradient` is neither None nor "traces". With traces also: `torch.compile` compiles the module.
 
     Example::
 
@@ -203,11 +198,21 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
     if gradient not in (None, "traces"):
         raise ValueError(f'gradient: expected None or "traces", got {gradient!r}')
     if gradient is not None:
-        _check_can_trace(module)
+        _check_eager(module)
+        _check_units(module)
     return Stream(module, gradient)
 
 
-def _check_can_trace(module: torch.nn.Module) -> None:
+def _check_eager(module: torch.nn.Module) -> None:
+    """Raise where torch.compile compiles `module` or a part of it: traces need gradients within the forward pass."""
+    for part in module.modules():
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
+            raise ValueError(
+                'module: expected an eager one with gradient="traces", got one that torch.compile compiles'
+            )
+
+
+def _check_units(module: torch.nn.Module) -> None:
     """Raise unless every unit in the blocks of `module` can have traces."""
     for block in module.modules():
         for unit in block.units if isinstance(block, MRUBlock) else ():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mru_kernels as mk
+from mru_kernels import streaming
 from mru_kernels.nn import traces
 from tests import processes
 
@@ -328,17 +329,17 @@ def vectors_dropped(past, before, x, of_gates, of_state, of_vectors):
 
 ADVANCED = traces._advanced
 FAULTS = [
-    ("_advanced", decay_dropped), ("_advanced", inputs_dropped), ("_advanced", vectors_dropped),
-    ("restarted", lambda traces, resets: traces),
-    ("restarted", lambda traces, resets: {n: t * ~resets.reshape(-1, *[1] * (t.dim() - 1)) for n, t in traces.items()}),
+    (traces, "_advanced", decay_dropped), (traces, "_advanced", inputs_dropped), (traces, "_advanced", vectors_dropped),
+    (streaming, "restarted", lambda traces, resets: traces),
+    (streaming, "restarted", lambda traces, resets: {n: t * ~resets.reshape(-1, *[1] * (t.dim() - 1)) for n, t in traces.items()}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "fault"), FAULTS)
+@pytest.mark.parametrize(("module", "function", "fault"), FAULTS)
 @pytest.mark.parametrize("kind", ["FirstQuadrantBMRU, epsilon 0.5", "LRU"])
-def test_a_planted_fault_is_seen(monkeypatch, kind, function, fault):
+def test_a_planted_fault_is_seen(monkeypatch, kind, module, function, fault):
     """A trace that is not decayed, lacks a chunk, is not reset, or is reset to 0 for the initial state."""
-    monkeypatch.setattr(traces, function, fault)
+    monkeypatch.setattr(module, function, fault)
     with pytest.raises(AssertionError):
         test_resets_begin_new_sequences(kind)
 
@@ -475,27 +476,29 @@ def test_parametrized_weights():
     close(gradients(module), expected)
 
 
-def _compiled(module: torch.nn.Module) -> None:
-    """The scans of a compiled module run in eager mode while traces are recorded, and compiled at other times."""
+def test_a_compiled_module_raises_and_a_compiled_training_step_runs():
     torch._dynamo.reset()
-    x = draw(3, 24, 4)
-    call = torch.compile(module, backend="eager")
-    for gradient in (None, "traces", None, "traces"):
-        streamed(mk.stream(module, gradient=gradient), x, CUTS["equal"])
-        expected = gradients(module)
-        streamed(mk.stream(call, gradient=gradient), x, CUTS["equal"])
-        close(gradients(module), expected)
+    block, x = drawn(mk.MRUBlock, 4), draw(3, 24, 4)
+    with pytest.raises(ValueError, match=r"^module: expected an eager one"):
+        mk.stream(torch.compile(block, backend="eager"), gradient="traces")
+    feed = mk.stream(block, gradient="traces")
 
+    @torch.compile(backend="eager")
+    def step(chunk: Tensor) -> Tensor:
+        return feed(2.0 * chunk).square().sum()
 
-def test_torch_compile():
-    _compiled(drawn(mk.BMRU, 4, 6, epsilon=0.5))
-
-
-@pytest.mark.check
-def test_torch_compile_of_a_network():
-    module = drawn(mk.MRUNetwork, 4, 3, width=4, num_blocks=2, units=("bmru", "lru", "schmitt"))
-    module.blocks[0].units[0].compile(backend="eager")
-    _compiled(module)
+    step(x[:, :12]).backward()
+    step(x[:, 12:]).backward()
+    got = gradients(block)
+    feed.reset()
+    for chunk in x.split(12, 1):
+        feed(2.0 * chunk).square().sum().backward()
+    close(got, gradients(block))
+    block.units[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"^module: expected an eager one"):
+        mk.stream(block, gradient="traces")
+    with pytest.raises(ValueError, match=r"^module: expected an eager one"):
+        feed(x)
 
 
 def test_distributed_data_parallel(group_of_one):

@@ -233,9 +233,9 @@ class LRU(MRUBase, names=("lru",)):
     def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"decay": torch.polar(p["nu_log"].exp().neg().exp(), p["theta_log"].exp())}
 
-    def _scan(self, gates, initial_state, *, decay, **options):
+    def _scan(self, gates, initial_state, **options):
         update = torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
-        return linear_recurrence(decay, update, initial_state, **options)
+        return linear_recurrence(options.pop("decay"), update, initial_state, **options)
 
     def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         y = F.linear(torch.view_as_real(h).flatten(-2), p["weight_ho"])

@@ -75,9 +75,12 @@ class Recorder:
 
     def scan_of(self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor]) -> Callable[..., Any]:
         """The scan of a layer with the input x `[B, T, features]` and the parameters `p`, recorded."""
+        if torch.compiler.is_compiling():  # compiled code would keep this recorder
+            raise RuntimeError(
+                "module: expected an eager one, got one that torch.compile compiles, which has no traces"
+            )
         return functools.partial(self._scan, unit, layer, x, p)
 
-    @torch.compiler.disable(reason="autograd.grad within a forward pass")
     def _scan(
         self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor], gates: Tensor, state: Tensor | None, *,
         reverse: bool, cu_seqlens: Tensor | None, chunk_size: int | None, **vectors: Tensor,
@@ -86,7 +89,7 @@ class Recorder:
         if torch.is_grad_enabled() != self._differentiated:
             raise RuntimeError(f"module: expected one grad mode for a whole call, got both; {_NO_REPEAT}")
         dtype, batch = unit._state_dtypes(gates.dtype)[-1], gates.shape[0]
-        past = of_state(unit, p, vectors)
+        past = depends_on(unit, p, vectors)
         names = {name: full_name(self._paths[unit], name, layer) for name in past}
         state = gates.new_zeros((batch, unit.hidden_size), dtype=dtype) if state is None else state.to(dtype)
         before: Traces = {}
@@ -103,11 +106,11 @@ class Recorder:
             rest = {name: v for name, v in vectors.items() if name not in past}
             scan = functools.partial(unit._scan, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, **rest)
             h, final = _scan_rows(scan, gates, state, rows)
-            grads = torch.autograd.grad(
+            of_gates, of_state, *of_rows = torch.autograd.grad(
                 final, (gates, state, *rows.values()), torch.ones_like(final), retain_graph=differentiated,
                 materialize_grads=True,
             )  # fmt: skip
-        after = _advanced(past, before, x, *grads[:2], dict(zip(rows, grads[2:], strict=True)))
+        after = _advanced(past, before, x, of_gates, of_state, dict(zip(rows, of_rows, strict=True)))
         self._after |= {names[name]: trace for name, trace in after.items()}
         return (h, final) if differentiated else (h.detach(), final.detach())
 
@@ -136,7 +139,7 @@ class Remember(torch.autograd.Function):
         return grad, None, *grads
 
 
-def of_state(unit: MRUBase, p: dict[str, Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def depends_on(unit: MRUBase, p: dict[str, Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that the state of one scan depends on, by name: parameters, or functions of them.
 
     Rows of weight and bias that are real and imaginary parts of complex gates, in turn, become complex rows.
@@ -163,26 +166,12 @@ def of_state(unit: MRUBase, p: dict[str, Tensor], vectors: Mapping[str, Tensor])
     return found
 
 
-@torch.no_grad()
-def expected(units: Mapping[str, MRUBase]) -> dict[str, tuple[Tensor, torch.dtype]]:
-    """The tensors whose traces the units have, by full name, and the dtypes of the traces."""
-    found: dict[str, tuple[Tensor, torch.dtype]] = {}
-    for path, unit in units.items():
-        for layer, p in enumerate(unit._parameters_by_scan()):
-            dtype = unit._state_dtypes(p["weight_ih"].dtype)[-1]
-            past = of_state(unit, p, unit._vectors(p))
-            found |= {full_name(path, name, layer): (t, dtype) for name, t in past.items()}
-    return found
-
-
 def full_name(path: str, name: str, layer: int) -> str:
     return f"{path}{'.' if path else ''}{name}_l{layer}"
 
 
-def check(traces: Traces, name: str, of: Tensor, dtype: torch.dtype, batch: int | None) -> Tensor:
-    """The trace `name` of the tensor `of`. Raise unless it has this dtype and batch size, and the shape and device."""
-    if name not in traces:
-        raise ValueError(f"traces: expected {name!r}, got {', '.join(traces) or 'none'}")
+def check(traces: Traces, name: str, of: Tensor, dtype: torch.dtype, batch: int | None = None) -> Tensor:
+    """The trace `name` of the tensor `of`, checked: its device and batch size only where `batch` is given."""
     trace = traces[name]
     if not isinstance(trace, Tensor):
         raise TypeError(f"traces[{name!r}]: expected a tensor, got {type(trace).__name__}")
@@ -194,6 +183,24 @@ def check(traces: Traces, name: str, of: Tensor, dtype: torch.dtype, batch: int 
     if batch is not None and trace.device != of.device:
         raise ValueError(f"traces[{name!r}]: expected the module's device {of.device}, got {trace.device}")
     return trace
+
+
+@torch.no_grad()
+def check_all(traces: object, units: Mapping[str, MRUBase]) -> None:
+    """Raise unless `traces` has the names, shapes and dtypes of the traces of `units`."""
+    if not isinstance(traces, dict):
+        raise TypeError(f"traces: expected a dict of tensors or None, got {type(traces).__name__}")
+    expected: dict[str, tuple[Tensor, torch.dtype]] = {}
+    for path, unit in units.items():
+        for layer, p in enumerate(unit._parameters_by_scan()):
+            dtype = unit._state_dtypes(p["weight_ih"].dtype)[-1]
+            past = depends_on(unit, p, unit._vectors(p))
+            expected |= {full_name(path, name, layer): (t, dtype) for name, t in past.items()}
+    if traces.keys() != expected.keys():
+        wrong = ", ".join(sorted(map(str, traces.keys() ^ expected.keys())))
+        raise ValueError(f"traces: expected the names of the module's traces, got others; they differ in {wrong}")
+    for name, (of, dtype) in expected.items():
+        check(traces, name, of, dtype)
 
 
 def restarted(traces: Traces, resets: Tensor) -> Traces:
