@@ -327,11 +327,15 @@ def vectors_dropped(past, before, x, of_gates, of_state, of_vectors):
     return ADVANCED(past, before, x, of_gates, of_state, {n: torch.zeros_like(t) for n, t in of_vectors.items()})
 
 
+def all_to_zero(before, resets):
+    return {name: t * ~resets.reshape(-1, *[1] * (t.dim() - 1)) for name, t in before.items()}
+
+
 ADVANCED = traces._advanced
 FAULTS = [
     (traces, "_advanced", decay_dropped), (traces, "_advanced", inputs_dropped), (traces, "_advanced", vectors_dropped),
     (streaming, "restarted", lambda traces, resets: traces),
-    (streaming, "restarted", lambda traces, resets: {n: t * ~resets.reshape(-1, *[1] * (t.dim() - 1)) for n, t in traces.items()}),
+    (streaming, "restarted", all_to_zero),
 ]  # fmt: skip
 
 
