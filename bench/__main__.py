@@ -19,10 +19,11 @@ SUBCOMMANDS = {
     "gpu-check": ("gpu.command", "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`"),
     "profile": ("profile", "where the time goes"),
     "memory": ("memory", "what a training step keeps, by the length of its chunks"),
+    "online": ("online", "gradients of streams: errors and costs"),
     "report": ("report", "tables and figures from recorded results"),
 }
 
-_TIMED = ("speed", "profile", "memory")  # with the allocator pinned
+_TIMED = ("speed", "profile", "memory", "online")  # with the allocator pinned
 
 
 def main(argv: list[str]) -> int:
