@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import mru_kernels as mk
-from mru_kernels import streaming
 from mru_kernels.nn import traces
+from mru_kernels.streaming import traced
 from tests import processes
 
 CUTS = {"one step": [1] * 24, "equal": [8] * 3, "unequal": [5, 0, 12, 7], "whole": [24]}
@@ -334,8 +334,8 @@ def all_to_zero(before, resets):
 ADVANCED = traces._advanced
 FAULTS = [
     (traces, "_advanced", decay_dropped), (traces, "_advanced", inputs_dropped), (traces, "_advanced", vectors_dropped),
-    (streaming, "restarted", lambda traces, resets: traces),
-    (streaming, "restarted", all_to_zero),
+    (traced, "restarted", lambda traces, resets: traces),
+    (traced, "restarted", all_to_zero),
 ]  # fmt: skip
 
 
@@ -406,7 +406,7 @@ def test_traces_that_do_not_fit_raise():
     for module in (mk.BMRU(4, 5), mk.LRU(4, 6), mk.BMRU(4, 6, 2), mk.MRUBlock(4)):
         with pytest.raises((TypeError, ValueError), match=r"^traces"):
             mk.stream(module.double(), gradient="traces").traces = good
-    with pytest.raises(ValueError, match=r"^traces: expected a stream with gradient"):
+    with pytest.raises(ValueError, match=r"^traces: expected None, got traces"):
         mk.stream(feed.module).traces = good
     feed.state = None
     with pytest.raises(ValueError, match=r"^traces: expected None without a state"):

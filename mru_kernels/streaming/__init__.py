@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from .nn import MRUBase, MRUBlock, MRUNetwork
-from .nn.traces import Recorder, Traces, check_all, restarted
-from .nn.wrappers import unwrapped
+from ..nn import MRUBase, MRUBlock, MRUNetwork
+from ..nn.wrappers import unwrapped
 
 __all__ = ["Stream", "stream"]
 
@@ -36,24 +34,18 @@ class Stream:
         torch.Size([2, 7, 8])
     """
 
-    def __init__(self, module: torch.nn.Module, gradient: str | None = None) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
-        self.gradient = gradient
         self.state: State | None = None
-        self._traces: Traces | None = None
-        self._units = {name: m for name, m in unwrapped(module).named_modules() if isinstance(m, MRUBase)}
 
     @property
     def traces(self) -> dict[str, Tensor] | None:
-        return self._traces
+        return None
 
     @traces.setter
     def traces(self, value: dict[str, Tensor] | None) -> None:
         if value is not None:
-            if self.gradient is None:
-                raise ValueError('traces: expected a stream with gradient="traces", got one without')
-            check_all(value, self._units)
-        self._traces = value
+            raise ValueError('traces: expected None, got traces; only stream(module, gradient="traces") takes them')
 
     def __call__(self, chunk: Tensor, resets: Tensor | None = None) -> Tensor:
         """The module's output for the next chunk of time, which may have any length. The new state is kept.
@@ -66,46 +58,25 @@ class Stream:
         Raises:
             TypeError, ValueError: as the module, and for `resets` and traces that do not fit; the message names them.
         """
-        state, before = self.state, self._traces
-        if resets is not None:
-            state, before = self._restarted(resets)
-        if self.gradient is None:
-            output, state = self.module(chunk, state)
-        else:
-            output, state = self._recorded(chunk, state, before)
-        self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
+        state = self.state if resets is None else self._restarted(resets)
+        output, state = self.module(chunk, state)
+        self._keep(state)
         return output
 
     def reset(self) -> None:
         """Drop the state and the traces. The next chunk starts new sequences."""
         self.state = None
-        self._traces = None
 
-    @torch.compiler.disable(reason="traces need the gradients of a forward pass within it")
-    def _recorded(self, chunk: Tensor, state: State | None, before: Traces | None) -> tuple[Tensor, State]:
-        """The module's results for a chunk. The traces advance."""
-        self._check_traceable(chunk)
-        with Recorder(self._units, before, begins=state is None) as recorder:
-            output, state = self.module(chunk, state)
-        self._traces = recorder.result()
-        return output, state
+    def _keep(self, state: State) -> None:
+        self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
 
-    def _check_traceable(self, chunk: Tensor) -> None:
-        _check_eager(self.module)
-        if isinstance(chunk, PackedSequence):
-            raise TypeError('input: expected a tensor with gradient="traces", got a PackedSequence')
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError('stream: gradient="traces" needs gradients, which inference mode excludes; use no_grad')
-        if self.state is None and self._traces is not None:
-            raise ValueError("traces: expected None without a state, got traces; set both, or call reset")
-
-    def _restarted(self, resets: Tensor) -> tuple[State | None, Traces | None]:
-        """State and traces in which the sequences of `resets` begin anew."""
+    def _restarted(self, resets: Tensor) -> State | None:
+        """The state in which the sequences of `resets` begin anew."""
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
             raise TypeError(f"resets: expected a bool tensor, got {came}")
         if self.state is None:
-            return None, self._traces
+            return None
         layers = isinstance(self.state, Tensor)  # stacked
         tensors = list(self.state)
         batch = tensors[0].shape[:-1] if layers else tensors[0].shape[:1]
@@ -116,11 +87,8 @@ class Stream:
         after = []
         for t, start in zip(tensors, _starts(unwrapped(self.module)), strict=True):
             new = t.new_zeros(()) if start is None else start.to(t.dtype)
-            if self.gradient is not None:
-                new = new.detach()  # the traces give the initial state its gradient
             after.append(torch.where(resets.reshape(*batch, *[1] * (t.dim() - len(batch))), new, t))
-        before = None if self._traces is None else restarted(self._traces, resets)
-        return torch.stack(after) if layers else tuple(after), before
+        return torch.stack(after) if layers else tuple(after)
 
 
 def _starts(module: torch.nn.Module) -> list[Tensor | None]:
@@ -195,29 +163,10 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
         )
     if isinstance(inner, MRUNetwork) and inner.pool == "mean":
         raise ValueError('module: expected no pool or pool="last", got pool="mean", which needs every step at once')
-    if gradient not in (None, "traces"):
+    if gradient is None:
+        return Stream(module)
+    if gradient != "traces":
         raise ValueError(f'gradient: expected None or "traces", got {gradient!r}')
-    if gradient is not None:
-        _check_eager(module)
-        _check_units(module)
-    return Stream(module, gradient)
+    from .traced import TracedStream  # imports torch's compiler, which takes seconds
 
-
-def _check_eager(module: torch.nn.Module) -> None:
-    """Raise where torch.compile compiles `module` or a part of it: traces need gradients within the forward pass."""
-    for part in module.modules():
-        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
-            raise ValueError(
-                'module: expected an eager one with gradient="traces", got one that torch.compile compiles'
-            )
-
-
-def _check_units(module: torch.nn.Module) -> None:
-    """Raise unless every unit in the blocks of `module` can have traces."""
-    for block in module.modules():
-        for unit in block.units if isinstance(block, MRUBlock) else ():
-            if not isinstance(unit, MRUBase):
-                raise TypeError(
-                    'module: expected units of this package with gradient="traces", got a'
-                    f" {type(unit).__name__}, which has no traces"
-                )
+    return TracedStream(module)
