@@ -34,10 +34,10 @@ UNITS: dict[str, Callable[[], mk.nn.MRUBase]] = {
     "LRU": lambda: mk.LRU(_CHANNELS, _CHANNELS, 2, r_min=0.98, r_max=0.999, max_phase=0.1, dtype=torch.float64),
 }
 
-#: Steps of the sequence, steps of a chunk or None, and `gradient`: what a step costs.
+#: Steps of the sequence, steps of a chunk or None, and `gradient`. A stream of 16 chunks costs as much a step as any.
 COSTS = [
     *((steps, None, None) for steps in (1024, 4096, 16384)),
-    *((4096, chunk, gradient) for chunk in (1, 16, 64, 256, 1024) for gradient in (None, "traces")),
+    *((16 * chunk, chunk, gradient) for chunk in (1, 16, 64, 256) for gradient in (None, "traces")),
 ]
 
 

@@ -75,10 +75,6 @@ class Recorder:
 
     def scan_of(self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor]) -> Callable[..., Any]:
         """The scan of a layer with the input x `[B, T, features]` and the parameters `p`, recorded."""
-        if torch.compiler.is_compiling():  # compiled code would keep this recorder
-            raise RuntimeError(
-                "module: expected an eager one, got one that torch.compile compiles, which has no traces"
-            )
         return functools.partial(self._scan, unit, layer, x, p)
 
     def _scan(
@@ -127,9 +123,12 @@ class Remember(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        grads = []
+        grads: list[Tensor | None] = []
         with torch.autocast(grad.device.type, enabled=False):
-            for trace, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            for trace, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True):
+                if not needed:
+                    grads.append(None)
+                    continue
                 of_rows = _per_row(grad, trace).to(trace.dtype)
                 if trace.dim() == 2:
                     total = (of_rows * trace).sum(0)

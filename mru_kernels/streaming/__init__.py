@@ -116,7 +116,9 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
     of `B D (gates (features + 1) + vectors)` numbers a layer:
 
     - exactly for the recurrent parameters of the last recurrent layer, also of units in one block, and for all above;
-    - for those of the layers below, without the paths that cross the start of a chunk in the state of a layer above;
+    - for those of the layers below, without the paths that cross the start of a chunk in the state of a layer above: in
+      two layers of `MinGRU` and chunks of 8 steps, the gradient of the lower layer has a cosine of 0.72 with that of
+      the whole sequence, and of 0.23 without traces (`python -m bench online`);
     - for all below the first projection, such as an embedding, within the chunk only, as without traces.
 
     Recurrent parameters are all that the state depends on: weight, bias, thresholds, decays and learned initial states
