@@ -19,10 +19,11 @@ SUBCOMMANDS = {
     "gpu-check": ("gpu.command", "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`"),
     "profile": ("profile", "the time of each op or kernel in a call"),
     "memory": ("memory", "memory of a training step for each chunk_size"),
+    "online": ("online", "gradients of streams: errors and costs"),
     "report": ("report", "tables and figures from recorded results"),
 }
 
-_TIMED = ("speed", "profile", "memory")  # commands that run with the allocator pinned
+_TIMED = ("speed", "profile", "memory", "online")  # commands that run with the allocator pinned
 
 
 def main(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from examples import charlm, common, copy_first, digits, first_steps, vowels
+from examples import charlm, common, copy_first, digits, first_steps, online_gradients, vowels
 
 SMALL = ["--seeds", "1", "--workers", "1"]
 
@@ -194,6 +194,32 @@ def test_digits(tmp_path):
         cells = row.strip("| ").split(" | ")
         assert all(0 <= float(cell) <= 100 for cell in cells[-2:])
     assert float(rows[1].strip("| ").split(" | ")[-1]) > 15  # the LRU has learned something; chance is 10
+
+
+# ------------------------------------------------------------------------------------------------ online_gradients
+
+
+def test_chunks_with_traces_have_the_gradient_of_the_whole_sequence():
+    torch.manual_seed(0)
+    model = online_gradients.Model().double()
+    x, first = online_gradients.draw(3, 100, torch.Generator().manual_seed(0))
+    gradients = []
+    for output in (model(x.double()), *(model.in_chunks(x.double(), 10, gradient) for gradient in ("traces", None))):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(output, first).backward()
+        gradients.append(model.unit.weight_ih_l0.grad.clone())
+    whole, traced, truncated = gradients
+    torch.testing.assert_close(traced, whole, rtol=1e-10, atol=1e-14)
+    assert (truncated - whole).norm() > 0.1 * whole.norm()
+
+
+def test_online_gradients(tmp_path):
+    options = ["--steps", "60", "--lengths", "100", "--out", str(tmp_path)]
+    online_gradients.main([*SMALL, *options])
+    _, _, *rows = page(tmp_path, "online_gradients")[:5]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in online_gradients.METHODS]
+    whole, traced, truncated = (percent(row)[0] for row in rows)
+    assert min(whole, traced) > 90 > 40 > truncated  # chance is 25
 
 
 # ------------------------------------------------------------------------------------------------ vowels

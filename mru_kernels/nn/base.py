@@ -19,6 +19,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import backends, checks, ops
+from . import traces
 from .arguments import check_dropout, check_input_dtype, check_sizes, constructor
 from .wrappers import fx_node
 
@@ -68,6 +69,9 @@ class MRUBase(torch.nn.Module):
 
     per_channel: ClassVar[Mapping[str, float]] = {}
     """The parameters `[D]` that `_scan` gets by name, with their initial value."""
+
+    output_only: ClassVar[tuple[str, ...]] = ()
+    """The names in `per_channel` that change the output and not the state."""
 
     initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
     """The two values from which a learned initial state is drawn."""
@@ -301,6 +305,7 @@ class MRUBase(torch.nn.Module):
         """Run all scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output, and `h_n`."""
         outputs: list[Tensor] = []
         finals: list[Tensor] = []
+        recorder = traces.active.recorder
         for i, p in enumerate(parameters):
             reverse = self.bidirectional and i % 2 == 1
             if i > 0 and not reverse:
@@ -308,13 +313,15 @@ class MRUBase(torch.nn.Module):
                 if self.dropout > 0.0 and self.training:
                     x = F.dropout(x, self.dropout)
             gates = self._project(x, p)
+            if recorder is not None:
+                scan = recorder.scan_of(self, i, x.transpose(0, 1) if time_first else x, p)
             h, final = scan(
                 gates.transpose(0, 1) if time_first else gates,
                 self._initial_state(None if hx is None else hx[len(finals)], sequences, p),
                 reverse=reverse,
                 cu_seqlens=cu_seqlens,
                 chunk_size=self.chunk_size,
-                **{name: p[name] for name in self.per_channel},
+                **self._vectors(p),
             )
             outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, p))
             finals.append(final)
@@ -322,10 +329,18 @@ class MRUBase(torch.nn.Module):
 
     def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """All gates of one scan, `[*, gates * D]`, from one matrix product."""
+        return F.linear(x, *self._gate_weights(p))
+
+    def _gate_weights(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The weight `[gates * D, features]` and bias `[gates * D]` of the map from a scan's input to its gates."""
         bias = p.get("bias_ih")
         if bias is not None and self._gates_without_bias:
             bias = F.pad(bias, (self._gates_without_bias * self.hidden_size, 0))
-        return F.linear(x, p["weight_ih"], bias)
+        return p["weight_ih"], bias
+
+    def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors `[D]` that `_scan` gets by name. Complex states need complex ones."""
+        return {name: p[name] for name in self.per_channel}
 
     def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """The output `[*, D]` of one layer and direction, from the result `h` of its scan and its input `x`."""

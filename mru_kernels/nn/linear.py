@@ -224,14 +224,18 @@ class LRU(MRUBase, names=("lru",)):
             p["skip"].normal_(std=1.0 if p["skip"].dim() == 1 else features**-0.5)
 
     def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        gamma, weight = p["gamma_log"].exp(), p["weight_ih"]
-        product = F.linear(x, gamma.repeat_interleave(2).unsqueeze(1) * weight)
-        return product.to(weight.dtype)  # autocast computes the product in half precision, which no complex dtype has
+        product = super()._project(x, p)
+        return product.to(p["weight_ih"].dtype)  # autocast computes it in half precision, which no complex dtype has
+
+    def _gate_weights(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return p["gamma_log"].exp().repeat_interleave(2).unsqueeze(1) * p["weight_ih"], None
+
+    def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"decay": torch.polar(p["nu_log"].exp().neg().exp(), p["theta_log"].exp())}
 
     def _scan(self, gates, initial_state, **options):
-        decay = torch.polar(options.pop("nu_log").exp().neg().exp(), options.pop("theta_log").exp())
         update = torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
-        return linear_recurrence(decay, update, initial_state, **options)
+        return linear_recurrence(options.pop("decay"), update, initial_state, **options)
 
     def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         y = F.linear(torch.view_as_real(h).flatten(-2), p["weight_ho"])

@@ -28,6 +28,8 @@ class WriteOrHold(MRUBase):
         [1.0]
     """
 
+    output_only = ("alpha",)
+
     # `_epsilon` is a 0-dim float64 CPU tensor. No dtype or device move reaches it, so one compilation serves all its
     # values, and no launch waits for a device. It is extra state of the `state_dict` and not a buffer:
     # DistributedDataParallel broadcasts buffers, which NCCL cannot do with CPU tensors, and FSDP moves them. Every
