@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "profile": ("profile", "the time of each op or kernel in a call"),
     "memory": ("memory", "memory of a training step for each chunk_size"),
     "online": ("online", "gradients of streams: errors and costs"),
+    "blocks": ("blocks", "memory and time of training in blocks of time"),
     "report": ("report", "tables and figures from recorded results"),
 }
 

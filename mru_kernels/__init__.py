@@ -13,11 +13,12 @@ import typing as _typing
 from importlib.metadata import version as _version
 
 from .backends import available_backends
+from .blocks import blocked
 from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MinGRU, MinLSTM, MRUBlock, MRUNetwork
+from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MemoryCache, MinGRU, MinLSTM, MRUBlock, MRUNetwork
 from .schedule import EpsilonSchedule
 from .streaming import stream
 
@@ -31,9 +32,11 @@ __all__ = [
     "FirstQuadrantBMRU",
     "MRUBlock",
     "MRUNetwork",
+    "MemoryCache",
     "MinGRU",
     "MinLSTM",
     "available_backends",
+    "blocked",
     "bmru",
     "bmru_step",
     "distributed",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from examples import charlm, common, copy_first, digits, first_steps, online_gradients, vowels
+from examples import charlm, common, copy_first, digits, first_steps, online_gradients, recall, vowels
 
 SMALL = ["--seeds", "1", "--workers", "1"]
 
@@ -321,3 +321,49 @@ def test_the_manual_is_there():
     assert len(text.train) > 300_000
     assert 50 < len(text.characters) < 200
     assert 4 < text.entropy() < 6
+
+
+# ------------------------------------------------------------------------------------------------ recall
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_recall_shows_what_it_asks_for(task):
+    x, answers = recall.TASKS[task][0](400, 40, torch.Generator().manual_seed(0))
+    if task == "first":
+        assert x[:, 0, copy_first.SYMBOLS].eq(1.0).all()
+        assert (x[:, 0, : copy_first.SYMBOLS].argmax(-1) == answers).float().mean() > 0.7
+        return
+    keys, values = x[..., : recall.KEYS], x[..., recall.KEYS : recall.KEYS + recall.VALUES]
+    shown, asked = x[..., -2] == 1.0, x[..., -1] == 1.0
+    assert shown.sum(1).eq(recall.PAIRS).all()
+    assert asked[:, -1].all()
+    assert not asked[:, :-1].any()
+    assert not shown[:, -1].any()
+    right = []
+    for i in range(400):
+        steps = shown[i].nonzero().flatten()
+        found = steps[keys[i, steps].argmax(-1) == keys[i, -1].argmax()]
+        right += [values[i, found].sum(0).argmax() == answers[i]]
+    assert sum(right) / 400 > 0.9  # the noise has a standard deviation of 0.3
+
+
+def test_recall(tmp_path):
+    options = [
+        "--steps",
+        "2",
+        "--units",
+        "minGRU",
+        "--lengths",
+        "100",
+        "600",
+        "--sequences",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    recall.main([*SMALL, *options, "--caches", *recall.CACHES])
+    _, _, *rows = page(tmp_path, "recall")[: 2 + 2 * len(recall.CACHES)]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        [f"| {task}", "minGRU", cache] for task in recall.TASKS for cache in recall.CACHES
+    ]
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row.strip("| ").split(" | ")[3:])

@@ -20,7 +20,7 @@ LAYERS = [
     ["ops"],
     ["cells"],
     ["nn"],
-    ["schedule", "streaming", "distributed", "export"],
+    ["blocks", "schedule", "streaming", "distributed", "export"],
 ]
 PARTS = [part for layer in LAYERS for part in layer]
 

@@ -79,11 +79,12 @@ def test_the_environment_variables_that_are_read():
 
 def _modules() -> list[torch.nn.Module]:
     network = units.network()
-    return [*(units.unit(cls) for cls in units.UNITS), network, network.blocks[0]]
+    cache = mk.MemoryCache(mk.BMRU(4, 6), segment=2)
+    return [*(units.unit(cls) for cls in units.UNITS), network, network.blocks[0], cache]
 
 
 def test_every_public_module_is_saved_here():
-    public = {getattr(mk, name) for name in mk.__all__ if name != "distributed"}
+    public = {getattr(mk, name) for name in mk.__all__ if name not in ("distributed", "export")}
     modules = {value for value in public if inspect.isclass(value) and issubclass(value, torch.nn.Module)}
     assert {type(module) for module in _modules()} == modules
 
@@ -94,6 +95,12 @@ def test_states_load_without_executing_code(module, tmp_path):
     feed = mk.stream(module)
     feed(torch.randn(2, 5, 4))
     _save_and_load({"module": module.state_dict(), "stream": feed.state}, tmp_path / "saved")
+
+
+def test_traces_load_without_executing_code(tmp_path):
+    feed = mk.stream(units.network(), gradient="traces")
+    feed(torch.randn(2, 5, 4))
+    _save_and_load(feed.traces, tmp_path / "saved")
 
 
 def test_a_schedule_loads_without_executing_code(tmp_path):

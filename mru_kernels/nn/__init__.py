@@ -6,6 +6,7 @@ its per-channel inputs and its scan.
 
 from .base import UNITS, MRUBase
 from .linear import LRU, MinGRU, MinLSTM
+from .memory_cache import MemoryCache
 from .network import MRUBlock, MRUNetwork
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
@@ -19,6 +20,7 @@ __all__ = [
     "MRUBase",
     "MRUBlock",
     "MRUNetwork",
+    "MemoryCache",
     "MinGRU",
     "MinLSTM",
     "WriteOrHold",

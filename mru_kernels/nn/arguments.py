@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
 import torch
@@ -99,3 +99,22 @@ def check_input_dtype(input: Tensor, dtype: torch.dtype) -> None:
     converts = dtypes <= set(checks.STREAM_DTYPES) and torch.float64 not in dtypes
     if not converts or checks.autocast_dtype(input.device) is None:
         raise TypeError(f"input: expected the module's dtype {dtype}, got {input.dtype}")
+
+
+def check_state(state: object, count: int) -> None:
+    """Raise unless `state` is a tuple or list of `count` tensors."""
+    if not isinstance(state, (tuple, list)) or not all(isinstance(t, Tensor) for t in state):
+        raise TypeError(f"state: expected a tuple of tensors, as a call returns it, got {type(state).__name__}")
+    if len(state) != count:
+        raise ValueError(f"state: expected {count} tensors, as a call returns them, got {len(state)}")
+
+
+def check_state_shapes(
+    state: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], device: torch.device, first: int = 0
+) -> None:
+    """Raise unless the tensors of a state, from number `first` on, have these shapes and are on the device."""
+    for i, (tensor, shape) in enumerate(zip(state, shapes, strict=True), first):
+        if tensor.shape != shape:
+            raise ValueError(f"state: expected shape {list(shape)} for tensor {i}, got {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"state: expected the input's device {device} for tensor {i}, got {tensor.device}")

@@ -224,7 +224,7 @@ class MRUBase(torch.nn.Module):
             return self._forward_packed(input, hx)
         parameters = self._parameters_by_scan()
         scan = self._scan
-        if _parallel is not None:  # a call of `distributed.SequenceParallel`
+        if _parallel is not None:  # a call of `distributed.SequenceParallel` or `MemoryCache`
             parameters = _parallel.parameters(parameters)
             scan = functools.partial(_parallel.scan, self._scan)
         order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"

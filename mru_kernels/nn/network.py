@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
-from .arguments import check_choice, check_input_dtype, check_sizes, constructor
-from .base import UNITS
-from .wrappers import fx_node
+from .arguments import check_choice, check_input_dtype, check_sizes, check_state, check_state_shapes, constructor
+from .base import UNITS, MRUBase
+from .memory_cache import MemoryCache
+from .wrappers import fx_node, unwrapped
 from .write_or_hold import WriteOrHold
 
 Units = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -71,6 +72,7 @@ class MRUBlock(_WithUnits):
         combine: "sum" or "concatenate", how to combine the outputs of the units.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
         mlp_size: number of channels inside the MLP; twice `width` if None.
+        cache: arguments of a `MemoryCache` around every unit, such as `{"segment": 64}`; None for no cache.
         dropout: probability of dropout at the end of each branch.
         device, dtype: of the parameters; the units restrict the dtype.
 
@@ -79,8 +81,9 @@ class MRUBlock(_WithUnits):
 
         input, output: `[B, T, width]`, T >= 1.
         state: a tuple of tensors. With a convolution the first is its last `conv_size - 1` inputs
-            `[B, width, conv_size - 1]`. The others are the states of the units, `[B, hidden_size]` each. A call with
-            the returned state continues the sequences. None stands for zeros and the units' own initial states.
+            `[B, width, conv_size - 1]`. The others are the states of the units, `[B, hidden_size]` each, or those of
+            their caches. A call with the returned state continues the sequences. None stands for zeros and the units'
+            own initial states.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -103,6 +106,7 @@ class MRUBlock(_WithUnits):
         combine: str = "sum",
         conv_size: int = 0,
         mlp_size: int | None = None,
+        cache: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -114,25 +118,30 @@ class MRUBlock(_WithUnits):
         check_sizes(hidden_size=hidden_size, mlp_size=mlp_size)
         check_sizes(0, conv_size=conv_size)
         check_choice("combine", combine, ("sum", "concatenate"))
+        if not (cache is None or isinstance(cache, Mapping)):
+            raise TypeError(f"cache: expected a mapping of arguments or None, got {type(cache).__name__}")
         named = _units(units)
         self.width = width
         self.hidden_size = hidden_size
         self.combine = combine
         self.conv_size = conv_size
+        self.cache = cache
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         mixed = hidden_size * (len(named) if combine == "concatenate" else 1)
         self.norm = torch.nn.RMSNorm(width, **where)
         self.conv = torch.nn.Conv1d(width, width, conv_size, groups=width, **where) if conv_size else None
-        self.units = torch.nn.ModuleList(
+        made: list[Any] = [
             UNITS[name](width, hidden_size, batch_first=True, **options, **where) for name, options in named
-        )
+        ]
+        self.units = torch.nn.ModuleList(made if cache is None else (MemoryCache(unit, **cache) for unit in made))
         self.gate = torch.nn.Linear(width, mixed, bias=False, **where)
         self.out = torch.nn.Linear(mixed, width, bias=False, **where)
         self.mlp_norm = torch.nn.RMSNorm(width, **where)
         self.mlp_in = torch.nn.Linear(width, 2 * mlp_size, **where)
         self.mlp_out = torch.nn.Linear(mlp_size, width, **where)
         self.dropout = torch.nn.Dropout(dropout)
-        self.num_states = len(self.units) + (conv_size > 0)
+        per_unit = [unit.num_states if isinstance(unit, MemoryCache) else 1 for unit in self.units]
+        self.num_states = sum(per_unit) + (conv_size > 0)
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the block; the class describes the arguments, results and errors."""
@@ -156,10 +165,16 @@ class MRUBlock(_WithUnits):
             after.append(padded[..., input.shape[1] :].clone())  # a view would keep `padded` in memory
             v = F.silu(self.conv(padded)).transpose(1, 2)
         outputs = []
-        for unit, before in zip(self.units, given, strict=True):
-            output, h_n = unit(v, None if before is None else before.unsqueeze(0))
+        for unit in self.units:
+            if isinstance(unit, MemoryCache):
+                own, given = given[: unit.num_states], given[unit.num_states :]
+                output, states = unit(v, None if state is None else own)
+                after += states
+            else:
+                before = given.pop(0)
+                output, h_n = unit(v, None if before is None else before.unsqueeze(0))
+                after.append(h_n.squeeze(0))
             outputs.append(output)
-            after.append(h_n.squeeze(0))
         mixed = torch.cat(outputs, -1) if self.combine == "concatenate" else sum(outputs[1:], start=outputs[0])
         # A gate that changes sign with the input, like SiLU, gives what was stored long ago gradients of either sign.
         x = input + self.dropout(self.out(mixed * self.gate(u).sigmoid()))
@@ -169,17 +184,12 @@ class MRUBlock(_WithUnits):
         """The tensors of `state`, with shapes and devices checked; each unit checks the dtype of its own."""
         if state is None:
             return [None] * self.num_states
-        _check_state(state, self.num_states)
-        batch = input.shape[0]
+        check_state(state, self.num_states)
+        batch, checked = input.shape[0], list(state)
         shapes: list[tuple[int, ...]] = [(batch, self.width, self.conv_size - 1)] if self.conv is not None else []
-        shapes += [(batch, self.hidden_size)] * len(self.units)
-        for i, (tensor, shape) in enumerate(zip(state, shapes, strict=True)):
-            if tensor.shape != shape:
-                raise ValueError(f"state: expected shape {list(shape)} for tensor {i}, got {list(tensor.shape)}")
-            if tensor.device != input.device:
-                raise ValueError(
-                    f"state: expected the input's device {input.device} for tensor {i}, got {tensor.device}"
-                )
+        if self.cache is None:
+            shapes += [(batch, self.hidden_size)] * len(self.units)
+        check_state_shapes(checked[: len(shapes)], shapes, input.device)  # a MemoryCache checks its own
         return list(state)
 
 
@@ -191,7 +201,7 @@ class MRUNetwork(_WithUnits):
         output_size: number of features of the output.
         width: number of features of the residual stream.
         num_blocks: number of `MRUBlock`s.
-        units, hidden_size, combine, conv_size, mlp_size, dropout: arguments of every `MRUBlock`.
+        units, hidden_size, combine, conv_size, mlp_size, cache, dropout: arguments of every `MRUBlock`.
         tokens: whether the input is token numbers, which an embedding maps, or features, which a linear map maps.
         pool: None for an output at every step, "last" for one output at the last step, "mean" for one output of the
             mean over all steps of a call.
@@ -234,6 +244,7 @@ class MRUNetwork(_WithUnits):
         combine: str = "sum",
         conv_size: int = 0,
         mlp_size: int | None = None,
+        cache: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         tokens: bool = False,
         pool: str | None = None,
@@ -253,7 +264,7 @@ class MRUNetwork(_WithUnits):
         blocks = [
             MRUBlock(
                 width, units, hidden_size=hidden_size, combine=combine, conv_size=conv_size, mlp_size=mlp_size,
-                dropout=dropout, **where,
+                cache=cache, dropout=dropout, **where,
             )
             for _ in range(num_blocks)
         ]  # fmt: skip
@@ -271,7 +282,7 @@ class MRUNetwork(_WithUnits):
         if not self.tokens:
             check_input_dtype(input, dtype)
         if state is not None:
-            _check_state(state, sum(self._num_states))
+            check_state(state, sum(self._num_states))
         x = self.input_map(input).to(dtype)  # also under autocast the residual stream keeps full precision
         after: tuple[Tensor, ...] = ()
         for block, count in zip(self.blocks, self._num_states, strict=True):
@@ -331,11 +342,17 @@ def _check_shape(input: Tensor, size: int, name: str, rank: int) -> None:
         raise ValueError(f"input: expected shape {expected}{name}={size}], got {list(input.shape)}")
 
 
-def _check_state(state: State, count: int) -> None:
-    if not isinstance(state, (tuple, list)) or not all(isinstance(t, Tensor) for t in state):
-        raise TypeError(f"state: expected a tuple of tensors, as a call returns it, got {type(state).__name__}")
-    if len(state) != count:
-        raise ValueError(f"state: expected {count} tensors, as a call returns them, got {len(state)}")
+def check_one_direction(name: str, module: object) -> torch.nn.Module:
+    """The module inside its wrappers. Raise unless it is a module of this package with one direction of time."""
+    inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
+    if not isinstance(inner, (MRUBase, MemoryCache, MRUBlock, MRUNetwork)):
+        kind = type(inner).__name__
+        raise TypeError(f"{name}: expected a recurrent module, MRUBlock or MRUNetwork of this package, got {kind}")
+    if isinstance(inner, MRUBase) and inner.bidirectional:
+        raise ValueError(
+            f"{name}: expected one direction, got a bidirectional one, whose second starts at the last step"
+        )
+    return inner
 
 
 def _units(units: Units) -> list[tuple[str, Mapping[str, Any]]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..nn import MRUBase, MRUBlock, MRUNetwork
+from ..nn import MemoryCache, MRUBase, MRUBlock, MRUNetwork
+from ..nn.network import check_one_direction
 from ..nn.wrappers import unwrapped
 
 __all__ = ["Stream", "stream"]
@@ -75,6 +76,8 @@ class Stream:
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
             raise TypeError(f"resets: expected a bool tensor, got {came}")
+        if any(isinstance(part, MemoryCache) for part in self.module.modules()):
+            raise ValueError("resets: expected None for a MemoryCache, whose sequences count their steps together")
         if self.state is None:
             return None
         layers = isinstance(self.state, Tensor)  # stacked
@@ -155,14 +158,7 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
         >>> feed.traces["weight_ih_l0"].shape
         torch.Size([2, 16, 3])
     """
-    inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
-    if not isinstance(inner, (MRUBase, MRUBlock, MRUNetwork)):
-        kind = type(inner).__name__
-        raise TypeError(f"module: expected a recurrent module, MRUBlock or MRUNetwork of this package, got {kind}")
-    if isinstance(inner, MRUBase) and inner.bidirectional:
-        raise ValueError(
-            "module: expected one direction, got a bidirectional one, whose second starts at the last step"
-        )
+    inner = check_one_direction("module", module)
     if isinstance(inner, MRUNetwork) and inner.pool == "mean":
         raise ValueError('module: expected no pool or pool="last", got pool="mean", which needs every step at once')
     if gradient is None:

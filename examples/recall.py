@@ -1,0 +1,141 @@
+"""Whether a cache of past segments helps units to recall: the first symbol, and the value of a key.
+
+`first` is the task of `examples.copy_first`: a symbol is shown at the first step, under noise, and must be named after
+the last step. In `pairs`, a small form of associative recall (MQAR, arXiv 2312.04927), pairs of a key and a value are
+shown at random steps under noise. The last step shows one of the keys, and its value must be named.
+
+Each unit is in a network of one block, with and without a `MemoryCache`. Training is at one length; tests are at this
+length and at longer ones, in chunks, from state to state.
+
+Run from the repository's root: `python -m examples.recall`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mru_kernels as mk
+from examples import common, copy_first
+
+TRAIN_LENGTH = 64
+SEGMENT = 16
+BATCH = 32
+WIDTH = 32
+CHUNK = 512  # steps that a test has in memory
+LEARNING_RATE = 5e-3
+KEYS = VALUES = 4
+PAIRS = 3  # shown in a sequence
+NOISE = 0.3  # standard deviation, in `pairs`
+
+#: Initial time scales reach the length of training.
+UNITS: dict[str, dict[str, dict[str, Any]]] = {
+    "BMRU": {"bmru": {}},
+    "minGRU": {"min_gru": {"max_time_scale": float(TRAIN_LENGTH)}},
+    "LRU": {"lru": {"r_min": 0.9, "r_max": 0.999, "max_phase": 0.1}},
+}
+CACHES: dict[str, dict[str, Any] | None] = {
+    "no cache": None,
+    "gated": {"segment": SEGMENT},
+    "sparse": {"segment": SEGMENT, "mode": "sparse", "top_k": 1},
+    "residual": {"segment": SEGMENT, "mode": "residual"},
+    "gated, restart": {"segment": SEGMENT, "restart": True},
+}
+
+
+def first(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs `[B, T, features]` and the symbol `[B]` of each."""
+    symbols = copy_first.draw_symbols(sequences, generator)
+    return copy_first.show(copy_first.noise(sequences, length, generator), symbols), symbols
+
+
+def pairs(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs `[B, T, features]` and the value `[B]` of the key that the last step shows.
+
+    The features are keys, values, and marks of a pair and of the question.
+    """
+    x = NOISE * torch.randn(sequences, length, KEYS + VALUES + 2, generator=generator)
+    x[..., KEYS + VALUES :] = 0.0
+    rows = torch.arange(sequences).unsqueeze(1)
+    keys = torch.rand(sequences, KEYS, generator=generator).argsort(1)[:, :PAIRS]
+    values = torch.randint(VALUES, (sequences, PAIRS), generator=generator)
+    steps = torch.rand(sequences, length - 1, generator=generator).argsort(1)[:, :PAIRS]
+    for feature in (keys, KEYS + values, torch.full_like(keys, KEYS + VALUES)):
+        x[rows, steps, feature] += 1.0
+    x[:, -1] += F.one_hot(keys[:, 0], x.shape[-1]) + F.one_hot(torch.tensor(KEYS + VALUES + 1), x.shape[-1])
+    return x, values[:, 0]
+
+
+TASKS = {"first": (first, copy_first.SYMBOLS + 1, copy_first.SYMBOLS), "pairs": (pairs, KEYS + VALUES + 2, VALUES)}
+
+
+def network(unit: str, cache: str, task: str) -> mk.MRUNetwork:
+    _, features, answers = TASKS[task]
+    return mk.MRUNetwork(
+        features, answers, width=WIDTH, num_blocks=1, units=UNITS[unit], cache=CACHES[cache], pool="last"
+    )
+
+
+@torch.no_grad()
+def test(model: mk.MRUNetwork, task: str, length: int, sequences: int, seed: int) -> float:
+    """Accuracy."""
+    x, answers = TASKS[task][0](sequences, length, torch.Generator().manual_seed(1000 + seed))
+    feed = mk.stream(model)
+    for chunk in x.split(CHUNK, 1):
+        scores = feed(chunk)
+    return (scores.argmax(-1) == answers).float().mean().item()
+
+
+def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[int, float]:
+    task, unit, cache = name.split("; ")
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = network(unit, cache, task)
+
+    def loss() -> Tensor:
+        x, answers = TASKS[task][0](BATCH, TRAIN_LENGTH, generator)
+        return F.cross_entropy(model(x)[0], answers)
+
+    common.train(model, loss, steps=arguments.steps, learning_rate=LEARNING_RATE)
+    return {n: test(model, task, n, arguments.sequences, seed) for n in arguments.lengths}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, steps=300)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS))
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=["no cache", "gated"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[TRAIN_LENGTH, 512, 2048], metavar="T")
+    parser.add_argument("--sequences", type=int, default=100, help="of each length")
+    arguments = parser.parse_args(argv)
+    names = [f"{t}; {u}; {c}" for t in arguments.tasks for u in arguments.units for c in arguments.caches]
+    results = common.run_all(run, names, arguments)
+    rows = [
+        [*name.split("; "), *(common.spread([r[n] for r in runs]) for n in arguments.lengths)]
+        for name, runs in results.items()
+    ]
+    text = common.table(["task", "unit", "cache", *(f"T = {n:,}" for n in arguments.lengths)], rows)
+    text += (
+        f"\n\nPercent right, {arguments.sequences} sequences x {arguments.seeds} seeds, trained at T = {TRAIN_LENGTH}"
+    )
+    text += f" for {arguments.steps} steps; segments of {SEGMENT} steps. Chance is 25 %."
+
+    def draw(axes: Any) -> None:
+        for name, runs in results.items():
+            style = "--" if name.endswith("no cache") else "-"
+            means = [100 * statistics.mean(r[n] for r in runs) for n in arguments.lengths]
+            axes.plot(arguments.lengths, means, style, marker="o", markersize=4, label=name)
+        axes.set(xscale="log", ylim=(0, 100), xlabel="steps", ylabel="percent right")
+        axes.legend(fontsize=6)
+
+    common.finish("recall", text, draw, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
