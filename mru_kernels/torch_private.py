@@ -13,6 +13,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DisableTorchFunction",
     "FakeTensor",
     "OpOverload",
+    "SingleLevelFunction",
     "add_batch_dim",
     "any_autocast",
     "assume_constant_result",

@@ -104,24 +104,22 @@ def test_kernels_are_found():
 
 
 def test_gradients_of_a_single_level():
-    class Twice(torch.autograd.Function):
-        generate_vmap_rule = True
-
+    class Twice(private.SingleLevelFunction):
         @staticmethod
-        def forward(x):
+        def forward(ctx, x):
             return 2 * x
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            pass
 
         @staticmethod
         def backward(ctx, grad):
             return 2 * grad
 
-    with private.enable_single_level_autograd_function(), private.enable_forward_gradients(True):
-        pass
-    assert torch.func.grad(lambda x: Twice.apply(x))(torch.tensor(1.0)) == 2
+    def twice(x):
+        with private.enable_single_level_autograd_function(), private.enable_forward_gradients(True):
+            return Twice.apply(x)
+
+    assert torch.func.grad(twice)(torch.tensor(1.0)) == 2
+    with pytest.raises(RuntimeError, match="SingleLevelFunction"):
+        torch.func.grad(Twice.apply)(torch.tensor(1.0))
 
 
 def test_results_are_assumed_constant():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +76,14 @@ def _apply(function: type[torch.autograd.Function], *arguments):
     if not private.transforms_active():
         return function.apply(*arguments)
     with private.enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return _single_level(function).apply(*arguments)
+
+
+@cache
+def _single_level(function: type[torch.autograd.Function]) -> Any:
+    """`function` as a class whose `apply` works on one level of torch.func."""
+    members = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
+    return type(function.__name__, (private.SingleLevelFunction,), members)
 
 
 def _below_autograd(op: private.OpOverload, arguments) -> list[Tensor]:
