@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import mru_kernels as mk
-from bench import online
 from mru_kernels.nn import traces
 from mru_kernels.streaming import traced
 from tests import processes
@@ -568,7 +567,6 @@ def test_activation_checkpointing_raises(reentrant):
 PROGRAM = """
 import resource, sys, torch
 import mru_kernels as mk
-from bench import online
 torch.set_num_threads(1)
 torch.manual_seed(0)
 module = mk.MRUNetwork(4, 16, width=8, num_blocks=1, units=("bmru", "lru"))
@@ -591,16 +589,3 @@ def test_a_million_steps_need_the_memory_of_a_few():
 
     few, many = peak(20), peak(1000)
     assert many < few + 8 * 1024  # the inputs of all units are 61 MiB
-
-
-@pytest.mark.check
-def test_the_bench_of_errors_and_costs(monkeypatch, capsys):
-    monkeypatch.setattr(online, "COSTS", online.COSTS[:5])
-    threads = torch.get_num_threads()
-    assert online.main(["--shape", "1,8", "--seeds", "1"]) == 0
-    torch.set_num_threads(threads)
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    errors = [row for row in rows if row[0] in online.UNITS]
-    assert len(errors) == 2 * len(online.UNITS)
-    assert all(float(row[3]) < 1e-12 for row in errors)
-    assert [row[0] for row in rows[-2:]] == ["chunks of 1, truncated", "chunks of 1, traces"]
