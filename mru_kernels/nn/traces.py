@@ -130,7 +130,7 @@ class Remember(torch.autograd.Function):
                     grads.append(None)
                     continue
                 of_rows = _per_row(grad, trace).to(trace.dtype)
-                if trace.dim() == 2:
+                if trace.dim() == 2 or trace.shape[0] == 1:  # of one sequence, a matrix product takes longer
                     total = (of_rows * trace).sum(0)
                 else:
                     total = torch.bmm(of_rows.permute(1, 2, 0), trace.transpose(0, 1)).squeeze(1)
@@ -253,7 +253,8 @@ def _advanced(
 
 def _per_row(of_state: Tensor, trace: Tensor) -> Tensor:
     """`of_state [B, D]` for each row of a trace `[B, k D, *]`, with ones for the dimensions `*`."""
-    rows = of_state.repeat(1, trace.shape[1] // of_state.shape[1])
+    gates = trace.shape[1] // of_state.shape[1]
+    rows = of_state if gates == 1 else of_state.repeat(1, gates)
     return rows.reshape(*rows.shape, *[1] * (trace.dim() - 2))
 
 
