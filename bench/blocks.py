@@ -124,15 +124,14 @@ def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, rows in found.items():
         steps = [row[0] for row in rows]
-        (line,) = axes[0].plot(steps, [row[1] / _MIB for row in rows], marker="o", label=name)
-        axes[0].plot(steps, [n / _MIB for n in predicted[name]], linestyle=":", color=line.get_color())
-        axes[1].plot(steps, [row[2] for row in rows], marker="o", color=line.get_color())
-    axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="peak, MiB (dotted: formula)")
-    axes[1].set(xscale="log", yscale="log", xlabel="steps", ylabel="seconds of a training step")
-    axes[0].legend(fontsize=8)
+        (line,) = axes.plot(steps, [row[1] / _MIB for row in rows], marker="o", label=name)
+        axes.plot(steps, [n / _MIB for n in predicted[name]], linestyle=":", color=line.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="peak, MiB (dotted: formula)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
@@ -140,7 +139,7 @@ def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("blocks"), description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384], metavar="T")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096], metavar="T")
     parser.add_argument("--steps", type=int, default=512, help="of a block")
     parser.add_argument("--inner", type=int, default=128, help="of a block inside a block of 8 times --steps")
     parser.add_argument("--plot", type=Path, default=Path("build/blocks.png"), metavar="FILE")
