@@ -139,7 +139,7 @@ def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("blocks"), description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096], metavar="T")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384], metavar="T")
     parser.add_argument("--steps", type=int, default=512, help="of a block")
     parser.add_argument("--inner", type=int, default=128, help="of a block inside a block of 8 times --steps")
     parser.add_argument("--plot", type=Path, default=Path("build/blocks.png"), metavar="FILE")
