@@ -112,10 +112,11 @@ def measure(policy: Policy, steps: int) -> tuple[int, float]:
 
 
 def longest(points: Sequence[tuple[int, int]], fixed: int) -> int:
-    """The steps at which the line through the last two points (steps, bytes) and `fixed` bytes reach the limit."""
+    """The steps, to two digits, at which the line through the last two points (steps, bytes) reaches the limit."""
     (t0, m0), (t1, m1) = points[-2:]
-    slope = (m1 - m0) / (t1 - t0)
-    return int(t1 + (_LIMIT - fixed - m1) / slope)
+    steps = int(t1 + (_LIMIT - fixed - m1) * (t1 - t0) / (m1 - m0))
+    unit = 10 ** (len(str(steps)) - 2)
+    return steps // unit * unit
 
 
 def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: dict[str, list[float]]) -> None:
