@@ -23,6 +23,13 @@ MODULES = {
     "complex": lambda: mk.LRU(4, 6),
     "network": lambda: mk.MRUNetwork(4, 3, width=8, num_blocks=2, units=("bmru", "min_gru"), conv_size=3, mlp_size=8),
 }
+OTHERS = {
+    "CMRU": lambda: make(mk.CMRU, 4, 6, integer=True),
+    "AlphaCMRU": lambda: make(mk.AlphaCMRU, 4, 6, integer=True),
+    "FirstQuadrantBMRU": lambda: make(mk.FirstQuadrantBMRU, 4, 6, integer=True),
+    "MinLSTM": lambda: mk.MinLSTM(4, 6),
+    "MRUBlock": lambda: mk.MRUBlock(4, conv_size=3),
+}
 # Each backend cuts time by rules of its own: below and above some batch size, below and above some length.
 SMALL_AND_LARGE = [(batch, time) for batch in (2, 20) for time in (9, 2000)]
 
@@ -48,11 +55,13 @@ def test_an_exported_unit_serves_every_size(by):
 
 
 @pytest.mark.check
-@pytest.mark.parametrize(("batch", "time"), SMALL_AND_LARGE)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    ("name", "batch", "time"),
+    [(name, *sizes) for name in MODULES for sizes in SMALL_AND_LARGE] + [(name, 2, 9) for name in OTHERS],
+)
 def test_an_exported_module_serves_every_size(name, batch, time):
     """Whatever the sizes of the example that it was exported with."""
-    module = MODULES[name]().eval()
+    module = (MODULES | OTHERS)[name]().eval()
     exported = torch.export.export(module, (integers(batch, time, 4),), dynamic_shapes=(dimensions(),))
     lengths = {(value.lower, value.upper) for value in exported.range_constraints.values()}
     assert lengths == {(1, 1024), (1, 2**20)}
