@@ -1,4 +1,4 @@
-"""Training in blocks of time. A block saves only its input and its first states; the backward pass runs it again."""
+"""Training in blocks of time. A block saves only its input and initial states; the backward pass runs it again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Blocked(torch.nn.Module):
     """A module that runs in blocks of time; `blocked` checks the arguments and makes it.
 
     Attributes:
-        network: the module that each block runs. Its parameters are those of this module, under `network.`.
+        network: the module that runs on each block. Names of parameters in `state_dict` begin with `network.`.
         steps, inner, offload: the arguments of `blocked`.
 
     Example::
@@ -44,7 +44,16 @@ class Blocked(torch.nn.Module):
         self.offload = offload
 
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """The output and the final state of `network(input, state)`, computed block by block."""
+        """The output and the final state of `network(input, state)`, computed block by block.
+
+        Args:
+            input: the input of `network`, such as `[B, T, E]`, in a dtype that `network` accepts.
+            state: the state of `network`, or None.
+
+        Raises:
+            TypeError, ValueError: as `network`, and for an `input` that is not a tensor or has no time; the message
+                names the argument.
+        """
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
         if input.dim() < 2:
@@ -56,20 +65,20 @@ class Blocked(torch.nn.Module):
         return self._run(sizes, time, self.offload, input, state)
 
     def _run(self, sizes: tuple[int, ...], time: int, offload: bool, input: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Run blocks of `sizes[0]` steps along the dimension `time`, and each in blocks of the other sizes."""
+        """Cut the dimension `time` into blocks of `sizes[0]` steps, and cut each into blocks of the other sizes."""
         if not sizes:
             return self.network(input, state)
         blocks, outputs, host = input.split(sizes[0], time), [], None
-        # A compiled graph takes epsilon as an input, so its blocks have the same one in both passes.
+        # A compiled graph takes epsilon as an input, so both runs of a block use the same epsilon.
         options: Any = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
         for block in blocks:
-            # Only tensors that are direct arguments pass through the hooks, so the tuple of states is flattened.
+            # The hooks see only tensors that are arguments themselves, so the tuple of states is flattened.
             several = isinstance(state, (tuple, list))
             again = functools.partial(self._block, sizes[1:], time, several)
             arguments: list[Any] = [block, *(state if several else (state,))]
             hooks: Any = nullcontext()
             if offload:
-                # The copy is contiguous. With other strides than before a block could choose other kernels.
+                # Copies are contiguous. With other strides in the second run torch could choose other kernels.
                 arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
                 host = _HostCopies(host)
                 hooks = torch.autograd.graph.saved_tensors_hooks(host.pack, host.unpack)
@@ -88,7 +97,7 @@ class Blocked(torch.nn.Module):
         return self._run(sizes, time, False, input, state if several else state[0])
 
     def _contexts(self) -> tuple[Any, Any]:
-        """Contexts of a block's first run and of its later runs, which use the epsilon of the first."""
+        """Contexts for the first run of a block and for later runs, which use the epsilon of the first."""
         return nullcontext(), _Epsilons([m for m in self.network.modules() if isinstance(m, WriteOrHold)])
 
     def extra_repr(self) -> str:
@@ -96,7 +105,7 @@ class Blocked(torch.nn.Module):
 
 
 class _Epsilons:
-    """A context in which units have the epsilons that they had when it was made. It may be entered repeatedly."""
+    """A context that gives units the epsilons of the time when it was created. It may be entered repeatedly."""
 
     def __init__(self, units: list[WriteOrHold]) -> None:
         self._of_call = [(unit, unit._epsilon) for unit in units]
@@ -115,8 +124,8 @@ class _Epsilons:
 class _HostCopies:
     """The saved tensors of one block, in host memory.
 
-    For a CUDA device the memory is pinned and a side stream copies. When a block is read, the copies of the block
-    before it start too, because the backward pass reads that block next.
+    For CUDA tensors the memory is pinned and a side stream copies. Reading a block also starts the copies of the block
+    before it, which the backward pass reads next.
     """
 
     def __init__(self, before: _HostCopies | None) -> None:
@@ -171,42 +180,41 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def blocked(network: torch.nn.Module, steps: int, *, inner: int | None = None, offload: bool = False) -> Blocked:
     """Run a module in blocks of time and again in the backward pass, to train on long sequences in little memory.
 
-    Between the passes a block keeps its input and its first states, and drops everything else. The backward pass goes
-    through the blocks from the last to the first. It runs each again, and passes the gradient of its first states on to
-    the block before. Results and gradients are those of `network(input, state)`, except that a matrix product over
-    fewer steps may round differently, and may flip a gate whose inputs are nearly tied.
+    Between the passes a block keeps only its input and its initial states. The backward pass goes through the blocks
+    from the last to the first. It runs each again, and passes the gradient of its initial states to the block before.
+    Results and gradients are those of `network(input, state)`, except that a matrix product over fewer steps may round
+    differently, and may flip a gate whose inputs are nearly tied.
 
-    With T steps, s bytes of a state and a bytes that the backward pass of one step needs, a call keeps at most, beyond
-    its input and output:
+    Let T be the number of steps, s the bytes of the states after one step, and a the bytes that the backward pass of
+    one step needs. Beyond its input and output a call needs:
 
-        call                                bytes near              bytes on the host   steps forward
+        call                                peak on the device      bytes on the host   steps forward
         network                             T a                     0                   T
         steps=C                             (T/C) s + C a           0                   2 T
         steps=C, offload=True               s + C a                 (T/C) s             2 T
         steps=C1, inner=C2                  (T/C1 + C1/C2) s + C2 a 0                   3 T
         steps=C1, inner=C2, offload=True    (1 + C1/C2) s + C2 a    (T/C1) s            3 T
 
-    Offloading moves the blocks of the input to the host too. The second row is least at C = sqrt(T s / a). In addition
-    torch keeps the autograd graph of every innermost block, without its tensors: about 50 KiB of host memory for each
-    `MRUBlock`. So `inner` helps where device memory is scarcer than host memory. A `MemoryCache` has a state that grows
-    with time, so the first states of all blocks grow with the square of T / C.
+    Offloading also moves the inputs of the blocks to the host. The second row is least at C = sqrt(T s / a). Torch also
+    keeps the autograd graph of every innermost block, without its tensors: about 50 KiB of host memory for each
+    `MRUBlock`. So `inner` helps if device memory is scarcer than host memory. In the modes gated and sparse the state
+    of a `MemoryCache` grows with time, so the initial states of all blocks grow with the square of T / C.
 
     Args:
         network: an `MRUNetwork`, an `MRUBlock`, a `MemoryCache` or a recurrent module of one direction. `torch.compile`
             may wrap it. DistributedDataParallel may wrap the result.
-        steps: steps of a block, at least 1. They need not divide T.
-        inner: steps of the blocks inside a block, fewer than `steps`, for blocks that also run in blocks; None for
-            one level of blocks.
-        offload: whether to keep the saved inputs and states of blocks in host memory. For CUDA tensors it is pinned and
-            a side stream copies; for CPU tensors it is a copy. Not yet run on a GPU.
+        steps: number of steps of a block, at least 1. It need not divide T.
+        inner: number of steps of the blocks inside a block, less than `steps`; None for one level of blocks.
+        offload: whether to keep the saved inputs and states of blocks in host memory. For CUDA tensors the memory is
+            pinned and a side stream copies. CPU tensors are copied too. Not yet run on a GPU.
 
     Returns:
         A `Blocked` module, called as `output, state = run(input, state=None)`. Arguments and results are those of
-        `network`, except `PackedSequence`; gradients also pass through the states. Dropout draws the same numbers when
-        a block runs again, and epsilon has the value of the call.
+        `network`, without `PackedSequence`. Gradients also pass through the states. When a block runs again, dropout
+        draws the same numbers and epsilon has the value of the call.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError, ValueError: an argument is not as described, or the module is bidirectional; the message names it.
 
     Example::
 

@@ -1,4 +1,5 @@
-// From the arguments of a torch op to a Scan. The shapes of the results are stated in mru_kernels/ops too.
+// From the arguments of a torch op to a Scan. mru_kernels/ops/layout.py computes the shapes of the results for fakes: keep
+// both equal.
 #pragma once
 #include <array>
 #include <bit>
@@ -12,20 +13,20 @@ namespace mru {
 
 // The arguments that forward and backward share.
 struct Arguments {
-  const Tensors& inputs;               // the arrays and the scheduled scalars that are given
-  int64_t given, packed;               // bit i: input i is given; it lies in inputs[0], side by side with others
+  const Tensors& inputs;               // the given arrays, then the scheduled scalars
+  int64_t given, packed;               // masks; bit i: input i is given; input i is one of the streams in inputs[0]
   const std::vector<double>& numbers;  // the other scalars
   const OptionalTensor &initial_state, &cu_seqlens;
   bool reverse;
   int64_t chunk, segment;
-  int64_t rank = 3;  // of streams; 2: a single step
+  int64_t rank = 3;  // dimensions of a stream; 2 for a single step
 };
 
-// What the binding needs to know of a cell.
+// The facts of a cell that the binding checks.
 struct CellInfo {
   int inputs, scalars;
   const Scalar* scalar;  // [scalars]
-  bool is_complex;       // whether it takes complex streams
+  bool is_complex;       // whether the cell accepts complex streams
   bool (*takes)(unsigned given, unsigned per_channel);
   bool (*has_codes)(unsigned given, unsigned per_channel);
 };
@@ -37,24 +38,24 @@ bool has_codes(unsigned given, unsigned per_channel) {
 template <class C>
 constexpr CellInfo info_of = {C::inputs(), C::scalars(), C::kScalars, C::kComplex, &C::takes, &has_codes<C>};
 
-// What the binding needs to know of a backend.
+// The facts of a backend that the binding uses.
 struct BackendInfo {
-  int64_t most_chunk;                  // the longest chunk that it takes
-  int64_t (*segment)(const Sizes& n);  // how it cuts time, if the call leaves that to it
+  int64_t most_chunk;                  // the longest chunk that its kernels support
+  int64_t (*segment)(const Sizes& n);  // its choice of segment, for calls with segment -1
 };
 
-// A Scan and the tensors that it points into. Checks everything that a kernel relies on; the public functions of the package
-// check first, in terms of their own arguments.
+// A Scan and the tensors that it points into. It checks everything that a kernel relies on. The errors name the arguments
+// of the op.
 class BoundArguments {
  public:
   Scan scan{};
-  Tensors streams;                       // one view per stream, in the cell's order
-  std::array<int, kMaxInputs> place{};   // of input i among the tensors `inputs`; -1: it is not given
-  std::array<int, kMaxInputs> stream{};  // of input i among `streams`; -1: it is none
-  unsigned given = 0, per_channel = 0;   // bit i: array input i is given; it comes per channel
-  ScalarType type, state;                // of the streams, of the states
-  bool packs_codes = false;              // whether forward packs the codes, and backward reads them
-  int64_t kept_rows = 0, code_rows = 0;  // of the tensors `checkpoints` and `events` that forward saves
+  Tensors streams;                       // one view [B, T, D] per stream, in the cell's order
+  std::array<int, kMaxInputs> place{};   // position of input i in `inputs`; -1: not given
+  std::array<int, kMaxInputs> stream{};  // position of input i in `streams`; -1: not a stream
+  unsigned given = 0, per_channel = 0;   // masks; bit i: array input i is given; it is a per-channel input [D]
+  ScalarType type, state;                // dtype of streams; dtype of states
+  bool packs_codes = false;              // whether forward packs write codes and backward reads them
+  int64_t kept_rows = 0, code_rows = 0;  // rows [D] of the tensors `checkpoints` and `events` that forward saves
 
   BoundArguments(const CellInfo& cell, const BackendInfo& backend, const Arguments& arguments) {
     MRU_EXPECT(!arguments.inputs.empty(), "inputs: expected at least one tensor");
@@ -70,23 +71,23 @@ class BoundArguments {
     scan.segment = segment_of(backend, arguments.segment);
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
     scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
-    // Packing the codes pays off if time is cut, as a cut reads the inputs twice.
+    // Packing write codes pays off only with segments, which read the inputs twice.
     const bool has_codes = cell.has_codes(given, per_channel);
     packs_codes = has_codes && scan.segment > 0;
-    // If the backend decides how time is cut, sizes must not depend on it, and none may be 0 or 1: torch.compile would
-    // record another graph for these. So there are codes, and rows that nothing uses.
+    // If the backend chooses the segment, no shape may depend on the choice, and no size may be 0 or 1, because
+    // torch.compile would record another graph. So code rows are always allocated, and two rows stay unused.
     spare_rows_ = arguments.segment < 0 ? 2 : 0;
     kept_rows = scan.batch * scan.checkpoint_rows + spare_rows_;
     if (has_codes && arguments.segment != 0) code_rows = scan.batch * scan.event_rows + spare_rows_;
   }
 
-  // A tensor [sequences, D], in the state dtype.
+  // Checks that `t` is [sequences, D], and returns it in the state dtype.
   Tensor sequence_states(const Tensor& t, const char* name) const {
     MRU_EXPECT(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
                scan.sequences, ", ", scan.channels, "]");
     return parameter(t, name);
   }
-  // What the forward pass saved, [rows, D].
+  // The data of a tensor [rows, D] that the forward pass saved, checked.
   void* saved(const Tensor& t, int64_t rows, ScalarType as, const char* name) {
     MRU_EXPECT(t.dim() == 2 && t.size(0) == rows && t.size(1) == scan.channels && t.scalar_type() == as, name,
                ": expected [", rows, ", ", scan.channels, "] as the forward pass made it");
@@ -102,7 +103,7 @@ class BoundArguments {
 
   Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {rows, scan.channels}, as); }
   Tensor states(int64_t rows) const { return this->rows(rows, state); }
-  // Zeros the spare rows of what the forward pass saves, and codes that it did not pack.
+  // Zeros the spare rows of both tensors, and all of `events` if forward packed no codes.
   void clear_unused(Tensor& checkpoints, Tensor& events) const {
     if (spare_rows_ == 0) return;
     for (Tensor* t : {&checkpoints, &events}) {
@@ -117,7 +118,7 @@ class BoundArguments {
   }
 
  private:
-  // Steps of a segment, a multiple of the chunk.
+  // The segment in steps, a multiple of the chunk.
   int64_t segment_of(const BackendInfo& backend, int64_t wanted) const {
     MRU_EXPECT(wanted >= -1 && wanted <= kMostElements,
                "segment: expected -1 for the backend's own choice, 0 or a number of steps up to 2^60, got ", wanted);
@@ -126,7 +127,7 @@ class BoundArguments {
   }
   static double size(int64_t n) { return double(std::max<int64_t>(n, 1)); }  // strides are products of other sizes
 
-  // The first stream, which sets sizes, dtype and device; or the streams that lie side by side.
+  // Binds inputs[0], the first stream or several streams side by side. It sets the sizes, dtype and device of the call.
   void bind_first(const Arguments& arguments) {
     const Tensor& t = arguments.inputs[0];
     device_type_ = device_type(t), device_index_ = t.get_device_index();
@@ -149,7 +150,7 @@ class BoundArguments {
                "inputs[0]: expected a size that 64 bits can address");
   }
 
-  // The array inputs: those side by side in inputs[0], and the others in ascending order, each as a tensor of its own.
+  // Binds the array inputs: those side by side in inputs[0], then the others, one tensor each, in ascending order.
   void bind_inputs(const CellInfo& cell, const Arguments& arguments) {
     place.fill(-1), stream.fill(-1);
     const int64_t arrays = (int64_t(1) << cell.inputs) - 1;
@@ -167,7 +168,7 @@ class BoundArguments {
                "inputs: expected the inputs of the cell, got those of the mask ", given, ", per channel ", per_channel);
   }
 
-  // Input i, the next tensor of `inputs`: a stream or one value per channel.
+  // Binds input i, the next tensor of `inputs`: a stream [B, T, D] or a per-channel input [D].
   void bind_own(int i, const Arguments& arguments) {
     MRU_EXPECT(next_ < int64_t(arguments.inputs.size()), "inputs: expected a tensor for each input of the mask ",
                arguments.given, ", got ", arguments.inputs.size());
@@ -190,7 +191,7 @@ class BoundArguments {
                place[i], "]: expected the dtype and shape of the first stream");
   }
 
-  // The scheduled scalars, as tensors that follow the arrays, then the numbers.
+  // Binds the scalars: the scheduled ones, which are the tensors after the arrays, then the numbers.
   void bind_scalars(const CellInfo& cell, const Arguments& arguments) {
     const int64_t numbers = arguments.numbers.size(), scheduled = cell.scalars - numbers;
     MRU_EXPECT(scheduled >= 0 && arguments.given >> cell.inputs == (int64_t(1) << scheduled) - 1 &&
@@ -235,7 +236,7 @@ class BoundArguments {
   }
 
   int32_t device_type_, device_index_;
-  int64_t next_ = 1;  // the next tensor of `inputs`
+  int64_t next_ = 1;  // position of the next tensor of `inputs`
   int64_t spare_rows_ = 0;
   Tensors kept_;
 };

@@ -1,5 +1,5 @@
-// Defines the ops of every cell for the backends in C++, and what these decide from sizes: a process without Python has
-// them too. The build makes cells.h, and schemas.h from mru_kernels/ops/schemas.py.
+// Defines the ops of every cell for the C++ backends, so that a process without Python has them, and the ops `segment`,
+// which return the backend's choice. The build writes cells.h, and schemas.h from mru_kernels/ops/schemas.py.
 #include <cells.h>
 #include <schemas.h>
 

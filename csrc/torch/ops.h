@@ -1,7 +1,7 @@
 // The ops of every cell for a backend that is written in C++: forward, backward, step and map.
 //
 // A backend is a type with
-//   kInfo                                   what it takes and decides, a BackendInfo
+//   kInfo                                   its BackendInfo
 //   forward<C>(scan, like), backward<C>(scan, like), map<C>(scan, factor, offset)
 //                                           run cell C on the device of `like` or `factor`
 #pragma once
@@ -26,7 +26,7 @@ Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<doubl
     results.push_back(bound.rows(bound.kept_rows, bound.state));
     scan.checkpoints = results.back().data_ptr();
   }
-  if (save || bound.packs_codes) {  // the scan itself needs them too
+  if (save || bound.packs_codes) {  // without save, the scan itself uses the codes
     results.push_back(bound.rows(bound.code_rows, ScalarType::Int));
     if (bound.packs_codes) scan.events = static_cast<int32_t*>(results.back().data_ptr());
   }
@@ -36,7 +36,7 @@ Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<doubl
   return results;
 }
 
-// The gradients of the arrays in `inputs`, in their order, and that of the initial state.
+// Allocates the gradients of the arrays in `inputs`, in their order, then that of the initial state, and binds them.
 inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, int64_t packed) {
   Scan& scan = bound.scan;
   Tensors grads, gates;
@@ -96,7 +96,7 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given
   return grads;
 }
 
-// A single step, in fewer and simpler arguments than `forward`: they cost more than the step does.
+// A single step, with fewer arguments than `forward`, because converting arguments takes longer than the step.
 template <class Backend, class C>
 std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<double> numbers, Tensor state) {
   const OptionalTensor initial = state, none;
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<doubl
   return {h, after};
 }
 
-// The steps of each sequence as one map of the state, s -> factor s + offset: both [N, D].
+// The map of each whole sequence, s -> factor s + offset, both [N, D].
 template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                                OptionalTensor cu_seqlens, bool reverse, int64_t segment) {
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, st
   return {factor, offset};
 }
 
-// `m` is what STABLE_TORCH_LIBRARY_IMPL gives.
+// Registers the kernels of one cell. `m` is the library that STABLE_TORCH_LIBRARY_IMPL names.
 template <class Backend, class C, class Library>
 void implement(Library& m, const std::string& cell, const std::string& backend) {
   static_assert(C::inputs() <= kMaxInputs && C::scalars() <= kMaxScalars);

@@ -1,7 +1,7 @@
 """The backend "torch": every cell in plain torch, as a loop over time, on any device and for any exporter.
 
-It has no ops and no kernels. A call runs `Cell.plain`, and autograd differentiates it, so every step is saved. In a
-program that is exported for any T the loop is one `torch.ops.higher_order.scan`; elsewhere it is unrolled.
+It has no ops and no kernels. A call runs `Cell.plain`, and autograd differentiates it, so autograd saves every step.
+In a program that is exported for any T, the loop is one `torch.ops.higher_order.scan`. Otherwise it is unrolled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .. import torch_private as private
 from ..scalars import Scalar, has_value
 from . import CHUNK
 
-CHUNK_SIZES = (16, sys.maxsize)  # nothing is cut into chunks
+CHUNK_SIZES = (16, sys.maxsize)  # any: there are no checkpoints
 Scalars = Sequence[float | Tensor]
 
 
 def load() -> None:
-    """There are no ops to register. torch.compile reads the cached properties of a cell, but cannot compute them."""
+    """Compute the cached properties of all cells, as torch.compile cannot. There are no ops to register."""
     for cell in ops.CELLS.values():
         _ = cell.names, cell.scheduled, cell.required, cell.numbers
 
@@ -31,11 +31,18 @@ def load() -> None:
 def scan(
     cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the op `mru::<cell>` computes: h and the final state. See mru_kernels.ops for the arguments."""
+    """What the op `mru::<cell>` computes: h `[B, T, D]` and the final state `[N, D]`.
+
+    `mru_kernels.ops` describes the arguments.
+
+    Raises:
+        RuntimeError: the cell has no plain torch, or the values of `cu_seqlens` are not known while the call is traced.
+        TypeError, ValueError: an argument is not as described; the message names it.
+    """
     plain = cell.plain
     if plain is None:
         raise RuntimeError(f"backend: 'torch' cannot run this call: it does not have the cell {cell.name}")
-    if not torch.compiler.is_dynamo_compiling():  # there the tensors are checked before
+    if not torch.compiler.is_dynamo_compiling():  # the caller has checked them
         ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
         ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
     inputs = [_with_dense_gradient(t) if t.dim() == 3 else t for t in inputs]
@@ -58,7 +65,7 @@ def scan(
 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
-    """What the op `mru::<cell>_step` computes."""
+    """What the op `mru::<cell>_step` computes: h `[B, D]` and the state after the step `[B, D]`."""
     streams = [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
     h, after = scan(cell, streams, given, 0, numbers, state, None, False)
     return h.squeeze(1), after
@@ -68,7 +75,7 @@ def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]
 
 
 def _loop(plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The states after the steps `[B, T, D]`, and the one after the last step `[B, D]`."""
+    """The states after all steps `[B, T, D]`, and the state after the last step `[B, D]`."""
     if isinstance(gates[0].shape[1], torch.SymInt):
         return _loop_of_any_length(plain, gates, s, p, reverse)
     states = []
@@ -76,7 +83,7 @@ def _loop(plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reve
     for row in reversed(rows) if reverse else rows:
         s = plain.step(row, s, p)
         states.append(s)
-    if not states:  # sums of nothing, so that every input has a gradient of zeros
+    if not states:  # T = 0: empty sums, so that every input has a gradient of zeros
         none = sum(gates[1:], start=gates[0])
         return none, s + none.sum(1)
     return torch.stack(states[::-1] if reverse else states, 1), s
@@ -85,7 +92,7 @@ def _loop(plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reve
 def _loops(
     plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool, offsets: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """`_loop` over each of the sequences that `offsets` separate; the states of the last steps are `[N, D]`."""
+    """`_loop` over each of the sequences that `offsets` separate; the final states are `[N, D]`."""
     parts = [_loop(plain, [g[:, :0] for g in gates], s[:0], p, reverse)]  # there may be no sequence
     for n, (start, stop) in enumerate(pairwise(offsets)):
         parts.append(_loop(plain, [g[:, start:stop] for g in gates], s[n : n + 1], p, reverse))
@@ -96,7 +103,7 @@ def _loops(
 def _loop_of_any_length(
     plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """`_loop` as one op, which takes real tensors: exporters know few ops on complex ones."""
+    """`_loop` as one op on real tensors, because exporters support few ops on complex tensors."""
     traced = [v for v in p if isinstance(v, Tensor)]
     real, back = (torch.view_as_real, torch.view_as_complex) if s.is_complex() else (torch.Tensor.clone, _itself)
 
@@ -106,7 +113,7 @@ def _loop_of_any_length(
         after = real(plain.step(row, back(s), [next(known) if isinstance(v, Tensor) else v for v in p]))
         return after, after.clone()  # results may not share memory
 
-    # One input for one state: torch 2.13 writes a wrong ONNX Scan if their numbers differ.
+    # One input, as there is one state: torch 2.13 writes a wrong ONNX Scan if there are more inputs than states.
     x = real(torch.stack(list(gates)).movedim(2, 0))
     final, states = private.scan_op(body, [real(s)], [x.flip(0) if reverse else x], tuple(traced))
     return back(states.flip(0) if reverse else states).movedim(0, 1), back(final)
@@ -120,7 +127,7 @@ def _itself(t: Tensor) -> Tensor:
 
 
 def _value(scalar: Scalar, t: Tensor) -> float | Tensor:
-    """The value of a scheduled scalar; `t` itself if the value is not known while the call is traced."""
+    """The value of a scheduled scalar, or `t` itself if the call is traced and the value is not known."""
     if torch.compiler.is_dynamo_compiling():
         within = (t >= scalar.least) & (t <= scalar.most)
         torch._assert_async(within, f"{scalar.name}: expected a value in [{scalar.least:g}, {scalar.most:g}]")
@@ -132,7 +139,7 @@ def _value(scalar: Scalar, t: Tensor) -> float | Tensor:
 
 
 def _offsets(cu_seqlens: Tensor, total: int) -> list[int]:
-    """The values of `cu_seqlens`, checked. A meta tensor has none, and shapes do not depend on them."""
+    """The checked values of `cu_seqlens`. A meta tensor has none; any will do, as shapes do not depend on them."""
     if cu_seqlens.is_meta:
         return [0] * (cu_seqlens.numel() - 1) + [total]
     if torch.compiler.is_compiling() or private.is_tracing() or not has_value(cu_seqlens):
@@ -146,7 +153,7 @@ def _offsets(cu_seqlens: Tensor, total: int) -> list[int]:
 
 
 def _laid_out(t: Tensor, time_major: bool) -> Tensor:
-    """`t`, dense; as `[T, B, D]` in memory if it is time-major."""
+    """A dense copy of `t [B, T, D]`, or `t` itself; `[T, B, D]` in memory if `time_major`."""
     return t.transpose(0, 1).contiguous().transpose(0, 1) if time_major else t.contiguous()
 
 
@@ -167,7 +174,7 @@ class _WithDenseGradient(torch.autograd.Function):
 
 
 def _with_dense_gradient(t: Tensor) -> Tensor:
-    """A stream `[B, T, D]` or state, whose gradient will have the layout of a result."""
+    """The stream `[B, T, D]` or state `t`, with a gradient in the layout that `dense_like` gives."""
     if torch.compiler.is_compiling():
         return t
     if t.is_conj() or t.is_neg():

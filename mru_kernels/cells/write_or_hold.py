@@ -1,4 +1,4 @@
-"""The bistable cells in plain torch: a gate writes a value, or the state is held; and the output is alpha s."""
+"""The cells `bmru` and `schmitt` in plain torch: a step writes a value or holds the state; the output is alpha s."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Inputs = Sequence[Tensor | None]
 
 
 class _UnitStep(torch.autograd.Function):
-    """H(x - y), with the surrogate derivative in the backward pass. It compares, so a tie is 1."""
+    """The unit step H(x - y), 1 for a tie, with the surrogate derivative in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -37,7 +37,7 @@ class _UnitStep(torch.autograd.Function):
 
 
 class _Select(torch.autograd.Function):
-    """`z one + (1 - z) zero` for z in {0, 1}, as a select; its gradients are those of the formula."""
+    """`z one + (1 - z) zero` for z in {0, 1}, computed by a select, with the gradients of the formula."""
 
     generate_vmap_rule = True
 
@@ -56,34 +56,35 @@ class _Select(torch.autograd.Function):
 
 
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """1 where x >= y, else 0."""
+    """1 where x >= y, else 0. `scale` is that of the surrogate derivative."""
     return _UnitStep.apply(x, y, scale)
 
 
 def sign(x: Tensor, scale: float) -> Tensor:
-    """1 where x >= 0, else -1."""
+    """1 where x >= 0, else -1. `scale` is that of the surrogate derivative."""
     return 2 * unit_step(x, torch.zeros_like(x), scale) - 1
 
 
 def gates(z: Tensor, v: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
-    """The gate and the value that it writes. A NaN in any input is written, so that no hold hides it."""
+    """The gate z and the value v that it writes, both `[B, T, D]`. A NaN in any input of x writes NaN."""
     nan = reduce(torch.logical_or, [t.isnan() for t in x if t is not None])
     return z.masked_fill(nan, 1), v.masked_fill(nan, math.nan)
 
 
 def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
-    """What a write keeps, epsilon s; nothing is multiplied by an epsilon of 0, but NaN stays."""
+    """What a write keeps, epsilon s. An epsilon of 0 gives 0 also for an infinite s; NaN stays NaN."""
     if isinstance(epsilon, Tensor):
         return epsilon * s.masked_fill((s == s) & (epsilon == 0), 0)
     return epsilon * s if epsilon else s.masked_fill(s == s, 0)
 
 
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
-    """The state after a step."""
+    """The state after a step, `[B, D]`, from its gate and value, the state before, and the scalars."""
     z, v = gates
     return _Select.apply(z, v + _kept(s, p[0]), s)
 
 
 def output(x: Inputs, s: Tensor) -> Tensor:
+    """The output alpha s, `[B, T, D]`; alpha is the last input of both cells."""
     alpha = x[-1]
     return s if alpha is None else alpha * s

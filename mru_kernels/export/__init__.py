@@ -1,4 +1,4 @@
-"""Exported programs without the ops of this package, for exporters that know the ops of torch only."""
+"""Exported programs without the ops of this package, for exporters that support only torch's ops."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[Any, Callable]:
-    """The table of torch's decompositions, and those of the scans of this package into ops of torch.
+    """The table of torch's decompositions, with entries that decompose the scans of this package into ops of torch.
 
-    `torch.export.ExportedProgram.run_decompositions` takes the table. The program that it returns has no op of this
-    package, so that other exporters can read it, such as ONNX and ExecuTorch. In it a scan over a time that may vary is
-    one `torch.ops.higher_order.scan`; a scan over a fixed time is unrolled. The program is for inference: gates have no
-    surrogate derivatives in it.
+    Pass the table to `torch.export.ExportedProgram.run_decompositions`. The program that it returns has no op of this
+    package, so exporters such as those for ONNX and ExecuTorch can read it. A scan over T that may vary becomes one
+    `torch.ops.higher_order.scan`. A scan over fixed T is unrolled. The program is for inference: its gates have no
+    surrogate derivatives.
+
+    Returns:
+        A new dict from ops to functions. `run_decompositions` raises RuntimeError for a program with `cu_seqlens`,
+        whose values are not known when it is recorded.
 
     Example::
 

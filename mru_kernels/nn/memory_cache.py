@@ -33,14 +33,14 @@ class MemoryCache(torch.nn.Module):
         sparse      as gated, with only the `top_k` past segments of the largest <u_t, mean_i>
 
     No step reads a later step: now_t is not the mean of the whole segment. In segment 0, y = h. The value of a unit is
-    its output, without the skip connection of an LRU. W_u `[E, E]` and b `[1]` are trained, in the modes gated and
-    sparse. Initially W_u is normal with standard deviation 0.02 and b is log 9, so that gamma_0 is near 0.9 with one
+    its output, without the skip connection of an LRU. In the modes gated and sparse, W_u `[E, E]` and b `[1]` are
+    trained. Initially W_u is normal with standard deviation 0.02 and b is log 9, so that gamma_0 is near 0.9 with one
     cache and near 9 / (9 + n) with n.
 
     A call takes O(T N (E + D)) operations for N segments in the modes gated and sparse. Their state grows by D + E
-    numbers per segment and sequence, so `mru_kernels.stream` does not run in constant memory. In the modes residual and
-    average the state has a constant size. A cache that is NaN makes its channel NaN in all later segments, whether or
-    not they select it; so does an infinite one in the modes gated and sparse.
+    numbers per segment and sequence, so the memory of `mru_kernels.stream` grows with time. In the modes residual and
+    average the state has a constant size. A NaN in a cache makes its channel NaN in all later segments, whether or not
+    they select the cache. In the modes gated and sparse an infinite value does the same.
 
     Args:
         unit: a unit of this package with one layer and one direction.
@@ -48,18 +48,23 @@ class MemoryCache(torch.nn.Module):
         mode: "gated", "residual", "sparse" or "average".
         top_k: number of past segments that a step reads, with `mode="sparse"` only.
         restart: whether the unit begins every segment from its own initial state, so that a cache summarises its
-            segment alone. Otherwise the state continues, and a cache is a checkpoint of it.
+            segment alone. Otherwise the state continues, and a cache contains the whole past up to its step.
 
     Call:
         `output, state = module(input, state=None)`
 
-        input: `[B, T, E]`, or `[T, B, E]` for a unit without `batch_first`.
-        output: `[B, T, D]`, with the dimensions in the order of the input's.
-        state: a tuple of tensors, each with the batch first: the unit's state `[B, D]` and the number of steps so far,
-            int64 `[B]` on the CPU and the same for all sequences. In the modes gated and sparse then come the sum of x
-            over the open segment `[B, E]`, the caches `[B, N, D]` and the means `[B, N, E]`; in the modes residual and
-            average the sum of the caches `[B, D]`. Sums and means are float32, or float64 for a float64 input. A call
-            with the returned state continues the sequences.
+        input: `[B, T, E]`, or `[T, B, E]` for a unit without `batch_first`, in a dtype that the unit accepts.
+        output: `[B, T, D]`, or `[T, B, D]`, in the dtype of the unit's output.
+        state: a tuple of tensors, each with the batch first. A call with the returned state continues the sequences.
+            None begins new ones.
+
+            - the unit's state `[B, D]`
+            - the number of steps so far, int64 `[B]` on the CPU, the same for all sequences
+            - in the modes gated and sparse: the sum of x over the open segment `[B, E]`, the caches `[B, N, D]` and the
+              means `[B, N, E]`
+            - in the modes residual and average: the sum of the caches `[B, D]`
+
+            Sums and means are float32, or float64 for a float64 input.
 
         `step(input, state=None)` runs one step, for streaming.
 
@@ -160,6 +165,9 @@ class MemoryCache(torch.nn.Module):
 
         Returns:
             The output `[B, D]` and the state after the step.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
         """
         checks.tensor("input", input, 2, "[batch, features]")
         time = 1 if self.batch_first else 0
@@ -205,8 +213,8 @@ class MemoryCache(torch.nn.Module):
             chosen = scores.detach().sort(stable=True, dim=-1, descending=True).indices[..., : self.top_k]
             scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(-1, chosen, False), -math.inf)
         gamma = torch.cat([now, scores.to(now.dtype)], -1).softmax(-1).to(h.dtype)
-        # A weight of 0 times NaN is NaN, and the masked weights are 0. So caches that are not finite leave the product,
-        # and their channel becomes NaN in the segments after them.
+        # Masked weights are 0, and 0 times NaN is NaN: a NaN would reach earlier segments. So the product reads 0 for
+        # values that are not finite, and `bad` makes their channel NaN in the segments after them.
         y = gamma[..., :1] * h + gamma[..., 1:] @ torch.where(caches.isfinite(), caches, 0.0)
         bad = 0.0 * caches.detach()
         before = bad.shape[1] - values.shape[1]
@@ -220,7 +228,7 @@ class MemoryCache(torch.nn.Module):
     # ------------------------------------------------------------------------------------------------ checks
 
     def _given(self, state: Sequence[Tensor] | None, x: Tensor) -> tuple[int, Tensor | None, list[Tensor]]:
-        """Steps so far, the unit's state and the other tensors of `state`, with shapes, dtypes and devices checked."""
+        """The number of steps so far, the unit's state and the other tensors of `state`, all of them checked."""
         if state is None:
             return 0, None, []
         check_state(state, self.num_states)
@@ -246,7 +254,7 @@ class MemoryCache(torch.nn.Module):
 
 
 class _Span:
-    """The steps of one call, cut at the ends of segments: the rest of the open segment, whole segments, and a tail."""
+    """The steps of one call, cut into pieces: the rest of the open segment, whole segments, and a tail."""
 
     def __init__(self, before: int, steps: int, segment: int) -> None:
         self.before, self.steps, self.segment = before, steps, segment
@@ -276,7 +284,10 @@ class _Span:
         return torch.cat([rows[:, :1].expand(-1, self.head, -1), whole, last], 1)
 
     def sums(self, x: Tensor, total: Tensor | None) -> Tensor:
-        """The sum of `x [B, T, E]` over the segment of each step up to that step; `total` is that before the call."""
+        """For each step the sum of `x [B, T, E]` over its segment up to the step, `[B, T, E]`.
+
+        `total [B, E]` is the sum over the steps of the open segment before the call.
+        """
         first = x[:, : self.head].cumsum(1)
         if total is not None:
             first = first + total.unsqueeze(1)
@@ -286,7 +297,7 @@ class _Span:
 
 
 class _Boundaries:
-    """The argument `_parallel` of a unit's forward pass, which runs its scan through it: values at ends of segments.
+    """The argument `_parallel` of a unit's forward pass: runs the unit's scan and records values at ends of segments.
 
     Attributes:
         values: the unit's values after the last step of each segment that ends in the call, `[B, N, D]`.
@@ -329,7 +340,7 @@ class _Boundaries:
 
 
 def _appended(before: Tensor | None, new: Tensor) -> Tensor:
-    """`before` and the rows `new`, along dimension 1; `before` itself where there are none."""
+    """`before` and `new`, joined along dimension 1; `before` itself if `new` has no rows."""
     if before is None:
         return new
     if before.dtype != new.dtype:

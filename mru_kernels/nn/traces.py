@@ -2,14 +2,15 @@
 
 A layer computes gates `x W^T + b` and scans them. The step of a channel reads no other channel's state, so the state of
 a channel depends on that channel's rows of W only. One trace of W's shape per sequence therefore contains the whole
-derivative (real-time recurrent learning). For a chunk of the steps t0 < t <= t1 with the loss L::
+derivative: real-time recurrent learning (arXiv 2305.15947), in chunks as in HYPR (arXiv 2506.14464). For a chunk of
+the steps t0 < t <= t1 with the loss L::
 
     dL/dW  =  backward pass of the chunk  +  sum over sequences of dL/ds_t0 E_t0                 (Remember)
     E_t1   =  A E_t0 + sum over t of K_t x_t        A = ds_t1/ds_t0    K_t = ds_t1/dgates_t      (Recorder)
 
-A and K are the gradients of s_t1 for a gradient of ones. The bias is a weight of x = 1. Vectors `[D]` that the state
-depends on have traces `[B, D]`. So have learned initial states, with the trace 1 at the first step. Traces of complex
-states are stored conjugated, as torch stores their gradients, which leaves the formulas as they are.
+A and K are the gradients that a backward pass gives for a gradient of ones of s_t1. The bias is a weight of x = 1.
+Per-channel inputs `[D]` of the recurrence have traces `[B, D]`. A learned initial state too: its trace begins as 1.
+Traces of complex states are stored conjugated, as torch stores their gradients, so the formulas are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .base import MRUBase
 
 Traces = dict[str, Tensor]
-"""Traces `[B, *shape]` of tensors `shape` by name, such as "blocks.0.units.1.weight_ih_l0"."""
+"""Traces by name, such as "blocks.0.units.1.weight_ih_l0": `[B, *shape]` for a tensor of this shape."""
 
 
 _NO_REPEAT = "traces do not work under activation checkpointing, which runs layers again"
@@ -37,16 +38,16 @@ class _Active(threading.local):
 
 
 active = _Active()
-"""The recorder of the call that runs in this thread."""
+"""`active.recorder` is the recorder of the call that runs in this thread, or None."""
 
 
 class Recorder:
-    """Records one call of a module, which runs within it as a context: uses the traces, and advances them.
+    """A context for one call of a module. It adds the traces to the gradients of the call, and advances them.
 
     Args:
         units: the recurrent units of the module by path.
         traces: the traces at the start of the chunk, or None.
-        begins: whether the sequences begin with the chunk. Without traces and with False, the state is a constant.
+        begins: whether the sequences begin with the chunk. If not, and without traces, the state is a constant.
     """
 
     def __init__(self, units: Mapping[str, MRUBase], traces: Traces | None, begins: bool) -> None:
@@ -74,14 +75,14 @@ class Recorder:
         return self._after
 
     def scan_of(self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor]) -> Callable[..., Any]:
-        """The scan of a layer with the input x `[B, T, features]` and the parameters `p`, recorded."""
+        """The recorded scan of a layer with the input x `[B, T, features]` and the parameters `p` by name."""
         return functools.partial(self._scan, unit, layer, x, p)
 
     def _scan(
         self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor], gates: Tensor, state: Tensor | None, *,
         reverse: bool, cu_seqlens: Tensor | None, chunk_size: int | None, **vectors: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        self._scans += 1  # before the scan, as checkpointing may run it again within its own gradient
+        self._scans += 1  # before the scan, because checkpointing may run it again within its gradient
         if torch.is_grad_enabled() != self._differentiated:
             raise RuntimeError(f"module: expected one grad mode for a whole call, got both; {_NO_REPEAT}")
         dtype, batch = unit._state_dtypes(gates.dtype)[-1], gates.shape[0]
@@ -112,7 +113,7 @@ class Recorder:
 
 
 class Remember(torch.autograd.Function):
-    """The identity on a state `[B, D]`. Its backward pass adds to the gradients of `past` what the traces give them."""
+    """The identity on a state `[B, D]`. Its backward pass gives each tensor of `past` the gradient dL/ds E."""
 
     @staticmethod
     def forward(ctx, state: Tensor, traces: list[Tensor], *past: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class Remember(torch.autograd.Function):
                     grads.append(None)
                     continue
                 of_rows = _per_row(grad, trace).to(trace.dtype)
-                if trace.dim() == 2 or trace.shape[0] == 1:  # of one sequence, a matrix product takes longer
+                if trace.dim() == 2 or trace.shape[0] == 1:  # for one sequence a matrix product is slower
                     total = (of_rows * trace).sum(0)
                 else:
                     total = torch.bmm(of_rows.permute(1, 2, 0), trace.transpose(0, 1)).squeeze(1)
@@ -141,11 +142,11 @@ class Remember(torch.autograd.Function):
 def depends_on(unit: MRUBase, p: dict[str, Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that the state of one scan depends on, by name: parameters, or functions of them.
 
-    Rows of weight and bias that are real and imaginary parts of complex gates, in turn, become complex rows.
+    For complex gates, the rows of weight and bias alternate between real and imaginary parts. They become complex rows.
 
     Args:
         p: the parameters of the scan by name.
-        vectors: the tensors `[D]` by name that the scan gets.
+        vectors: the per-channel inputs `[D]` of the scan by name.
     """
     weight, bias = unit._gate_weights(p)
     found = {"weight_ih": weight}
@@ -170,7 +171,7 @@ def full_name(path: str, name: str, layer: int) -> str:
 
 
 def check(traces: Traces, name: str, of: Tensor, dtype: torch.dtype, batch: int | None = None) -> Tensor:
-    """The trace `name` of the tensor `of`, checked: its device and batch size only where `batch` is given."""
+    """The checked trace `name` of the tensor `of`. Device and batch size are checked only if `batch` is given."""
     trace = traces[name]
     if not isinstance(trace, Tensor):
         raise TypeError(f"traces[{name!r}]: expected a tensor, got {type(trace).__name__}")
@@ -203,7 +204,7 @@ def check_all(traces: object, units: Mapping[str, MRUBase]) -> None:
 
 
 def restarted(traces: Traces, resets: Tensor) -> Traces:
-    """The traces of sequences of which those with `resets [B]` begin anew, from the learned initial state."""
+    """The traces after the sequences of `resets [B]` begin anew: 1 for a learned initial state, 0 for the rest."""
     masks = {t.dim(): resets.reshape(-1, *[1] * (t.dim() - 1)) for t in traces.values()}
     return {
         name: t.masked_fill(masks[t.dim()], 1.0 if name.rpartition(".")[2].startswith("initial_state_l") else 0.0)
@@ -214,9 +215,9 @@ def restarted(traces: Traces, resets: Tensor) -> Traces:
 def _scan_rows(
     scan: Callable[..., tuple[Tensor, Tensor]], gates: Tensor, state: Tensor, rows: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`scan` with vectors of each sequence, `[B, D]` by name, so that these have a gradient for each sequence."""
+    """`scan` with per-channel inputs for each sequence, `rows [B, D]`, so that each sequence has its own gradient."""
     if gates.shape[0] < 2 or not rows:
-        return scan(gates, state, **{name: t.sum(0) for name, t in rows.items()})  # the sum of one row, or of none
+        return scan(gates, state, **{name: t.sum(0) for name, t in rows.items()})  # one row or none
 
     def one(gates: Tensor, state: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         h, final = scan(gates.unsqueeze(0), state.unsqueeze(0), **rows)
@@ -232,10 +233,11 @@ def _advanced(
     """The traces after a chunk.
 
     Args:
-        past: what the state depends on.
+        past: the tensors that the state depends on, by name.
         before: the traces before the chunk; absent ones are 0.
-        x: `[B, T, features]`, the input of the layer.
-        of_gates, of_state, of_vectors: gradients `[B, T, gates D]` and `[B, D]` of the final states for ones.
+        x: the input of the layer, `[B, T, features]`.
+        of_gates, of_state, of_vectors: gradients of the sum of the final states: K `[B, T, gates D]`, A `[B, D]`, and
+            `[B, D]` for each per-channel input.
     """
     dtype = of_state.dtype
     with torch.autocast(x.device.type, enabled=False):
@@ -252,14 +254,14 @@ def _advanced(
 
 
 def _per_row(of_state: Tensor, trace: Tensor) -> Tensor:
-    """`of_state [B, D]` for each row of a trace `[B, k D, *]`, with ones for the dimensions `*`."""
+    """`of_state [B, D]` repeated for each row of a trace `[B, k D, *]`: `[B, k D, 1, ...]`."""
     gates = trace.shape[1] // of_state.shape[1]
     rows = of_state if gates == 1 else of_state.repeat(1, gates)
     return rows.reshape(*rows.shape, *[1] * (trace.dim() - 2))
 
 
 def _as_complex(t: Tensor, dim: int) -> Tensor:
-    """Real and imaginary parts that alternate along `dim`, as complex numbers."""
+    """Complex numbers from real and imaginary parts that alternate along `dim`."""
     return torch.view_as_complex(t.unflatten(dim, (-1, 2)).movedim(dim + 1, -1).contiguous())
 
 

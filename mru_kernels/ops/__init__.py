@@ -11,20 +11,21 @@ Arguments that they share:
 
     inputs      the inputs that are given, in the cell's order: streams `[B, T, D]`, inputs per channel `[D]`, then
                 scalars that a schedule may change, 0-dim float64 on the CPU
-    given       bit i: input i is given
-    packed      bit i: input i is one of the streams that lie side by side in `inputs[0] [B, T, k D]`; 0: none
+    given       mask; bit i: input i is given
+    packed      mask; bit i: input i is one of the k streams that lie side by side in `inputs[0] [B, T, k D]`; 0: none
     numbers     the other scalars
     chunk       steps between two checkpoints, the states that are saved for the backward pass
     segment     steps of a segment that is scanned in parallel with others, rounded up to a multiple of `chunk`; 0
-                scans each sequence as a whole; -1 leaves the choice to the backend, so that a recorded graph serves
+                scans each sequence as a whole; -1 lets the backend choose at run time, so that a recorded graph serves
                 all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
-    save        whether a backward pass may follow, so whether the op returns what it needs
+    save        whether to return also the checkpoints and events that the backward op needs
 
-The backward op scans again if it is given neither checkpoints nor events.
+If the backward op gets neither checkpoints nor events, it scans again.
 
 With `save` the results of the scan include the checkpoints `[B floor((T - 1) / chunk), D]` and `events`, the write
-codes `[B (floor(T / 16) + (N or 1)), D]` (int32, 16 steps of 2 bits), which have no rows if `segment` is 0 or the cell
-packs no codes. If `segment` is -1, both have two rows more, and codes that a backend does not pack are zeros.
+codes `[B (floor(T / 16) + (N or 1)), D]`: int32, 16 steps of 2 bits; `(N or 1)` is N with `cu_seqlens`, else 1.
+`events` has no rows if `segment` is 0 or the cell packs no codes. If `segment` is -1, both have two more rows, and
+codes that a backend does not pack are zeros.
 
 h and the gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64
 for float64 streams, float32 for other real ones, and that of complex streams. N is B, or the number of packed

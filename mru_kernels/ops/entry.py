@@ -1,4 +1,4 @@
-"""The way in: from the arguments of a public function to the op of a backend."""
+"""The entry: from the arguments of a public function to the op of a backend."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .autograd import Scan, differentiable_inputs, raise_as_torch, requires_grad
 from .layout import allocate
 from .spec import Cell
 
-SEGMENT = -1  # of every call: the op decides how time is cut. Tests set another
+SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
 
-_TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and takes the first: that of this backend
+_TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and calls the first, which is this backend's
 
 
 class _Wanted(threading.local):
@@ -29,7 +29,7 @@ _wanted = _Wanted()
 
 @contextmanager
 def as_maps() -> Iterator[None]:
-    """Within it, `scan` returns the steps as one map of the state, (factor, offset), both `[N, D]`."""
+    """A context in which `scan` returns the map of each whole sequence, (factor, offset), both `[N, D]`."""
     before, _wanted.maps = _wanted.maps, True
     try:
         yield
@@ -49,7 +49,16 @@ def scan(
     chunk_size: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run `cell` on the backend that `backend` resolves to: (h, final state). The arguments are those of its op."""
+    """Run `cell` on the backend that `backend` resolves to.
+
+    Args:
+        inputs, given, packed, numbers, initial_state, cu_seqlens, reverse: those of the op, see `mru_kernels.ops`.
+        chunk_size: steps between two checkpoints; None to save none.
+        backend: a name, or None for the first backend that can run on the device.
+
+    Returns:
+        h `[B, T, D]` and the final state `[N, D]`.
+    """
     first = inputs[0]
     row = resolve(backend, first)
     chunk = checks.chunk_size(chunk_size) or backends.CHUNK
@@ -70,12 +79,12 @@ def scan(
             f"backend: torch.jit.trace records {_TRACED_BACKEND!r} only, got {row.name!r}; trace the model on the CPU,"
             " or use torch.export"
         )
-    # A recorded graph saves no checkpoints: their number would fix T if it is 1, and jit.trace compares its graph with
-    # one made under no_grad. The backward pass of a recorded graph scans once more.
+    # A recorded graph saves no checkpoints, so its backward pass scans again. Exactly one checkpoint would fix T, and
+    # jit.trace compares its graph with one that is made under no_grad.
     recorded = tracing or (compiling and torch.compiler.is_exporting())
     save = differentiated and chunk_size is not None and not recorded
     segment = SEGMENT
-    if save and segment < 0 and not compiling:  # so that a scan of whole sequences keeps no codes
+    if save and segment < 0 and not compiling:  # a scan of whole sequences then saves no codes
         segment = segment_of(row, first, packed, cu_seqlens)
     arguments = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save)
     if compiling or tracing or private.transforms_active():
@@ -94,7 +103,7 @@ def scan(
 
 
 def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Tensor | None) -> int:
-    """Steps of a segment that a backend chooses for a call; 0 if it scans whole sequences."""
+    """The segment that a backend chooses for a call, in steps; 0 if it scans whole sequences."""
     batch, time, channels = first.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     channels //= packed.bit_count() or 1
@@ -104,7 +113,7 @@ def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Te
 def step(
     cell: Cell, inputs: Sequence[Tensor], given: int, numbers: Sequence[float], state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`scan` of a single step, without gradients: streams are `[B, D]`, and so are the results."""
+    """`scan` of one step without gradients. Streams are `[B, D]`, and so are h and the state after the step."""
     row = resolve(None, state)
     if row.plain:
         return row.module.step(cell, inputs, given, numbers, state)
@@ -114,7 +123,7 @@ def step(
 
 
 def resolve(name: str | None, first: Tensor) -> backends.Backend:
-    """The backend of a call. Fake tensors have one even if their device is absent."""
+    """The backend of a call. A fake tensor has one even if its device is absent."""
     try:
         return backends.resolve(name, first.device)
     except RuntimeError:

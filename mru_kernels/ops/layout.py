@@ -1,4 +1,4 @@
-"""The tensors of a call: which input each is, what they must be, and the results that fit them."""
+"""The tensors of a call: which input each one is, their checks, and the allocation of results."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def _unit_channels(t: Tensor) -> Tensor:
 
 
 def is_time_major(t: Tensor) -> bool:
-    """Whether results like the stream `t [B, T, D]` lie in memory as `[T, B, D]`."""
+    """Whether results in the layout of the stream `t [B, T, D]` lie in memory as `[T, B, D]`."""
     return t.stride(1) > t.stride(0) > 0
 
 
 def dense_like(t: Tensor) -> Tensor:
-    """An uninitialised tensor for a stream `t [B, T, D]` with unit channel stride, in the layout of every such result.
+    """An uninitialised result `[B, T, D]` for a stream `t [B, T, D]` with unit channel stride.
 
-    It is dense with unit stride on D, whatever the strides of `t`: time-major, as `[T, B, D]` in memory, if the stride
-    of `t` over time is larger than that over the batch and neither is 0; else batch-major, which is contiguous.
+    It is dense for any strides of `t`. It is time-major, `[T, B, D]` in memory, if the stride of `t` over time is
+    larger than that over the batch and neither is 0. Otherwise it is batch-major, which is contiguous.
     """
     batch, time, channels = t.shape
     if is_time_major(t):
@@ -43,7 +43,7 @@ def split_gates(gates: Tensor, count: int) -> list[Tensor]:
 
 
 def places(cell: Cell, given: int, packed: int) -> list[int | None]:
-    """The position in `inputs` of each of the cell's inputs, scheduled scalars included; None if it is not given."""
+    """The position in `inputs` of each input of the cell, then of each scheduled scalar; None if it is not given."""
     position = 0
     found: list[int | None] = []
     for i in range(len(cell.names)):
@@ -65,7 +65,7 @@ def first_stream(inputs: Sequence[Tensor], packed: int) -> Tensor:
 
 
 def arrays(cell: Cell, inputs: Sequence[Tensor], given: int, packed: int) -> list[Tensor | None]:
-    """The cell's array inputs: `[B, T, D]` with unit channel stride, `[D]`, or None."""
+    """The cell's array inputs: a stream `[B, T, D]` with unit channel stride, a per-channel input `[D]`, or None."""
     gates = iter(split_gates(_unit_channels(inputs[0]), packed.bit_count()) if packed else [_unit_channels(inputs[0])])
     found: list[Tensor | None] = []
     for place in places(cell, given, packed)[: len(cell.inputs)]:
@@ -93,7 +93,7 @@ def allocate(
     cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, cu_seqlens: Tensor | None, chunk: int, segment: int,
     save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Uninitialised results of the forward op: h, the final state and, if it saves, checkpoints and write codes."""
+    """Uninitialised results of the forward op: h, the final state and, with `save`, checkpoints and write codes."""
     first = first_stream(inputs, packed)
     states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
     results = [dense_like(first), first.new_empty(states, dtype=state_dtype(first.dtype))]
@@ -105,15 +105,15 @@ def allocate(
 
 
 def checkpoint_rows(first: Tensor, chunk: int, segment: int) -> int:
-    """The rows `[D]` of states that the forward op saves, for a stream `first [B, T, D]`."""
+    """The number of rows `[D]` of checkpoints that the forward op saves, for a stream `first [B, T, D]`."""
     batch, time, _ = first.shape
     return batch * (max(time - 1, 0) // chunk) + spare_rows(segment)
 
 
 def spare_rows(segment: int) -> int:
-    """How many rows of what is saved are not used.
+    """The number of unused rows of checkpoints, and of write codes.
 
-    If the backend decides how time is cut, no size may be 0 or 1: torch.compile would record another graph for these.
+    If the backend chooses the segment, no size may be 0 or 1, because torch.compile would record another graph.
     """
     return 2 if segment < 0 else 0
 
@@ -128,7 +128,7 @@ def allocate_codes(
 
 
 def code_rows(cell: Cell, inputs: Sequence[Tensor], given: int, cu_seqlens: Tensor | None, segment: int) -> int:
-    """The rows `[D]` of words of write codes that the forward op makes."""
+    """The number of rows `[D]` of write codes that the forward op makes, in words of 16 steps."""
     if segment == 0 or not cell.has_codes(given):
         return 0
     batch, time, _ = inputs[0].shape
@@ -137,7 +137,7 @@ def code_rows(cell: Cell, inputs: Sequence[Tensor], given: int, cu_seqlens: Tens
 
 
 def allocate_backward(cell: Cell, inputs: Sequence[Tensor], initial_state: Tensor | None) -> list[Tensor]:
-    """Uninitialised results of the backward op: a gradient for each array in `inputs`, and for the initial state."""
+    """Uninitialised results of the backward op: a gradient for each array in `inputs`, then for the initial state."""
     of_arrays = inputs[: len(inputs) - len(cell.scheduled)]
     grads = [dense_like(_unit_channels(t)) if t.dim() == 3 else t.new_empty(t.shape) for t in of_arrays]
     return grads if initial_state is None else [*grads, initial_state.new_empty(initial_state.shape)]
@@ -147,7 +147,7 @@ def allocate_backward(cell: Cell, inputs: Sequence[Tensor], initial_state: Tenso
 
 
 def check(cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens) -> None:
-    """Raise unless the tensors of a call fit together: for the kernels that are written in Python."""
+    """Raise unless the tensors of a call fit together. For fakes and for kernels that are written in Python."""
     array_bits = (1 << len(cell.inputs)) - 1
     if packed & ~(given & array_bits) or (packed and not packed & 1):
         raise ValueError(f"packed: expected a mask of given inputs, the first of them included, got {packed}")
@@ -172,9 +172,9 @@ def check_numbers(
     cell: Cell, inputs: Sequence[Tensor], numbers: Sequence[float], chunk: int, segment: int,
     chunk_sizes: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Raise unless the numbers of a call are such that the kernels may compute with them.
+    """Raise unless scalars, `chunk` and `segment` are in their ranges.
 
-    A fake scalar, which has no value, is not checked.
+    The value of a fake scalar is not checked, because it has none.
     """
     scheduled = inputs[len(inputs) - len(cell.scheduled) :]
     for scalar, t in zip(cell.scheduled, scheduled, strict=True):

@@ -1,6 +1,7 @@
-"""The ops, and what every one of them is given: fake, autograd, vmap. The kernels come elsewhere.
+"""Registers fakes, autograd and vmap for the ops of every cell. Each backend registers its own kernels.
 
-The extension defines the ops of its backends, so that a process without Python has them. The others are defined here.
+The extension defines the ops of its backends, so that a process without Python has them. The rest is
+defined here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _(grads, inputs, reason):
 
 
 def add_cell(cell: Cell) -> Cell:
-    """Define the ops of `cell` for every backend."""
+    """Add `cell` to the table of cells, define its ops for every backend that has ops, and return it."""
     CELLS[cell.name] = cell
     for row in backends.TABLE.values():
         if not row.plain:
@@ -44,7 +45,7 @@ def add_backend(row: backends.Backend) -> None:
 
 
 def _define(cell: Cell, backend: str) -> None:
-    """Define the ops of a cell for a backend, `mru::<cell>.<backend>` and its kin, and register what Python adds."""
+    """Define the four ops of a cell for a backend, unless the extension has, and register what Python adds."""
     for suffix, table in {"": cell.forward, "_backward": cell.backward, "_step": cell.step, "_map": cell.map}.items():
         if not hasattr(getattr(torch.ops.mru, cell.name + suffix, None), backend):
             _library.define(f"{cell.name}{suffix}.{backend}{SCHEMAS[suffix]}")

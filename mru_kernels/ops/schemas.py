@@ -1,12 +1,12 @@
-"""The schemas of the ops of a cell, stated once: setup.py writes them into a header for C++ too.
+"""The schemas of the ops of a cell. setup.py also writes them into a header, schemas.h, for C++.
 
-It imports nothing, so that setup.py can run it by its path.
+This module imports nothing, so that setup.py can run it by its path.
 """
 
 _INPUTS = "Tensor[] inputs, int given, int packed, float[] numbers"
 _CALL = f"{_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, int chunk, int segment"
 
-#: What follows the cell's name in the name of an op, and the schema of that op.
+#: From the suffix after the cell's name in the name of an op to the op's schema; see `mru_kernels.ops`.
 SCHEMAS = {
     "": f"({_CALL}, bool save) -> Tensor[]",
     "_backward": f"(Tensor grad_h, Tensor grad_final, {_CALL}, Tensor? checkpoints, Tensor? events) -> Tensor[]",

@@ -1,4 +1,4 @@
-"""Sequences that arrive in chunks of time. Only the state, and traces on request, are kept between chunks."""
+"""Sequences that arrive in chunks of time. Only the state, and on request traces, are kept between chunks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Stream:
 
     Attributes:
         module: the module.
-        state: the state as the module returns it, or None before the first chunk. It may be saved, and set again here
-            or in another process, on another device or backend. The next chunk then continues from it.
+        state: the state as the module returns it, or None before the first chunk. It may be saved and set again, also
+            in another process, on another device or backend. The next chunk then continues from it.
         traces: with `gradient="traces"`, the traces by name, or None before the first chunk. They are saved and set
             with the state. A state that is set without traces is a constant.
 
@@ -53,11 +53,16 @@ class Stream:
 
         Args:
             chunk: the module's input.
-            resets: bool `[B]`, the sequences that end before this chunk. New ones take their places, with the initial
-                states of the module and no past. For a chunk without a batch it has no dimensions.
+            resets: bool `[B]`, True for sequences that end before this chunk. New sequences take their places, with
+                the initial states of the module. For a chunk without a batch it has shape `[]`.
+
+        Returns:
+            The output of the module, such as `[B, T, D]`.
 
         Raises:
             TypeError, ValueError: as the module, and for `resets` and traces that do not fit; the message names them.
+                Modules with a `MemoryCache` do not accept `resets`.
+            RuntimeError: with traces, under inference mode or activation checkpointing.
         """
         state = self.state if resets is None else self._restarted(resets)
         output, state = self.module(chunk, state)
@@ -72,7 +77,7 @@ class Stream:
         self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
 
     def _restarted(self, resets: Tensor) -> State | None:
-        """The state in which the sequences of `resets` begin anew."""
+        """The state, with the initial state for the sequences of `resets`."""
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
             raise TypeError(f"resets: expected a bool tensor, got {came}")
@@ -95,7 +100,7 @@ class Stream:
 
 
 def _starts(module: torch.nn.Module) -> list[Tensor | None]:
-    """The state `[D]` in which a new sequence begins, for each tensor of the module's state; None for zeros."""
+    """The initial state `[D]` of a new sequence for each tensor of the module's state; None for zeros."""
     if isinstance(module, MRUNetwork):
         return [start for block in module.blocks for start in _starts(block)]
     if isinstance(module, MRUBlock):
@@ -108,40 +113,45 @@ def _starts(module: torch.nn.Module) -> list[Tensor | None]:
 def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
     """Feed sequences to a module chunk by chunk, in memory that does not grow with time.
 
-    The outputs equal those of one pass over the whole sequence where the gates are equal. A matrix product over fewer
-    steps may round differently, and may flip a gate whose inputs are nearly tied.
+    Only the state of a `MemoryCache` in the modes gated and sparse grows.
+
+    Outputs are those of one pass over the whole sequence, except that a matrix product over fewer steps may round
+    differently, and may flip a gate whose inputs are nearly tied.
 
     Without `gradient`, no gradient passes from a chunk to the chunks before it. A backward pass after every chunk is
     truncated back-propagation through time, with the exact state carried over.
 
-    With `gradient="traces"` the backward pass of a chunk also adds what the state at its start gives the parameters of
-    each recurrent layer. The gradients of all chunks then sum to those of one pass over the whole sequence, at a memory
-    of `B D (gates (features + 1) + vectors)` numbers a layer:
+    With `gradient="traces"` the backward pass of a chunk also adds the gradient of the steps before the chunk, by
+    real-time recurrent learning in chunks (HYPR, arXiv 2506.14464). The recurrent parameters are those that the state
+    depends on: weight, bias, thresholds, decays and learned initial states of a unit. The gradients of all chunks sum
+    to these:
 
-    - exactly for the recurrent parameters of the last recurrent layer, also of units in one block, and for all above;
-    - for those of the layers below, without the paths that cross the start of a chunk in the state of a layer above: in
-      two layers of `MinGRU` and chunks of 8 steps, the gradient of the lower layer has a cosine of 0.72 with that of
-      the whole sequence, and of 0.23 without traces (`python -m bench online`);
-    - for all below the first projection, such as an embedding, within the chunk only, as without traces.
+    - For the recurrent parameters of the last recurrent layer, or of all units in the last block, and for all later
+      parameters: the exact gradient of the whole sequence.
+    - For the recurrent parameters of lower layers: that gradient, without the paths that cross the start of a chunk in
+      the state of a higher layer. In two layers of `MinGRU` with chunks of 8 steps, the gradient of the lower layer has
+      a cosine of 0.72 with that of the whole sequence, and of 0.23 without traces (`python -m bench online`).
+    - For parameters before the weight of a unit, such as an embedding: the gradient within the chunks, as without
+      traces.
 
-    Recurrent parameters are all that the state depends on: weight, bias, thresholds, decays and learned initial states
-    of a unit. After a step of an optimiser, a trace still contains the derivatives at the older parameters. Chunks
-    under `no_grad` advance the traces too. A unit of your own needs a `_scan` in which no channel's state depends on
-    another channel.
+    Traces take `B D (gates (features + 1) + k)` numbers a layer in the dtype of the state, where k counts the learned
+    initial state and the per-channel inputs of the recurrence. After an optimiser step a trace still contains
+    derivatives at the older parameters. Chunks under `no_grad` advance the traces too. Your own unit can have traces if
+    in its `_scan` no channel's state depends on another channel.
 
     Args:
-        module: a recurrent module of one direction, an `MRUBlock` or an `MRUNetwork`. `torch.compile` or
-            `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every chunk.
-        gradient: None, or "traces" for gradients of the whole past.
+        module: a recurrent module of one direction, a `MemoryCache`, an `MRUBlock` or an `MRUNetwork`. `torch.compile`
+            or `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every chunk.
+        gradient: None, or "traces" to add the gradient of earlier chunks.
 
     Returns:
         A `Stream`, called as `output = feed(chunk, resets=None)`. `feed.state` is the state after the last chunk, and
         `feed.traces` has the traces; `feed.reset()` drops both.
 
     Raises:
-        TypeError: the module is of another kind. With traces also: a block contains a unit of another package, such as
-            `torch.nn.GRU`, whose channels read each other's states.
-        ValueError: the module needs the whole sequence, because it is bidirectional or pools by the mean over time;
+        TypeError: the module is of another kind. With traces also: it contains a `MemoryCache`, or a block contains a
+            unit of another package, such as `torch.nn.GRU`, whose channels read each other's states.
+        ValueError: the module is bidirectional or pools by the mean over time, so it needs the whole sequence; or
             `gradient` is neither None nor "traces". With traces also: `torch.compile` compiles the module.
 
     Example::

@@ -1,4 +1,4 @@
-"""Streams with traces: the gradient of the whole past, at constant memory."""
+"""Streams with traces: the gradient of earlier chunks, in constant memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import Stream
 
 
 class TracedStream(Stream):
-    """A `Stream` with the traces of its module; `stream(module, gradient="traces")` describes it."""
+    """A `Stream` that carries the traces of its module; `stream` describes `gradient="traces"`."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__(module)
@@ -34,7 +34,7 @@ class TracedStream(Stream):
 
     @torch.compiler.disable(reason="traces need gradients within the forward pass")
     def __call__(self, chunk: Tensor, resets: Tensor | None = None) -> Tensor:
-        """As `Stream`. The traces advance, also under `no_grad`."""
+        """As for `Stream`. The call also advances the traces, even under `no_grad`."""
         _check_eager(self.module)
         if isinstance(chunk, PackedSequence):
             raise TypeError('input: expected a tensor with gradient="traces", got a PackedSequence')
@@ -44,7 +44,7 @@ class TracedStream(Stream):
             raise ValueError("traces: expected None without a state, got traces; set both, or call reset")
         state, before = self.state, self._traces
         if resets is not None:
-            with torch.no_grad():  # the traces give the initial states their gradients
+            with torch.no_grad():  # the initial states get their gradients from the traces
                 state = self._restarted(resets)
             before = None if before is None else restarted(before, resets)
         with Recorder(self._units, before, begins=state is None) as recorder:
@@ -59,7 +59,7 @@ class TracedStream(Stream):
 
 
 def _check_eager(module: torch.nn.Module) -> None:
-    """Raise where torch.compile compiles `module` or a part of it: traces need gradients within the forward pass."""
+    """Raise if torch.compile compiles `module` or a part of it: traces need gradients within the forward pass."""
     for part in module.modules():
         if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
             raise ValueError(
