@@ -1,8 +1,8 @@
-"""The build backend: that of setuptools, which takes the torch of the environment that it installs into.
+"""The build backend: setuptools, with the torch of the environment that the package is installed into.
 
-pip builds in an isolated environment and downloads into it what a build requires: for torch, gigabytes of CUDA. The
-build needs torch's headers and libraries only, and by torch's stable ABI those of any torch from 2.11 on will do. So
-torch is no requirement of the build. The build finds the torch that is installed, or says how to install one.
+pip builds in an isolated environment and downloads the requirements of the build into it. For torch these are gigabytes
+of CUDA libraries. But the build needs only headers and libraries of torch, and torch's stable ABI allows any torch from
+2.11 on. So torch is not a requirement of the build. The build finds the installed torch, or says how to install it.
 """
 
 import functools
@@ -19,7 +19,7 @@ INSTALL = "pip install 'setuptools>=77' ninja"
 
 
 def missing(error: ModuleNotFoundError) -> SystemExit:
-    """The error for a module that the build imports and that is not installed."""
+    """The error for a module that the build needs and that is not installed."""
     return SystemExit(f"mru_kernels: the build needs {error.name}, which is not installed: {INSTALL}")
 
 
@@ -35,15 +35,15 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 
 class Torch(NamedTuple):
-    """An installed torch. It is not imported."""
+    """The facts of an installed torch, found without importing it."""
 
     folder: Path
     version: str
-    cuda: str | None  # the version of CUDA that it is built with
+    cuda: str | None  # the CUDA version of the build; None for a CPU build
 
 
 def find_torch() -> Torch:
-    """The torch of this environment, also where build isolation hides it.
+    """The torch of this environment, even if build isolation hides it.
 
     Raises:
         SystemExit: there is none, or it is older than 2.11.
@@ -65,7 +65,7 @@ def find_torch() -> Torch:
 
 
 def _after_torch(hook: Callable) -> Callable:
-    """The hook, which now names a missing torch first: before pip downloads what the package requires to run."""
+    """The hook, after a check for torch. So the error comes before pip downloads the requirements of the package."""
 
     @functools.wraps(hook)
     def call(*arguments, **options):

@@ -1,11 +1,11 @@
-"""Whether a cache of past segments helps units to recall: the first symbol, and the value of a key.
+"""Compare units with and without a cache of past segments in two tasks: recall the first symbol, or the value of a key.
 
 `first` is the task of `examples.copy_first`: a symbol is shown at the first step, under noise, and must be named after
 the last step. In `pairs`, a small form of associative recall (MQAR, arXiv 2312.04927), pairs of a key and a value are
 shown at random steps under noise. The last step shows one of the keys, and its value must be named.
 
-Each unit is in a network of one block, with and without a `MemoryCache`. Training is at one length; tests are at this
-length and at longer ones, in chunks, from state to state.
+Each unit is in a network of one block, with and without a `MemoryCache`. Networks train at one length. They are tested
+at this length and at longer ones, in chunks.
 
 Run from the repository's root: `python -m examples.recall`.
 """
@@ -28,13 +28,13 @@ TRAIN_LENGTH = 64
 SEGMENT = 16
 BATCH = 32
 WIDTH = 32
-CHUNK = 512  # steps that a test has in memory
+CHUNK = 512  # steps of a chunk in tests
 LEARNING_RATE = 5e-3
 KEYS = VALUES = 4
-PAIRS = 3  # shown in a sequence
-NOISE = 0.3  # standard deviation, in `pairs`
+PAIRS = 3  # pairs in a sequence
+NOISE = 0.3  # standard deviation of the noise in `pairs`
 
-#: Initial time scales reach the length of training.
+#: The initial time scales of minGRU reach the training length, and those of the LRU 1,000 steps.
 UNITS: dict[str, dict[str, dict[str, Any]]] = {
     "BMRU": {"bmru": {}},
     "minGRU": {"min_gru": {"max_time_scale": float(TRAIN_LENGTH)}},
@@ -50,7 +50,7 @@ CACHES: dict[str, dict[str, Any] | None] = {
 
 
 def first(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs `[B, T, features]` and the symbol `[B]` of each."""
+    """Inputs `[B, T, features]` and the first symbols `[B]`."""
     symbols = copy_first.draw_symbols(sequences, generator)
     return copy_first.show(copy_first.noise(sequences, length, generator), symbols), symbols
 
@@ -58,7 +58,7 @@ def first(sequences: int, length: int, generator: torch.Generator) -> tuple[Tens
 def pairs(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Inputs `[B, T, features]` and the value `[B]` of the key that the last step shows.
 
-    The features are keys, values, and marks of a pair and of the question.
+    The features are the keys, the values, a mark of pairs and a mark of the question.
     """
     x = NOISE * torch.randn(sequences, length, KEYS + VALUES + 2, generator=generator)
     x[..., KEYS + VALUES :] = 0.0
@@ -84,7 +84,7 @@ def network(unit: str, cache: str, task: str) -> mk.MRUNetwork:
 
 @torch.no_grad()
 def test(model: mk.MRUNetwork, task: str, length: int, sequences: int, seed: int) -> float:
-    """Accuracy."""
+    """Accuracy on new sequences, fed in chunks."""
     x, answers = TASKS[task][0](sequences, length, torch.Generator().manual_seed(1000 + seed))
     feed = mk.stream(model)
     for chunk in x.split(CHUNK, 1):
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["no cache", "gated"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[TRAIN_LENGTH, 512, 2048], metavar="T")
-    parser.add_argument("--sequences", type=int, default=100, help="of each length")
+    parser.add_argument("--sequences", type=int, default=100, help="number of test sequences for each length")
     arguments = parser.parse_args(argv)
     names = [f"{t}; {u}; {c}" for t in arguments.tasks for u in arguments.units for c in arguments.caches]
     results = common.run_all(run, names, arguments)

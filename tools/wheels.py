@@ -1,14 +1,14 @@
 """Build the wheel for release and check it on several versions of torch: `make wheels TORCH="2.11.0 2.13.0"`.
 
-The sdist is built from the working tree and the wheel from the sdist, for the CPU and, where there is nvcc, for CUDA.
-One wheel serves every torch from 2.11 on and every Python from 3.10 on. auditwheel gives it the oldest manylinux tag
-that its symbols allow. It leaves torch's libraries out, which come with the torch that is installed.
+The sdist is built from the working tree, and the wheel from the sdist. The wheel has the CPU kernels and, if nvcc is
+found, the CUDA kernels. It serves every torch from 2.11 on and every Python from 3.10 on. auditwheel gives it the
+oldest manylinux tag that its symbols allow. Torch's libraries are left out, because the installed torch has them.
 
-For each version of torch, a virtual environment in a temporary folder gets torch from the package index that pip is set
-up with, and the wheel. There the package reports what it found, and compares a part of all cells with the reference.
+For each version of torch, a virtual environment in a temporary folder gets the wheel, and torch from pip's package
+index. There the package prints what it found, and compares a sample of calls of every cell with the reference.
 
-The wheels have the same bytes wherever and whenever a commit is built with the same compiler: SOURCE_DATE_EPOCH, by
-default the time of the commit, is the time of their files.
+Two builds of a commit with the same compiler and torch give the same bytes. SOURCE_DATE_EPOCH, by default the time of
+the commit, is the time stamp of all files in the wheel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tomllib
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
-#: A part of the comparison with the reference, of every cell and dtype.
+#: A sample of the comparison with the reference, for every cell and dtype.
 CHECK = ("-m", "mru_kernels.bench", "compare", "--brief", "--part", "1/20")
 
 
@@ -38,12 +38,12 @@ def run(*command: str | Path, **options) -> None:
 
 
 def build() -> Path:
-    """The sdist and the wheel that is made from it, both in dist."""
+    """Build the sdist, and from it the wheel, both in dist. Returns the wheel."""
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", DIST, cwd=ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
     if shutil.which("nvcc"):
-        os.environ.setdefault("MRU_FORCE_CUDA", "1")  # also where the torch that is built with is one for the CPU
+        os.environ.setdefault("MRU_FORCE_CUDA", "1")  # even if the installed torch is a CPU build
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, sdist)
         (wheel,) = Path(folder).glob("*.whl")
@@ -54,7 +54,7 @@ def build() -> Path:
 
 
 def check(wheel: Path, torch: str) -> None:
-    """Install the wheel with a version of torch, and use it."""
+    """Install the wheel with a version of torch, and run both checks."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder, "bin/python")
@@ -71,8 +71,8 @@ def main() -> None:
     commit_time = ("git", "log", "-1", "--format=%ct")
     if "SOURCE_DATE_EPOCH" not in os.environ:
         os.environ["SOURCE_DATE_EPOCH"] = subprocess.check_output(commit_time, cwd=ROOT, text=True).strip()
-    os.environ.pop("PYTHONPATH", None)  # the checks use what is installed
-    os.umask(0o022)  # the modes of the files are part of a wheel
+    os.environ.pop("PYTHONPATH", None)  # the checks must import the installed package
+    os.umask(0o022)  # a wheel contains the modes of its files
     wheel = build()
     for version in versions:
         check(wheel, version)

@@ -1,4 +1,4 @@
-"""Exports a network's step for C++: FOLDER/start.pt2 begins a sequence, FOLDER/next.pt2 goes on from a state.
+"""Export a network's step for C++: FOLDER/start.pt2 begins a sequence, FOLDER/next.pt2 continues from a state.
 
 python examples/cpp/package.py FOLDER
 cmake -S examples/cpp -B build/cpp -DCMAKE_PREFIX_PATH=$(python -c "import torch; print(torch.utils.cmake_prefix_path)")
@@ -15,7 +15,7 @@ import mru_kernels as mk
 
 
 class Step(torch.nn.Module):
-    """`network.step` with the tensors of the state as arguments and results of their own."""
+    """`network.step` with each tensor of the state as an argument and a result."""
 
     def __init__(self, network: mk.MRUNetwork) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Step(torch.nn.Module):
 
 
 def package(network: mk.MRUNetwork, folder: Path) -> None:
-    """Write the two packages. They take a batch of one sequence."""
+    """Write both files, for a batch of one sequence."""
     step = Step(network.eval())
     sample = torch.zeros(1, network.input_size)
     state = step(sample)[1:]

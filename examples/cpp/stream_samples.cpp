@@ -2,8 +2,8 @@
 //
 //     stream_samples EXTENSION FOLDER SAMPLES
 //
-// EXTENSION is mru_kernels/_C*.so, which has the ops. FOLDER has start.pt2 and next.pt2, which package.py makes.
-// SAMPLES is text: the numbers of a sample on each line.
+// EXTENSION is mru_kernels/_C*.so, which defines the ops. package.py writes start.pt2 and next.pt2 into FOLDER.
+// SAMPLES is a text file with one sample a line, its numbers separated by spaces.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/types.h>
@@ -21,7 +21,7 @@ int main(int count, char** arguments) {
   const std::string folder = arguments[2];
   torch::inductor::AOTIModelPackageLoader start(folder + "/start.pt2"), next(folder + "/next.pt2");
 
-  std::vector<torch::Tensor> results;  // of the last step: the output, and the tensors of the state
+  std::vector<torch::Tensor> results;  // the output of the last step, then the tensors of the state
   std::ifstream samples(arguments[3]);
   for (std::string line; std::getline(samples, line);) {
     std::istringstream words(line);
