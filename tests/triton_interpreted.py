@@ -286,7 +286,7 @@ WRONG_NUMBERS = {
     "given": lambda inputs, given, *rest: (inputs, given & ~2, *rest),
     "packed": lambda inputs, given, packed, *rest: (inputs, given, 2, *rest),
     "chunk": lambda *arguments: (*arguments[:7], 2**60, *arguments[8:]),
-    "segment": lambda *arguments: (*arguments[:8], 65),
+    "segment": lambda *arguments: (*arguments[:8], -2),
 }
 
 
