@@ -25,7 +25,8 @@ OBJECTS = ROOT / "build" / "objects"  # of any build: those of the CPU kernels a
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ELEMENTS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16}
 
-# Threads of a multiprocessor that the registers of a kernel must allow, by the kernel's name.
+# Threads of a multiprocessor that the registers of a kernel must allow, by the kernel's name. With eight channels and
+# three inputs per channel it is 256 at most, as registers for more would spill on sm_100.
 WANTED_THREADS = {
     "forward": 256,
     "summarize": 384,
@@ -59,6 +60,14 @@ class Kernel:
     def moves_words(self) -> bool:
         """Whether the threads of its form move 16 bytes at once."""
         return f", {16 // ELEMENTS[self.element]}, " in self.name
+
+    @property
+    def wanted_threads(self) -> int:
+        """Threads of a multiprocessor that the registers must allow."""
+        form = re.search(r"Form<.*, (\d+), \d+u, (\d+)u>", self.name)
+        many = form is not None and int(form[1]) == 8 and int(form[2]).bit_count() > 2  # kSegmentBlocks of segments.cuh
+        wanted = WANTED_THREADS.get(self.function, 1024)
+        return min(wanted, 256) if many else wanted
 
     def count(self, opcode: str) -> int:
         return len(re.findall(rf"\b{re.escape(opcode)}\b", self.instructions))
@@ -150,8 +159,7 @@ def test_registers_and_local_memory(kernels):
         assert k.stack == 0, k
         assert k.local == 0, k
         assert not re.search(r"\b(LDL|STL)\b", k.instructions), k.name
-        threads = WANTED_THREADS.get(k.function, 1024)
-        assert k.registers * threads <= REGISTERS, (k.element, k.architecture, k.name, k.registers)
+        assert k.registers * k.wanted_threads <= REGISTERS, (k.element, k.architecture, k.name, k.registers)
 
 
 def test_words_of_sixteen_bytes(kernels):
