@@ -51,7 +51,7 @@ def test_a_step_equals_the_kernels(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("time, offsets", [(3, None), (0, None), (3, [0, 0, 3]), (0, [0, 0])])
+@pytest.mark.parametrize(("time", "offsets"), [(3, None), (0, None), (3, [0, 0, 3]), (0, [0, 0])])
 @pytest.mark.parametrize("result", [0, 1])
 def test_one_result_alone_has_the_gradients_of_the_kernels(cell, time, offsets, result):
     """Where an input does not change the result, zeros: alpha and the final state, no step and the initial state."""
