@@ -413,3 +413,13 @@ def test_streams_without_traces_and_resets(inside):
         mk.stream(cached, gradient="traces")
     with pytest.raises(ValueError, match=r"^resets: expected None for a MemoryCache"):
         mk.stream(cached)(torch.randn(2, 3, 4), resets=torch.tensor([True, False]))
+
+
+def test_a_number_of_steps_without_a_value_is_named():
+    unit = mk.MemoryCache(mk.BMRU(FEATURES, CHANNELS), SEGMENT)
+    x = torch.randn(2, 3, FEATURES)
+    state = [t.to("meta") for t in unit(x)[1]]
+    with pytest.raises(
+        ValueError, match="state: expected a number of steps on the CPU for tensor 1, got a meta tensor"
+    ):
+        unit(x, state)

@@ -50,6 +50,24 @@ def test_a_step_equals_the_kernels(cell):
     assert_close(got, step(**row))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("time", "offsets"), [(3, None), (0, None), (3, [0, 0, 3]), (0, [0, 0])])
+@pytest.mark.parametrize("result", [0, 1])
+def test_one_result_alone_has_the_gradients_of_the_kernels(cell, time, offsets, result):
+    """Where an input does not change the result, zeros: alpha and the final state, no step and the initial state."""
+    options = {} if offsets is None else {"cu_seqlens": torch.tensor(offsets)}
+    call = inputs.case(cell, torch.float64, time=time, batch=1, channels=2, initial_state="real").build()
+    tensors = {**call.tensors, "initial_state": torch.randn(len(offsets or [0, 0]) - 1, 2, dtype=torch.float64)}
+    if any(i.name == "alpha" for i in ops.CELLS[cell].inputs):
+        tensors["alpha"] = torch.randn(2, dtype=torch.float64)
+    grads = []
+    for backend in ("torch", "cpu"):
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        of = getattr(mk, cell)(**leaves, **options, backend=backend)[result]
+        grads.append(torch.autograd.grad(of.sum(), list(leaves.values())))
+    assert_close(*grads)
+
+
 def test_long_sequences():
     """Neither the backward pass nor the end of a graph of many steps overflows the stack."""
     x = torch.ones(1, 20_000, 1, requires_grad=True)

@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import mru_kernels as mk
+from mru_kernels import backends
 from tests.units import CLASSES, all_units, make
 
 
@@ -65,3 +67,12 @@ def test_load_from_meta_and_to_meta(cls):
         module.load_state_dict(shapes, assign=True)
     assert module(x.to("meta"))[0].is_meta
     assert not options or module.epsilon == 0.3
+
+
+def test_training_without_the_extension(monkeypatch):
+    """On meta the gradient needs no kernels, which alone know how time is cut."""
+    monkeypatch.setattr(backends, "load_error", lambda name: "not built")
+    monkeypatch.setattr(backends.TABLE["cpu"].module, "segment", None)
+    unit = mk.BMRU(3, 4, device="meta")
+    unit(torch.empty(2, 5, 3, device="meta"))[0].sum().backward()
+    assert unit.weight_ih_l0.grad.is_meta

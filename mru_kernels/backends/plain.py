@@ -61,7 +61,8 @@ def scan(
         states, final = _loop(plain, gates, s, p, reverse)
     else:
         states, final = _loops(plain, gates, s, p, reverse, _offsets(cu_seqlens, first.shape[1]))
-    return _laid_out(plain.output(x, states).to(first.dtype), ops.is_time_major(first)), final.contiguous()
+    h = _laid_out(plain.output(x, states).to(first.dtype), ops.is_time_major(first))
+    return h, final.contiguous() if torch.compiler.is_compiling() else _WithZeroGradient.apply(final, h)
 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def _loop(plain: ops.Plain, gates: Sequence[Tensor], s: Tensor, p: Scalars, reve
         s = plain.step(row, s, p)
         states.append(s)
     if not states:  # T = 0: empty sums, so that every input has a gradient of zeros
-        none = sum(gates[1:], start=gates[0])
+        none = sum(gates, start=s.sum(0))
         return none, s + none.sum(1)
     return torch.stack(states[::-1] if reverse else states, 1), s
 
@@ -171,6 +172,24 @@ class _WithDenseGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _laid_out(grad, ctx.time_major), None
+
+
+class _WithZeroGradient(torch.autograd.Function):
+    """A copy of the final state, in whose gradient all inputs of `h` are zeros: alpha changes h only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(final, h):
+        return final.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape, ctx.dtype = inputs[1].shape, inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
 
 
 def _with_dense_gradient(t: Tensor) -> Tensor:

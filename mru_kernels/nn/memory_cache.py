@@ -237,6 +237,10 @@ class MemoryCache(torch.nn.Module):
         hx, position, *kept = state
         batch, features, channels = x.shape[0], self.unit.input_size, self.unit.hidden_size
         check_state_shapes([position], [(batch,)], position.device, first=1)
+        if position.is_meta:
+            raise ValueError(
+                "state: expected a number of steps on the CPU for tensor 1, got a meta tensor, without values"
+            )
         numbers = set(position.tolist())
         if position.dtype != torch.int64 or len(numbers) != 1 or min(numbers) < 0:
             raise ValueError(

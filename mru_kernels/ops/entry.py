@@ -84,7 +84,8 @@ def scan(
     recorded = tracing or (compiling and torch.compiler.is_exporting())
     save = differentiated and chunk_size is not None and not recorded
     segment = SEGMENT
-    if save and segment < 0 and not compiling:  # a scan of whole sequences then saves no codes
+    # A scan of whole sequences then saves no codes. Meta and fake tensors need no kernels, which know the length.
+    if save and segment < 0 and not compiling and backends.load_error(row.name) is None:
         segment = segment_of(row, first, packed, cu_seqlens)
     arguments = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save)
     if compiling or tracing or private.transforms_active():
