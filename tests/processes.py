@@ -1,8 +1,10 @@
-"""Run a function in several processes of one gloo group, and stop them at a deadline."""
+"""Run a function in several processes of one gloo group, with a deadline; and the peak memory of a program."""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -43,3 +45,19 @@ def _member(
     # threads of the group need the GIL to end, so some runs would hang. Collect such objects first.
     gc.collect()
     torch.distributed.destroy_process_group()
+
+
+_PRINT_PEAK = """
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def peak_memory(program: str, *arguments: int) -> int:
+    """Peak resident memory in KiB of a Python program in a process of its own.
+
+    Not by `ru_maxrss`: a process inherits that of the process that started it.
+    """
+    if sys.platform != "linux":
+        pytest.skip("the peak is read from /proc")
+    command = [sys.executable, "-c", program + _PRINT_PEAK, *map(str, arguments)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

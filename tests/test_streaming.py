@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import mru_kernels as mk
 from mru_kernels.nn.wrappers import unwrapped
+from tests import processes
 
 CUTS = [1, 40, 0, 25, 34]  # steps of each chunk; one chunk is empty
 
@@ -140,7 +138,7 @@ def test_a_stream_calls_the_wrapper_of_its_module(kind, group_of_one):
 
 
 PROGRAM = """
-import resource, sys, torch
+import sys, torch
 import mru_kernels as mk
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -148,16 +146,10 @@ feed, chunk = mk.stream(mk.MRUNetwork(4, 16, width=8, num_blocks=1, units=("bmru
 with torch.no_grad():
     for _ in range(int(sys.argv[1])):
         feed(chunk)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.check
 def test_a_million_steps_need_the_memory_of_a_few():
-    def peak(chunks: int) -> int:
-        """Peak memory in KiB."""
-        done = subprocess.run([sys.executable, "-c", PROGRAM, str(chunks)], capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    few, many = peak(20), peak(1000)
+    few, many = (processes.peak_memory(PROGRAM, chunks) for chunks in (20, 1000))
     assert many < few + 8 * 1024  # the outputs of all chunks are 61 MiB

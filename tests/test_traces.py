@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -565,7 +563,7 @@ def test_activation_checkpointing_raises(reentrant):
 # ------------------------------------------------------------------------------------------------ memory
 
 PROGRAM = """
-import resource, sys, torch
+import sys, torch
 import mru_kernels as mk
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -576,16 +574,10 @@ for _ in range(int(sys.argv[1])):
     feed(chunk).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.check
 def test_a_million_steps_need_the_memory_of_a_few():
-    def peak(chunks: int) -> int:
-        """Peak memory in KiB."""
-        done = subprocess.run([sys.executable, "-c", PROGRAM, str(chunks)], capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    few, many = peak(20), peak(1000)
+    few, many = (processes.peak_memory(PROGRAM, chunks) for chunks in (20, 1000))
     assert many < few + 8 * 1024  # the inputs of all units are 61 MiB
