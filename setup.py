@@ -140,15 +140,6 @@ def quoted(path):
     return ninja_syntax.escape(shlex.quote(str(path)))
 
 
-def schemas_header():
-    """The text of schemas.h: the schemas of the ops of a cell, as mru_kernels/ops states them."""
-    schemas = runpy.run_path(str(ROOT / "mru_kernels/ops/schemas.py"))["SCHEMAS"]
-    rows = [f'    {{"{suffix}", "{schema}"}},' for suffix, schema in schemas.items()]
-    pairs = "inline constexpr std::pair<const char*, const char*> kSchemas[] = {"
-    head = ["#pragma once", "#include <utility>", "namespace mru {", pairs]
-    return "\n".join([*head, *rows, "};", "}  // namespace mru", ""])
-
-
 class NinjaBuild(build_ext):
     """One build.ninja: an object per row of the tables above, and the link."""
 
@@ -165,7 +156,7 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         CELLS_MODULE["write_header"](ROOT / "csrc", folder)
-        CELLS_MODULE["write_if_changed"](folder / "schemas.h", schemas_header())
+        CELLS_MODULE["write_schemas"](ROOT / "csrc", folder)
         with open(folder / "build.ninja", "w") as file:
             self.write_ninja(ninja_syntax.Writer(file, width=110), folder, target, home)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)

@@ -3,6 +3,7 @@
 setup.py and tests/simt run this file by its path: it is no part of the package.
 """
 
+import runpy
 from pathlib import Path
 
 
@@ -23,6 +24,15 @@ def header(csrc: Path) -> str:
 def write_header(csrc: Path, folder: Path) -> None:
     """Write cells.h to `folder`."""
     write_if_changed(folder / "cells.h", header(csrc))
+
+
+def write_schemas(csrc: Path, folder: Path) -> None:
+    """Write schemas.h to `folder`: the schemas of the ops of a cell, as mru_kernels/ops states them."""
+    schemas = runpy.run_path(str(csrc.parent / "mru_kernels/ops/schemas.py"))["SCHEMAS"]
+    rows = [f'    {{"{suffix}", "{schema}"}},' for suffix, schema in schemas.items()]
+    pairs = "inline constexpr std::pair<const char*, const char*> kSchemas[] = {"
+    head = ["#pragma once", "#include <utility>", "namespace mru {", pairs]
+    write_if_changed(folder / "schemas.h", "\n".join([*head, *rows, "};", "}  // namespace mru", ""]))
 
 
 def write_if_changed(path: Path, text: str) -> None:

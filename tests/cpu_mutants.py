@@ -32,6 +32,7 @@ CELLS = runpy.run_path(str(ROOT / "csrc/cells.py"))
 #: Objects by their source below csrc/cpu and the cell that they contain.
 OBJECTS: dict[str, tuple[str, str | None]] = {
     **{path.stem: (path.name, None) for path in (ROOT / "csrc/cpu").glob("*.cpp")},
+    "library": ("../torch/library.cpp", None),
     **{cell: ("kernels/kernels.cpp", cell) for cell in CELLS["names"](ROOT / "csrc")},
 }
 
@@ -111,6 +112,7 @@ def unchanged() -> dict[str, Path]:
     """The objects of the sources as they are, for the narrowest instruction set."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     CELLS["write_header"](ROOT / "csrc", FOLDER)
+    CELLS["write_schemas"](ROOT / "csrc", FOLDER)
     objects = {name: FOLDER / f"{name}.o" for name in OBJECTS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda name: _compile(ROOT / "csrc", name, objects[name]), objects))

@@ -77,7 +77,7 @@ def test_the_example():
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2,000 steps" in done.stdout
-    assert "| alone" in done.stdout
+    assert "| rank 0 alone" in done.stdout
 
 
 def test_without_a_group_it_raises():
