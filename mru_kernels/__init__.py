@@ -50,8 +50,6 @@ __all__ = [
     "stream",
 ]
 
-available_backends()  # registers the CPU kernels, which a loaded exported program needs before any call
-
 if _typing.TYPE_CHECKING:
     from . import distributed, export
 else:

@@ -53,6 +53,14 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture
+def one_thread():
+    from tests import calls  # not before TRITON_INTERPRET is set
+
+    with calls.threads(1):
+        yield
+
+
+@pytest.fixture
 def group_of_one():
     """A process group that contains this process only."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -15,21 +15,14 @@ import mru_kernels as mk
 from mru_kernels import blocks
 from tests import processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the tensors are too small for two
+
 HYBRID = {"bmru": {}, "min_gru": {"max_time_scale": 100.0}, "lru": {"r_min": 0.5}}
 STEPS = 33
 OPTIONS = [
     {"steps": 1}, {"steps": 11}, {"steps": 16}, {"steps": STEPS}, {"steps": 40}, {"steps": 20, "inner": 5},
     {"steps": 16, "inner": 5}, {"steps": 16, "offload": True}, {"steps": 16, "inner": 5, "offload": True},
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 POOLS = (None, "last", "mean")

@@ -14,6 +14,8 @@ import torch
 import mru_kernels as mk
 from mru_kernels.nn import memory_cache
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the tensors are too small for two
+
 UNITS = {
     "bmru": mk.BMRU, "cmru": mk.CMRU, "alpha_cmru": mk.AlphaCMRU, "schmitt": mk.FirstQuadrantBMRU, "min_gru": mk.MinGRU,
     "min_lstm": mk.MinLSTM, "lru": mk.LRU,
@@ -21,15 +23,6 @@ UNITS = {
 MODES = ("gated", "residual", "sparse", "average")
 FEATURES, CHANNELS, SEGMENT, STEPS = 5, 4, 4, 22
 CUTS = [3, 1, 0, 7, 11]  # a segment ends inside, at the end and at the start of a chunk
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def cached(unit="min_gru", mode="gated", features=FEATURES, seed=0, **options) -> mk.MemoryCache:

@@ -97,7 +97,7 @@ class Check:
     def checks(self, seconds: float) -> Iterable[Outcome]:
         """Run `python -m bench compare` and the tests of the op for every backend, all at the same time.
 
-        Nearly every call compiles Triton kernels, each of which takes seconds. So Triton gets fewer examples, and half
+        In nearly every call Triton compiles kernels for some seconds. So Triton gets fewer examples, and half
         of the cases (`bench compare --brief`).
         """
         cores = os.cpu_count() or 1
