@@ -19,13 +19,13 @@ from .inputs import Call, Case
 from .progress import tqdm
 from .reference import CELLS
 
-FORWARD = ("h", "final_state")
+FORWARD = ("h", "final_state", "boundaries")
 REFERENCE = "reference"  #: as a backend: the plain loop in the state dtype
 
 
 @dataclass(frozen=True)
 class Result:
-    """One result of a call: "h", "final_state", or a gradient, named "d" and its argument."""
+    """One result of a call: "h", "final_state", "boundaries", or a gradient, named "d" and its argument."""
 
     name: str
     error: float
@@ -82,7 +82,7 @@ def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
     call = item.build() if isinstance(item, Case) else item.to("cpu")
     results, failure = (), None
     try:
-        got = _results(call.to(device), _op(call.cell, backend))
+        got = results_of(call.to(device), _op(call.cell, backend))
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
     else:
@@ -96,14 +96,15 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
 
     Args:
         call: the arguments.
-        got: "h", "final_state", and the gradient of each of the call's tensors under its name.
+        got: "h", "final_state", "boundaries" if they are returned, and the gradient of each of the call's tensors under
+            its name.
     """
     reference_op = CELLS[call.cell]
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # so gradients are wide
-    reference = _results(wide, reference_op)
-    given = call.tensors | call.settings | {"grad_h": call.grad_h, "grad_final": call.grad_final}
+    reference = results_of(wide, reference_op)
+    given = call.tensors | call.settings | grads_of(call)
     terms = reference_op.adjoint(**given, term=abs)
-    float32_loop = cache(lambda: _results(wide, partial(reference_op, dtype=torch.float32)))
+    float32_loop = cache(lambda: results_of(wide, partial(reference_op, dtype=torch.float32)))
 
     state = errors.state_dtype(call.stream.dtype)
     exact = is_exact(call)
@@ -115,11 +116,11 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
             return Result(label, math.inf, 0.0, False)
         if forward and exact:
             return Result(label, *errors.judge_exact(got[name], reference[name], terms[name], state))
-        kept = ... if forward else _specified(call, reference["final_state"], got[name])
+        kept = ... if forward else _specified(call, reference, got[name])
         x, x_reference, x_terms = (results[name][kept] for results in (got, reference, terms))
         return Result(label, *errors.judge(x, x_reference, x_terms, lambda: float32_loop()[name][kept]))
 
-    dtypes = dict(zip(FORWARD, (call.stream.dtype, state), strict=True))
+    dtypes = dict(zip(outputs_of(call), (call.stream.dtype, state, state), strict=False))
     dtypes |= {name: t.dtype for name, t in call.tensors.items()}
     return [result(name, dtype) for name, dtype in dtypes.items()]
 
@@ -129,26 +130,44 @@ def is_exact(call: Call) -> bool:
     return errors.is_exact(
         epsilon=call.settings.get("epsilon"),
         amplitude="amplitude" in call.tensors,
-        initial_state=call.tensors.get("initial_state"),
+        states=[t for name in ("initial_state", "reset_state") if (t := call.tensors.get(name)) is not None],
         time=call.stream.shape[1],
         state=errors.state_dtype(call.stream.dtype),
     )
 
 
-def _specified(call: Call, final_state: Tensor, grad: Tensor) -> Tensor:
-    """Where a gradient is specified: in channels of a sequence without a NaN. A NaN shows in the final state."""
-    ok = ~final_state.isnan()
+def _specified(call: Call, reference: dict[str, Tensor], grad: Tensor) -> Tensor:
+    """Where a gradient is specified: in channels of a sequence without a NaN."""
+    ok, is_number, cu_seqlens = (
+        ~reference["final_state"].isnan(),
+        ~reference["h"].isnan(),
+        call.settings.get("cu_seqlens"),
+    )
+    if cu_seqlens is None:
+        ok &= is_number.all(1)
+    else:
+        parts = is_number[0].split(cu_seqlens.diff().tolist())
+        ok &= torch.stack([part.all(0) for part in parts]) if parts else ok
     if grad.dim() == 1:
         return ok.all(0)
     if grad.dim() == 2:
         return ok
-    cu_seqlens = call.settings.get("cu_seqlens")
     if cu_seqlens is not None:
         return ok.repeat_interleave(cu_seqlens.diff().long(), 0).unsqueeze(0)
     return ok.unsqueeze(1).expand_as(grad)
 
 
-def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def grads_of(call: Call) -> dict[str, Tensor | None]:
+    """The gradients of the results of a call, as the reference takes them."""
+    return {"grad_h": call.grad_h, "grad_final": call.grad_final, "grad_boundaries": call.grad_boundaries}
+
+
+def outputs_of(call: Call) -> tuple[str, ...]:
+    """The names of the results of a call's op."""
+    return FORWARD if call.grad_boundaries is not None else FORWARD[:2]
+
+
+def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, ...]]:
     if backend != REFERENCE:
         import mru_kernels
 
@@ -156,20 +175,20 @@ def _op(cell: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def reference(**arguments):
         dtype = next(iter(arguments.values())).dtype
-        h, final_state = CELLS[cell](**arguments, dtype=errors.state_dtype(dtype).to_real())
-        return h.to(dtype), final_state
+        h, *states = CELLS[cell](**arguments, dtype=errors.state_dtype(dtype).to_real())
+        return h.to(dtype), *states
 
     return reference
 
 
-def _results(call: Call, op: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Both results of an op and the gradients, each under its argument's name, on the CPU."""
+def results_of(call: Call, op: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """The results of an op and the gradients, each under its argument's name, on the CPU."""
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     outputs = op(**leaves, **call.settings)
-    given = zip(outputs, (call.grad_h, call.grad_final), strict=True)
+    given = [(y, g) for y, g in zip(outputs, grads_of(call).values(), strict=False) if g is not None]
     ys, gs = zip(*((y, g.to(y.dtype)) for y, g in given if y.requires_grad), strict=True)
     grads = torch.autograd.grad(ys, list(leaves.values()), gs)
-    results = dict(zip(FORWARD, outputs, strict=True)) | dict(zip(leaves, grads, strict=True))
+    results = dict(zip(FORWARD, outputs, strict=False)) | dict(zip(leaves, grads, strict=True))
     return {name: t.detach().cpu() for name, t in results.items()}
 
 
@@ -187,9 +206,10 @@ def table(rows: Sequence[Row]) -> str:
             failures.append(f"{row.cell} {row.backend} {row.dtype} {shape} {row.label}: {row.failure}")
             forward = "raised, see below"
         else:
-            worst = max(row.results[2:], key=lambda r: r.share)
+            forwards = [r for r in row.results if r.name in FORWARD]
+            worst = max(row.results[len(forwards) :], key=lambda r: r.share)
             gradient = f"{_figures(worst)} {worst.name}"
-            forward = _figures(max(row.results[:2], key=lambda r: r.share))
+            forward = _figures(max(forwards, key=lambda r: r.share))
         verdict = "PASS" if row.passed else "FAIL"
         lines.append((row.cell, row.backend, row.dtype, shape, row.label, forward, gradient, verdict))
     return "\n".join([records.aligned(lines), *failures])

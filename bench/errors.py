@@ -10,7 +10,7 @@ its absolute value. So the error stays small where terms cancel, and where the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,23 +102,23 @@ def judge_exact(result: Tensor, reference: Tensor, terms: Tensor, state: torch.d
 
 
 def is_exact(
-    *, epsilon: float | None, amplitude: bool, initial_state: Tensor | None, time: int, state: torch.dtype
+    *, epsilon: float | None, amplitude: bool, states: Sequence[Tensor], time: int, state: torch.dtype
 ) -> bool:
     """Whether the forward pass must equal the reference on every backend.
 
     With `epsilon` 0 it must, because values are only copied. With `epsilon` 1 it must if all levels are integers that
-    the state dtype represents: there is no amplitude, the initial state has integers, and no level gets too large. A
+    the state dtype represents: there is no amplitude, the states have integers, and no level gets too large. A
     write changes a level by 1.
 
     Args:
         epsilon: None for a cell without one, which is never exact.
         amplitude: whether the call has one.
-        initial_state: None for zeros. A NaN in it stays NaN, so it may be there.
+        states: the initial state and the reset state, if given. A NaN in them stays NaN, so it may be there.
         time: steps of the longest sequence.
         state: the state dtype.
     """
     if epsilon != 1 or amplitude:
         return epsilon == 0
-    start = torch.zeros(1) if initial_state is None else initial_state[~initial_state.isnan()]
+    start = torch.cat([torch.zeros(1), *(s[~s.isnan()] for s in states)])
     largest = start.abs().max().item() if start.numel() else 0.0
     return same_values(start, start.round()) and largest <= _LARGEST_LEVEL[state] - time

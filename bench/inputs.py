@@ -22,6 +22,8 @@ from .reference import CELLS, python_ref
 DTYPES: dict[str, torch.dtype] = python_ref.DTYPES
 COMPLEX_DTYPES: dict[str, torch.dtype] = python_ref.COMPLEX_DTYPES  # for the cells that take complex streams
 
+CHUNK_SIZE = 64  # steps between two boundaries; every backend supports it
+
 Options = Mapping[str, Any]
 
 #: The factors of every cell. The first value of each is the default of `case`.
@@ -33,6 +35,8 @@ COMMON_FACTORS: dict[str, tuple] = {
     "layout": ("contiguous", "chunked", "time-major"),
     "parameters": ("float32", "as streams"),
     "reverse": (False, True),
+    "resets": ("none", "to zeros", "to a state"),
+    "boundaries": (False, True),
     "nonfinite": (False, True),
 }
 
@@ -73,12 +77,18 @@ class Case:
         settings["reverse"] = self.options["reverse"]
         if draw.cu_seqlens is not None:
             settings["cu_seqlens"] = draw.cu_seqlens
+        if self.options["resets"] != "none":
+            settings["resets"] = draw.resets()
+        if self.options["resets"] == "to a state":
+            tensors["reset_state"] = draw.initial_state("real")
+        if self.options["boundaries"]:
+            settings |= {"return_boundaries": True, "chunk_size": CHUNK_SIZE}
         return call(self.cell, tensors, settings, label=self.label(), generator=draw.generator)
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a cell's op, and the gradients of its two results.
+    """Arguments of a cell's op, and the gradients of its results.
 
     Attributes:
         cell: name of the op.
@@ -86,6 +96,7 @@ class Call:
         settings: the other arguments.
         grad_h: `[B, T, D]` in the streams' dtype.
         grad_final: `[B, D]`, or `[N, D]` with cu_seqlens, in the state dtype.
+        grad_boundaries: `[B, floor((T - 1) / chunk_size), D]` in the state dtype; None if these are not returned.
         label: names the case in tables.
     """
 
@@ -94,6 +105,7 @@ class Call:
     settings: dict[str, Any]
     grad_h: Tensor
     grad_final: Tensor
+    grad_boundaries: Tensor | None = None
     label: str = ""
 
     @property
@@ -117,6 +129,7 @@ class Call:
             settings={name: moved(x) for name, x in self.settings.items()},
             grad_h=moved(self.grad_h),
             grad_final=moved(self.grad_final),
+            grad_boundaries=moved(self.grad_boundaries),
         )
 
 
@@ -139,12 +152,18 @@ def call(
         normal = partial(normal, dtype=torch.complex64)
     grad_h = normal(stream.shape)
     grad_final = normal((sequences, stream.shape[2]))
+    grad_boundaries = None
+    if settings.get("return_boundaries"):
+        batch, time, channels = stream.shape
+        grad_boundaries = normal((batch, max(time - 1, 0) // settings["chunk_size"], channels))
+    state = {"device": stream.device, "dtype": state_dtype(stream.dtype)}
     return Call(
         cell,
         tensors,
         settings,
         grad_h.to(stream.device, stream.dtype),
-        grad_final.to(stream.device, state_dtype(stream.dtype)),
+        grad_final.to(**state),
+        grad_boundaries if grad_boundaries is None else grad_boundaries.to(**state),
         label,
     )
 

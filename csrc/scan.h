@@ -57,8 +57,13 @@ struct Scan {
 
   const void* initial = nullptr;  // [sequences, D] state dtype, or null: zeros
 
+  // Where `resets` is true the state becomes `reset_state` before the step, in scan order.
+  const bool* resets = nullptr;       // [B, T], contiguous, or null: none
+  const void* reset_state = nullptr;  // [sequences, D] state dtype, or null: zeros
+
   // Forward results. Row k of `checkpoints` is the state that enters the chunk at scan position (k + 1) chunk,
-  // for packed sequences the position floor(start / chunk) of the chunk's first step (no two sequences share a row).
+  // before a reset there; for packed sequences the position floor(start / chunk) of the chunk's first step (no two
+  // sequences share a row).
   Stream h;
   void* final_state = nullptr;  // [sequences, D] state dtype
   void* checkpoints = nullptr;  // [B, checkpoint_rows, D] state dtype, or null: not saved
@@ -68,10 +73,12 @@ struct Scan {
 
   // Backward: given, and results. Null: not wanted.
   Stream grad_h;
-  const void* grad_final = nullptr;  // [sequences, D] state dtype
+  const void* grad_final = nullptr;        // [sequences, D] state dtype
+  const void* grad_checkpoints = nullptr;  // as checkpoints
   Stream grad_in[kMaxInputs];
   void* grad_channel[kMaxInputs] = {};  // [D] state dtype, for inputs that come per channel
   void* grad_initial = nullptr;         // [sequences, D] state dtype
+  void* grad_reset_state = nullptr;     // [sequences, D] state dtype: summed over the resets of each sequence
 };
 
 }  // namespace mru

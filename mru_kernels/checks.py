@@ -97,14 +97,16 @@ def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letter
 
 
 def arguments(
-    named: Mapping[str, Tensor], channel: Mapping[str, Tensor], initial_state: Tensor | None, offset: Tensor | None,
-    gates: int = 0, dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
+    named: Mapping[str, Tensor], channel: Mapping[str, Tensor], states: Mapping[str, Tensor | None],
+    offset: Tensor | None, reset: Tensor | None, gates: int = 0, dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
 ) -> None:  # fmt: skip
     """Raise unless the tensors of a call fit together.
 
     Args:
         named: the streams, by name.
         channel: the inputs per channel, by name.
+        states: by name: "initial_state", "reset_state" or both; None for one that is absent.
+        offset, reset: `cu_seqlens` and `resets`.
         gates: how many streams lie side by side in the first one; 0: it is one stream.
     """
     streams(named, dtypes)
@@ -119,8 +121,13 @@ def arguments(
     if offset is not None:
         cu_seqlens(offset, first)
         sequences = offset.shape[0] - 1
-    if initial_state is not None:
-        like("initial_state", initial_state, first, (sequences, channels), "[sequences, channels]")
+    for name, state in states.items():
+        if state is not None:
+            like(name, state, first, (sequences, channels), "[sequences, channels]")
+    if reset is not None:
+        resets(reset, first)
+    elif states.get("reset_state") is not None:
+        raise ValueError("reset_state: expected resets with it, got None")
 
 
 def flag(name: str, value: bool) -> bool:
@@ -140,6 +147,17 @@ def cu_seqlens(value: Tensor, first: Tensor) -> None:
         raise ValueError(f"cu_seqlens: expected streams of batch 1, got batch {first.shape[0]}")
     if value.device != first.device:
         raise ValueError(f"cu_seqlens: expected the streams' device {first.device}, got {value.device}")
+
+
+def resets(value: Tensor, first: Tensor) -> None:
+    """The mask `[B, T]` of the steps before which the state is reset."""
+    tensor("resets", value, 2, "[batch, time]")
+    if value.dtype is not torch.bool:
+        raise TypeError(f"resets: expected dtype bool, got {value.dtype}")
+    if value.shape != first.shape[:2]:
+        raise ValueError(f"resets: expected shape {list(first.shape[:2])} [batch, time], got {list(value.shape)}")
+    if value.device != first.device:
+        raise ValueError(f"resets: expected the streams' device {first.device}, got {value.device}")
 
 
 def offsets(value: Tensor, total: int) -> None:

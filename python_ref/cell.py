@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .draw import DTYPES, Draw
-from .scan import over_sequences, scan
+from .scan import over_sequences, positions, scan
 
 Term = Callable[[Any], Any]
 
@@ -44,6 +44,15 @@ def _identity(s: Tensor, **_: Any) -> Tensor:
 
 def _one(s: Tensor, **_: Any) -> Tensor:
     return torch.ones_like(s)
+
+
+def _resets(
+    resets: Tensor | None, reset_state: Tensor | None, like: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """The mask of resets `[B, T, 1]`, and the state after one, in the dtype of the states `like [N, D]`."""
+    mask = torch.zeros(shape[:2], dtype=torch.bool, device=like.device) if resets is None else resets
+    state = torch.zeros_like(like) if reset_state is None else reset_state.to(like.dtype).expand_as(like)
+    return mask.unsqueeze(-1), state
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,13 @@ class Cell:
         initial_state: Tensor | None = None,
         reverse: bool = False,
         cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        chunk_size: int = 64,
+        return_boundaries: bool = False,
         dtype: torch.dtype = torch.float64,
         **arguments: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Scan the cell over time, one step after the other. Nothing is validated.
 
         Args:
@@ -108,30 +121,47 @@ class Cell:
             initial_state: s_0 `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
             reverse: from the last step to the first.
             cu_seqlens: `[N + 1]` offsets of sequences packed along T, with B = 1.
+            resets: bool `[B, T]`, where the state becomes `reset_state` before the step.
+            reset_state: `[B, D]`, `[N, D]` with `cu_seqlens`; zeros if None.
+            chunk_size: steps between two boundaries.
+            return_boundaries: whether to return the states after every `chunk_size` steps too.
             dtype: of the arithmetic and the results: float64 makes it the reference, float32 the plain loop that error
                 limits refer to. Complex tensors are computed in its complex counterpart.
             arguments: the optional inputs and the scalars, by name.
 
         Returns:
-            h `[B, T, D]` and the final state `[B, D]` or `[N, D]`. Gradients come in the arguments' own dtypes.
+            h `[B, T, D]`, the final state `[B, D]` or `[N, D]` and, if asked for, the boundaries. Gradients come in the
+            arguments' own dtypes.
         """
         names = (*self.inputs, "initial_state")
         x, initial_state, shape = self._arguments(
             {"initial_state": initial_state, **arguments, **dict(zip(names, tensors, strict=False))}, cu_seqlens, dtype
         )
         tensors_, scalars = self._split(x)
+        mask, reset_state = _resets(resets, reset_state, initial_state, shape)
 
         def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            *streams, mask = streams
             given = {**tensors_, **dict(zip(over_time, streams, strict=True)), **scalars}
             gates = [g.expand_as(streams[0]) for g in self.gates(**given)]
-            s, final_state = scan(lambda s, *row: self.step(s, *row, **scalars), gates, states[0])
-            return [self.output(s, **given)], [final_state]
+
+            after_reset = states[1].unsqueeze(1).expand_as(streams[0])
+
+            def step(s: Tensor, reset: Tensor, after_reset: Tensor, *row: Tensor) -> Tensor:
+                return self.step(torch.where(reset, after_reset, s), *row, **scalars)
+
+            s, final_state = scan(step, [mask, after_reset, *gates], states[0])
+            return [self.output(s, **given), s], [final_state]
 
         over_time = [name for name, t in tensors_.items() if t is not None and t.shape == shape]
-        (h,), (final_state,) = over_sequences(
-            one, [tensors_[name] for name in over_time], [initial_state], reverse, cu_seqlens
-        )
-        return h, final_state
+        streams = [*(tensors_[name] for name in over_time), mask]
+        (h, s), (final_state,) = over_sequences(one, streams, [initial_state, reset_state], reverse, cu_seqlens)
+        if not return_boundaries:
+            return h, final_state
+        rows = [torch.zeros_like(s[:, 0]) for _ in range(max(shape[1] - 1, 0) // chunk_size)]
+        for row, t in positions(shape[1], reverse, cu_seqlens, chunk_size):
+            rows[row] = s[:, t]
+        return h, final_state, torch.stack(rows, 1) if rows else s[:, :0]
 
     @torch.no_grad()
     def adjoint(
@@ -142,6 +172,11 @@ class Cell:
         initial_state: Tensor | None = None,
         reverse: bool = False,
         cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        chunk_size: int = 64,
+        return_boundaries: bool = False,
+        grad_boundaries: Tensor | None = None,
         term: Term = itself,
         **arguments: Any,
     ) -> dict[str, Tensor]:
@@ -154,57 +189,78 @@ class Cell:
         Args:
             grad_h: G = dL/dh `[B, T, D]`.
             grad_final: F = dL/ds_T `[B, D]`, `[N, D]` with `cu_seqlens`.
-            initial_state, reverse, cu_seqlens, arguments: those of the call.
+            grad_boundaries: the gradient of the boundaries, if these are returned.
+            initial_state, reverse, cu_seqlens, resets, reset_state, chunk_size, return_boundaries, arguments: those of
+                the call.
             term: `itself` or `abs`.
 
         Returns:
-            "h", "final_state", and under the name of each tensor given its gradient. Those of a channel with a NaN mean
-            nothing.
+            "h", "final_state", "boundaries" if these are returned, and under the name of each tensor given its
+            gradient. Those of a channel with a NaN mean nothing.
         """
         given = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name not in self.scalars}
         x, s_0, shape = self._arguments({**arguments, "initial_state": initial_state}, cu_seqlens, torch.float64)
         tensors, scalars = self._split(x)
+        mask, s_reset = _resets(resets, reset_state, s_0, shape)
         like = grad_h.to(s_0.dtype)
         streams = [torch.ones_like(like) if t is None else t.expand(shape) for t in tensors.values()]
+        at = positions(shape[1], reverse, cu_seqlens, chunk_size) if return_boundaries else []
+        joins = torch.zeros_like(like)  # dL/ds from the boundaries
+        for row, t in at if grad_boundaries is not None else []:
+            joins[:, t] = grad_boundaries[:, row].to(s_0.dtype)
 
         def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            *over_time, G = streams  # noqa: N806 as in the equations
-            return self._adjoint(dict(zip(tensors, over_time, strict=True)), scalars, G, *states, term)
+            *over_time, mask, joins, G = streams  # noqa: N806 as in the equations
+            given = dict(zip(tensors, over_time, strict=True))
+            return self._adjoint(given, scalars, mask, joins, G, *states, term)
 
-        results, states = over_sequences(one, [*streams, like], [s_0, grad_final.to(s_0.dtype)], reverse, cu_seqlens)
-        (h, *grads), (final_state, ds_0) = results, states
+        states = [s_0, s_reset, grad_final.to(s_0.dtype)]
+        results, states = over_sequences(one, [*streams, mask, joins, like], states, reverse, cu_seqlens)
+        (h, s, *grads), (final_state, ds_0, d_reset) = results, states
         found = {"h": h, "final_state": final_state}
+        if return_boundaries:
+            found["boundaries"] = torch.zeros_like(s[:, : max(shape[1] - 1, 0) // chunk_size])
+            for row, t in at:
+                found["boundaries"][:, row] = s[:, t]
         for name, grad in zip(tensors, grads, strict=True):
             if name in given:
                 found[name] = grad.sum((0, 1)) if given[name].dim() == 1 else grad
-        return found | ({} if initial_state is None else {"initial_state": ds_0})
+        given_states = {"initial_state": (initial_state, ds_0), "reset_state": (reset_state, d_reset)}
+        return found | {name: grad for name, (state, grad) in given_states.items() if state is not None}
 
-    def _adjoint(self, tensors, scalars, G, s_0, F, term):  # noqa: N803 as in the equations
-        """`adjoint` of one batch of sequences in scan order: ([h, a gradient an input], [s_T, ds_0])."""
+    def _adjoint(self, tensors, scalars, mask, joins, G, s_0, s_reset, F, term):  # noqa: N803 as in the equations
+        """`adjoint` of one batch of sequences in scan order: ([h, s, a gradient an input], [s_T, ds_0, ds_reset])."""
         x = {**tensors, **scalars}
         batch = G.shape[0]
         exact = [g.expand_as(G) for g in self.gates(**x)]
         # The states, and below them in the same batch the sums of their terms.
+        after_reset = torch.cat([s_reset, term(s_reset)])
         both, final = scan(
-            lambda s, *row: self.step(s, *row, **scalars),
-            [torch.cat([g, term(g)]) for g in exact],
+            lambda s, reset, *row: self.step(torch.where(reset, after_reset, s), *row, **scalars),
+            [torch.cat([mask, mask]), *(torch.cat([g, term(g)]) for g in exact)],
             torch.cat([s_0, term(s_0)]),
         )
         value, s, s_0, s_last = both[:batch], term(both[batch:]), term(s_0), term(final[len(s_0) :])
         s_before = torch.cat([s_0.unsqueeze(1), s], 1)[:, :-1] if s.shape[1] else s
+        s_before = torch.where(mask, term(s_reset).unsqueeze(1), s_before)
         h, slope = self.output(value, **x), term(self.slope(value, **x))
         if term is not itself:
             h = term(h) + slope * (s - term(value))
 
         gates = tuple(term(g) for g in exact)
         G, from_right, lambdas = term(G), term(F), []  # noqa: N806
+        of_reset = torch.zeros_like(from_right)
         decay = self.decay(*gates, **scalars)
-        for a_t, g_t in zip(reversed(decay.unbind(1)), reversed((slope.conj() * G).unbind(1)), strict=True):
-            lambdas.append(g_t + from_right)
+        for a_t, g_t, joins_t, reset in zip(
+            *(reversed(x.unbind(1)) for x in (decay, slope.conj() * G, term(joins), mask)), strict=True
+        ):
+            lambdas.append(g_t + joins_t + from_right)
             from_right = a_t.conj() * lambdas[-1]
+            of_reset = of_reset + torch.where(reset, from_right, 0)
+            from_right = torch.where(reset, 0, from_right)
         lambda_ = torch.stack(lambdas[::-1], 1) if lambdas else torch.empty_like(G)
         grads = self.gradients(Steps(gates, s_before, s, lambda_, G), term, **x)
-        return [h, *(grads[name] for name in tensors)], [s_last, from_right]
+        return [h, s, *(grads[name] for name in tensors)], [s_last, from_right, of_reset]
 
     def _arguments(
         self, given: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype

@@ -67,6 +67,10 @@ class Draw:
         x = self.normal((sequences, self.shape[2]), deviation=2.0)
         return self._finish(self._turned(x.round() if kind == "integer" else x), self.parameter_dtype)
 
+    def resets(self) -> Tensor:
+        """A mask of resets `[B, T]`: few, many or all steps."""
+        return self.some(self.shape[:2], (0.01, 0.3, 1.0)[self.integers(0, 2)])
+
     def _turned(self, x: Tensor) -> Tensor:
         """Where the case is complex, with a random phase, in steps that leave integers integer."""
         if not self.dtype.is_complex:

@@ -30,6 +30,21 @@ def scan(step: Callable[..., Tensor], streams: Sequence[Tensor], state: Tensor) 
     return torch.stack(states, 1) if states else sum(x[:, :0] for x in streams), state
 
 
+def positions(time: int, reverse: bool, cu_seqlens: Tensor | None, every: int) -> list[tuple[int, int]]:
+    """Where the states after every `every` steps of a sequence are.
+
+    Returns:
+        (row, t) for each such state: its row among the boundaries `[B, floor((time - 1) / every), D]`, and its time.
+    """
+    bounds = [0, time] if cu_seqlens is None else cu_seqlens.tolist()
+    found = []
+    for start, stop in pairwise(bounds):
+        first = time - stop if reverse else start
+        for k in range(1, (stop - start - 1) // every + 1):
+            found.append((first // every + k - 1, stop - k * every if reverse else start + k * every - 1))
+    return found
+
+
 def over_sequences(
     one: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]],
     streams: Tensors,

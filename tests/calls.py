@@ -50,12 +50,7 @@ def op_of(cell: str, backend: str):
 
 def run(call: inputs.Call, op, device: torch.device) -> dict[str, torch.Tensor]:
     """Results and gradients of a call on the CPU, by name. A gradient has the name of its argument."""
-    call = call.to(device)
-    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
-    h, final_state = op(**leaves, **call.settings)
-    grads = torch.autograd.grad((h, final_state), list(leaves.values()), (call.grad_h, call.grad_final))
-    results = {"h": h.detach(), "final_state": final_state.detach()} | dict(zip(leaves, grads, strict=True))
-    return {name: t.cpu() for name, t in results.items()}
+    return compare.results_of(call.to(device), op)
 
 
 def assert_right(call: inputs.Call, op, device: torch.device) -> None:
@@ -74,16 +69,27 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 def assert_agree(call: inputs.Call, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Two results are equal where the forward pass is exact, and elsewhere agree within the limit."""
-    terms = python_ref.CELLS[call.cell].adjoint(
-        **call.tensors, **call.settings, grad_h=call.grad_h, grad_final=call.grad_final, term=abs
-    )
+    terms = python_ref.CELLS[call.cell].adjoint(**call.tensors, **call.settings, **compare.grads_of(call), term=abs)
     exact = compare.is_exact(call)
     for name, result in one.items():
-        if exact and name in ("h", "final_state"):
+        if exact and name in compare.FORWARD:
             assert errors.same_values(result, other[name]), name
         else:
             verdict = errors.judge(result, errors.wide(other[name]), terms[name])
             assert verdict.passed, (name, verdict)
+
+
+def part_of(
+    arguments: dict[str, Any], rows: slice = slice(None), times: slice = slice(None), states: slice = slice(None)
+) -> dict[str, Any]:
+    """The arguments of a part of a call: batch rows and time steps of its streams, and rows of its states."""
+
+    def part(name: str, x: Any) -> Any:
+        if name in ("initial_state", "reset_state"):
+            return x if x is None else x[states]
+        return x[rows, times] if name == "resets" or (isinstance(x, torch.Tensor) and x.dim() == 3) else x
+
+    return {name: part(name, x) for name, x in arguments.items()}
 
 
 def factors_of(cell: str) -> dict[str, tuple]:

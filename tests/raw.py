@@ -13,11 +13,13 @@ from mru_kernels import backends, ops
 
 #: Argument names in the schemas of a cell's four ops, in order.
 INPUTS = ("inputs", "given", "packed", "numbers")
-FORWARD = (*INPUTS, "initial_state", "cu_seqlens", "reverse", "chunk", "segment", "save")
-BACKWARD = ("grad_h", "grad_final", *FORWARD[:-1], "checkpoints", "events")
+RESETS = ("cu_seqlens", "resets", "reset_state")
+FORWARD = (*INPUTS, "initial_state", *RESETS, "reverse", "chunk", "segment", "save")
+BACKWARD = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD[:-1], "checkpoints", "events")
 STEP = ("inputs", "given", "numbers", "state")
-MAP = (*INPUTS, "cu_seqlens", "reverse", "segment")
+MAP = (*INPUTS, *RESETS, "reverse", "segment")
 
+STATES = ("initial_state", "reset_state")
 DEFAULTS = {"epsilon": 0.0, "surrogate_scale": 1.0}
 
 
@@ -28,6 +30,8 @@ def arguments(
     packed: Sequence[str] = (),
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     reverse: bool = False,
     chunk: int = backends.CHUNK,
     segment: int = 0,
@@ -53,6 +57,8 @@ def arguments(
         "numbers": [scalars[s.name] for s in cell.numbers],
         "initial_state": initial_state,
         "cu_seqlens": cu_seqlens,
+        "resets": resets,
+        "reset_state": reset_state,
         "reverse": reverse,
         "chunk": chunk,
         "segment": segment,
@@ -74,14 +80,16 @@ def scan(call: inputs.Call, *, gates: bool = False, **options: Any) -> dict[str,
         joined = torch.cat([arrays.pop(name) for name in packed], -1)
         arrays = {"gates": joined, **arrays}
     return arguments(
-        cell, arrays, packed=packed, initial_state=call.tensors.get("initial_state"), **call.settings, **options
-    )
+        cell, arrays, packed=packed, initial_state=call.tensors.get("initial_state"),
+        reset_state=call.tensors.get("reset_state"), **call.settings, **options,
+    )  # fmt: skip
 
 
 def backward(scan: Mapping[str, Any], results: Sequence[Tensor]) -> dict[str, Any]:
     """Arguments of the backward op. The results h and final state of the forward op serve as gradients."""
     names = ("grad_h", "grad_final", "checkpoints", "events")
-    return dict(zip(BACKWARD, of(BACKWARD, {**scan, **dict(zip(names, results, strict=True))}), strict=True))
+    given = {**scan, "grad_checkpoints": None, **dict(zip(names, results, strict=True))}
+    return dict(zip(BACKWARD, of(BACKWARD, given), strict=True))
 
 
 def step(call: inputs.Call) -> dict[str, Any]:
@@ -101,12 +109,12 @@ def run(op: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> Any:
 def tensors_of(arguments: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that have gradients, in the order of the backward op's results."""
     arrays = [t for t in arguments["inputs"] if t.dim() > 0]
-    return arrays if arguments["initial_state"] is None else [*arrays, arguments["initial_state"]]
+    return [*arrays, *(arguments[name] for name in STATES if arguments[name] is not None)]
 
 
 def with_tensors(arguments: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
     """The arguments, with `tensors` in the order of `tensors_of`."""
     left = iter(tensors)
     inputs = [next(left) if t.dim() > 0 else t for t in arguments["inputs"]]
-    state = None if arguments["initial_state"] is None else next(left)
-    return {**arguments, "inputs": inputs, "initial_state": state}
+    states = {name: None if arguments[name] is None else next(left) for name in STATES}
+    return {**arguments, "inputs": inputs, **states}

@@ -165,5 +165,6 @@ def test_exact_results_are_rounded_to_the_state_and_then_once_more():
 )
 def test_where_the_forward_pass_is_exact(epsilon, amplitude, initial_state, time, state, exact):
     assert exact is errors.is_exact(
-        epsilon=epsilon, amplitude=amplitude, initial_state=initial_state, time=time, state=state
-    )
+        epsilon=epsilon, amplitude=amplitude, states=[] if initial_state is None else [initial_state], time=time,
+        state=state,
+    )  # fmt: skip

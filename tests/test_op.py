@@ -25,6 +25,7 @@ from tests.calls import (
     cases,
     factors_of,
     op_of,
+    part_of,
     run,
     segments,
     step_settings,
@@ -202,18 +203,14 @@ def test_fewer_sequences_than_threads_equal_one_thread(backend, device, largest,
 @given(st.data())
 def test_halves_with_the_state_handed_over_equal_the_whole(backend, device, largest, data):
     steps = data.draw(SEGMENTS)
-    case = data.draw(cases(largest, batch=data.draw(st.integers(1, 3)), nonfinite=False))
+    case = data.draw(cases(largest, batch=data.draw(st.integers(1, 3)), nonfinite=False, boundaries=False))
     call = case.build()
     at = data.draw(st.integers(0, call.stream.shape[1]))
     op = op_of(call.cell, backend)
 
     def halves(*, initial_state=None, **arguments):
         def part(times: slice, state):
-            cut = {
-                name: t[:, times] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
-                for name, t in arguments.items()
-            }
-            return op(**cut, initial_state=state)
+            return op(**part_of(arguments, times=times), initial_state=state)
 
         first, second = slice(None, at), slice(at, None)
         if arguments["reverse"]:
@@ -237,10 +234,11 @@ def test_reverse_equals_flip_scan_flip(backend, device, largest, data):
 
     def flipped(*, reverse, **arguments):
         flipped_arguments = {
-            name: t.flip(1) if isinstance(t, torch.Tensor) and t.dim() == 3 else t for name, t in arguments.items()
+            name: t.flip(1) if name == "resets" or (isinstance(t, torch.Tensor) and t.dim() == 3) else t
+            for name, t in arguments.items()
         }
-        h, final_state = op(**flipped_arguments, reverse=not reverse)
-        return h.flip(1), final_state
+        h, *states = op(**flipped_arguments, reverse=not reverse)
+        return h.flip(1), *states
 
     with segments(backend, steps):
         assert_agree(call, run(call, flipped, device), run(call, op_of(call.cell, backend), device))
@@ -249,10 +247,10 @@ def test_reverse_equals_flip_scan_flip(backend, device, largest, data):
 @given(st.data())
 def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
     steps = data.draw(SEGMENTS)
-    call = data.draw(cases(largest, batch="packed", nonfinite=False)).build()
+    call = data.draw(cases(largest, batch="packed", nonfinite=False, boundaries=False)).build()
     cuts = data.draw(st.lists(st.integers(0, call.stream.shape[1]), min_size=1, max_size=12))
     cuts = sorted([0, *cuts, call.stream.shape[1]])  # many cuts give empty sequences and sequences of one step
-    states = {name: t for name, t in call.tensors.items() if name == "initial_state"}
+    states = {name: t for name, t in call.tensors.items() if name in ("initial_state", "reset_state")}
     generator = torch.Generator().manual_seed(1)
 
     def states_like(t):
@@ -266,15 +264,10 @@ def test_packed_sequences_equal_separate_calls(backend, device, largest, data):
     )
     op = op_of(call.cell, backend)
 
-    def separate(*, cu_seqlens, initial_state=None, **arguments):
+    def separate(*, cu_seqlens, **arguments):
         results = []
         for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-            one = {
-                name: t[:, start:end] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
-                for name, t in arguments.items()
-            }
-            state = None if initial_state is None else initial_state[n : n + 1]
-            results.append(op(**one, initial_state=state))
+            results.append(op(**part_of(arguments, times=slice(start, end), states=slice(n, n + 1))))
         h, final_state = zip(*results, strict=True)
         return torch.cat(h, 1), torch.cat(final_state, 0)
 
@@ -289,16 +282,10 @@ def test_a_sequence_does_not_depend_on_its_batch(backend, device, largest, data)
     call = data.draw(cases(largest, batch=data.draw(st.integers(2, 3)), nonfinite=False)).build()
     op = op_of(call.cell, backend)
 
-    def alone(*, initial_state=None, **arguments):
-        results = []
-        for n in range(call.stream.shape[0]):
-            row = {
-                name: t[n : n + 1] if isinstance(t, torch.Tensor) and t.dim() == 3 else t
-                for name, t in arguments.items()
-            }
-            results.append(op(**row, initial_state=None if initial_state is None else initial_state[n : n + 1]))
-        h, final_state = zip(*results, strict=True)
-        return torch.cat(h, 0), torch.cat(final_state, 0)
+    def alone(**arguments):
+        row = [slice(n, n + 1) for n in range(call.stream.shape[0])]
+        results = [op(**part_of(arguments, rows=n, states=n)) for n in row]
+        return tuple(torch.cat(of_rows, 0) for of_rows in zip(*results, strict=True))
 
     with segments(backend, steps):
         assert_agree(call, run(call, alone, device), run(call, op, device))
@@ -312,7 +299,8 @@ def test_no_sequence_at_all(backend, device, data):
     empty = data.draw(st.sampled_from(["sequences", "batch", "channels", "time"]))
     tensors, others = dict(call.tensors), dict(call.settings)
     del others["cu_seqlens"]
-    tensors.pop("initial_state", None)
+    for name in ("initial_state", "reset_state"):
+        tensors.pop(name, None)
     streams = {name: t for name, t in tensors.items() if t.dim() == 3}
     channel = {name: t for name, t in tensors.items() if t.dim() == 1}
     if empty == "sequences":
@@ -331,6 +319,9 @@ def test_no_sequence_at_all(backend, device, data):
         states = (1, 0)
     initial_state = torch.ones(states, dtype=errors.state_dtype(call.stream.dtype))
     tensors = streams | channel | {"initial_state": initial_state}
+    if "resets" in others:
+        others["resets"] = torch.ones(next(iter(streams.values())).shape[:2], dtype=torch.bool)
+        tensors["reset_state"] = 2 * initial_state
     call = inputs.call(call.cell, tensors, others)
     with segments(backend, steps):
         got = run(call, op_of(call.cell, backend), device)
@@ -344,7 +335,9 @@ def test_no_sequence_at_all(backend, device, data):
 @given(st.data())
 def test_steps_equal_the_scan(backend, device, data):
     """Calls of the step function, one for each time step, agree with one scan."""
-    call = data.draw(cases((20, 40), batch=data.draw(st.integers(1, 3)), reverse=False)).build()
+    call = data.draw(
+        cases((20, 40), batch=data.draw(st.integers(1, 3)), reverse=False, resets="none", boundaries=False)
+    ).build()
     tensors = call.to(device).tensors
     settings = step_settings(call)
     step = getattr(mk, f"{call.cell}_step")

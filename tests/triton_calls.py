@@ -84,7 +84,7 @@ def arguments_of(
     inputs_ = [tensors[i.name] for i in spec.inputs if i.name in tensors]
     given = spec.mask(*tensors, *(s.name for s in spec.scheduled))
     numbers = [values[s.name] for s in spec.numbers]
-    return ([*inputs_, *scheduled], given, 0, numbers, initial_state, cu_seqlens, reverse, CHUNK, segment)
+    return ([*inputs_, *scheduled], given, 0, numbers, initial_state, cu_seqlens, None, None, reverse, CHUNK, segment)
 
 
 def run(arguments, grad_h, grad_final, save=True, cell="bmru"):
@@ -93,5 +93,5 @@ def run(arguments, grad_h, grad_final, save=True, cell="bmru"):
         with recorded() as forward:
             results = CELLS[cell].forward["triton"](*arguments, save)
         with recorded() as backward:
-            grads = CELLS[cell].backward["triton"](grad_h, grad_final, *arguments, *results[2:])
+            grads = CELLS[cell].backward["triton"](grad_h, grad_final, None, *arguments, *results[2:])
     return results, grads, forward, backward

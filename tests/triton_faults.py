@@ -218,7 +218,7 @@ def maps_take_states_on(cu_seqlens: Tensor | None, reverse: bool) -> None:
         outputs = results(64, tensors, normal(time), torch.ones(n, 3), cell="linear_recurrence", reverse=reverse,
                           cu_seqlens=cu_seqlens, initial_state=initial_state)  # fmt: skip
         inputs = arguments_of(tensors, 64, cell="linear_recurrence")[:4]
-        factor, offset = CELLS["linear_recurrence"].map["triton"](*inputs, cu_seqlens, reverse, 64)
+        factor, offset = CELLS["linear_recurrence"].map["triton"](*inputs, cu_seqlens, None, None, reverse, 64)
     finally:
         module.MOST_WALKED = usual
     torch.testing.assert_close(factor * initial_state + offset, outputs[1], rtol=1e-5, atol=1e-5)

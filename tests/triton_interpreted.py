@@ -299,7 +299,7 @@ def test_wrong_numbers_are_refused(name):
     with pytest.raises(ValueError, match=name):
         CELLS["bmru"].forward["triton"](*wrong, True)
     with pytest.raises(ValueError, match=name):
-        CELLS["bmru"].backward["triton"](streams["candidate"], torch.zeros(1, 4), *wrong, *results[2:])
+        CELLS["bmru"].backward["triton"](streams["candidate"], torch.zeros(1, 4), None, *wrong, *results[2:])
 
 
 @pytest.mark.parametrize("segment", [0, 64])
@@ -313,7 +313,7 @@ def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
 
     def backward(streams=streams, **changed):
         grad_h, grad_final, *saved = (tensors | changed).values()
-        return CELLS["bmru"].backward["triton"](grad_h, grad_final, [*streams, *inputs_[2:]], *arguments, *saved)
+        return CELLS["bmru"].backward["triton"](grad_h, grad_final, None, [*streams, *inputs_[2:]], *arguments, *saved)
 
     backward()
     for name, t in tensors.items():

@@ -15,15 +15,32 @@ constexpr int64_t kMostGroups = 256;    // of segments that share a row of sums
 // The adjoint map of a segment whose writes reset the state, seen from its begin: no further than a channel is unsettled.
 void look_ahead(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
   Maps far(scan, 1);
+  const Rows zeros(scan, 1);
+  const int64_t n = d1 - d0, end = find_reset(scan, segment, segment.begin, segment.end, 1);
   Segment part = segment;
   part.end = segment.begin;
-  k.identity(d1 - d0, map);
-  for (int64_t steps = kFirstLook; part.end < segment.end; steps *= 2) {
+  k.identity(n, map);
+  for (int64_t steps = kFirstLook; part.end < end; steps *= 2) {
     part.begin = part.end;
-    part.end = std::min(segment.end, part.begin + steps);
+    part.end = std::min(end, part.begin + steps);
+    k.identity(n, far.at(0, d0));
     k.summarize_adjoint(scan, part, d0, d1, far.at(0, d0), nullptr);
-    if (!k.look_through(d1 - d0, far.at(0, d0), map)) break;
+    if (!k.look_through(n, far.at(0, d0), map)) return;
   }
+  if (end == segment.end) return;
+  k.constant(n, zeros.at(0, d0), far.at(0, d0));  // m does not pass a reset
+  k.look_through(n, far.at(0, d0), map);
+}
+
+// The adjoint map of a segment, up to the first reset.
+void look_through_all(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map,
+                      void* late) {
+  const Rows zeros(scan, 1);
+  Segment part = segment;
+  part.end = find_reset(scan, segment, segment.begin, segment.end, 1);
+  if (part.end == segment.end) k.identity(d1 - d0, map);
+  else k.head(d1 - d0, zeros.at(0, d0), map);
+  k.summarize_adjoint(scan, part, d0, d1, map, late);
 }
 
 // Runs `backward` on every segment. The sums over time of the inputs per channel are rows of groups of segments.
@@ -36,7 +53,8 @@ class BackwardPass {
         per_group_(std::max<int64_t>(1, ceil_div(segments.count(), kMostGroups))),
         groups_(ceil_div(segments.count(), per_group_)),
         inputs_(__builtin_popcount(k.channels)),
-        sums_(scan, groups_ * 2 * inputs_) {}
+        sums_(scan, groups_ * 2 * inputs_),
+        reset_sums_(scan, scan.grad_reset_state ? 2 * segments.count() : 0) {}
 
   // m(i, d): the row that is m from the right of segment i, and becomes m to its left. late(i, d): see Kernels::backward.
   template <class M, class Late>
@@ -48,12 +66,15 @@ class BackwardPass {
       if (!own && int64_t(kept.size()) < bytes) kept.resize(bytes);
       char* const scratch = own ? own.get() : kept.data();
       for (int64_t i = group * per_group_; i < std::min((group + 1) * per_group_, segments_.count()); ++i)
-        k_.backward(scan_, segments_.list[i], d0, d1, m(i, d0), sums_.at(group * 2 * inputs_, d0), scan_.channels,
-                    scratch, late(i, d0));
+        for_parts_from_right(scan_, segments_.list[i], [&](const Segment& part) {
+          k_.backward(scan_, part, d0, d1, m(i, d0), sums_.at(group * 2 * inputs_, d0), scan_.channels, scratch,
+                      late(i, d0));
+          if (part.resets) take(i, d0, d1, m(i, d0));
+        });
     });
   }
 
-  // Adds the groups up, in order.
+  // Adds the groups up, in order, and the segments of each sequence.
   void finish() {
     int64_t which = 0;
     for (int i = 0; i < k_.inputs; ++i) {
@@ -63,14 +84,26 @@ class BackwardPass {
       if (total)
         k_.reduce(scan_.channels, groups_, 2 * inputs_ * scan_.channels, inputs_ * scan_.channels, sums, total);
     }
+    for (int64_t n = 0; scan_.grad_reset_state && n < scan_.sequences; ++n) {
+      const int64_t first = segments_.first[n], count = segments_.first[n + 1] - first;
+      k_.reduce(scan_.channels, count, 2 * scan_.channels, scan_.channels, reset_sums_.at(2 * first),
+                row(scan_.grad_reset_state, scan_, n));
+    }
   }
 
  private:
+  // m ends at a reset: it is a gradient of the reset state.
+  void take(int64_t segment, int64_t d0, int64_t d1, void* m) {
+    void* const sum = scan_.grad_reset_state ? reset_sums_.at(2 * segment, d0) : nullptr;
+    void* const lost = sum ? reset_sums_.at(2 * segment + 1, d0) : nullptr;
+    k_.take(d1 - d0, m, sum, lost);
+  }
+
   const Scan& scan_;
   const Kernels& k_;
   const Segments& segments_;
   const int64_t per_group_, groups_, inputs_;
-  Rows sums_;
+  Rows sums_, reset_sums_;  // rows of sums over time, and of what they have lost
 };
 
 // Finds the adjoint map of every segment. If it depends on the states, a backward pass from m = 0 gives its offset; the
@@ -80,7 +113,7 @@ void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segme
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
     const MapRow map = cut_maps.maps.at(i, d0);
     if (looks) look_ahead(scan, k, segments.list[i], d0, d1, map);
-    else k.summarize_adjoint(scan, segments.list[i], d0, d1, map, cut_maps.late.at(i, d0));
+    else look_through_all(scan, k, segments.list[i], d0, d1, map, cut_maps.late.at(i, d0));
   });
   if (k.adjoint_sees_state)
     BackwardPass(scan, k, segments)

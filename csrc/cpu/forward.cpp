@@ -20,25 +20,52 @@ void enter(const Scan& scan, const Kernels& k, const Segments& segments) {
   }
 }
 
+// Scans a segment from `state` by `kernel`, one of the forward kernels.
+template <class Kernel>
+void scan_segment(const Scan& scan, Kernel kernel, const ResetStates& resets, const Segment& segment, int64_t d0,
+                  int64_t d1, void* state) {
+  for_parts(scan, segment, [&](const Segment& part) {
+    if (part.resets) std::memcpy(state, resets.at(part, d0), (d1 - d0) * state_bytes(scan));
+    kernel(scan, part, d0, d1, state);
+  });
+}
+
+// The map of a segment. After a reset it is the state alone.
+void summarize(const Scan& scan, const Kernels& k, const ResetStates& resets, const Segment& segment, int64_t d0,
+               int64_t d1, MapRow map, void* late) {
+  k.identity(d1 - d0, map);
+  for_parts(scan, segment, [&](const Segment& part) {
+    if (part.resets) k.head(d1 - d0, resets.at(part, d0), map);
+    k.summarize(scan, part, d0, d1, map, late);
+  });
+}
+
 // The map of a segment whose writes reset the state, seen from its end: no further back than a channel is unsettled.
-void look_back(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
+void look_back(const Scan& scan, const Kernels& k, const ResetStates& resets, const Segment& segment, int64_t d0,
+               int64_t d1, MapRow map) {
   Scan reads = scan;
   reads.events = nullptr;
   Maps far(scan, 1);
+  const int64_t n = d1 - d0, reset = find_reset(scan, segment, segment.end - 1, segment.begin - 1, -1);
+  const int64_t begin = std::max(reset, segment.begin);
   Segment part = segment;
   part.begin = segment.end;
-  k.identity(d1 - d0, map);
-  for (int64_t steps = kFirstLook; part.begin > segment.begin; steps *= 2) {
+  k.identity(n, map);
+  for (int64_t steps = kFirstLook; part.begin > begin; steps *= 2) {
     part.end = part.begin;
-    part.begin = std::max(segment.begin, part.end - steps);
+    part.begin = std::max(begin, part.end - steps);
+    k.identity(n, far.at(0, d0));
     k.summarize(reads, part, d0, d1, far.at(0, d0), nullptr);
-    if (!k.look_through(d1 - d0, far.at(0, d0), map)) break;
+    if (!k.look_through(n, far.at(0, d0), map)) return;
   }
+  if (reset < segment.begin) return;
+  k.constant(n, resets.at(segment, d0), far.at(0, d0));
+  k.look_through(n, far.at(0, d0), map);
 }
 
 // One pass over the streams. Each segment starts from the last write before it, which is usually a few steps back. Only a NaN
 // further back is missed: the segments after it are scanned once more.
-void forward_looking_back(Scan scan, const Kernels& k) {
+void forward_looking_back(Scan scan, const Kernels& k, const ResetStates& resets) {
   const int64_t wanted = ceil_div(scan.batch * scan.time, 2 * int64_t(torch::stable::get_num_threads()));
   const int64_t least = scan.segment > 0 ? scan.segment : kLeastSegment;
   scan.segment = ceil_div(std::max(wanted, least), scan.chunk) * scan.chunk;
@@ -51,7 +78,8 @@ void forward_looking_back(Scan scan, const Kernels& k) {
 
   Maps maps(scan, count);
   for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
-    if (segments.list[i].end < segments.list[i].length) look_back(scan, k, segments.list[i], d0, d1, maps.at(i, d0));
+    if (segments.list[i].end < segments.list[i].length)
+      look_back(scan, k, resets, segments.list[i], d0, d1, maps.at(i, d0));
   });
   Rows entry(scan, count);
   for (int64_t n = 0; n < scan.sequences; ++n)
@@ -62,18 +90,21 @@ void forward_looking_back(Scan scan, const Kernels& k) {
     k.apply(scan.channels, /*resets=*/true, maps.at(i - 1), entry.at(i));
   });
   Rows exit = entry;
-  const auto scan_segment = scan.events && scan.save ? k.forward_to_codes : k.forward;
-  for_blocks(scan, count,
-             [&](int64_t i, int64_t d0, int64_t d1) { scan_segment(scan, segments.list[i], d0, d1, exit.at(i, d0)); });
+  const auto kernel = scan.events && scan.save ? k.forward_to_codes : k.forward;
+  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
+    scan_segment(scan, kernel, resets, segments.list[i], d0, d1, exit.at(i, d0));
+  });
 
   std::vector<int64_t> again;
   each([&](int64_t i) {
+    const Segment& segment = segments.list[i];
     if (!k.absorb(scan.channels, exit.at(i - 1), entry.at(i))) return;
-    k.absorb(scan.channels, exit.at(i - 1), exit.at(i));
+    if (find_reset(scan, segment, segment.begin, segment.end, 1) == segment.end)
+      k.absorb(scan.channels, exit.at(i - 1), exit.at(i));
     again.push_back(i);
   });
   for_blocks(scan, again.size(), [&](int64_t a, int64_t d0, int64_t d1) {
-    k.forward(scan, segments.list[again[a]], d0, d1, entry.at(again[a], d0));
+    scan_segment(scan, k.forward, resets, segments.list[again[a]], d0, d1, entry.at(again[a], d0));
   });
   for (int64_t n = 0; n < scan.sequences; ++n)
     if (!segments.is_empty(n))
@@ -82,15 +113,15 @@ void forward_looking_back(Scan scan, const Kernels& k) {
 
 // Two passes: segments as maps, which are composed, then the segments, each from its entry state. Packs the codes. Returns
 // false if the call must be scanned whole.
-bool forward_composing(const Scan& scan, const Kernels& k, const Segments& segments) {
+bool forward_composing(const Scan& scan, const Kernels& k, const ResetStates& resets, const Segments& segments) {
   CutMaps cut_maps(scan, k, segments, 1);
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
-    k.summarize(scan, segments.list[i], d0, d1, cut_maps.maps.at(i, d0), cut_maps.late.at(i, d0));
+    summarize(scan, k, resets, segments.list[i], d0, d1, cut_maps.maps.at(i, d0), cut_maps.late.at(i, d0));
   });
   cut_maps.compose(scan.final_state);
-  const auto scan_segment = scan.events ? k.forward_from_codes : k.forward;
+  const auto kernel = scan.events ? k.forward_from_codes : k.forward;
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
-    scan_segment(scan, segments.list[i], d0, d1, cut_maps.exit.at(i, d0));
+    scan_segment(scan, kernel, resets, segments.list[i], d0, d1, cut_maps.exit.at(i, d0));
   });
   return cut_maps.finish(scan.final_state);
 }
@@ -106,19 +137,20 @@ void forward(Scan scan, const Kernels& k) {
     if (scan.events) std::memset(scan.events, 0, scan.event_rows * rows * sizeof(int32_t));
   }
   const Ones ones(scan, k);
+  const ResetStates resets(scan, k);
   Segments segments = cut(scan);
   enter(scan, k, segments);
   const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
-  if (k.resets(scan) && (scan.segment > 0 || (few && !is_serial(scan)))) return forward_looking_back(scan, k);
+  if (k.resets(scan) && (scan.segment > 0 || (few && !is_serial(scan)))) return forward_looking_back(scan, k, resets);
   if (scan.segment > 0) {
-    if (forward_composing(scan, k, segments)) return;
+    if (forward_composing(scan, k, resets, segments)) return;
     scan.segment = 0;
     segments = cut(scan);
     enter(scan, k, segments);
   }
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
     const Segment& segment = segments.list[i];  // a whole sequence
-    k.forward(scan, segment, d0, d1, row(scan.final_state, scan, segment.sequence, d0));
+    scan_segment(scan, k.forward, resets, segment, d0, d1, row(scan.final_state, scan, segment.sequence, d0));
   });
 }
 
@@ -126,15 +158,22 @@ void map(Scan scan, const Kernels& k, MapRow result) {
   check_offsets(scan);
   if (scan.sequences == 0 || scan.channels == 0) return;
   const Ones ones(scan, k);
+  const ResetStates resets(scan, k);
   const Segments segments = cut(scan);
   Maps maps(scan, segments.count());
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
-    k.summarize(scan, segments.list[i], d0, d1, maps.at(i, d0), nullptr);
+    summarize(scan, k, resets, segments.list[i], d0, d1, maps.at(i, d0), nullptr);
   });
   for (int64_t n = 0; n < scan.sequences; ++n) {
     const MapRow total{row(result.a, scan, n), row(result.b, scan, n)};
     k.identity(scan.channels, total);
-    for (int64_t i = segments.first[n]; i < segments.first[n + 1]; ++i) k.then(scan.channels, total, maps.at(i));
+    bool is_reset = false;
+    for (int64_t i = segments.first[n]; i < segments.first[n + 1]; ++i) {
+      const Segment& segment = segments.list[i];
+      k.then(scan.channels, total, maps.at(i));
+      is_reset = is_reset || find_reset(scan, segment, segment.begin, segment.end, 1) < segment.end;
+    }
+    if (is_reset) std::memset(total.a, 0, row_bytes(scan));
     if (!segments.is_empty(n)) k.enter(scan, total.b);
   }
 }

@@ -40,6 +40,15 @@ Segments cut(const Scan& scan) {
   return segments;
 }
 
+ResetStates::ResetStates(const Scan& scan, const Kernels& kernels) : rows_(scan, scan.resets ? scan.sequences : 0) {
+  for (int64_t n = 0; scan.resets && n < scan.sequences; ++n) {
+    void* const state = rows_.at(n);
+    if (scan.reset_state)
+      std::memcpy(state, static_cast<const char*>(scan.reset_state) + n * row_bytes(scan), row_bytes(scan));
+    kernels.enter(scan, state);
+  }
+}
+
 Ones::Ones(Scan& scan, const Kernels& kernels) {
   for (int i = 0; i < kernels.inputs; ++i) {
     if ((kernels.channels >> i & 1) == 0 || scan.in[i].channel) continue;

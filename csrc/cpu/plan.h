@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "../segment.h"
@@ -29,6 +31,46 @@ struct Segments {
 };
 // Cuts by scan.segment, and at the offsets, which must have been checked.
 Segments cut(const Scan& scan);
+
+// The first position from `from` on, in steps of `direction`, before which the state is reset; `end` if there is none.
+inline int64_t find_reset(const Scan& scan, const Segment& segment, int64_t from, int64_t end, int64_t direction) {
+  if (!scan.resets) return end;
+  const int64_t first = segment.start + from, by = scan.reverse ? -direction : direction;
+  const bool* at = scan.resets + segment.batch * scan.time + (scan.reverse ? scan.time - 1 - first : first);
+  while (from != end) {
+    uint64_t eight = 1;
+    const bool whole = std::abs(end - from) >= 8;
+    if (whole) std::memcpy(&eight, by > 0 ? at : at - 7, 8);
+    if (*at) return from;
+    const int64_t steps = eight == 0 ? 8 : 1;
+    from += steps * direction, at += steps * by;
+  }
+  return end;
+}
+
+// Calls f(part) for the parts of a segment between resets, from the left.
+template <class F>
+void for_parts(const Scan& scan, const Segment& segment, const F& f) {
+  Segment part = segment;
+  for (int64_t begin = segment.begin; begin < segment.end; begin = part.end) {
+    part.begin = begin;
+    part.resets = find_reset(scan, segment, begin, begin + 1, 1) == begin;
+    part.end = find_reset(scan, segment, begin + 1, segment.end, 1);
+    f(part);
+  }
+}
+// The same from the right.
+template <class F>
+void for_parts_from_right(const Scan& scan, const Segment& segment, const F& f) {
+  Segment part = segment;
+  for (int64_t end = segment.end; end > segment.begin; end = part.begin) {
+    const int64_t reset = find_reset(scan, segment, end - 1, segment.begin - 1, -1);
+    part.end = end;
+    part.resets = reset >= segment.begin;
+    part.begin = std::max(reset, segment.begin);
+    f(part);
+  }
+}
 
 // Calls f(item, d0, d1) for every item and block of channels [d0, d1), on several threads.
 template <class F>
@@ -57,6 +99,7 @@ class Rows {
   Rows(const Scan& scan, int64_t rows, int64_t element)
       : row_(scan.channels * element), element_(element), bytes_(rows * row_) {}
   void* at(int64_t row, int64_t d = 0) { return bytes_.data() + row * row_ + d * element_; }
+  const void* at(int64_t row, int64_t d = 0) const { return bytes_.data() + row * row_ + d * element_; }
 
  private:
   int64_t row_, element_;
@@ -75,6 +118,16 @@ inline char* row(void* base, const Scan& scan, int64_t n, int64_t d = 0) {
   return static_cast<char*>(base) + (n * scan.channels + d) * state_bytes(scan);
 }
 inline int64_t row_bytes(const Scan& scan) { return scan.channels * state_bytes(scan); }
+
+// The state that enters each sequence after a reset: [sequences, D], or nothing if the call has no resets.
+class ResetStates {
+ public:
+  ResetStates(const Scan& scan, const Kernels& kernels);
+  const void* at(const Segment& segment, int64_t d) const { return rows_.at(segment.sequence, d); }
+
+ private:
+  Rows rows_;
+};
 
 // Gives optional inputs per channel that are absent a row of ones.
 class Ones {

@@ -16,7 +16,7 @@ struct Arguments {
   const Tensors& inputs;               // the given arrays, then the scheduled scalars
   int64_t given, packed;               // masks; bit i: input i is given; input i is one of the streams in inputs[0]
   const std::vector<double>& numbers;  // the other scalars
-  const OptionalTensor &initial_state, &cu_seqlens;
+  const OptionalTensor &initial_state, &cu_seqlens, &resets, &reset_state;
   bool reverse;
   int64_t chunk, segment;
   int64_t rank = 3;  // dimensions of a stream; 2 for a single step
@@ -59,7 +59,7 @@ class BoundArguments {
 
   BoundArguments(const CellInfo& cell, const BackendInfo& backend, const Arguments& arguments) {
     MRU_EXPECT(!arguments.inputs.empty(), "inputs: expected at least one tensor");
-    kept_.reserve(2 * kMaxInputs);
+    kept_.reserve(4 * kMaxInputs);
     streams.reserve(kMaxInputs);
     bind_first(arguments);
     bind_inputs(cell, arguments);
@@ -224,6 +224,16 @@ class BoundArguments {
       scan.offsets = static_cast<const int64_t*>(keep(as_state(t, ScalarType::Long)));
     }
     if (arguments.initial_state) scan.initial = keep(sequence_states(*arguments.initial_state, "initial_state"));
+    if (arguments.resets) {
+      const Tensor& t = *arguments.resets;
+      expect_device(t, "resets");
+      MRU_EXPECT(
+          t.dim() == 2 && t.size(0) == scan.batch && t.size(1) == scan.time && t.scalar_type() == ScalarType::Bool,
+          "resets: expected bool [", scan.batch, ", ", scan.time, "]");
+      scan.resets = static_cast<const bool*>(keep(torch::stable::contiguous(t)));
+    }
+    MRU_EXPECT(arguments.resets || !arguments.reset_state, "reset_state: expected resets with it");
+    if (arguments.reset_state) scan.reset_state = keep(sequence_states(*arguments.reset_state, "reset_state"));
   }
 
   void expect_device(const Tensor& t, const char* name) const {

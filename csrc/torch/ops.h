@@ -13,10 +13,11 @@ namespace mru {
 
 template <class Backend, class C>
 Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
-                OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse, int64_t chunk, int64_t segment,
-                bool save) {
-  BoundArguments bound(info_of<C>, Backend::kInfo,
-                       {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
+                OptionalTensor initial_state, OptionalTensor cu_seqlens, OptionalTensor resets,
+                OptionalTensor reset_state, bool reverse, int64_t chunk, int64_t segment, bool save) {
+  BoundArguments bound(
+      info_of<C>, Backend::kInfo,
+      {inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment});
   Scan& scan = bound.scan;
   Tensors results{allocate_like(bound.streams[0]), bound.states(scan.sequences)};
   scan.h = stream_of(results[0]);
@@ -36,7 +37,8 @@ Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<doubl
   return results;
 }
 
-// Allocates the gradients of the arrays in `inputs`, in their order, then that of the initial state, and binds them.
+// Allocates the gradients of the arrays in `inputs`, in their order, then those of the initial and the reset state, and
+// binds them.
 inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, int64_t packed) {
   Scan& scan = bound.scan;
   Tensors grads, gates;
@@ -59,15 +61,21 @@ inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, 
   }
   grads.push_back(bound.states(scan.sequences));
   scan.grad_initial = grads.back().data_ptr();
+  if (scan.reset_state) {
+    grads.push_back(bound.states(scan.sequences));
+    scan.grad_reset_state = grads.back().data_ptr();
+  }
   return grads;
 }
 
 template <class Backend, class C>
-Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given, int64_t packed,
-                 std::vector<double> numbers, OptionalTensor initial_state, OptionalTensor cu_seqlens, bool reverse,
-                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor events) {
-  BoundArguments bound(info_of<C>, Backend::kInfo,
-                       {inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment});
+Tensors backward(Tensor grad_h, Tensor grad_final, OptionalTensor grad_checkpoints, Tensors inputs, int64_t given,
+                 int64_t packed, std::vector<double> numbers, OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                 OptionalTensor resets, OptionalTensor reset_state, bool reverse, int64_t chunk, int64_t segment,
+                 OptionalTensor checkpoints, OptionalTensor events) {
+  BoundArguments bound(
+      info_of<C>, Backend::kInfo,
+      {inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment});
   Scan& scan = bound.scan;
   MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
                  grad_h.size(2) == scan.channels,
@@ -77,23 +85,29 @@ Tensors backward(Tensor grad_h, Tensor grad_final, Tensors inputs, int64_t given
   scan.grad_h = stream_of(grad_h);
   scan.grad_final = bound.keep(bound.sequence_states(grad_final, "grad_final"));
   if (!checkpoints && !events) {
-    const Tensors again = forward<Backend, C>(inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk,
-                                              segment, /*save=*/true);
+    const Tensors again = forward<Backend, C>(inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
+                                              reset_state, reverse, chunk, segment, /*save=*/true);
     checkpoints = again[2], events = again[3];
   }
   MRU_EXPECT(checkpoints && events, "checkpoints, events: expected both or neither");
   scan.checkpoints = bound.saved(*checkpoints, bound.kept_rows, bound.state, "checkpoints");
   void* const rows = bound.saved(*events, bound.code_rows, ScalarType::Int, "events");
   if (bound.packs_codes) scan.events = static_cast<int32_t*>(rows);
+  if (grad_checkpoints)
+    scan.grad_checkpoints = bound.saved(*grad_checkpoints, bound.kept_rows, bound.state, "grad_checkpoints");
   Tensors grads = allocate_gradients(bound, inputs, packed);
   Backend::template backward<C>(scan, grad_h);
 
-  if (!initial_state) grads.pop_back();
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const Tensor& like = i + 1 == grads.size() && initial_state ? *initial_state : inputs[i];
-    if (grads[i].scalar_type() != like.scalar_type()) grads[i] = torch::stable::to(grads[i], like.scalar_type());
-  }
-  return grads;
+  // Of the states, those that are given have a gradient, in their own dtype.
+  const auto own_dtype = [](Tensor grad, const Tensor& like) {
+    return grad.scalar_type() == like.scalar_type() ? grad : torch::stable::to(grad, like.scalar_type());
+  };
+  Tensors results;
+  const size_t arrays = grads.size() - (reset_state ? 2 : 1);
+  for (size_t i = 0; i < arrays; ++i) results.push_back(own_dtype(grads[i], inputs[i]));
+  if (initial_state) results.push_back(own_dtype(grads[arrays], *initial_state));
+  if (reset_state) results.push_back(own_dtype(grads[arrays + 1], *reset_state));
+  return results;
 }
 
 // A single step, with fewer arguments than `forward`, because converting arguments takes longer than the step.
@@ -102,7 +116,7 @@ std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<doubl
   const OptionalTensor initial = state, none;
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
-      {inputs, given, /*packed=*/0, numbers, initial, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+      {inputs, given, /*packed=*/0, numbers, initial, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
        /*segment=*/0, /*rank=*/2});
   Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
   bound.scan.h = stream_of(h);
@@ -111,13 +125,15 @@ std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<doubl
   return {h, after};
 }
 
-// The map of each whole sequence, s -> factor s + offset, both [N, D].
+// The map of each whole sequence, s -> factor s + offset, both [N, D]. The factor of one with a reset is 0.
 template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
-                               OptionalTensor cu_seqlens, bool reverse, int64_t segment) {
+                               OptionalTensor cu_seqlens, OptionalTensor resets, OptionalTensor reset_state,
+                               bool reverse, int64_t segment) {
   const OptionalTensor none;
   BoundArguments bound(info_of<C>, Backend::kInfo,
-                       {inputs, given, packed, numbers, none, cu_seqlens, reverse, /*chunk=*/kEventsPerWord, segment});
+                       {inputs, given, packed, numbers, none, cu_seqlens, resets, reset_state, reverse,
+                        /*chunk=*/kEventsPerWord, segment});
   Tensor factor = bound.states(bound.scan.sequences), offset = bound.states(bound.scan.sequences);
   Backend::template map<C>(bound.scan, factor, offset);
   return {factor, offset};

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -29,11 +30,13 @@ def load() -> None:
 
 
 def scan(
-    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse,
+    every: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """What the op `mru::<cell>` computes: h `[B, T, D]` and the final state `[N, D]`.
 
-    `mru_kernels.ops` describes the arguments.
+    `mru_kernels.ops` describes the arguments. With `every`, there is a third result: the states after every so many
+    steps, as the checkpoints of the op.
 
     Raises:
         RuntimeError: the cell has no plain torch, or the values of `cu_seqlens` are not known while the call is traced.
@@ -43,7 +46,7 @@ def scan(
     if plain is None:
         raise RuntimeError(f"backend: 'torch' cannot run this call: it does not have the cell {cell.name}")
     if not torch.compiler.is_dynamo_compiling():  # the caller has checked them
-        ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
+        ops.check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
         ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
     inputs = [_with_dense_gradient(t) if t.dim() == 3 else t for t in inputs]
     first = ops.first_stream(inputs, packed)
@@ -52,23 +55,31 @@ def scan(
     x = [None if t is None else t.to(state).expand(first.shape) for t in arrays]
     scheduled = inputs[len(inputs) - len(cell.scheduled) :]
     p = [*(_value(*pair) for pair in zip(cell.scheduled, scheduled, strict=True)), *numbers]
-    if initial_state is None:
-        s = first.new_zeros((ops.sequences_of(inputs, cu_seqlens), first.shape[-1]), dtype=state)
-    else:
-        s = _with_dense_gradient(initial_state).to(state)
-    gates = plain.gates(x, p)
-    if cu_seqlens is None:
+
+    def entering(given: Tensor | None) -> Tensor:
+        if given is None:
+            return first.new_zeros((ops.sequences_of(inputs, cu_seqlens), first.shape[-1]), dtype=state)
+        return _with_dense_gradient(given).to(state)
+
+    s, gates = entering(initial_state), plain.gates(x, p)
+    if resets is not None:
+        plain = replace(plain, step=_after_resets(plain.step))
+        gates = [*gates, resets.unsqueeze(-1).expand(first.shape).to(state)]
+        p = [*p, entering(reset_state)]
+    offsets = None if cu_seqlens is None else _offsets(cu_seqlens, first.shape[1])
+    if offsets is None:
         states, final = _loop(plain, gates, s, p, reverse)
     else:
-        states, final = _loops(plain, gates, s, p, reverse, _offsets(cu_seqlens, first.shape[1]))
+        states, final = _loops(plain, gates, s, p, reverse, offsets)
     h = _laid_out(plain.output(x, states).to(first.dtype), ops.is_time_major(first))
-    return h, final.contiguous() if torch.compiler.is_compiling() else _WithZeroGradient.apply(final, h)
+    last = final.contiguous() if torch.compiler.is_compiling() else _WithZeroGradient.apply(final, h)
+    return (h, last) if every is None else (h, last, _boundaries(states, reverse, every, offsets))
 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
     """What the op `mru::<cell>_step` computes: h `[B, D]` and the state after the step `[B, D]`."""
     streams = [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
-    h, after = scan(cell, streams, given, 0, numbers, state, None, False)
+    h, after = scan(cell, streams, given, 0, numbers, state, None, None, None, False)
     return h.squeeze(1), after
 
 
@@ -96,9 +107,36 @@ def _loops(
     """`_loop` over each of the sequences that `offsets` separate; the final states are `[N, D]`."""
     parts = [_loop(plain, [g[:, :0] for g in gates], s[:0], p, reverse)]  # there may be no sequence
     for n, (start, stop) in enumerate(pairwise(offsets)):
-        parts.append(_loop(plain, [g[:, start:stop] for g in gates], s[n : n + 1], p, reverse))
+        of_sequence = [v[n : n + 1] if isinstance(v, Tensor) and v.dim() == 2 else v for v in p]
+        parts.append(_loop(plain, [g[:, start:stop] for g in gates], s[n : n + 1], of_sequence, reverse))
     states, finals = zip(*parts, strict=True)
     return torch.cat(states, 1), torch.cat(finals)
+
+
+def _after_resets(step):
+    """`step` after a reset where the last gate is not 0, to the state that is the last scalar."""
+
+    def reset_and_step(gates, s, p):
+        *gates, reset = gates
+        *p, reset_state = p
+        return step(gates, torch.where(reset != 0, reset_state, s), p)
+
+    return reset_and_step
+
+
+def _boundaries(states: Tensor, reverse: bool, every: int, offsets: Sequence[int] | None) -> Tensor:
+    """The states after every `every` steps of a sequence, from those after all steps `[B, T, D]`."""
+    time = states.shape[1]
+    rows = max(time - 1, 0) // every
+    in_order = states.flip(1) if reverse else states
+    if offsets is None:
+        return in_order[:, every - 1 :: every][:, :rows].contiguous()
+    positions: list[int | None] = [None] * rows
+    for start, stop in pairwise([time - o for o in reversed(offsets)] if reverse else offsets):
+        for k in range(1, (stop - start - 1) // every + 1):
+            positions[start // every + k - 1] = start + k * every - 1
+    found = [torch.zeros_like(states[:, 0]) if t is None else in_order[:, t] for t in positions]
+    return torch.stack(found, 1) if found else states[:, :0]
 
 
 def _loop_of_any_length(

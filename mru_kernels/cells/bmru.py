@@ -45,9 +45,12 @@ def bmru(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     chunk_size: int | None = backends.CHUNK,
+    return_boundaries: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Scan a bistable memory recurrent unit over time.
 
     Each channel writes at the steps where its candidate reaches its threshold, and keeps its state at the others::
@@ -72,9 +75,14 @@ def bmru(
             or 0.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in
+            scan order, the state becomes `reset_state`.
+        reset_state: `[D]`, `[B, D]` or, with `cu_seqlens`, `[N, D]`, in a dtype that `initial_state` may have; zeros if
+            None.
         chunk_size: steps between two checkpoints, the states that the forward pass saves for the backward pass, which
             recomputes the states between them: a multiple of 16 that the backend supports. With None the forward pass
             saves no state, and the backward pass first scans the whole again.
+        return_boundaries: whether to return the state after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
@@ -83,6 +91,10 @@ def bmru(
         with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory if the candidate has unit
         stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream follows the
         same rule.
+
+        With `return_boundaries` a third result, `[B, floor((T - 1) / chunk_size), D]` in the state dtype: the raw state
+        after every `chunk_size` steps, before a reset there. With `cu_seqlens`, the state after k chunks of a sequence
+        whose first step has the scan position p is in row `floor(p / chunk_size) + k - 1`; other rows are zeros.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -97,7 +109,8 @@ def bmru(
     """
     return call(
         CELL, (candidate, threshold, amplitude, alpha), (epsilon, surrogate_scale), initial_state, reverse=reverse,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
+        cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+        return_boundaries=return_boundaries, backend=backend,
     )  # fmt: skip
 
 
@@ -114,9 +127,12 @@ def bmru_packed(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     chunk_size: int | None = backends.CHUNK,
+    return_boundaries: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`bmru` on streams that lie side by side, as one projection leaves them; its gradient is one tensor too.
 
     Args:
@@ -126,7 +142,8 @@ def bmru_packed(
     """
     return call(
         CELL, (gates, None, None, alpha), (epsilon, surrogate_scale), initial_state, reverse=reverse,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
+        cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+        return_boundaries=return_boundaries, backend=backend,
         packed=_THREE_GATES if amplitude else _TWO_GATES,
     )  # fmt: skip
 

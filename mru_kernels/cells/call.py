@@ -20,10 +20,13 @@ def call(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     chunk_size: int | None = backends.CHUNK,
+    return_boundaries: bool = False,
     backend: str | None = None,
     packed: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run `cell` on its array inputs and scalars, in the cell's order; None for an input that is absent.
 
     With `packed`, a mask of inputs, these lie side by side in the first array, which is named "gates".
@@ -33,18 +36,22 @@ def call(
     """
     kernel_first = cu_seqlens is None and not (torch.compiler.is_compiling() or private.any_autocast())
     if not kernel_first:
-        arrays, initial_state = _autocast(arrays, initial_state)
-        _check(cell, arrays, initial_state, cu_seqlens, packed)
+        arrays, initial_state, reset_state = _autocast(arrays, initial_state, reset_state)
+        _check(cell, arrays, initial_state, cu_seqlens, resets, reset_state, packed)
+    boundaries = checks.flag("return_boundaries", return_boundaries)
+    if boundaries and chunk_size is None:
+        raise ValueError("chunk_size: expected the steps between two boundaries, got None")
     try:
         inputs, given, numbers = _as_op_takes(cell, arrays, scalars, packed)
         return ops.scan(
-            cell, inputs, given, packed, numbers, initial_state, cu_seqlens, checks.flag("reverse", reverse),
-            chunk_size, backend,
+            cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
+            _of_sequences(reset_state, inputs, cu_seqlens), checks.flag("reverse", reverse), chunk_size, backend,
+            boundaries,
         )  # fmt: skip
     except Exception:
         if kernel_first:
             try:
-                _check(cell, arrays, initial_state, cu_seqlens, packed)
+                _check(cell, arrays, initial_state, cu_seqlens, resets, reset_state, packed)
             except (TypeError, ValueError) as reason:
                 raise reason from None
         raise
@@ -77,7 +84,7 @@ def step(
     for name, value in (("state", state), *others):
         if name == "state" or not _is_per_channel(cell, name, value):
             checks.like(name, value, first, first.shape, "[batch, channels]")
-    _check(cell, _as_scan(cell, arrays), state, None, 0)
+    _check(cell, _as_scan(cell, arrays), state)
     for scalar, number in zip(cell.scalars, scalars, strict=True):
         scalar.tensor(number) if scalar.scheduled else scalar.number(number)
     raise refused
@@ -123,12 +130,26 @@ def _named(cell: ops.Cell, arrays: Sequence[Tensor | None], packed: int = 0) -> 
     return named
 
 
-def _check(cell: ops.Cell, arrays, initial_state, cu_seqlens, packed: int) -> None:
+def _of_sequences(state: Tensor | None, inputs: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor | None:
+    """A state `[D]` as `[N, D]`; others as they are."""
+    if isinstance(state, Tensor) and state.dim() == 1:
+        return state.expand(ops.sequences_of(inputs, cu_seqlens), -1)
+    return state
+
+
+def _check(cell: ops.Cell, arrays, initial_state, cu_seqlens=None, resets=None, reset_state=None, packed=0) -> None:
     """Raise an error that names the argument which is not as it must be."""
     named = _named(cell, arrays, packed)
     channel = {name: value for name, value in named.items() if _is_per_channel(cell, name, value)}
     streams = {name: value for name, value in named.items() if name not in channel}
-    checks.arguments(streams, channel, initial_state, cu_seqlens, packed.bit_count(), cell.dtypes)
+    states = {"initial_state": initial_state}
+    if isinstance(reset_state, Tensor) and reset_state.dim() == 1:
+        channel["reset_state"] = reset_state
+        if resets is None:
+            raise ValueError("reset_state: expected resets with it, got None")
+    else:
+        states["reset_state"] = reset_state
+    checks.arguments(streams, channel, states, cu_seqlens, resets, packed.bit_count(), cell.dtypes)
     if cu_seqlens is not None:
         checks.offsets(cu_seqlens, next(iter(named.values())).shape[1])
 
@@ -139,8 +160,8 @@ def _is_per_channel(cell: ops.Cell, name: str, value: Tensor | None) -> bool:
 
 
 def _autocast(
-    arrays: Sequence[Tensor | None], initial_state: Tensor | None
-) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    arrays: Sequence[Tensor | None], initial_state: Tensor | None, reset_state: Tensor | None
+) -> tuple[Sequence[Tensor | None], Tensor | None, Tensor | None]:
     """Cast the floating streams to the autocast dtype, so that different ones may meet; float64 stays.
 
     Other tensors in a half precision that is not the autocast dtype become float32.
@@ -148,7 +169,7 @@ def _autocast(
     first = arrays[0]
     dtype = checks.autocast_dtype(first.device) if isinstance(first, Tensor) else None
     if dtype is None:
-        return arrays, initial_state
+        return arrays, initial_state, reset_state
 
     def cast(t):
         if not isinstance(t, Tensor):
@@ -160,7 +181,7 @@ def _autocast(
     def state(t):
         return t.float() if isinstance(t, Tensor) and t.dtype in checks.HALF_DTYPES and t.dtype != dtype else t
 
-    return [cast(t) for t in arrays], state(initial_state)
+    return [cast(t) for t in arrays], state(initial_state), state(reset_state)
 
 
 def _is_plain() -> bool:

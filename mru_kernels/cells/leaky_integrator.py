@@ -33,9 +33,12 @@ def leaky_integrator(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     chunk_size: int | None = backends.CHUNK,
+    return_boundaries: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Scan a leaky integrator with a bounded output over time.
 
     ::
@@ -50,14 +53,23 @@ def leaky_integrator(
             or the state dtype; zeros if None.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in
+            scan order, the state becomes `reset_state`.
+        reset_state: `[D]`, `[B, D]` or, with `cu_seqlens`, `[N, D]`, in a dtype that `initial_state` may have; zeros if
+            None.
         chunk_size: steps between two checkpoints, the states that the forward pass saves for the backward pass, which
             recomputes the states between them: a multiple of 16 that the backend supports. With None the forward pass
             saves no state, and the backward pass first scans the whole again.
+        return_boundaries: whether to return the state after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
         `h [B, T, D]` in the input's dtype, and the final state `[B, D]` (`[N, D]`): the raw state s, float64 for
         float64 streams, else float32. Layouts are those of `bmru`.
+
+        With `return_boundaries` a third result, `[B, floor((T - 1) / chunk_size), D]` in the state dtype: the raw state
+        after every `chunk_size` steps, before a reset there. With `cu_seqlens`, the state after k chunks of a sequence
+        whose first step has the scan position p is in row `floor(p / chunk_size) + k - 1`; other rows are zeros.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -70,8 +82,9 @@ def leaky_integrator(
         (torch.Size([8, 100, 64]), torch.Size([8, 64]))
     """
     return call(
-        CELL, (input, decay), (), initial_state, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size,
-        backend=backend,
+        CELL, (input, decay), (), initial_state, reverse=reverse,
+        cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+        return_boundaries=return_boundaries, backend=backend,
     )  # fmt: skip
 
 

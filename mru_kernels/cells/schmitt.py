@@ -43,9 +43,12 @@ def schmitt(
     surrogate_scale: float = 1.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     chunk_size: int | None = backends.CHUNK,
+    return_boundaries: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Scan a first-quadrant bistable memory recurrent unit over time (arXiv 2605.15216).
 
     Each channel is a Schmitt trigger: it writes 1 if its candidate reaches `high`, 0 if the candidate is below `low`,
@@ -69,9 +72,14 @@ def schmitt(
             or 0.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
+        resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in
+            scan order, the state becomes `reset_state`.
+        reset_state: `[D]`, `[B, D]` or, with `cu_seqlens`, `[N, D]`, in a dtype that `initial_state` may have; zeros if
+            None.
         chunk_size: steps between two checkpoints, the states that the forward pass saves for the backward pass, which
             recomputes the states between them: a multiple of 16 that the backend supports. With None the forward pass
             saves no state, and the backward pass first scans the whole again.
+        return_boundaries: whether to return the state after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
@@ -80,6 +88,10 @@ def schmitt(
         with unit stride on D, whatever the candidate's strides: as `[T, B, D]` in memory if the candidate has unit
         stride on D and a larger stride over T than over B, else contiguous. The gradient of each stream follows the
         same rule.
+
+        With `return_boundaries` a third result, `[B, floor((T - 1) / chunk_size), D]` in the state dtype: the raw state
+        after every `chunk_size` steps, before a reset there. With `cu_seqlens`, the state after k chunks of a sequence
+        whose first step has the scan position p is in row `floor(p / chunk_size) + k - 1`; other rows are zeros.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -94,7 +106,8 @@ def schmitt(
     """
     return call(
         CELL, (candidate, low, high, alpha), (epsilon, surrogate_scale), initial_state, reverse=reverse,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend,
+        cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+        return_boundaries=return_boundaries, backend=backend,
     )  # fmt: skip
 
 

@@ -41,6 +41,13 @@ def decompositions() -> dict[Any, Callable]:
 
 
 def _scan(
-    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, *_chunk_segment_save
-) -> list[torch.Tensor]:
-    return list(plain.scan(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse))
+    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk,
+    segment, save,
+) -> list[torch.Tensor]:  # fmt: skip
+    call = (inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse)
+    if not save:
+        return list(plain.scan(cell, *call))
+    h, final, boundaries = plain.scan(cell, *call, chunk)
+    spare = final.new_zeros((ops.spare_rows(segment), final.shape[-1]))
+    codes = ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment).zero_()
+    return [h, final, torch.cat([boundaries.flatten(0, 1), spare]), codes]

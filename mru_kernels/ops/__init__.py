@@ -14,13 +14,18 @@ Arguments that they share:
     given       mask; bit i: input i is given
     packed      mask; bit i: input i is one of the k streams that lie side by side in `inputs[0] [B, T, k D]`; 0: none
     numbers     the other scalars
+    resets      bool `[B, T]`, true where the state becomes `reset_state` before the step, in scan order
+    reset_state `[N, D]`; None: zeros
     chunk       steps between two checkpoints, the states that are saved for the backward pass
     segment     steps of a segment that is scanned in parallel with others, rounded up to a multiple of `chunk`; 0
                 scans each sequence as a whole; -1 lets the backend choose at run time, so that a recorded graph serves
                 all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
     save        whether to return also the checkpoints and events that the backward op needs
 
-If the backward op gets neither checkpoints nor events, it scans again.
+If the backward op gets neither checkpoints nor events, it scans again. `grad_checkpoints` is the gradient of the
+checkpoints, for callers that use them as results. The gradients come in the order of `inputs`, without the scalars,
+then those of `initial_state` and `reset_state`, where these are given. The map of a sequence with a reset has the
+factor 0.
 
 With `save` the results of the scan include the checkpoints `[B floor((T - 1) / chunk), D]` and `events`, the write
 codes `[B (floor(T / 16) + (N or 1)), D]`: int32, 16 steps of 2 bits; `(N or 1)` is N with `cu_seqlens`, else 1.

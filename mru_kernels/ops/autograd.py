@@ -32,8 +32,8 @@ def once_differentiable(cell: Cell, backend: str):
     """The backward op's kernel for autograd."""
 
     def autograd_kernel(*arguments):
-        grad_h, grad_final, *rest = arguments
-        inputs = (grad_h, grad_final, *differentiable_inputs(cell, rest))
+        grad_h, grad_final, grad_checkpoints, *rest = arguments
+        inputs = (grad_h, grad_final, grad_checkpoints, *differentiable_inputs(cell, rest))
         if _is_differentiated(*inputs):
             reason = _no_other_derivative(cell)
             return list(_apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
@@ -54,10 +54,12 @@ def not_differentiable(op: private.OpOverload, reason: str):
 
 
 def differentiable_inputs(cell: Cell, arguments) -> list[Tensor]:
-    """The arrays among the arguments of the forward op, and the initial state."""
-    inputs, _given, _packed, _numbers, initial_state, *_ = arguments
+    """The arrays among the arguments of the forward op, then the initial state and the reset state, if given."""
+    inputs, _given, _packed, _numbers, initial_state, _cu_seqlens, _resets, reset_state, *_ = arguments
     of_arrays = inputs[: len(inputs) - len(cell.scheduled)]
-    return of_arrays if initial_state is None else [*of_arrays, initial_state]
+    if initial_state is None and reset_state is None:
+        return of_arrays
+    return [*of_arrays, *(t for t in (initial_state, reset_state) if t is not None)]
 
 
 def requires_grad(tensors) -> bool:
@@ -103,24 +105,25 @@ class Scan(torch.autograd.Function):
     def forward(ctx, cell, backend, arguments, *inputs):
         results = _below_autograd(cell.forward[backend], arguments)
         saved = results[2:]
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # autograd would fill zeros for `saved`, which nobody reads
-        tensors, given, packed, numbers, initial_state, cu_seqlens, *rest, _save = arguments
+        ctx.mark_non_differentiable(*saved[1:])  # the checkpoints may be results
+        ctx.set_materialize_grads(False)  # autograd would fill zeros for checkpoints that are no results
+        tensors, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, *rest, _save = arguments
         scheduled = tensors[len(tensors) - len(cell.scheduled) :]
-        ctx.save_for_backward(*inputs, *scheduled, cu_seqlens, *saved)
-        ctx.call = (cell, backend, len(tensors), initial_state is not None)
+        ctx.save_for_backward(*inputs, *scheduled, cu_seqlens, resets, *saved)
+        ctx.call = (cell, backend, len(tensors), initial_state is not None, reset_state is not None)
         ctx.constants = (given, packed, numbers)
         ctx.rest = rest
         return tuple(results)
 
     @staticmethod
-    def backward(ctx, grad_h, grad_final, *_):
-        cell, backend, count, has_initial = ctx.call
+    def backward(ctx, grad_h, grad_final, grad_checkpoints=None, *_):
+        cell, backend, count, has_initial, has_reset = ctx.call
         of_arrays = count - len(cell.scheduled)
         tensors = list(ctx.saved_tensors)
         initial_state = tensors.pop(of_arrays) if has_initial else None
-        inputs, (cu_seqlens, *saved) = tensors[:count], tensors[count:]
-        call = (inputs, *ctx.constants, initial_state, cu_seqlens, *ctx.rest)
+        reset_state = tensors.pop(of_arrays) if has_reset else None
+        inputs, (cu_seqlens, resets, *saved) = tensors[:count], tensors[count:]
+        call = (inputs, *ctx.constants, initial_state, cu_seqlens, resets, reset_state, *ctx.rest)
         _given, packed, _numbers = ctx.constants
         if grad_h is None or grad_final is None:
             first = first_stream(inputs, packed)
@@ -130,9 +133,9 @@ class Scan(torch.autograd.Function):
                 states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
                 grad_final = first.new_zeros(states, dtype=state_dtype(first.dtype))
         try:
-            grads = cell.backward[backend](grad_h, grad_final, *call, *(saved or (None, None)))
+            grads = cell.backward[backend](grad_h, grad_final, grad_checkpoints, *call, *(saved or (None, None)))
         except RuntimeError as error:
-            raise_as_torch(error, allocate_backward, cell, inputs, initial_state)
+            raise_as_torch(error, allocate_backward, cell, inputs, initial_state, reset_state)
             raise
         return None, None, None, *grads
 

@@ -11,9 +11,11 @@ from .layout import places
 from .spec import Cell
 
 FORWARD_NAMES = (
-    *("inputs", "given", "packed", "numbers", "initial_state", "cu_seqlens", "reverse", "chunk", "segment", "save"),
+    *("inputs", "given", "packed", "numbers", "initial_state", "cu_seqlens", "resets", "reset_state"),
+    *("reverse", "chunk", "segment", "save"),
 )
-BACKWARD_NAMES = ("grad_h", "grad_final", *FORWARD_NAMES[:-1], "checkpoints", "events")
+BACKWARD_NAMES = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD_NAMES[:-1], "checkpoints", "events")
+_OF_ALL_CHANNELS = ("cu_seqlens", "resets")
 
 
 def fold_into_channels(cell: Cell, op: private.OpOverload, names: tuple[str, ...]):
@@ -25,11 +27,11 @@ def fold_into_channels(cell: Cell, op: private.OpOverload, names: tuple[str, ...
         gates = values["packed"].bit_count()
         folded = []
         for (name, value), dims in zip(values.items(), in_dims, strict=True):
-            if name == "cu_seqlens" and dims is not None:
+            if name in _OF_ALL_CHANNELS and dims is not None:
                 raise ValueError(f"{name}: expected one tensor for the whole batch, got one that vmap maps over")
             if name == "inputs":
                 folded.append(_fold_inputs(cell, size, value, dims, values["given"], values["packed"]))
-            elif name == "cu_seqlens":
+            elif name in _OF_ALL_CHANNELS:
                 folded.append(value)
             else:
                 folded.append(_fold(size, value, dims))

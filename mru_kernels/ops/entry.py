@@ -45,19 +45,25 @@ def scan(
     numbers: list[float],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    reset_state: Tensor | None,
     reverse: bool,
     chunk_size: int | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    boundaries: bool = False,
+) -> tuple[Tensor, ...]:
     """Run `cell` on the backend that `backend` resolves to.
 
     Args:
-        inputs, given, packed, numbers, initial_state, cu_seqlens, reverse: those of the op, see `mru_kernels.ops`.
+        inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse: those of the op, see
+            `mru_kernels.ops`.
         chunk_size: steps between two checkpoints; None to save none.
         backend: a name, or None for the first backend that can run on the device.
+        boundaries: whether the checkpoints are a result.
 
     Returns:
-        h `[B, T, D]` and the final state `[N, D]`.
+        h `[B, T, D]` and the final state `[N, D]`; with `boundaries` also the checkpoints
+        `[B, floor((T - 1) / chunk), D]`.
     """
     first = inputs[0]
     row = resolve(backend, first)
@@ -67,11 +73,14 @@ def scan(
     if row.plain:
         if _wanted.maps:
             raise RuntimeError(f"backend: {row.name!r} cannot run this call: it has no sequence parallelism")
-        return row.module.scan(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse)
+        every = chunk if boundaries else None
+        return row.module.scan(
+            cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, every
+        )
     if _wanted.maps:
         with private.BelowAutograd():
-            return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, reverse, SEGMENT)
-    differentiated = torch.is_grad_enabled() and requires_grad((*inputs, initial_state))
+            return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, resets, reset_state, reverse, SEGMENT)
+    differentiated = torch.is_grad_enabled() and requires_grad((*inputs, initial_state, reset_state))
     compiling = torch.compiler.is_compiling()
     tracing = not compiling and private.is_tracing()
     if tracing and row.name != _TRACED_BACKEND:
@@ -82,15 +91,17 @@ def scan(
     # A recorded graph saves no checkpoints, so its backward pass scans again. Exactly one checkpoint would fix T, and
     # jit.trace compares its graph with one that is made under no_grad.
     recorded = tracing or (compiling and torch.compiler.is_exporting())
-    save = differentiated and chunk_size is not None and not recorded
+    save = boundaries or (differentiated and chunk_size is not None and not recorded)
     segment = SEGMENT
     # A scan of whole sequences then saves no codes. Meta and fake tensors need no kernels, which know the length.
     if save and segment < 0 and not compiling and backends.load_error(row.name) is None:
         segment = segment_of(row, first, packed, cu_seqlens)
-    arguments = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save)
+    arguments = (
+        inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment, save
+    )  # fmt: skip
     if compiling or tracing or private.transforms_active():
         results = cell.forward[row.name](*arguments)
-        return results[0], results[1]
+        return _results(results, first, chunk, boundaries)
     try:
         if differentiated or private.in_forward_mode():  # what the autograd kernel does, without the dispatcher
             results = Scan.apply(cell, row.name, arguments, *differentiable_inputs(cell, arguments))
@@ -100,7 +111,17 @@ def scan(
     except RuntimeError as error:
         raise_as_torch(error, allocate, cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
         raise
-    return results[0], results[1]
+    return _results(results, first, chunk, boundaries)
+
+
+def _results(results: Sequence[Tensor], first: Tensor, chunk: int, boundaries: bool) -> tuple[Tensor, ...]:
+    """The results of a public scan from those of the op."""
+    if not boundaries:
+        return results[0], results[1]
+    batch, time, _ = first.shape
+    rows = max(time - 1, 0) // chunk
+    checkpoints = results[2].narrow(0, 0, batch * rows)
+    return results[0], results[1], checkpoints.view(batch, rows, checkpoints.shape[-1])
 
 
 def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Tensor | None) -> int:

@@ -136,17 +136,21 @@ def code_rows(cell: Cell, inputs: Sequence[Tensor], given: int, cu_seqlens: Tens
     return batch * in_batch_row + spare_rows(segment)
 
 
-def allocate_backward(cell: Cell, inputs: Sequence[Tensor], initial_state: Tensor | None) -> list[Tensor]:
-    """Uninitialised results of the backward op: a gradient for each array in `inputs`, then for the initial state."""
+def allocate_backward(
+    cell: Cell, inputs: Sequence[Tensor], initial_state: Tensor | None, reset_state: Tensor | None
+) -> list[Tensor]:
+    """Uninitialised results of the backward op: a gradient for each array in `inputs`, then for both states."""
     of_arrays = inputs[: len(inputs) - len(cell.scheduled)]
     grads = [dense_like(_unit_channels(t)) if t.dim() == 3 else t.new_empty(t.shape) for t in of_arrays]
-    return grads if initial_state is None else [*grads, initial_state.new_empty(initial_state.shape)]
+    return [*grads, *(t.new_empty(t.shape) for t in (initial_state, reset_state) if t is not None)]
 
 
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def check(cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens) -> None:
+def check(
+    cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens, resets=None, reset_state=None
+) -> None:
     """Raise unless the tensors of a call fit together. For fakes and for kernels that are written in Python."""
     array_bits = (1 << len(cell.inputs)) - 1
     if packed & ~(given & array_bits) or (packed and not packed & 1):
@@ -165,7 +169,8 @@ def check(cell: Cell, inputs, given: int, packed: int, initial_state, cu_seqlens
             (channel if per_channel else streams)[f"inputs[{place}]"] = inputs[place]
         if i > 0 and packed and place and not per_channel:
             raise ValueError(f"packed: expected every stream side by side, got {spec.name} apart")
-    checks.arguments(streams, channel, initial_state, cu_seqlens, packed.bit_count(), cell.dtypes)
+    states = {"initial_state": initial_state, "reset_state": reset_state}
+    checks.arguments(streams, channel, states, cu_seqlens, resets, packed.bit_count(), cell.dtypes)
 
 
 def check_numbers(

@@ -79,21 +79,23 @@ def _register_fakes(cell: Cell, backend: str) -> None:
         return first.new_empty(sizes, dtype=state_dtype(first.dtype))
 
     @torch.library.register_fake(f"mru::{cell.name}.{backend}", lib=_library)
-    def _(inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save):
-        check(cell, inputs, given, packed, initial_state, cu_seqlens)
+    def _(inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment,
+          save):  # fmt: skip
+        check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
         check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
         return allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
 
     @torch.library.register_fake(f"mru::{cell.name}_backward.{backend}", lib=_library)
-    def _(grad_h, grad_final, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment,
-          checkpoints, events):  # fmt: skip
-        check(cell, inputs, given, packed, initial_state, cu_seqlens)
+    def _(grad_h, grad_final, grad_checkpoints, inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
+          reset_state, reverse, chunk, segment, checkpoints, events):  # fmt: skip
+        check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
         check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
-        tensors = {"grad_h": grad_h, "grad_final": grad_final, "checkpoints": checkpoints, "events": events}
+        tensors = {"grad_h": grad_h, "grad_final": grad_final, "grad_checkpoints": grad_checkpoints}
+        tensors |= {"checkpoints": checkpoints, "events": events}
         for name, t in tensors.items():
             if t is not None and t.device != inputs[0].device:
                 raise ValueError(f"{name}: expected the streams' device {inputs[0].device}, got {t.device}")
-        return allocate_backward(cell, inputs, initial_state)
+        return allocate_backward(cell, inputs, initial_state, reset_state)
 
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
     def _(inputs, given, numbers, state):
@@ -103,7 +105,7 @@ def _register_fakes(cell: Cell, backend: str) -> None:
         return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
 
     @torch.library.register_fake(f"mru::{cell.name}_map.{backend}", lib=_library)
-    def _(inputs, given, packed, numbers, cu_seqlens, reverse, segment):
-        check(cell, inputs, given, packed, None, cu_seqlens)
+    def _(inputs, given, packed, numbers, cu_seqlens, resets, reset_state, reverse, segment):
+        check(cell, inputs, given, packed, None, cu_seqlens, resets, reset_state)
         check_numbers(cell, inputs, numbers, backends.CHUNK, segment, chunk_sizes())
         return states(inputs, packed, cu_seqlens), states(inputs, packed, cu_seqlens)

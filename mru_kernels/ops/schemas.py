@@ -4,12 +4,14 @@ This module imports nothing, so that setup.py can run it by its path.
 """
 
 _INPUTS = "Tensor[] inputs, int given, int packed, float[] numbers"
-_CALL = f"{_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, int chunk, int segment"
+_RESETS = "Tensor? cu_seqlens, Tensor? resets, Tensor? reset_state"
+_CALL = f"{_INPUTS}, Tensor? initial_state, {_RESETS}, bool reverse, int chunk, int segment"
+_GRADS = "Tensor grad_h, Tensor grad_final, Tensor? grad_checkpoints"
 
 #: From the suffix after the cell's name in the name of an op to the op's schema; see `mru_kernels.ops`.
 SCHEMAS = {
     "": f"({_CALL}, bool save) -> Tensor[]",
-    "_backward": f"(Tensor grad_h, Tensor grad_final, {_CALL}, Tensor? checkpoints, Tensor? events) -> Tensor[]",
+    "_backward": f"({_GRADS}, {_CALL}, Tensor? checkpoints, Tensor? events) -> Tensor[]",
     "_step": "(Tensor[] inputs, int given, float[] numbers, Tensor state) -> (Tensor, Tensor)",
-    "_map": f"({_INPUTS}, Tensor? cu_seqlens, bool reverse, int segment) -> (Tensor, Tensor)",
+    "_map": f"({_INPUTS}, {_RESETS}, bool reverse, int segment) -> (Tensor, Tensor)",
 }

@@ -66,11 +66,11 @@ class Op:
         self.given = cell.mask(*arrays, *least)
         values = [(arrays | least)[name] for name in cell.names if name in arrays | least]
         numbers = [1.0 for _ in cell.numbers]
-        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, reverse, CHUNK, steps)
+        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, None, None, reverse, CHUNK, steps)
 
     def forward(self) -> list[Tensor]:
         return self.cell.forward["simt"](*self.arguments, True)
 
     def backward(self, results: list[Tensor]) -> list[Tensor]:
         h, final_state, *saved = results
-        return self.cell.backward["simt"](h, final_state, *self.arguments, *saved)
+        return self.cell.backward["simt"](h, final_state, None, *self.arguments, *saved)

@@ -56,20 +56,29 @@ struct Backward {
   MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && (!F::is_optional(i) || summed[i]); }
 
   MRU_INLINE void run() {
-    const int64_t chunks = (segment.end - segment.begin + chunk - 1) / chunk;
-    for (int64_t c = chunks - 1; c >= 0; --c) {
-      const int64_t begin = segment.begin + c * chunk;
-      const int64_t end = begin + chunk < segment.end ? begin + chunk : segment.end;
+    for (int64_t end = segment.end; end > segment.begin;) {
+      const int64_t of_chunk = (end - 1) / chunk * chunk, begin = of_chunk > segment.begin ? of_chunk : segment.begin;
+      if (scan.grad_checkpoints && is_boundary(scan, segment, end)) join(end);
       enter(begin);
-      recompute(begin, end, /*is_first=*/c == chunks - 1);
-      go_left(begin, end, /*has_next=*/c > 0);
+      recompute(begin, end, /*is_first=*/end == segment.end);
+      go_left(begin, end, /*has_next=*/begin > segment.begin);
+      end = begin;
     }
   }
 
+  // The gradient of the saved state after the steps before `end` joins m.
+  MRU_INLINE void join(int64_t end) {
+    const S* const grad = boundary_row<S>(scan, scan.grad_checkpoints, segment, end, d0);
+    for_lanes<F>(n, [&](auto lanes, int64_t j) {
+      carried_m.put(lanes, m + j, carried_m.get(lanes, m + j) + load(lanes, grad + j));
+    });
+  }
+
   MRU_INLINE void enter(int64_t begin) {
-    const S* entry = nullptr;
-    if (begin > 0) entry = checkpoint_row<S>(scan, segment, begin, d0);
-    else if (scan.initial) entry = static_cast<const S*>(scan.initial) + segment.sequence * scan.channels + d0;
+    const bool resets = segment.resets && begin == segment.begin;
+    const S* entry = static_cast<const S*>(resets ? scan.reset_state : scan.initial);
+    if (begin > 0 && !resets) entry = boundary_row<S>(scan, scan.checkpoints, segment, begin, d0);
+    else if (entry) entry += segment.sequence * scan.channels + d0;
     for (int64_t j = 0; j < n; ++j) states[j] = entry ? entry[j] : S(0);
     for (int64_t j = 0; j < F::kSums * n; ++j) chunk_sums[j] = 0;
     for (auto& sum : carried_sum) sum = {};
@@ -99,7 +108,7 @@ struct Backward {
   MRU_INLINE void recompute(int64_t begin, int64_t end, bool is_first) {
     CarriedRow<F> carried_s(states, n);
     for (int64_t step = begin; step < end;) {
-      const int64_t steps = tile_of<kTile>(end - step);
+      const int64_t steps = tile_of<kTile>(step, end);
       S* const before = states + (step - begin) * n;
       for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
         const InputLanes<F, L> inputs(in, lanes, j);
@@ -119,8 +128,9 @@ struct Backward {
   }
 
   MRU_INLINE void go_left(int64_t begin, int64_t end, bool has_next) {
+    const int64_t summed_from = begin - begin % kEventsPerWord;  // a multiple of the tile
     for (int64_t right = end; right > begin;) {
-      const int64_t steps = (right - 1) % kTile + 1;  // `begin` is a multiple of the tile
+      const int64_t steps = tile_before<kTile>(right, begin);
       advance(-steps);
       right -= steps;
       const S* const before = states + (right - begin) * n;
@@ -148,7 +158,7 @@ struct Backward {
         for (int k = 0; k < kInputs; ++k)
           if (sums_up(k)) carried_sum[k].put(lanes, chunk_sums + F::sum_row(k) * n + j, sum[k]);
       });
-      if ((right - begin) % kSummed == 0) add_up_chunk();
+      if ((right - summed_from) % kSummed == 0 || right == begin) add_up_chunk();
     }
   }
   template <class L>

@@ -16,10 +16,11 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
   auto* const state = static_cast<typename F::S*>(carry);
   CarriedRow<F> carried(state, n);
   Word last_word{};  // as CarriedRow::last
+  if constexpr (kCodes == Codes::kPack) last_word = last_word_before<F>(scan, segment, d0, n);
   Inputs<F> in(scan, segment, segment.begin, d0);
   Row<typename F::T> h(scan, scan.h, segment, segment.begin, d0);
   for (int64_t step = segment.begin; step < segment.end;) {
-    const int64_t steps = tile_of<kTile>(segment.end - step);
+    const int64_t steps = tile_of<kTile>(step, segment.end);
     int32_t* const words = kCodes == Codes::kNone ? nullptr : word_row(scan, segment, step, d0);
     for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
       const InputLanes<F, L> inputs(in, lanes, j);
@@ -50,8 +51,9 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
     in.advance(steps);
     h.advance(steps);
     step += steps;
-    if (scan.checkpoints && step % scan.chunk == 0 && step < segment.length)
-      __builtin_memcpy(checkpoint_row<typename F::S>(scan, segment, step, d0), state, n * sizeof(typename F::S));
+    if (scan.checkpoints && is_boundary(scan, segment, step))
+      __builtin_memcpy(boundary_row<typename F::S>(scan, scan.checkpoints, segment, step, d0), state,
+                       n * sizeof(typename F::S));
   }
 }
 

@@ -4,12 +4,13 @@
 
 namespace mru {
 
-// Steps [begin, end) of one sequence, which one call of a kernel scans. `begin` is a multiple of the chunk.
+// Steps [begin, end) of one sequence, which one call of a kernel scans.
 struct Segment {
   int64_t batch, sequence;  // the batch row that contains the sequence; the number of the sequence
   int64_t start, length;    // scan position of its first step in that row; its number of steps
   int64_t word;             // the row of `events` with its first word
   int64_t begin, end;
+  bool resets = false;  // whether the state that enters `begin` is the reset state
 };
 
 // One affine map a channel, s -> a s + b (maps/affine.h): rows [n] in the state dtype.
@@ -31,10 +32,10 @@ struct Kernels {
   void (*forward_from_codes)(const Scan&, const Segment&, int64_t d0, int64_t d1, void* carry);
   void (*forward_to_codes)(const Scan&, const Segment&, int64_t d0, int64_t d1, void* carry);
 
-  // The segment as one map of the state. Packs the codes if scan.events is given. `late`: a row in the real dtype of the
-  // state (`recent` of maps/cut.h), or null: not wanted.
+  // `map` becomes: map, then the segment as one map of the state. Packs the codes if scan.events is given. `late`: a row
+  // in the real dtype of the state (`recent` of maps/cut.h), or null: not wanted.
   void (*summarize)(const Scan&, const Segment&, int64_t d0, int64_t d1, MapRow map, void* late);
-  // The segment as one map of m = dL/ds, right to left. If adjoint_sees_state: its factor only, map.b and `late` become 0.
+  // The same for m = dL/ds, right to left. If adjoint_sees_state: the factor only, and `late` becomes 0.
   void (*summarize_adjoint)(const Scan&, const Segment&, int64_t d0, int64_t d1, MapRow map, void* late);
 
   // Writes the gradients of the streams. carry: m from the right -> m to the left.
@@ -44,6 +45,8 @@ struct Kernels {
   //   late     as for summarize_adjoint; written only if adjoint_sees_state
   void (*backward)(const Scan&, const Segment&, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
                    void* scratch, void* late);
+  // Adds m to the compensated sum in `sum` and `lost`, unless these are null, and sets it to 0.
+  void (*take)(int64_t n, void* m, void* sum, void* lost);
   // total [n] = the sum over r < rows of the compensated sums at sums + r stride. `to_lost`: from a sum to what it lost.
   void (*reduce)(int64_t n, int64_t rows, int64_t stride, int64_t to_lost, const void* sums, void* total);
 
@@ -53,6 +56,8 @@ struct Kernels {
 
   // Maps of whole rows. `resets`: factors are 0 or 1, and a factor 0 drops the state, NaN included.
   void (*identity)(int64_t n, MapRow map);
+  void (*head)(int64_t n, const void* state, MapRow map);      // drops any state, NaN included (Affine::head)
+  void (*constant)(int64_t n, const void* state, MapRow map);  // the same for maps that reset
   void (*apply)(int64_t n, bool resets, MapRow map, void* state);
   void (*then)(int64_t n, MapRow total, MapRow next);  // total becomes: total, then next
   // For maps that reset: `near` becomes `far`, then `near`, in channels that `near` does not settle alone. Returns whether

@@ -1,5 +1,6 @@
 // Rows of affine maps and of states, channel by channel: the small kernels between the passes of a scan that is cut in time.
 #pragma once
+#include "../../sum.h"
 #include "rows.h"
 
 namespace mru {
@@ -38,6 +39,26 @@ struct MapRows {
     for (int64_t j = 0; j < n; ++j) put(map, j, Affine<S>::identity());
   }
 
+  static void head(int64_t n, const void* state, MapRow map) {
+    for (int64_t j = 0; j < n; ++j) put(map, j, Affine<S>::head(static_cast<const S*>(state)[j]));
+  }
+
+  static void constant(int64_t n, const void* state, MapRow map) {
+    for (int64_t j = 0; j < n; ++j) put(map, j, Affine<S>::constant(static_cast<const S*>(state)[j]));
+  }
+
+  static void take(int64_t n, void* m, void* sum, void* lost) {
+    for (int64_t j = 0; j < n; ++j) {
+      S& value = static_cast<S*>(m)[j];
+      if (sum) {
+        Sum<S> total{static_cast<S*>(sum)[j], static_cast<S*>(lost)[j]};
+        total.add(value);
+        static_cast<S*>(sum)[j] = total.sum, static_cast<S*>(lost)[j] = total.lost;
+      }
+      value = S(0);
+    }
+  }
+
   static void apply(int64_t n, bool resets, MapRow map, void* state) {
     S* const s = static_cast<S*>(state);
     for (int64_t j = 0; j < n; ++j) s[j] = resets ? at(map, j).apply_reset(s[j]) : at(map, j).apply(s[j]);
@@ -64,7 +85,8 @@ struct MapRows {
     bool all = true;
     for (int64_t j = 0; j < n; ++j) {
       const Affine<S> m = at(map, j);
-      all &= mru::consistent(m.a, m.b, lately[j], state(entry, j), state(exit, j), state(next, j), resets);
+      const S factor = m.is_head() ? S(0) : m.a;
+      all &= mru::consistent(factor, m.b, lately[j], state(entry, j), state(exit, j), state(next, j), resets);
     }
     return all;
   }

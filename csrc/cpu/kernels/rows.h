@@ -53,10 +53,17 @@ MRU_INLINE void with_tile(int64_t channels, Each each) {
   if (channels <= kFewChannels) each.template operator()<kEventsPerWord>();
   else each.template operator()<1>();
 }
-// The steps of a tile if `left` steps remain.
+// The steps of the tile from `step` on. Tiles begin at multiples of kTile; the first and the last may be shorter.
 template <int kTile>
-MRU_INLINE int64_t tile_of(int64_t left) {
-  return left < kTile ? left : kTile;
+MRU_INLINE int64_t tile_of(int64_t step, int64_t end) {
+  const int64_t whole = kTile - step % kTile;
+  return end - step < whole ? end - step : whole;
+}
+// The same for the tile on the left of `end`.
+template <int kTile>
+MRU_INLINE int64_t tile_before(int64_t end, int64_t begin) {
+  const int64_t whole = (end - 1) % kTile + 1;
+  return end - begin < whole ? end - begin : whole;
 }
 
 // A row of a stream that moves along the scan.
@@ -187,11 +194,23 @@ MRU_INLINE void store_word(L lanes, int32_t* words, typename F::Word word, typen
   if (!L::kFull) last = word;
 }
 
-// The saved state that enters `step` > 0, a multiple of the chunk: [n].
+// The value of `last_word` before `segment`: the codes of the steps before it in the same word.
+template <class F>
+MRU_INLINE typename F::Word last_word_before(const Scan& scan, const Segment& segment, int64_t d0, int64_t n) {
+  const int count = n % F::kLanes;
+  if (count == 0 || shift_of(segment.begin) == 0) return typename F::Word{};
+  return load_word<F>(Partial<F::kLanes>{count}, word_row(scan, segment, segment.begin, d0) + n - count);
+}
+
+// Whether a state is saved after the steps before `step`.
+MRU_INLINE bool is_boundary(const Scan& scan, const Segment& segment, int64_t step) {
+  return step % scan.chunk == 0 && step < segment.length;
+}
+// The row [n] of `rows`, the checkpoints or their gradients, for a boundary.
 template <class S>
-MRU_INLINE S* checkpoint_row(const Scan& scan, const Segment& segment, int64_t step, int64_t d0) {
+MRU_INLINE S* boundary_row(const Scan& scan, const void* rows, const Segment& segment, int64_t step, int64_t d0) {
   const int64_t row = segment.batch * scan.checkpoint_rows + (segment.start + step) / scan.chunk - 1;
-  return static_cast<S*>(scan.checkpoints) + row * scan.channels + d0;
+  return static_cast<S*>(const_cast<void*>(rows)) + row * scan.channels + d0;
 }
 
 }  // namespace

@@ -13,10 +13,8 @@ struct CarriedMap {
   S *const a, *const b;
   CarriedRow<F> carried_a, carried_b;
 
-  CarriedMap(MapRow map, int64_t n) : a(static_cast<S*>(map.a)), b(static_cast<S*>(map.b)) {
-    for (int64_t j = 0; j < n; ++j) a[j] = Affine<S>::identity().a, b[j] = Affine<S>::identity().b;
-    carried_a = {a, n}, carried_b = {b, n};
-  }
+  CarriedMap(MapRow map, int64_t n)
+      : a(static_cast<S*>(map.a)), b(static_cast<S*>(map.b)), carried_a(a, n), carried_b(b, n) {}
   template <class L>
   MRU_INLINE Map get(L lanes, int64_t j) const {
     return {carried_a.get(lanes, a + j), carried_b.get(lanes, b + j)};
@@ -38,9 +36,11 @@ void summarize_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t 
   CarriedMap<F> carried(map, n);
   LateRow<F> recently(late, n);
   Word last_word{};  // as CarriedRow::last
+  if constexpr (kCodes)
+    if (scan.events) last_word = last_word_before<F>(scan, segment, d0, n);
   Inputs<F> in(scan, segment, segment.begin, d0);
   for (int64_t step = segment.begin; step < segment.end;) {
-    const int64_t steps = tile_of<kTile>(segment.end - step);
+    const int64_t steps = tile_of<kTile>(step, segment.end);
     int32_t* const words = scan.events ? word_row(scan, segment, step, d0) : nullptr;
     for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
       const InputLanes<F, L> inputs(in, lanes, j);
@@ -83,7 +83,13 @@ void summarize_adjoint_by(const Scan& scan, const Segment& segment, int64_t d0, 
   Inputs<F> in(scan, segment, segment.end, d0);
   Row<const typename F::T> g(scan, scan.grad_h, segment, segment.end, d0);
   for (int64_t end = segment.end; end > segment.begin;) {
-    const int64_t steps = (end - 1) % kTile + 1, step = end - steps;  // segment.begin is a multiple of the tile
+    const int64_t steps = tile_before<kTile>(end, segment.begin), step = end - steps;
+    if (scan.grad_checkpoints && !F::Cell::kAdjointSeesState && is_boundary(scan, segment, end)) {
+      const auto* const grad = boundary_row<typename F::S>(scan, scan.grad_checkpoints, segment, end, d0);
+      for_lanes<F>(n, [&](auto lanes, int64_t j) {
+        carried.carried_b.put(lanes, carried.b + j, carried.get(lanes, j).b + load(lanes, grad + j));
+      });
+    }
     in.advance(-steps);
     g.advance(-steps);
     const int32_t* words = kFromCodes ? word_row(scan, segment, step, d0) : nullptr;

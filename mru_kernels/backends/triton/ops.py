@@ -29,15 +29,20 @@ def register(keys: tuple[str, ...]) -> None:
                 _library.impl(f"{cell.name}_map.triton", partial(compose, cell), key)
 
 
-def _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment) -> None:
-    ops.check(cell, inputs, given, packed, initial_state, cu_seqlens)
+def _check(
+    cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment
+) -> None:  # fmt: skip
+    ops.check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
+    if resets is not None:
+        raise NotImplementedError("backend: 'triton' has no resets")
     ops.check_numbers(cell, inputs, numbers, chunk, segment, CHUNK_SIZES)
 
 
 def forward(
-    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, save
-) -> list[Tensor]:
-    _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment)
+    cell: ops.Cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk,
+    segment, save,
+) -> list[Tensor]:  # fmt: skip
+    _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment)
     results = ops.allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
     codes = results[3] if save else ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)
     spare, segment = ops.spare_rows(segment), backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
@@ -61,13 +66,15 @@ def _sizes(inputs, packed: int, cu_seqlens) -> tuple[tuple[int, int, int], int, 
 
 def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
     streams = [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
-    h, after = forward(cell, streams, given, 0, numbers, state, None, False, CHUNK, 0, False)
+    h, after = forward(cell, streams, given, 0, numbers, state, None, None, None, False, CHUNK, 0, False)
     return h.squeeze(1), after
 
 
-def compose(cell: ops.Cell, inputs, given, packed, numbers, cu_seqlens, reverse, segment) -> tuple[Tensor, Tensor]:
+def compose(
+    cell: ops.Cell, inputs, given, packed, numbers, cu_seqlens, resets, reset_state, reverse, segment
+) -> tuple[Tensor, Tensor]:
     """The op `mru::<cell>_map`."""
-    _check(cell, inputs, given, packed, numbers, None, cu_seqlens, CHUNK, segment)
+    _check(cell, inputs, given, packed, numbers, None, cu_seqlens, resets, reset_state, CHUNK, segment)
     time = inputs[0].shape[1]
     segment = backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
     segment = segment or ceil_div(max(time, 1), CHUNK) * CHUNK
@@ -83,10 +90,12 @@ def _as_states(t: Tensor, first: Tensor) -> Tensor:
 
 
 def backward(
-    cell: ops.Cell, grad_h, grad_final, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk,
-    segment, checkpoints, events,
+    cell: ops.Cell, grad_h, grad_final, grad_checkpoints, inputs, given, packed, numbers, initial_state, cu_seqlens,
+    resets, reset_state, reverse, chunk, segment, checkpoints, events,
 ) -> list[Tensor]:  # fmt: skip
-    _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, chunk, segment)
+    _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment)
+    if grad_checkpoints is not None:
+        raise NotImplementedError("backend: 'triton' has no gradients of boundaries")
     first = inputs[0]
     batch, time, channels = first.shape
     channels //= packed.bit_count() or 1
@@ -94,7 +103,9 @@ def backward(
     checks.like("grad_h", grad_h, first, (batch, time, channels), "[batch, time, channels]")
     checks.like("grad_final", grad_final, first, (sequences, channels), "[sequences, channels]")
     if checkpoints is None and events is None:
-        again = (inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment)
+        again = (
+            inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment
+        )  # fmt: skip
         *_, checkpoints, events = forward(cell, *again, True)
     if checkpoints is None or events is None:
         raise ValueError("checkpoints, events: expected both or neither")
@@ -106,7 +117,7 @@ def backward(
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
     call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, grad_h=grad_h)
-    results = ops.allocate_backward(cell, inputs, initial_state)
+    results = ops.allocate_backward(cell, inputs, initial_state, reset_state)
     written = [real(t) for t in results]
     in_place = initial_state is not None and written[-1].dtype == call.state
     grad_initial = written[-1] if in_place else call.rows(call.sequences)
