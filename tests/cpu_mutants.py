@@ -57,7 +57,7 @@ class Mutant:
 
 
 #: The files of the tests that run on a mutant.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets"))
 
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
 MUTANTS = (
@@ -80,18 +80,38 @@ MUTANTS = (
            "reinterpret_cast<const char*>(&v), lanes.count & ~1)", "schmitt", "channels and schmitt"),
     Mutant("last channels of a sum not cleared", "cpu/kernels/backward.h", "      carried_sum[k] = {};\n", "",
            "schmitt", "sums and schmitt"),
-    Mutant("terms added plainly", "cpu/kernels/backward.h", "if ((right - begin) % kSummed == 0) add_up_chunk();",
-           "if (right == begin) add_up_chunk();", "schmitt", "sums and schmitt"),
+    Mutant("terms added plainly", "cpu/kernels/backward.h", "if ((right - summed_from) % kSummed == 0 || right",
+           "if (right", "schmitt", "sums and schmitt"),
     Mutant("what a sum lost left out", "sum.h", "lost == lost ? sum + lost : sum", "sum", "schmitt",
            "sums and schmitt"),
     Mutant("gain of slopes left out", "cells/schmitt.h", "gained = lambda * splat<V>(surrogate.gain);",
            "gained = lambda;", "schmitt", "slopes and schmitt"),
-    Mutant("a look back given up", "cpu/forward.cpp", "part.begin > segment.begin; steps *= 2",
-           "part.begin > segment.begin && steps <= 1 << 13; steps *= 2", "forward", "held_over_long"),
-    Mutant("a look ahead given up", "cpu/backward.cpp", "part.end < segment.end; steps *= 2",
-           "part.end < segment.end && steps <= 1 << 13; steps *= 2", "backward", "held_over_long"),
+    Mutant("a look back given up", "cpu/forward.cpp", "part.begin > begin; steps *= 2",
+           "part.begin > begin && steps <= 1 << 13; steps *= 2", "forward", "held_over_long"),
+    Mutant("a look ahead given up", "cpu/backward.cpp", "part.end < end; steps *= 2",
+           "part.end < end && steps <= 1 << 13; steps *= 2", "backward", "held_over_long"),
     Mutant("adjoint that sees the state from no offset", "cpu/backward.cpp", "  if (k.adjoint_sees_state)\n",
            "  if (false)\n", "backward", "depend_on_the_state"),
+    Mutant("a reset that keeps the state", "cpu/forward.cpp", "if (part.resets) std::memcpy(state,",
+           "if (false) std::memcpy(state,", "forward", "scanned_apart"),
+    Mutant("m that passes a reset", "cpu/backward.cpp", "if (part.resets) take(i, d0, d1, m(i, d0));", "", "backward",
+           "scanned_apart"),
+    Mutant("a reset looked through", "cpu/forward.cpp", "  if (reset < segment.begin) return;\n", "  return;\n",
+           "forward", "scanned_apart"),
+    Mutant("a reset looked through by m", "cpu/backward.cpp", "  if (end == segment.end) return;\n", "  return;\n",
+           "backward", "scanned_apart"),
+    Mutant("the map of a segment with a reset", "cpu/forward.cpp", "    if (part.resets) k.head(",
+           "    if (false) k.head(", "forward", "scanned_apart or does_not_pass"),
+    Mutant("resets of a reversed scan", "cpu/plan.h", "(scan.reverse ? scan.time - 1 - first : first)", "first",
+           "forward", "scanned_apart"),
+    Mutant("a reset recomputed from the checkpoint", "cpu/kernels/backward.h", "const bool resets = segment.resets &&",
+           "const bool resets = false && segment.resets &&", "linear_recurrence", "scanned_apart"),
+    Mutant("a boundary after its reset", "cpu/kernels/backward.h", "if (scan.grad_checkpoints && is_boundary(",
+           "if (scan.grad_checkpoints && !segment.resets && is_boundary(", "bmru", "every_few_steps"),
+    Mutant("a boundary's gradient lost where time is cut", "cpu/kernels/summary.h", "if (scan.grad_checkpoints &&",
+           "if (false && scan.grad_checkpoints &&", "linear_recurrence", "join_the_adjoint"),
+    Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
+           "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru", "scanned_apart"),
 )  # fmt: skip
 
 

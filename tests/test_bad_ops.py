@@ -48,7 +48,8 @@ def backward(named: dict[str, Any], backend: str = "cpu") -> list[torch.Tensor]:
 def with_results(named: dict[str, Any], backend: str = "cpu") -> dict[str, Any]:
     """Valid arguments of the backward op, from the results of the forward op."""
     h, final, checkpoints, events = forward(named, backend)
-    return named | {"grad_h": h, "grad_final": final, "checkpoints": checkpoints, "events": events}
+    saved = {"checkpoints": checkpoints, "events": events, "grad_checkpoints": None}
+    return named | {"grad_h": h, "grad_final": final, **saved}
 
 
 RAW_BAD_ARRAYS = [
@@ -79,6 +80,10 @@ RAW_BAD = [
     ("initial_state", ones(D)),
     ("cu_seqlens", torch.tensor([0, 150], dtype=torch.int32)),  # batch is 2
     ("cu_seqlens", ones(2)),
+    ("resets", ones(B, 150)),
+    ("resets", ones(B, 149, dtype=torch.bool)),
+    ("resets", ones(150, dtype=torch.bool)),
+    ("reset_state", ones(B, D)),  # without resets
     ("packed", 1),
     ("packed", 2),
     ("packed", 3),
@@ -145,6 +150,7 @@ SAVED = [
     ("checkpoints", (B, 2, D)),
     ("checkpoints", (2 * B, D + 1)),
     ("events", (10 * B - 1, D)),
+    ("grad_checkpoints", (2 * B - 1, D)),
 ]
 SAVED_DTYPES = [("grad_h", torch.int64), ("grad_h", torch.complex64), ("checkpoints", torch.float64)]
 SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]
@@ -154,7 +160,8 @@ SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]
 def test_raw_backward_of_a_cpp_backend_checks_what_it_is_given(name, shape):
     named = with_results(good_call(torch.device("cpu")))
     assert len(backward(named)) == 4
-    named[name] = torch.zeros(shape, dtype=named[name].dtype)
+    dtype = torch.float32 if named[name] is None else named[name].dtype
+    named[name] = torch.zeros(shape, dtype=dtype)
     with pytest.raises(RuntimeError, match=name):
         backward(named)
 

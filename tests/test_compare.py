@@ -22,7 +22,7 @@ NAMES = ["h", "final_state", "candidate", "threshold", "amplitude", "alpha", "in
 
 
 def labels(call: inputs.Call) -> list[str]:
-    return ["h", "final_state", *(f"d {name}" for name in call.tensors)]
+    return [*compare.outputs_of(call), *(f"d {name}" for name in call.tensors)]
 
 
 def small_case(dtype=torch.float32, **options):
@@ -108,7 +108,7 @@ def test_gradients_are_compared_only_where_they_are_specified():
         assert all(r.passed for r in compare.judge(call, elsewhere))
         there = {k: torch.where(nan, x, 123.0) if k == "initial_state" else x for k, x in right.items()}
         assert [r.name for r in compare.judge(call, there) if not r.passed] == ["d initial_state"]
-        specified = compare._specified(call, right["final_state"], right["candidate"])
+        specified = compare._specified(call, right, right["candidate"])
         assert specified.shape == right["candidate"].shape
         broken = right["h"].isnan()
         assert not (broken & specified).any()

@@ -92,11 +92,15 @@ def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
     arrays = {name: t.requires_grad_(draw(st.booleans())) if t.dim() == 3 else t for name, t in arrays.items()}
     cu_seqlens = torch.tensor([0, time // 2, time], device=device) if batch == 1 and draw(st.booleans()) else None
     state = one.float().expand(batch if cu_seqlens is None else 2, channels)
+    resets = reset_state = None
+    if batch * time < 2**20 and draw(st.booleans()):  # the kernels need a dense mask
+        resets = torch.ones((), dtype=torch.bool, device=device).expand(batch, time)
+        reset_state = draw(st.sampled_from([None, state]))
     cuts = [0, 64, 65] + [-1] * ((batch, time, channels) not in HUGE)  # -1 keeps spare rows, which may not fit
     return raw.arguments(
         cell, arrays, packed=packed, initial_state=draw(st.sampled_from([None, state])), cu_seqlens=cu_seqlens,
-        reverse=draw(st.booleans()), segment=draw(st.sampled_from(cuts)), save=draw(st.booleans()),
-        epsilon=draw(st.sampled_from([0.0, 0.5])),
+        resets=resets, reset_state=reset_state, reverse=draw(st.booleans()), segment=draw(st.sampled_from(cuts)),
+        save=draw(st.booleans()), epsilon=draw(st.sampled_from([0.0, 0.5])),
     )  # fmt: skip
 
 
@@ -112,7 +116,8 @@ def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[st
     one = torch.ones((), device=scan["inputs"][0].device)
     made = shapes(forward, raw.of(raw.FORWARD, scan | {"save": True}))
     given = [one.to(dtype).expand(shape) for shape, dtype in made]
-    return scan | dict(zip(("grad_h", "grad_final", "checkpoints", "events"), given, strict=True))
+    grads = dict(zip(("grad_h", "grad_final", "checkpoints", "events"), given, strict=True))
+    return scan | grads | {"grad_checkpoints": given[2]}
 
 
 def step_of(scan: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class BoundArguments {
   std::array<int, kMaxInputs> stream{};  // position of input i in `streams`; -1: not a stream
   unsigned given = 0, per_channel = 0;   // masks; bit i: array input i is given; it is a per-channel input [D]
   ScalarType type, state;                // dtype of streams; dtype of states
+  bool has_reset_state = false;          // whether it is given
   bool packs_codes = false;              // whether forward packs write codes and backward reads them
   int64_t kept_rows = 0, code_rows = 0;  // rows [D] of the tensors `checkpoints` and `events` that forward saves
 
@@ -233,7 +234,8 @@ class BoundArguments {
       scan.resets = static_cast<const bool*>(keep(torch::stable::contiguous(t)));
     }
     MRU_EXPECT(arguments.resets || !arguments.reset_state, "reset_state: expected resets with it");
-    if (arguments.reset_state) scan.reset_state = keep(sequence_states(*arguments.reset_state, "reset_state"));
+    has_reset_state = arguments.reset_state.has_value();
+    if (has_reset_state) scan.reset_state = keep(sequence_states(*arguments.reset_state, "reset_state"));
   }
 
   void expect_device(const Tensor& t, const char* name) const {

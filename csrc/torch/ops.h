@@ -61,7 +61,7 @@ inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, 
   }
   grads.push_back(bound.states(scan.sequences));
   scan.grad_initial = grads.back().data_ptr();
-  if (scan.reset_state) {
+  if (bound.has_reset_state) {  // scan.reset_state of no sequences is null
     grads.push_back(bound.states(scan.sequences));
     scan.grad_reset_state = grads.back().data_ptr();
   }
