@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # pytest rewrites asserts in these tool modules, so that a failure shows the values that differ.
-pytest.register_assert_rewrite(*(f"tests.{name}" for name in ("by_hand", "calls", "drawn")))
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in ("by_hand", "calls", "drawn", "traced_gradients")))
 
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("suite", max_examples=50, derandomize=True, **_COMMON)

@@ -1,0 +1,142 @@
+"""The parameters of a unit: their names, shapes and initial values, for every layer and direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from .arguments import check_dropout, check_sizes, constructor
+
+
+class UnitParameters(torch.nn.Module):
+    """The parameters of `MRUBase`, which describes them. A call reads them through `_parameters_by_scan`."""
+
+    gates: ClassVar[Mapping[str, float | None]]
+    """The gates in the order of the projection, with the initial value of their bias.
+
+    None stands for a bias that is drawn as in `nn.Linear` and is absent with `bias=False`. Such gates come first.
+    """
+
+    per_channel: ClassVar[Mapping[str, float]] = {}
+    """The parameters `[D]` that `_scan` gets by name, with their initial value."""
+
+    output_only: ClassVar[tuple[str, ...]] = ()
+    """The names in `per_channel` that change the output and not the state."""
+
+    initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    """The two values from which a learned initial state is drawn."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
+    """The dtypes that the parameters may have."""
+
+    @constructor
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = True,
+        chunk_size: int | None = backends.CHUNK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        self._check_dtype(dtype or torch.get_default_dtype())
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = check_dropout(dropout, num_layers)
+        self.bidirectional = bidirectional
+        self.learn_initial_state = learn_initial_state
+        self.chunk_size = checks.chunk_size(chunk_size)
+        self._names = tuple(self._shapes(input_size))  # the same for every scan
+        for layer, suffix in self._scans():
+            width = input_size if layer == 0 else hidden_size * self.num_directions
+            for name, shape in self._shapes(width).items():
+                parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(name + suffix, parameter)
+        self.reset_parameters()
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def _gates_without_bias(self) -> int:
+        return 0 if self.bias else sum(value is None for value in self.gates.values())
+
+    def _scans(self) -> Iterator[tuple[int, str]]:
+        """Layer and parameter suffix of every scan, in the order of `hx` and `h_n`."""
+        for layer in range(self.num_layers):
+            for direction in range(self.num_directions):
+                yield layer, f"_l{layer}" + "_reverse" * direction
+
+    def _shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters, by name, of a scan whose input has `width` features."""
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(self.gates) * self.hidden_size, width)}
+        if self._gates_without_bias < len(self.gates):
+            shapes["bias_ih"] = ((len(self.gates) - self._gates_without_bias) * self.hidden_size,)
+        shapes |= dict.fromkeys(self.per_channel, (self.hidden_size,))
+        if self.learn_initial_state:
+            shapes["initial_state"] = (self.hidden_size,)
+        return shapes
+
+    def _parameters_by_scan(self) -> list[dict[str, Tensor]]:
+        """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
+        return [{name: getattr(self, name + suffix) for name in self._names} for _, suffix in self._scans()]
+
+    def _biases(self, suffix: str) -> dict[str, Tensor]:
+        """The bias `[D]` of each gate that has one, as views."""
+        names = list(self.gates)[self._gates_without_bias :]
+        return dict(zip(names, getattr(self, "bias_ih" + suffix).split(self.hidden_size), strict=True)) if names else {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw projections as in `nn.Linear` and initial states from two values; set all other parameters to constants.
+
+        A gate's bias is constant where `gates` gives its value, else drawn as in `nn.Linear`.
+        """
+        for _, suffix in self._scans():
+            weight: Tensor = getattr(self, "weight_ih" + suffix)
+            bound = 1.0 / math.sqrt(weight.shape[1])
+            weight.uniform_(-bound, bound)
+            for gate, bias in self._biases(suffix).items():
+                value = self.gates[gate]
+                if value is None:
+                    bias.uniform_(-bound, bound)
+                else:
+                    bias.fill_(value)
+            for name, value in self.per_channel.items():
+                getattr(self, name + suffix).fill_(value)
+            if self.learn_initial_state:
+                low, high = self.initial_state_values
+                getattr(self, "initial_state" + suffix).bernoulli_(0.5).mul_(high - low).add_(low)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": True, "dropout": 0.0, "bidirectional": False,
+            "learn_initial_state": True, "chunk_size": backends.CHUNK,
+        }  # fmt: skip
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in self.dtypes:
+            *names, last = (str(d).removeprefix("torch.") for d in self.dtypes)
+            raise TypeError(f"dtype: expected {', '.join(names)} or {last}, got {dtype}")
