@@ -36,22 +36,27 @@ class SequenceParallel(torch.nn.Module):
         self._ranks = Ranks(group)
         self.module = module
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the module on this rank's segment of the input.
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the module on this rank's segment of the input, and of the mask `resets`.
 
         Returns:
             This rank's segment of the output, and the final states of the whole sequence.
         """
-        return self._eager(input, hx)
+        return self._eager(input, hx, resets)
 
     @torch.compiler.disable(reason=NOT_COMPILED)
-    def _eager(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _eager(self, input: Tensor, hx: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor]:
         inner: Any = unwrapped(self.module)
         with CollectiveCall(self._ranks, scans=inner.num_layers * inner.num_directions) as call:
             if not isinstance(input, Tensor):
                 raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-            name = f"{type(inner).__name__}({inner.extra_repr()}), hx {describe(hx)}"
-            return self.module(input, hx, _parallel=_ParallelScans(call, name))
+            if resets is not None and inner.bidirectional:  # the second direction needs the next rank's first reset
+                raise ValueError("resets: expected None for a bidirectional module over several ranks, got a mask")
+            name = f"{type(inner).__name__}({inner.extra_repr()}), hx {describe(hx)}, resets {resets is not None}"
+            options = {} if resets is None else {"resets": resets}
+            return self.module(input, hx, _parallel=_ParallelScans(call, name), **options)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,13 +96,17 @@ class _ParallelScans:
     @torch.compiler.disable(reason=NOT_COMPILED)
     def scan(
         self, unit: Scan, gates: Tensor, initial_state: Tensor | None, *, reverse: bool, cu_seqlens: None,
-        chunk_size: int | None, **per_channel: Tensor,
+        chunk_size: int | None, resets: Tensor | None = None, reset_state: Tensor | None = None, **per_channel: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`unit`, which is a module's `_scan`, over the segments of all ranks."""
+        if reset_state is not None:
+            per_channel["reset_state"] = reset_state
 
         def scan(inputs: Sequence[Tensor], state: Tensor | None, _offsets: None) -> tuple[Tensor, Tensor]:
-            named = dict(zip(per_channel, inputs[1:], strict=True))
-            return unit(inputs[0], state, reverse=reverse, cu_seqlens=None, chunk_size=chunk_size, **named)
+            options: dict[str, Any] = dict(zip(per_channel, inputs[1:], strict=True))
+            if resets is not None:
+                options["resets"] = resets[:, : inputs[0].shape[1]]
+            return unit(inputs[0], state, reverse=reverse, cu_seqlens=None, chunk_size=chunk_size, **options)
 
         state = describe(initial_state)
         what = f"{self._name}, gates {describe(gates)}, initial_state {state}, reverse {reverse}"

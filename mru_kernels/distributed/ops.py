@@ -33,11 +33,16 @@ def parallel_op(op: Scan, group: Group) -> Scan:
             arguments = bound.arguments
             what = ", ".join(f"{name} {describe(value)}" for name, value in arguments.items())
             initial_state, cu_seqlens = arguments.pop("initial_state", None), arguments.pop("cu_seqlens", None)
+            resets = arguments.pop("resets")
+            if arguments.pop("return_boundaries"):
+                raise ValueError("return_boundaries: expected False for a sequence over several ranks, got True")
             reverse = checks.flag("reverse", arguments.pop("reverse", False))
             names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() > 0]
 
             def scan(inputs: Sequence[Tensor], state: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
                 given = arguments | dict(zip(names, inputs, strict=True))
+                if resets is not None:
+                    given["resets"] = resets[:, : inputs[0].shape[1]]
                 return op(**given, initial_state=state, cu_seqlens=offsets, reverse=reverse)
 
             inputs = [arguments[name] for name in names]

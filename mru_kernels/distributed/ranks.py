@@ -142,7 +142,8 @@ def describe(value: Any) -> str:
         value = value.item()
     if not isinstance(value, Tensor):
         return str(float(value) if type(value) is int else value)  # 1 equals 1.0
-    shape = ["T" if value.dim() == 3 and i == 1 else size for i, size in enumerate(value.shape)]
+    over_time = value.dim() == 3 or (value.dim() == 2 and value.dtype == torch.bool)
+    shape = ["T" if over_time and i == 1 else size for i, size in enumerate(value.shape)]
     text = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
     if value.dtype in (torch.int32, torch.int64) and value.device.type == "cpu":
         text += f" of checksum {zlib.crc32(str(value.tolist()).encode()):08x}"

@@ -118,3 +118,17 @@ def check_state_shapes(
             raise ValueError(f"state: expected shape {list(shape)} for tensor {i}, got {list(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"state: expected the input's device {device} for tensor {i}, got {tensor.device}")
+
+
+def check_resets(resets: object, input: Tensor, letters: str) -> None:
+    """Raise unless `resets` is None or a mask of the steps of `input [*, features]`."""
+    if resets is None:
+        return
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets: expected a bool tensor {letters}, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets: expected dtype bool, got {resets.dtype}")
+    if resets.shape != input.shape[:-1]:
+        raise ValueError(f"resets: expected shape {list(input.shape[:-1])} {letters}, got {list(resets.shape)}")
+    if resets.device != input.device:
+        raise ValueError(f"resets: expected the input's device {input.device}, got {resets.device}")

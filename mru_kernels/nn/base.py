@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks, ops
 from . import traces
-from .arguments import check_input_dtype
+from .arguments import check_input_dtype, check_resets
 from .parameters import UnitParameters
 from .wrappers import fx_node
 
@@ -82,25 +82,32 @@ class MRUBase(UnitParameters):
         reverse: bool,
         cu_seqlens: Tensor | None,
         chunk_size: int | None,
-        **per_channel: Tensor,
+        **per_channel: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Scan gates `[B, T, k D]` from the initial state `[B, D]`: the output `[B, T, D]` and final state `[B, D]`.
 
-        With `cu_seqlens [N + 1]`, B is 1 and states are `[N, D]`.
+        With `cu_seqlens [N + 1]`, B is 1 and states are `[N, D]`. A call with resets has two more options, `resets
+        [B, T]` and `reset_state`, `[D]` or None.
         """
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ forward
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None, *, _parallel: Any = None) -> tuple[Any, Tensor]:
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, resets: Tensor | None = None, _parallel: Any = None
+    ) -> tuple[Any, Tensor]:
         """Run all layers; `BMRU` describes the arguments, results and errors of a call."""
         if isinstance(input, Proxy):
-            return fx_node(self, input, hx)
+            return fx_node(self, input, hx, resets)
         if isinstance(input, PackedSequence):
+            if resets is not None:
+                raise ValueError("resets: expected None with a PackedSequence, whose sequences begin anew, got a mask")
             return self._forward_packed(input, hx)
         parameters = self._parameters_by_scan()
         scan = self._scan
@@ -112,19 +119,27 @@ class MRUBase(UnitParameters):
         self._check_match(input, parameters[0]["weight_ih"])
         if input.dim() == 2:
             self._check_hx(hx, input, batch=())
-            output, h_n = self._layers(input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters, scan)
+            check_resets(resets, input, "[time]")
+            output, h_n = self._layers(
+                input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters, scan,
+                resets=None if resets is None else resets.unsqueeze(0),
+            )  # fmt: skip
             return output.squeeze(0), h_n.squeeze(1)
         batch = input.shape[0 if self.batch_first else 1]
         self._check_hx(hx, input, batch=(batch,))
-        return self._layers(input, hx, batch, parameters, scan, time_first=not self.batch_first)
+        check_resets(resets, input, "[batch, time]" if self.batch_first else "[time, batch]")
+        if resets is not None and not self.batch_first:
+            resets = resets.T
+        return self._layers(input, hx, batch, parameters, scan, resets=resets, time_first=not self.batch_first)
 
     @torch.no_grad()
-    def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of `forward`, for streaming inference, without gradients.
 
         Args:
             input: `[B, input_size]`.
             hx: as for `forward`, `[num_layers, B, D]`.
+            resets: bool `[B]`, true for sequences that begin anew with this step.
 
         Returns:
             The output `[B, D]` and the states after the step `[num_layers, B, D]`, equal to those of `forward` with
@@ -149,7 +164,8 @@ class MRUBase(UnitParameters):
             )
         self._check_shape(input, (2,), "[batch, features]")
         time = 1 if self.batch_first else 0
-        output, h_n = self(input.unsqueeze(time), hx)
+        check_resets(resets, input, "[batch]")
+        output, h_n = self(input.unsqueeze(time), hx, resets=None if resets is None else resets.unsqueeze(time))
         return output.squeeze(time), h_n
 
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
@@ -181,6 +197,7 @@ class MRUBase(UnitParameters):
         *,
         time_first: bool = False,
         cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run all scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output, and `h_n`."""
         outputs: list[Tensor] = []
@@ -202,6 +219,7 @@ class MRUBase(UnitParameters):
                 cu_seqlens=cu_seqlens,
                 chunk_size=self.chunk_size,
                 **self._vectors(p),
+                **self._resets(resets, reverse, p),
             )
             outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, p))
             finals.append(final)
@@ -228,6 +246,14 @@ class MRUBase(UnitParameters):
 
     def _learned_state(self, p: dict[str, Tensor]) -> Tensor:
         return p["initial_state"]
+
+    def _resets(self, resets: Tensor | None, reverse: bool, p: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """The options of `_scan` for resets `[B, T]` before the steps where episodes begin; none without resets."""
+        if resets is None:
+            return {}
+        if reverse:  # the state passes from the first step of an episode to the last one of the episode before
+            resets = torch.cat([resets[:, 1:], resets.new_zeros(resets.shape[0], 1)], 1)
+        return {"resets": resets, "reset_state": self._learned_state(p) if self.learn_initial_state else None}
 
     def _initial_state(self, given: Tensor | None, sequences: int, p: dict[str, Tensor]) -> Tensor | None:
         if not self.learn_initial_state:

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
-from .arguments import check_choice, check_input_dtype, check_sizes, check_state, check_state_shapes, constructor
+from .arguments import (
+    check_choice,
+    check_input_dtype,
+    check_resets,
+    check_sizes,
+    check_state,
+    check_state_shapes,
+    constructor,
+)
 from .base import UNITS, MRUBase
 from .memory_cache import MemoryCache
 from .wrappers import fx_node, unwrapped
@@ -77,9 +85,11 @@ class MRUBlock(_WithUnits):
         device, dtype: of the parameters; the units restrict the dtype.
 
     Call:
-        `output, state = block(input, state=None)`
+        `output, state = block(input, state=None, resets=None)`
 
         input, output: `[B, T, width]`, T >= 1.
+        resets: bool `[B, T]` or None, true where a new episode begins: there the units start from their own initial
+            states, and the convolution reads no earlier step. Not with a `cache` or "gru".
         state: a tuple of tensors. With a convolution the first is its last `conv_size - 1` inputs
             `[B, width, conv_size - 1]`. The others are the states of the units, `[B, hidden_size]` each, or those of
             their caches. A call with the returned state continues the sequences. None stands for zeros and the units'
@@ -143,11 +153,14 @@ class MRUBlock(_WithUnits):
         per_unit = [unit.num_states if isinstance(unit, MemoryCache) else 1 for unit in self.units]
         self.num_states = sum(per_unit) + (conv_size > 0)
 
-    def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the block; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
-            return fx_node(self, input, state)
+            return fx_node(self, input, state, resets)
         _check_shape(input, self.width, "width", 3)
+        self._check_resets(resets, input)
         check_input_dtype(input, _dtype(self.norm))
         given = self._given(state, input)
         after: list[Tensor] = []
@@ -162,8 +175,12 @@ class MRUBlock(_WithUnits):
             elif past.dtype != v.dtype:
                 raise TypeError(f"state: expected dtype {v.dtype} for tensor 0, got {past.dtype}")
             padded = torch.cat([past, time_last], -1)
-            after.append(padded[..., input.shape[1] :].clone())  # a view would keep `padded` in memory
-            v = F.silu(self.conv(padded)).transpose(1, 2)
+            if resets is None:
+                convolved, last = self.conv(padded), padded[..., input.shape[1] :]
+            else:
+                convolved, last = _convolved_in_episodes(self.conv, padded, resets)
+            after.append(last.clone())  # a view would keep `padded` in memory
+            v = F.silu(convolved).transpose(1, 2)
         outputs = []
         for unit in self.units:
             if isinstance(unit, MemoryCache):
@@ -172,13 +189,20 @@ class MRUBlock(_WithUnits):
                 after += states
             else:
                 before = given.pop(0)
-                output, h_n = unit(v, None if before is None else before.unsqueeze(0))
+                options = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
+                output, h_n = unit(v, None if before is None else before.unsqueeze(0), **options)
                 after.append(h_n.squeeze(0))
             outputs.append(output)
         mixed = torch.cat(outputs, -1) if self.combine == "concatenate" else sum(outputs[1:], start=outputs[0])
         # A gate that changes sign with the input, like SiLU, gives what was stored long ago gradients of either sign.
         x = input + self.dropout(self.out(mixed * self.gate(u).sigmoid()))
         return x + self.dropout(self.mlp_out(F.glu(self.mlp_in(self.mlp_norm(x))))), tuple(after)
+
+    def _check_resets(self, resets: Tensor | None, input: Tensor) -> None:
+        check_resets(resets, input, "[batch, time]")
+        for unit in self.units:
+            if resets is not None and not isinstance(unit, MRUBase):
+                raise ValueError(f"resets: expected None for a block with a {type(unit).__name__}, got a mask")
 
     def _given(self, state: State | None, input: Tensor) -> list[Tensor | None]:
         """The tensors of `state`, with shapes and devices checked; each unit checks the dtype of its own."""
@@ -208,14 +232,15 @@ class MRUNetwork(_WithUnits):
         device, dtype: of the parameters; the units restrict the dtype.
 
     Call:
-        `output, state = network(input, state=None)`
+        `output, state = network(input, state=None, resets=None)`
 
         input: `[B, T, input_size]`, or int64 `[B, T]` with `tokens`; T >= 1.
         output: `[B, T, output_size]`, or `[B, output_size]` with `pool`.
+        resets: as for `MRUBlock`. A mean over time includes all episodes.
         state: a tuple with the states of all blocks in turn; each tensor has the batch first. A call with the returned
             state continues the sequences. Detach its tensors to cut the gradient.
 
-        `output, state = network.step(input, state=None)` runs one step.
+        `output, state = network.step(input, state=None, resets=None)` runs one step.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -273,10 +298,12 @@ class MRUNetwork(_WithUnits):
         self.norm = torch.nn.RMSNorm(width, **where)
         self.head = torch.nn.Linear(width, output_size, **where)
 
-    def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the network; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
-            return fx_node(self, input, state)
+            return fx_node(self, input, state, resets)
         self._check_shape(input, 2)
         dtype = _dtype(self.norm)
         if not self.tokens:
@@ -287,7 +314,7 @@ class MRUNetwork(_WithUnits):
         after: tuple[Tensor, ...] = ()
         for block, count in zip(self.blocks, self._num_states, strict=True):
             first = len(after)
-            x, states = block(x, None if state is None else state[first : first + count])
+            x, states = block(x, None if state is None else state[first : first + count], resets=resets)
             after += states
         if self.pool == "last":
             x = x[:, -1]
@@ -297,12 +324,15 @@ class MRUNetwork(_WithUnits):
         return self.head(x), after
 
     @torch.no_grad()
-    def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step of `forward`, for streaming inference, without gradients.
 
         Args:
             input: `[B, input_size]`, or int64 `[B]` with `tokens`.
             state: as for `forward`.
+            resets: bool `[B]`, true for sequences that begin anew with this step.
 
         Returns:
             The output `[B, output_size]` and the state after the step.
@@ -314,7 +344,8 @@ class MRUNetwork(_WithUnits):
         if self.pool == "mean":
             raise RuntimeError('step: the mean over all steps, pool="mean", is not known after one')
         self._check_shape(input, 1)
-        output, after = self(input.unsqueeze(1), state)
+        check_resets(resets, input if input.dim() == 2 else input.unsqueeze(-1), "[batch]")
+        output, after = self(input.unsqueeze(1), state, resets=None if resets is None else resets.unsqueeze(1))
         return (output if self.pool else output.squeeze(1)), after
 
     def _check_shape(self, input: Tensor, ranks: int) -> None:
@@ -326,6 +357,29 @@ class MRUNetwork(_WithUnits):
         elif input.dim() != ranks or 0 in input.shape[1:]:
             expected = "[batch, time >= 1]" if ranks == 2 else "[batch]"
             raise ValueError(f"input: expected shape {expected}, got {list(input.shape)}")
+
+
+def _convolved_in_episodes(conv: torch.nn.Conv1d, padded: Tensor, resets: Tensor) -> tuple[Tensor, Tensor]:
+    """A causal depthwise convolution in which a step reads no step before its own episode.
+
+    Args:
+        padded: `[B, width, K - 1 + T]`, K - 1 past steps and the T steps of the call, for K taps.
+        resets: `[B, T]`, true where an episode begins.
+
+    Returns:
+        The convolution `[B, width, T]`, and the last K - 1 steps, with zeros for those before the last episode.
+    """
+    taps, time = conv.kernel_size[0], resets.shape[1]
+    episode = F.pad(resets.cumsum(1), (taps - 1, 0))  # past steps belong to the first one
+    own, weight = episode[:, taps - 1 :], conv.weight.to(padded.dtype)
+    convolved = torch.zeros_like(padded[..., taps - 1 :])
+    if conv.bias is not None:
+        convolved = convolved + conv.bias.to(padded.dtype).unsqueeze(-1)
+    for tap in range(taps):
+        is_own = (episode[:, tap : tap + time] == own).unsqueeze(1)
+        convolved = convolved + torch.where(is_own, padded[..., tap : tap + time], 0) * weight[..., tap]
+    is_last = (episode[:, time:] == episode[:, -1:]).unsqueeze(1)
+    return convolved, torch.where(is_last, padded[..., time:], 0)
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:

@@ -80,7 +80,8 @@ class Recorder:
 
     def _scan(
         self, unit: MRUBase, layer: int, x: Tensor, p: dict[str, Tensor], gates: Tensor, state: Tensor | None, *,
-        reverse: bool, cu_seqlens: Tensor | None, chunk_size: int | None, **vectors: Tensor,
+        reverse: bool, cu_seqlens: Tensor | None, chunk_size: int | None, resets: Tensor | None = None,
+        reset_state: Tensor | None = None, **vectors: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         self._scans += 1  # before the scan, because checkpointing may run it again within its gradient
         if torch.is_grad_enabled() != self._differentiated:
@@ -95,19 +96,22 @@ class Recorder:
             state = Remember.apply(state, list(before.values()), *past.values())
         elif self._begins:
             before = {"initial_state": torch.ones_like(state)}
-        inputs = (gates, state, *vectors.values())
-        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        inputs = (gates, state, reset_state, *vectors.values())
+        differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         with torch.enable_grad():
             gates, state = _with_gradient(gates), _with_gradient(state)
             rows = {name: _with_gradient(v.expand(batch, -1)) for name, v in vectors.items() if name in past}
             rest = {name: v for name, v in vectors.items() if name not in past}
             scan = functools.partial(unit._scan, reverse=reverse, cu_seqlens=cu_seqlens, chunk_size=chunk_size, **rest)
-            h, final = _scan_rows(scan, gates, state, rows)
+            per_sequence = dict(rows)
+            if reset_state is not None:
+                per_sequence["initial_state"] = _with_gradient(reset_state.expand(batch, -1))
+            h, final = _scan_rows(scan, gates, state, rows, resets, per_sequence.get("initial_state"))
             of_gates, of_state, *of_rows = torch.autograd.grad(
-                final, (gates, state, *rows.values()), torch.ones_like(final), retain_graph=differentiated,
+                final, (gates, state, *per_sequence.values()), torch.ones_like(final), retain_graph=differentiated,
                 materialize_grads=True,
             )  # fmt: skip
-        after = _advanced(past, before, x, of_gates, of_state, dict(zip(rows, of_rows, strict=True)))
+        after = _advanced(past, before, x, of_gates, of_state, dict(zip(per_sequence, of_rows, strict=True)))
         self._after |= {names[name]: trace for name, trace in after.items()}
         return (h, final) if differentiated else (h.detach(), final.detach())
 
@@ -213,17 +217,36 @@ def restarted(traces: Traces, resets: Tensor) -> Traces:
 
 
 def _scan_rows(
-    scan: Callable[..., tuple[Tensor, Tensor]], gates: Tensor, state: Tensor, rows: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """`scan` with per-channel inputs for each sequence, `rows [B, D]`, so that each sequence has its own gradient."""
+    scan: Callable[..., tuple[Tensor, Tensor]], gates: Tensor, state: Tensor, rows: dict[str, Tensor],
+    resets: Tensor | None, reset_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`scan` with per-channel inputs for each sequence, `rows [B, D]`, so that each sequence has its own gradient.
+
+    `resets [B, T]` and `reset_state [B, D]` are None in a call without resets; only the latter in one to zeros.
+    """
     if gates.shape[0] < 2 or not rows:
-        return scan(gates, state, **{name: t.sum(0) for name, t in rows.items()})  # one row or none
+        options: dict[str, Any] = {name: t.sum(0) for name, t in rows.items()}  # one row or none
+        return scan(gates, state, **options, **_options(resets, reset_state))
+    if resets is not None:  # vmap takes one mask for all sequences
+        results = [
+            scan(
+                gates[n : n + 1], state[n : n + 1], **{name: t[n] for name, t in rows.items()},
+                **_options(resets[n : n + 1], None if reset_state is None else reset_state[n]),
+            )
+            for n in range(gates.shape[0])
+        ]  # fmt: skip
+        h, final = zip(*results, strict=True)
+        return torch.cat(h), torch.cat(final)
 
     def one(gates: Tensor, state: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         h, final = scan(gates.unsqueeze(0), state.unsqueeze(0), **rows)
         return h.squeeze(0), final.squeeze(0)
 
     return torch.func.vmap(one)(gates, state, rows)
+
+
+def _options(resets: Tensor | None, reset_state: Tensor | None) -> dict[str, Tensor | None]:
+    return {} if resets is None else {"resets": resets, "reset_state": reset_state}
 
 
 @torch.no_grad()
@@ -237,7 +260,7 @@ def _advanced(
         before: the traces before the chunk; absent ones are 0.
         x: the input of the layer, `[B, T, features]`.
         of_gates, of_state, of_vectors: gradients of the sum of the final states: K `[B, T, gates D]`, A `[B, D]`, and
-            `[B, D]` for each per-channel input.
+            `[B, D]` for each per-channel input and, in a call with resets, the learned initial state.
     """
     dtype = of_state.dtype
     with torch.autocast(x.device.type, enabled=False):
@@ -246,7 +269,7 @@ def _advanced(
         if dtype.is_complex:
             added = {name: _as_complex(t, 1) for name, t in added.items()}
         added |= {name: t.clone() for name, t in of_vectors.items()}  # autograd may return one tensor for two
-        added["initial_state"] = torch.zeros_like(of_state)
+        added.setdefault("initial_state", torch.zeros_like(of_state))
         after = {name: added[name] for name in past}
         for name in after.keys() & before.keys():
             after[name].addcmul_(_per_row(of_state, after[name]), before[name])

@@ -20,11 +20,11 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
 
 
-def fx_node(module: torch.nn.Module, input: Proxy, state: object) -> Any:
+def fx_node(module: torch.nn.Module, input: Proxy, state: object, resets: object) -> Any:
     """Record a call under `torch.fx.symbolic_trace` as one node, like the call of a module of torch.nn."""
     tracer: Any = input.tracer
     path = tracer.path_of_module(module)
     if not path:
         kind = type(module).__name__
         raise TypeError(f"input: expected a tensor, got a Proxy; for torch.fx {kind} is one node of a larger module")
-    return tracer.create_proxy("call_module", path, (input, state), {})
+    return tracer.create_proxy("call_module", path, (input, state), {} if resets is None else {"resets": resets})

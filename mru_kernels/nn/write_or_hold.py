@@ -135,18 +135,21 @@ class BMRU(WriteOrHold, names=("bmru",)):
         device, dtype: of the parameters; float32, float64, bfloat16 or float16.
 
     Call:
-        `output, h_n = module(input, hx=None)`
+        `output, h_n = module(input, hx=None, resets=None)`
 
         input: `[B, T, input_size]`, or `[T, B, input_size]` without `batch_first`; `[T, input_size]` without a batch;
             or a `PackedSequence`. It has the module's dtype, except under autocast.
         hx: states before the first step, `[num_layers * directions, B, D]`, or `[num_layers * directions, D]` without a
             batch. Its dtype is that of the input or that of `h_n`. None stands for the learned initial states. Eager
             calls warn where `hx` has half precision and the state accumulates (epsilon > 0, minGRU and minLSTM).
+        resets: bool, with the shape of the input without its features, true where a new episode begins. Before that
+            step every state becomes the learned initial state, or zero. The second direction starts anew before the
+            last step of the episode before. Not with a `PackedSequence`.
         output: h of the last layer, `[B, T, directions * D]`, with the dimensions in the order of the input's.
         h_n: final states, with the shape of `hx`. These are the raw states s, without alpha, so that a call with
             `hx=h_n` continues the scan. float64 for a float64 input, else float32.
 
-        `step(input, hx=None)` runs one step, for streaming.
+        `step(input, hx=None, resets=None)` runs one step, for streaming; there `resets` is `[B]`.
 
     Setting epsilon:
         `module.epsilon = value` acts from the next call on, and `EpsilonSchedule` sets it over the steps of training.

@@ -53,8 +53,9 @@ class Stream:
 
         Args:
             chunk: the module's input.
-            resets: bool `[B]`, True for sequences that end before this chunk. New sequences take their places, with
-                the initial states of the module. For a chunk without a batch it has shape `[]`.
+            resets: bool `[B]`, true for sequences that end before this chunk; new sequences take their places, with the
+                initial states of the module. Or `[B, T]`, true where a new sequence begins within the chunk, in the
+                layout of the chunk's first two dimensions. For a chunk without a batch `[]` or `[T]`.
 
         Returns:
             The output of the module, such as `[B, T, D]`.
@@ -64,14 +65,25 @@ class Stream:
                 Modules with a `MemoryCache` do not accept `resets`.
             RuntimeError: with traces, under inference mode or activation checkpointing.
         """
+        resets, within = self._split(chunk, resets)
         state = self.state if resets is None else self._restarted(resets)
-        output, state = self.module(chunk, state)
+        output, state = self.module(chunk, state, **within)
         self._keep(state)
         return output
 
     def reset(self) -> None:
         """Drop the state and the traces. The next chunk starts new sequences."""
         self.state = None
+
+    def _split(self, chunk: Tensor, resets: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The sequences that end before the chunk, or None, and the argument of the module for resets within it."""
+        if resets is not None and any(isinstance(part, MemoryCache) for part in self.module.modules()):
+            raise ValueError("resets: expected None for a MemoryCache, whose sequences count their steps together")
+        dims = 2 if isinstance(unwrapped(self.module), MRUNetwork) and unwrapped(self.module).tokens else 3
+        if not (isinstance(resets, Tensor) and isinstance(chunk, Tensor)):
+            return resets, {}
+        is_within = resets.dim() == chunk.dim() - (dims - 2)
+        return (None, {"resets": resets}) if is_within else (resets, {})
 
     def _keep(self, state: State) -> None:
         self.state = state.detach() if isinstance(state, Tensor) else tuple(t.detach() for t in state)
@@ -81,8 +93,6 @@ class Stream:
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
             raise TypeError(f"resets: expected a bool tensor, got {came}")
-        if any(isinstance(part, MemoryCache) for part in self.module.modules()):
-            raise ValueError("resets: expected None for a MemoryCache, whose sequences count their steps together")
         if self.state is None:
             return None
         layers = isinstance(self.state, Tensor)  # stacked

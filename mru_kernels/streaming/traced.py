@@ -43,12 +43,13 @@ class TracedStream(Stream):
         if self.state is None and self._traces is not None:
             raise ValueError("traces: expected None without a state, got traces; set both, or call reset")
         state, before = self.state, self._traces
+        resets, within = self._split(chunk, resets)
         if resets is not None:
             with torch.no_grad():  # the initial states get their gradients from the traces
                 state = self._restarted(resets)
             before = None if before is None else restarted(before, resets)
         with Recorder(self._units, before, begins=state is None) as recorder:
-            output, state = self.module(chunk, state)
+            output, state = self.module(chunk, state, **within)
         self._traces = recorder.result()
         self._keep(state)
         return output
