@@ -97,11 +97,11 @@ MUTANTS = (
     Mutant("m that passes a reset", "cpu/backward.cpp", "if (part.resets) take(i, d0, d1, m(i, d0));", "", "backward",
            "scanned_apart"),
     Mutant("a reset looked through", "cpu/forward.cpp", "  if (reset < segment.begin) return;\n", "  return;\n",
-           "forward", "scanned_apart"),
+           "forward", "reset_is_held"),
     Mutant("a reset looked through by m", "cpu/backward.cpp", "  if (end == segment.end) return;\n", "  return;\n",
-           "backward", "scanned_apart"),
+           "backward", "reset_is_held"),
     Mutant("the map of a segment with a reset", "cpu/forward.cpp", "    if (part.resets) k.head(",
-           "    if (false) k.head(", "forward", "scanned_apart or does_not_pass"),
+           "    if (false) k.head(", "forward", "is_a_constant"),
     Mutant("resets of a reversed scan", "cpu/plan.h", "(scan.reverse ? scan.time - 1 - first : first)", "first",
            "forward", "scanned_apart"),
     Mutant("a reset recomputed from the checkpoint", "cpu/kernels/backward.h", "const bool resets = segment.resets &&",
@@ -109,9 +109,9 @@ MUTANTS = (
     Mutant("a boundary after its reset", "cpu/kernels/backward.h", "if (scan.grad_checkpoints && is_boundary(",
            "if (scan.grad_checkpoints && !segment.resets && is_boundary(", "bmru", "every_few_steps"),
     Mutant("a boundary's gradient lost where time is cut", "cpu/kernels/summary.h", "if (scan.grad_checkpoints &&",
-           "if (false && scan.grad_checkpoints &&", "linear_recurrence", "join_the_adjoint"),
+           "if (false && scan.grad_checkpoints &&", "bmru", "boundaries_where_time_is_cut"),
     Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
-           "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru", "scanned_apart"),
+           "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru", "before_a_reset_is_remembered"),
 )  # fmt: skip
 
 

@@ -48,11 +48,17 @@ def _one_module(rank: int, name: str) -> None:
     x = torch.randn(3, sum(TIMES), 5, dtype=torch.float64).transpose(0, 1 - time_dim)
     spans = list(accumulate(TIMES, initial=0))
     hx = torch.randn_like(alone(x)[1])
-    for state in (None, hx):
-        whole = alone(x, state)
+    resets = torch.rand(x.shape[:-1]) < 0.1
+    for state, given in ((None, None), (hx, None), (hx, resets)):
+        if given is not None and alone.bidirectional:
+            with pytest.raises(ValueError, match=r"resets: expected None for a bidirectional module"):
+                sequence_parallel(module)(x, state, resets=given)
+            continue
+        whole = alone(x, state, resets=given)
         _backward(whole, 1.0)
         piece = x.narrow(time_dim, spans[rank], TIMES[rank])
-        output, h_n = sequence_parallel(module)(piece, state)
+        own = None if given is None else given.narrow(time_dim, spans[rank], TIMES[rank])
+        output, h_n = sequence_parallel(module)(piece, state, resets=own)
         torch.testing.assert_close(output, whole[0].narrow(time_dim, spans[rank], TIMES[rank]), msg=name)
         torch.testing.assert_close(h_n, whole[1], msg=name)
         _backward((output, h_n), 1.0 if rank == 1 else 0.0)

@@ -28,6 +28,10 @@ CASES = [
     ("linear_recurrence", torch.float32, {"decay": "channel", "initial_state": "real"}),
     ("linear_recurrence", torch.complex64, {"batch": "packed", "reverse": True, "initial_state": "real"}),
     ("bmru", torch.float32, {"epsilon": 0.5, "nonfinite": True, "initial_state": "real"}),
+    ("bmru", torch.float32, {"epsilon": 0.0, "resets": "to a state", "initial_state": "real"}),
+    ("schmitt", torch.float32, {"epsilon": 0.5, "resets": "to a state", "nonfinite": True, "reverse": True}),
+    ("linear_recurrence", torch.complex64, {"resets": "to a state", "batch": "packed", "initial_state": "real"}),
+    ("leaky_integrator", torch.float64, {"resets": "to zeros", "initial_state": "real"}),
 ]
 
 
@@ -58,8 +62,11 @@ def _results(call: inputs.Call, times: tuple[int, ...]) -> dict[str, Tensor]:
     """Results and gradients of the whole sequence, joined from the segments of all ranks."""
     rank, spans = dist.get_rank(), list(accumulate(times, initial=0))
     leaves = {name: _segment(t, spans, rank) if t.dim() == 3 else t for name, t in call.tensors.items()}
+    settings = dict(call.settings)
+    if "resets" in settings:
+        settings["resets"] = _segment(settings["resets"], spans, rank)
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
-    h, final = sequence_parallel(getattr(mk, call.cell))(**leaves, **call.settings)
+    h, final = sequence_parallel(getattr(mk, call.cell))(**leaves, **settings)
     share = call.grad_final if rank == 0 else torch.zeros_like(call.grad_final)
     grads = torch.autograd.grad((h, final), list(leaves.values()), (_segment(call.grad_h, spans, rank), share))
     results = {"h": _gathered(h.detach(), times), "final_state": final.detach()}

@@ -75,6 +75,40 @@ def test_a_mask_without_resets_changes_no_bit(backend, device, cell, reverse, st
         assert_same_bits(run(masked, op, device), run(call, op, device))
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [0, 64])
+def test_a_reset_is_held_over_many_segments(backend, device, epsilon, reverse, steps):
+    """Nothing is written, so that the initial state lasts until the reset, and the reset state to the end."""
+    time, at = 400, 150
+    candidate = torch.zeros(1, time, 3, device=device)
+    resets = torch.zeros(1, time, dtype=torch.bool, device=device)
+    resets[0, time - 1 - at if reverse else at] = True
+    initial, reset_state = (torch.full((1, 3), x, device=device, requires_grad=True) for x in (2.0, 3.0))
+    settings = {"epsilon": epsilon, "resets": resets, "reset_state": reset_state, "reverse": reverse}
+    with segments(backend, steps):
+        h, state = mk.bmru(candidate, candidate + 1, initial, **settings, backend=backend)
+        weights = torch.arange(1.0, time + 1, device=device)
+        in_order = (h.flip(1) if reverse else h)[0, :, 0]
+        grads = torch.autograd.grad((in_order * weights).sum(), (initial, reset_state))
+    assert in_order.tolist() == [2.0] * at + [3.0] * (time - at)
+    assert state.tolist() == [[3.0] * 3]
+    assert [g[0, 0].item() for g in grads] == [weights[:at].sum().item(), weights[at:].sum().item()]
+
+
+@pytest.mark.parametrize("channels", [5, 40])
+def test_a_write_just_before_a_reset_is_remembered(backend, device, channels):
+    """Both are in one word of write codes."""
+    call = inputs.case("bmru", torch.float32, batch=1, time=300, channels=channels, initial_state="real").build()
+    call.tensors["candidate"].zero_()
+    call.tensors["candidate"][:, 65] = 9.0
+    resets = torch.zeros(1, 300, dtype=torch.bool)
+    resets[0, 70] = True
+    call = replace(call, settings=call.settings | {"resets": resets})
+    with segments(backend, 64):
+        assert not [r for r in compare.judge(call, run(call, op_of("bmru", backend), device)) if not r.passed]
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("steps", [0, 64])
 def test_a_nan_does_not_pass_a_reset(backend, device, cell, steps):
@@ -185,6 +219,16 @@ def test_boundaries_every_few_steps(backend, device, chunk_size):
         call = inputs.case("bmru", torch.float32, seed=3, boundaries=True, resets=resets, **options).build()
         rows = torch.randn(1, 299 // chunk_size, 5)
         call = replace(call, settings=call.settings | {"chunk_size": chunk_size}, grad_boundaries=rows)
+        assert not [r for r in compare.judge(call, run(call, op_of("bmru", backend), device)) if not r.passed]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+@pytest.mark.parametrize("resets", ["none", "to a state"])
+def test_gradients_of_boundaries_where_time_is_cut(backend, device, epsilon, resets):
+    options = {"time": 300, "channels": 5, "initial_state": "real", "boundaries": True, "resets": resets}
+    call = inputs.case("bmru", torch.float32, batch=2, epsilon=epsilon, **options).build()
+    call.tensors["candidate"].mul_(1e-3)  # hardly any write
+    with segments(backend, 64):
         assert not [r for r in compare.judge(call, run(call, op_of("bmru", backend), device)) if not r.passed]
 
 
