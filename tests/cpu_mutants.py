@@ -108,7 +108,7 @@ MUTANTS = (
            "const bool resets = false && segment.resets &&", "linear_recurrence", "scanned_apart"),
     Mutant("a boundary after its reset", "cpu/kernels/backward.h", "if (scan.grad_checkpoints && is_boundary(",
            "if (scan.grad_checkpoints && !segment.resets && is_boundary(", "bmru", "every_few_steps"),
-    Mutant("a boundary's gradient lost where time is cut", "cpu/kernels/summary.h", "if (scan.grad_checkpoints &&",
+    Mutant("the gradient of a boundary lost where time is cut", "cpu/kernels/summary.h", "if (scan.grad_checkpoints &&",
            "if (false && scan.grad_checkpoints &&", "bmru", "boundaries_where_time_is_cut"),
     Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru", "before_a_reset_is_remembered"),
