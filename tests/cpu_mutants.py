@@ -111,7 +111,8 @@ MUTANTS = (
     Mutant("the gradient of a boundary lost where time is cut", "cpu/kernels/summary.h", "if (scan.grad_checkpoints &&",
            "if (false && scan.grad_checkpoints &&", "bmru", "boundaries_where_time_is_cut"),
     Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
-           "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru", "before_a_reset_is_remembered"),
+           "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru",
+           "before_a_reset_is_remembered"),
 )  # fmt: skip
 
 
