@@ -143,6 +143,35 @@ def test_compiled_and_exported():
     torch.testing.assert_close(program.module()(x[:1, :7], resets=mask()[:1, :7])[0], network(x[:1, :7])[0])
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_boundaries_continue_a_sequence(name, batch_first):
+    unit = KINDS[name](3, 5, num_layers=2, chunk_size=16, batch_first=batch_first)
+    x = torch.randn(2, 40, 3) if batch_first else torch.randn(40, 2, 3)
+    output, h_n, boundaries = unit(x, return_boundaries=True)
+    assert boundaries.shape == (2, 2, 2, 5)
+    assert boundaries.dtype == h_n.dtype
+    for k in range(2):
+        rest, last = unit(x.narrow(int(batch_first), 16 * (k + 1), 24 - 16 * k), boundaries[:, :, k])
+        torch.testing.assert_close(rest, output.narrow(int(batch_first), 16 * (k + 1), 24 - 16 * k))
+        torch.testing.assert_close(last, h_n)
+    alone = unit(x[0] if batch_first else x[:, 0], return_boundaries=True)
+    torch.testing.assert_close(alone[2], boundaries[:, 0])
+    boundaries.abs().sum().backward()
+    assert all(p.grad is not None for key, p in unit.named_parameters() if key.startswith("weight_ih"))
+
+
+def test_boundaries_are_refused_by_name():
+    x = torch.zeros(2, TIME, 3)
+    packed = torch.nn.utils.rnn.pack_sequence([x[0], x[1]])
+    with pytest.raises(ValueError, match=r"^return_boundaries: expected False with a PackedSequence"):
+        mk.BMRU(3, 5)(packed, return_boundaries=True)
+    with pytest.raises(ValueError, match=r"^return_boundaries: expected False for a module whose chunk_size is None"):
+        mk.BMRU(3, 5, chunk_size=None)(x, return_boundaries=True)
+    with pytest.raises(TypeError, match=r"^return_boundaries: expected a bool"):
+        mk.BMRU(3, 5)(x, return_boundaries=1)
+
+
 ONE = torch.zeros(2, TIME, dtype=torch.bool)
 BAD = [
     (torch.zeros(2, TIME), TypeError, "resets: expected dtype bool, got torch.float32"),

@@ -100,37 +100,45 @@ class MRUBase(UnitParameters):
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
     def forward(
-        self, input: Any, hx: Tensor | None = None, *, resets: Tensor | None = None, _parallel: Any = None
-    ) -> tuple[Any, Tensor]:
+        self, input: Any, hx: Tensor | None = None, *, resets: Tensor | None = None, return_boundaries: bool = False,
+        _parallel: Any = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Run all layers; `BMRU` describes the arguments, results and errors of a call."""
         if isinstance(input, Proxy):
             return fx_node(self, input, hx, resets)
         if isinstance(input, PackedSequence):
             if resets is not None:
                 raise ValueError("resets: expected None with a PackedSequence, whose sequences begin anew, got a mask")
+            if return_boundaries:
+                raise ValueError("return_boundaries: expected False with a PackedSequence, got True")
             return self._forward_packed(input, hx)
         parameters = self._parameters_by_scan()
         scan = self._scan
         if _parallel is not None:  # a call of `distributed.SequenceParallel` or `MemoryCache`
             parameters = _parallel.parameters(parameters)
             scan = functools.partial(_parallel.scan, self._scan)
+        if checks.flag("return_boundaries", return_boundaries) and self.chunk_size is None:
+            raise ValueError("return_boundaries: expected False for a module whose chunk_size is None, got True")
         order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
         self._check_shape(input, (2, 3), f"{order} or [time, features]")
         self._check_match(input, parameters[0]["weight_ih"])
         if input.dim() == 2:
             self._check_hx(hx, input, batch=())
             check_resets(resets, input, "[time]")
-            output, h_n = self._layers(
+            output, *states = self._layers(
                 input.unsqueeze(0), None if hx is None else hx.unsqueeze(1), 1, parameters, scan,
-                resets=None if resets is None else resets.unsqueeze(0),
+                resets=None if resets is None else resets.unsqueeze(0), boundaries=return_boundaries,
             )  # fmt: skip
-            return output.squeeze(0), h_n.squeeze(1)
+            return output.squeeze(0), *(t.squeeze(1) for t in states)
         batch = input.shape[0 if self.batch_first else 1]
         self._check_hx(hx, input, batch=(batch,))
         check_resets(resets, input, "[batch, time]" if self.batch_first else "[time, batch]")
         if resets is not None and not self.batch_first:
             resets = resets.T
-        return self._layers(input, hx, batch, parameters, scan, resets=resets, time_first=not self.batch_first)
+        return self._layers(
+            input, hx, batch, parameters, scan, resets=resets, boundaries=return_boundaries,
+            time_first=not self.batch_first,
+        )  # fmt: skip
 
     @torch.no_grad()
     def step(self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -193,15 +201,21 @@ class MRUBase(UnitParameters):
         hx: Tensor | None,
         sequences: int,
         parameters: list[dict[str, Tensor]],
-        scan: Callable[..., tuple[Tensor, Tensor]],
+        scan: Callable[..., tuple[Tensor, ...]],
         *,
         time_first: bool = False,
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run all scans over `x [B, T, features]`, or `[T, B, features]`: the last layer's output, and `h_n`."""
+        boundaries: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Run all scans over `x [B, T, features]`, or `[T, B, features]`.
+
+        Returns:
+            The last layer's output, `h_n` and, with `boundaries`, those of every scan.
+        """
         outputs: list[Tensor] = []
         finals: list[Tensor] = []
+        of_boundaries: list[Tensor] = []
         recorder = traces.active.recorder
         for i, p in enumerate(parameters):
             reverse = self.bidirectional and i % 2 == 1
@@ -212,7 +226,7 @@ class MRUBase(UnitParameters):
             gates = self._project(x, p)
             if recorder is not None:
                 scan = recorder.scan_of(self, i, x.transpose(0, 1) if time_first else x, p)
-            h, final = scan(
+            h, *states = scan(
                 gates.transpose(0, 1) if time_first else gates,
                 self._initial_state(None if hx is None else hx[len(finals)], sequences, p),
                 reverse=reverse,
@@ -220,10 +234,13 @@ class MRUBase(UnitParameters):
                 chunk_size=self.chunk_size,
                 **self._vectors(p),
                 **self._resets(resets, reverse, p),
+                **({"return_boundaries": True} if boundaries else {}),
             )
             outputs.append(self._output(h.transpose(0, 1) if time_first else h, x, p))
-            finals.append(final)
-        return _concatenated(outputs), finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+            finals.append(states[0])
+            of_boundaries += states[1:]
+        h_n = finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+        return (_concatenated(outputs), h_n, *((torch.stack(of_boundaries),) if boundaries else ()))
 
     def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """All gates of one scan, `[*, gates * D]`, from one matrix product."""

@@ -135,7 +135,8 @@ class BMRU(WriteOrHold, names=("bmru",)):
         device, dtype: of the parameters; float32, float64, bfloat16 or float16.
 
     Call:
-        `output, h_n = module(input, hx=None, resets=None)`
+        `output, h_n = module(input, hx=None, resets=None)`, and `output, h_n, boundaries = module(...,
+        return_boundaries=True)`
 
         input: `[B, T, input_size]`, or `[T, B, input_size]` without `batch_first`; `[T, input_size]` without a batch;
             or a `PackedSequence`. It has the module's dtype, except under autocast.
@@ -146,6 +147,8 @@ class BMRU(WriteOrHold, names=("bmru",)):
             step every state becomes the learned initial state, or zero. The second direction starts anew before the
             last step of the episode before. Not with a `PackedSequence`.
         output: h of the last layer, `[B, T, directions * D]`, with the dimensions in the order of the input's.
+        boundaries: the states after every `chunk_size` steps in the order of each scan, before a reset there,
+            `[num_layers * directions, B, floor((T - 1) / chunk_size), D]`. Not with a `PackedSequence`.
         h_n: final states, with the shape of `hx`. These are the raw states s, without alpha, so that a call with
             `hx=h_n` continues the scan. float64 for a float64 input, else float32.
 
