@@ -182,8 +182,61 @@ class Cell:
     def _adjoint(self, tensors, scalars, G, s_0, F, term):  # noqa: N803 as in the equations
         """`adjoint` of one batch of sequences in scan order: ([h, a gradient an input], [s_T, ds_0])."""
         x = {**tensors, **scalars}
-        batch = G.shape[0]
-        exact = [g.expand_as(G) for g in self.gates(**x)]
+        gates, s_before, s, s_last, h, slope = self._scan(x, scalars, G, s_0, term)
+        G, from_right, lambdas = term(G), term(F), []  # noqa: N806
+        decay = self.decay(*gates, **scalars)
+        for a_t, g_t in zip(reversed(decay.unbind(1)), reversed((slope.conj() * G).unbind(1)), strict=True):
+            lambdas.append(g_t + from_right)
+            from_right = a_t.conj() * lambdas[-1]
+        lambda_ = torch.stack(lambdas[::-1], 1) if lambdas else torch.empty_like(G)
+        grads = self.gradients(Steps(gates, s_before, s, lambda_, G), term, **x)
+        return [h, *(grads[name] for name in tensors)], [s_last, from_right]
+
+    @torch.no_grad()
+    def tangent(
+        self,
+        *,
+        tangents: dict[str, Tensor],
+        initial_state: Tensor | None = None,
+        reverse: bool = False,
+        cu_seqlens: Tensor | None = None,
+        term: Term = itself,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The tangents of h and of the final state, without autograd, in float64; or the terms that they add up.
+
+        A step's derivatives are those of `gradients`, which are linear in lambda and G.
+
+        Args:
+            tangents: of the tensors given, by name; zeros where absent.
+            initial_state, reverse, cu_seqlens, term, arguments: as for `adjoint`.
+        """
+        x, s_0, shape = self._arguments({**arguments, "initial_state": initial_state}, cu_seqlens, torch.float64)
+        tensors, scalars = self._split(x)
+        like = torch.ones(shape, dtype=s_0.dtype)
+        streams = [like if t is None else t.expand(shape) for t in tensors.values()]
+        changes = [like * tangents[name].to(s_0.dtype) if name in tangents else 0 * like for name in tensors]
+        ds_0 = tangents["initial_state"].to(s_0.dtype) if "initial_state" in tangents else torch.zeros_like(s_0)
+
+        def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            values, dx = streams[: len(tensors)], [term(t) for t in streams[len(tensors) :]]
+            x = {**dict(zip(tensors, values, strict=True)), **scalars}
+            gates, s_before, s, _, _, slope = self._scan(x, scalars, values[0], states[0], term)
+            ones, zeros = torch.ones_like(s), torch.zeros_like(s)
+            of_state = self.gradients(Steps(gates, s_before, s, ones, zeros), term, **x)
+            of_output = self.gradients(Steps(gates, s_before, s, zeros, ones), term, **x)
+            source = sum(of_state[name].conj() * t for name, t in zip(tensors, dx, strict=True))
+            decay = self.decay(*gates, **scalars)
+            ds, d_last = scan(lambda ds, a, b: a * ds + b, [decay, source], term(states[1]))
+            return [slope * ds + sum(of_output[n].conj() * t for n, t in zip(tensors, dx, strict=True))], [d_last]
+
+        (dh,), (d_final,) = over_sequences(one, [*streams, *changes], [s_0, ds_0], reverse, cu_seqlens)
+        return dh, d_final
+
+    def _scan(self, x, scalars, like, s_0, term):
+        """Of one batch of sequences in scan order, terms or values: gates, s before and after each step, s_T, h, dh/ds."""
+        batch = like.shape[0]
+        exact = [g.expand_as(like) for g in self.gates(**x)]
         # The states, and below them in the same batch the sums of their terms.
         both, final = scan(
             lambda s, *row: self.step(s, *row, **scalars),
@@ -195,16 +248,7 @@ class Cell:
         h, slope = self.output(value, **x), term(self.slope(value, **x))
         if term is not itself:
             h = term(h) + slope * (s - term(value))
-
-        gates = tuple(term(g) for g in exact)
-        G, from_right, lambdas = term(G), term(F), []  # noqa: N806
-        decay = self.decay(*gates, **scalars)
-        for a_t, g_t in zip(reversed(decay.unbind(1)), reversed((slope.conj() * G).unbind(1)), strict=True):
-            lambdas.append(g_t + from_right)
-            from_right = a_t.conj() * lambdas[-1]
-        lambda_ = torch.stack(lambdas[::-1], 1) if lambdas else torch.empty_like(G)
-        grads = self.gradients(Steps(gates, s_before, s, lambda_, G), term, **x)
-        return [h, *(grads[name] for name in tensors)], [s_last, from_right]
+        return tuple(term(g) for g in exact), s_before, s, s_last, h, slope
 
     def _arguments(
         self, given: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype

@@ -9,13 +9,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .. import torch_private as private
 from ..backends.surrogate import surrogate
 
 Inputs = Sequence[Tensor | None]
 
 
 class _UnitStep(torch.autograd.Function):
-    """The unit step H(x - y), 1 for a tie, with the surrogate derivative in the backward pass."""
+    """The unit step H(x - y), 1 for a tie, with the surrogate derivative in gradients and tangents."""
 
     generate_vmap_rule = True
 
@@ -27,17 +28,26 @@ class _UnitStep(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, y, ctx.scale = inputs
         ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
 
     @staticmethod
     def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        bend, tie, gain = surrogate(ctx.scale, grad.dtype)
-        grad = grad * gain / (((x - y) * bend).square() + tie)
+        grad = _times_slope(grad, *ctx.saved_tensors, ctx.scale)
         return grad, -grad, None
+
+    @staticmethod
+    def jvp(ctx, dx, dy, _):
+        with private.enable_forward_gradients(True):
+            return _times_slope(dx - dy, *private.primals(ctx), ctx.scale)
+
+
+def _times_slope(t: Tensor, x: Tensor, y: Tensor, scale: float) -> Tensor:
+    bend, tie, gain = surrogate(scale, t.dtype)
+    return t * gain / (((x - y) * bend).square() + tie)
 
 
 class _Select(torch.autograd.Function):
-    """`z one + (1 - z) zero` for z in {0, 1}, computed by a select, with the gradients of the formula."""
+    """`z one + (1 - z) zero` for z in {0, 1}, computed by a select, with the derivatives of the formula."""
 
     generate_vmap_rule = True
 
@@ -48,11 +58,18 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         z, one, zero = ctx.saved_tensors
         return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
+
+    @staticmethod
+    def jvp(ctx, dz, d_one, d_zero):
+        with private.enable_forward_gradients(True):
+            z, one, zero = private.primals(ctx)
+            return dz * (one - zero) + torch.where(z == 1, d_one, d_zero)
 
 
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:
