@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class _UnitStep(torch.autograd.Function):
         grad = _times_slope(grad, *ctx.saved_tensors, ctx.scale)
         return grad, -grad, None
 
+
+class _UnitStepWithTangent(_UnitStep):
     @staticmethod
     def jvp(ctx, dx, dy, _):
         with private.enable_forward_gradients(True):
@@ -65,6 +68,8 @@ class _Select(torch.autograd.Function):
         z, one, zero = ctx.saved_tensors
         return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
 
+
+class _SelectWithTangent(_Select):
     @staticmethod
     def jvp(ctx, dz, d_one, d_zero):
         with private.enable_forward_gradients(True):
@@ -72,9 +77,14 @@ class _Select(torch.autograd.Function):
             return dz * (one - zero) + torch.where(z == 1, d_one, d_zero)
 
 
+def _function(compiled: Any, eager: Any) -> Any:
+    """One of two Functions: torch.compile refuses those that have a jvp."""
+    return compiled if torch.compiler.is_compiling() else eager
+
+
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """1 where x >= y, else 0. `scale` is that of the surrogate derivative."""
-    return _UnitStep.apply(x, y, scale)
+    return _function(_UnitStep, _UnitStepWithTangent).apply(x, y, scale)
 
 
 def sign(x: Tensor, scale: float) -> Tensor:
@@ -98,7 +108,7 @@ def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     """The state after a step, `[B, D]`, from its gate and value, the state before, and the scalars."""
     z, v = gates
-    return _Select.apply(z, v + _kept(s, p[0]), s)
+    return _function(_Select, _SelectWithTangent).apply(z, v + _kept(s, p[0]), s)
 
 
 def output(x: Inputs, s: Tensor) -> Tensor:
