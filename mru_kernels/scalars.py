@@ -93,10 +93,9 @@ class Scalar:
         if value.dim() != 0 or value.device.type != "cpu" or not value.is_floating_point():
             came = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
             raise ValueError(f"{self.name}: expected a float or a 0-dim floating CPU tensor, got {came}")
-        if value.requires_grad:
-            raise ValueError(
-                f"{self.name}: expected a schedule, not a trained parameter; got a tensor that requires grad"
-            )
+        if value.requires_grad or (not torch.compiler.is_compiling() and private.has_tangent(value)):
+            has = "requires grad" if value.requires_grad else "has a tangent"
+            raise ValueError(f"{self.name}: expected a schedule, not a trained parameter; got a tensor that {has}")
 
 
 #: The share of the old state that a write keeps.

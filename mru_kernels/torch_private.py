@@ -32,13 +32,16 @@ __all__ = [
     "enable_forward_gradients",
     "enable_single_level_autograd_function",
     "has_kernel",
+    "has_tangent",
     "in_forward_mode",
     "is_batched",
     "is_fake",
     "is_legacy_batched",
     "is_tracing",
     "is_wrapped",
+    "may_have_tangents",
     "modes_active",
+    "primals",
     "remove_batch_dim",
     "scan_op",
     "transforms_active",
@@ -78,6 +81,24 @@ enable_forward_gradients = forward_ad._set_fwd_grad_enabled
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is entered."""
     return forward_ad._current_level >= 0
+
+
+def may_have_tangents() -> bool:
+    """Whether forward mode may be on. Code that is being compiled enters it below Python, where nothing tells."""
+    return in_forward_mode() or transforms_active() or modes_active() > 0
+
+
+def has_tangent(t: torch.Tensor) -> bool:
+    """Whether `t` has a tangent at the current level of forward-mode differentiation."""
+    return in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None
+
+
+def primals(ctx) -> list[torch.Tensor | None]:
+    """The tensors that the jvp of a Function was given by `save_for_forward`, without their tangents.
+
+    Torch turns forward mode off in a jvp, also for the levels around this one. With these tensors it may be on.
+    """
+    return [None if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
 
 
 def assume_constant_result(function: Callable) -> Callable:

@@ -55,6 +55,15 @@ def _resets(
     return mask.unsqueeze(-1), state
 
 
+def _boundaries(s: Tensor, reverse: bool, cu_seqlens: Tensor | None, every: int) -> Tensor:
+    """The states `[B, floor((T - 1) / every), D]` after every `every` steps of a sequence, from all states."""
+    time = s.shape[1]
+    rows = [torch.zeros_like(s[:, 0]) for _ in range(max(time - 1, 0) // every)]
+    for row, t in positions(time, reverse, cu_seqlens, every):
+        rows[row] = s[:, t]
+    return torch.stack(rows, 1) if rows else s[:, :0]
+
+
 @dataclass(frozen=True)
 class Cell:
     """A cell: `s_t = step(s_{t-1}, gates_t)`, `h_t = output(s_t)`.
@@ -156,12 +165,7 @@ class Cell:
         over_time = [name for name, t in tensors_.items() if t is not None and t.shape == shape]
         streams = [*(tensors_[name] for name in over_time), mask]
         (h, s), (final_state,) = over_sequences(one, streams, [initial_state, reset_state], reverse, cu_seqlens)
-        if not return_boundaries:
-            return h, final_state
-        rows = [torch.zeros_like(s[:, 0]) for _ in range(max(shape[1] - 1, 0) // chunk_size)]
-        for row, t in positions(shape[1], reverse, cu_seqlens, chunk_size):
-            rows[row] = s[:, t]
-        return h, final_state, torch.stack(rows, 1) if rows else s[:, :0]
+        return (h, final_state, *((_boundaries(s, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
 
     @torch.no_grad()
     def adjoint(
@@ -219,9 +223,7 @@ class Cell:
         (h, s, *grads), (final_state, ds_0, d_reset) = results, states
         found = {"h": h, "final_state": final_state}
         if return_boundaries:
-            found["boundaries"] = torch.zeros_like(s[:, : max(shape[1] - 1, 0) // chunk_size])
-            for row, t in at:
-                found["boundaries"][:, row] = s[:, t]
+            found["boundaries"] = _boundaries(s, reverse, cu_seqlens, chunk_size)
         for name, grad in zip(tensors, grads, strict=True):
             if name in given:
                 found[name] = grad.sum((0, 1)) if given[name].dim() == 1 else grad
@@ -231,23 +233,7 @@ class Cell:
     def _adjoint(self, tensors, scalars, mask, joins, G, s_0, s_reset, F, term):  # noqa: N803 as in the equations
         """`adjoint` of one batch of sequences in scan order: ([h, s, a gradient an input], [s_T, ds_0, ds_reset])."""
         x = {**tensors, **scalars}
-        batch = G.shape[0]
-        exact = [g.expand_as(G) for g in self.gates(**x)]
-        # The states, and below them in the same batch the sums of their terms.
-        after_reset = torch.cat([s_reset, term(s_reset)])
-        both, final = scan(
-            lambda s, reset, *row: self.step(torch.where(reset, after_reset, s), *row, **scalars),
-            [torch.cat([mask, mask]), *(torch.cat([g, term(g)]) for g in exact)],
-            torch.cat([s_0, term(s_0)]),
-        )
-        value, s, s_0, s_last = both[:batch], term(both[batch:]), term(s_0), term(final[len(s_0) :])
-        s_before = torch.cat([s_0.unsqueeze(1), s], 1)[:, :-1] if s.shape[1] else s
-        s_before = torch.where(mask, term(s_reset).unsqueeze(1), s_before)
-        h, slope = self.output(value, **x), term(self.slope(value, **x))
-        if term is not itself:
-            h = term(h) + slope * (s - term(value))
-
-        gates = tuple(term(g) for g in exact)
+        gates, s_before, s, s_last, h, slope = self._scan(x, scalars, mask, G, s_0, s_reset, term)
         G, from_right, lambdas = term(G), term(F), []  # noqa: N806
         of_reset = torch.zeros_like(from_right)
         decay = self.decay(*gates, **scalars)
@@ -261,6 +247,82 @@ class Cell:
         lambda_ = torch.stack(lambdas[::-1], 1) if lambdas else torch.empty_like(G)
         grads = self.gradients(Steps(gates, s_before, s, lambda_, G), term, **x)
         return [h, s, *(grads[name] for name in tensors)], [s_last, from_right, of_reset]
+
+    @torch.no_grad()
+    def tangent(
+        self,
+        *,
+        tangents: dict[str, Tensor],
+        initial_state: Tensor | None = None,
+        reverse: bool = False,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        chunk_size: int = 64,
+        return_boundaries: bool = False,
+        term: Term = itself,
+        **arguments: Any,
+    ) -> tuple[Tensor, ...]:
+        """The tangents of the results of a call, without autograd, in float64; or the terms that they add up.
+
+        A step's derivatives are those of `gradients`, which are linear in lambda and G.
+
+        Args:
+            tangents: of the tensors given, by name; zeros where absent.
+            initial_state, reverse, cu_seqlens, resets, reset_state, chunk_size, return_boundaries, term, arguments: as
+                for `adjoint`.
+        """
+        x, s_0, shape = self._arguments({**arguments, "initial_state": initial_state}, cu_seqlens, torch.float64)
+        tensors, scalars = self._split(x)
+        like = torch.ones(shape, dtype=s_0.dtype)
+        streams = [like if t is None else t.expand(shape) for t in tensors.values()]
+        changes = [like * tangents[name].to(s_0.dtype) if name in tangents else 0 * like for name in tensors]
+        mask, s_reset = _resets(resets, reset_state, s_0, shape)
+        of_states = [
+            tangents.get(name, torch.zeros_like(s_0)).to(s_0.dtype) for name in ("initial_state", "reset_state")
+        ]
+
+        def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            *streams, mask = streams
+            s_0, s_reset, ds_0, ds_reset = states
+            values, dx = streams[: len(tensors)], [term(t) for t in streams[len(tensors) :]]
+            x = {**dict(zip(tensors, values, strict=True)), **scalars}
+            gates, s_before, s, _, _, slope = self._scan(x, scalars, mask, values[0], s_0, s_reset, term)
+            ones, zeros = torch.ones_like(s), torch.zeros_like(s)
+            of_state = self.gradients(Steps(gates, s_before, s, ones, zeros), term, **x)
+            of_output = self.gradients(Steps(gates, s_before, s, zeros, ones), term, **x)
+            source = sum(of_state[name].conj() * t for name, t in zip(tensors, dx, strict=True))
+            decay = self.decay(*gates, **scalars)
+            after_reset = term(ds_reset)
+            ds, d_last = scan(
+                lambda ds, reset, a, b: a * torch.where(reset, after_reset, ds) + b, [mask, decay, source], term(ds_0)
+            )
+            dh = slope * ds + sum(of_output[n].conj() * t for n, t in zip(tensors, dx, strict=True))
+            return [dh, ds], [d_last]
+
+        (dh, ds), (d_final,) = over_sequences(
+            one, [*streams, *changes, mask], [s_0, s_reset, *of_states], reverse, cu_seqlens
+        )
+        return (dh, d_final, *((_boundaries(ds, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
+
+    def _scan(self, x, scalars, mask, like, s_0, s_reset, term):
+        """Of one batch of sequences in scan order: gates, s before and after each step, s_T, h, dh/ds, or their terms."""
+        batch = like.shape[0]
+        exact = [g.expand_as(like) for g in self.gates(**x)]
+        # The states, and below them in the same batch the sums of their terms.
+        after_reset = torch.cat([s_reset, term(s_reset)])
+        both, final = scan(
+            lambda s, reset, *row: self.step(torch.where(reset, after_reset, s), *row, **scalars),
+            [torch.cat([mask, mask]), *(torch.cat([g, term(g)]) for g in exact)],
+            torch.cat([s_0, term(s_0)]),
+        )
+        value, s, s_0, s_last = both[:batch], term(both[batch:]), term(s_0), term(final[len(s_0) :])
+        s_before = torch.cat([s_0.unsqueeze(1), s], 1)[:, :-1] if s.shape[1] else s
+        s_before = torch.where(mask, term(s_reset).unsqueeze(1), s_before)
+        h, slope = self.output(value, **x), term(self.slope(value, **x))
+        if term is not itself:
+            h = term(h) + slope * (s - term(value))
+        return tuple(term(g) for g in exact), s_before, s, s_last, h, slope
 
     def _arguments(
         self, given: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype

@@ -166,6 +166,31 @@ def test_the_gradient_of_many_resets_is_summed_precisely(backend, device, steps)
     torch.testing.assert_close(grad.cpu().double(), torch.full((2,), expected).double(), rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("batch", [2, "packed"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_second_derivatives_with_resets(backend, device, dtype, batch, reverse):
+    options = {"time": 9, "channels": 2, "initial_state": "real", "resets": "to a state", "parameters": "as streams"}
+    call = inputs.case("linear_recurrence", dtype, seed=4, batch=batch, reverse=reverse, **options).build().to(device)
+    call.settings["resets"][:, [0, 4, 8]] = torch.tensor([True, True, False], device=device)
+    tensors = [t.detach().to(dtype).requires_grad_() for t in call.tensors.values()]
+
+    def op(*tensors):
+        named = dict(zip(call.tensors, tensors, strict=True))
+        return op_of("linear_recurrence", backend)(**named, **call.settings)
+
+    assert torch.autograd.gradcheck(op, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(op, tensors)
+
+
+def test_a_second_derivative_through_boundaries_is_refused_by_name(backend, device):
+    x = torch.rand(1, 70, 2, device=device, dtype=torch.float64, requires_grad=True)
+    *_, boundaries = mk.linear_recurrence(x, x, return_boundaries=True, backend=backend)
+    (grad,) = torch.autograd.grad(boundaries.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative through boundary states"):
+        grad.sum().backward()
+
+
 # ---------------------------------------------------------------------------------------------- boundaries
 
 

@@ -211,6 +211,11 @@ class _WithDenseGradient(torch.autograd.Function):
     def backward(ctx, grad):
         return _laid_out(grad, ctx.time_major), None
 
+    @staticmethod
+    def jvp(ctx, dt, _):
+        with private.enable_forward_gradients(True):  # see private.primals
+            return dt.view_as(dt)
+
 
 class _WithZeroGradient(torch.autograd.Function):
     """A copy of the final state, in whose gradient all inputs of `h` are zeros: alpha changes h only."""
@@ -229,10 +234,15 @@ class _WithZeroGradient(torch.autograd.Function):
     def backward(ctx, grad):
         return grad, grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
 
+    @staticmethod
+    def jvp(ctx, d_final, _):
+        with private.enable_forward_gradients(True):
+            return d_final.clone()
+
 
 def _with_dense_gradient(t: Tensor) -> Tensor:
     """The stream `[B, T, D]` or state `t`, with a gradient in the layout that `dense_like` gives."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (t.requires_grad or private.transforms_active()):
         return t
     if t.is_conj() or t.is_neg():
         t = t.resolve_conj().resolve_neg()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import torch_private as private
 from ..backends.surrogate import surrogate
 
 Inputs = Sequence[Tensor | None]
 
 
 class _UnitStep(torch.autograd.Function):
-    """The unit step H(x - y), 1 for a tie, with the surrogate derivative in the backward pass."""
+    """The unit step H(x - y), 1 for a tie, with the surrogate derivative in gradients and tangents."""
 
     generate_vmap_rule = True
 
@@ -27,17 +29,28 @@ class _UnitStep(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, y, ctx.scale = inputs
         ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
 
     @staticmethod
     def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        bend, tie, gain = surrogate(ctx.scale, grad.dtype)
-        grad = grad * gain / (((x - y) * bend).square() + tie)
+        grad = _times_slope(grad, *ctx.saved_tensors, ctx.scale)
         return grad, -grad, None
 
 
+class _UnitStepWithTangent(_UnitStep):
+    @staticmethod
+    def jvp(ctx, dx, dy, _):
+        with private.enable_forward_gradients(True):
+            return _times_slope(dx - dy, *private.primals(ctx), ctx.scale)
+
+
+def _times_slope(t: Tensor, x: Tensor, y: Tensor, scale: float) -> Tensor:
+    bend, tie, gain = surrogate(scale, t.dtype)
+    return t * gain / (((x - y) * bend).square() + tie)
+
+
 class _Select(torch.autograd.Function):
-    """`z one + (1 - z) zero` for z in {0, 1}, computed by a select, with the gradients of the formula."""
+    """`z one + (1 - z) zero` for z in {0, 1}, computed by a select, with the derivatives of the formula."""
 
     generate_vmap_rule = True
 
@@ -48,6 +61,7 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -55,9 +69,22 @@ class _Select(torch.autograd.Function):
         return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
 
 
+class _SelectWithTangent(_Select):
+    @staticmethod
+    def jvp(ctx, dz, d_one, d_zero):
+        with private.enable_forward_gradients(True):
+            z, one, zero = private.primals(ctx)
+            return dz * (one - zero) + torch.where(z == 1, d_one, d_zero)
+
+
+def _function(compiled: Any, eager: Any) -> Any:
+    """One of two Functions: torch.compile refuses those that have a jvp."""
+    return compiled if torch.compiler.is_compiling() else eager
+
+
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """1 where x >= y, else 0. `scale` is that of the surrogate derivative."""
-    return _UnitStep.apply(x, y, scale)
+    return _function(_UnitStep, _UnitStepWithTangent).apply(x, y, scale)
 
 
 def sign(x: Tensor, scale: float) -> Tensor:
@@ -81,7 +108,7 @@ def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     """The state after a step, `[B, D]`, from its gate and value, the state before, and the scalars."""
     z, v = gates
-    return _Select.apply(z, v + _kept(s, p[0]), s)
+    return _function(_Select, _SelectWithTangent).apply(z, v + _kept(s, p[0]), s)
 
 
 def output(x: Inputs, s: Tensor) -> Tensor:

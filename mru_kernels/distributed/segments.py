@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
+from .. import torch_private as private
 from .ranks import CollectiveCall, Ranks
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -30,6 +31,8 @@ def scan_over_ranks(
         cu_seqlens: `[N + 1]`, offsets in the whole sequence.
     """
     tensors = inputs if initial_state is None else [*inputs, initial_state]
+    if any(map(private.has_tangent, tensors)):
+        raise NotImplementedError("sequence_parallel: there is no forward-mode derivative (jvp, jacfwd, hessian)")
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     with torch.no_grad():  # a scan of 0 steps checks the arguments and gives the state dtype
         no_steps = [t[:, :0] if t.dim() == 3 else t for t in inputs]

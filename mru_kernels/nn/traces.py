@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import torch_private as private
+
 if TYPE_CHECKING:
     from .base import MRUBase
 
@@ -86,6 +88,8 @@ class Recorder:
         self._scans += 1  # before the scan, because checkpointing may run it again within its gradient
         if torch.is_grad_enabled() != self._differentiated:
             raise RuntimeError(f"module: expected one grad mode for a whole call, got both; {_NO_REPEAT}")
+        if any(private.has_tangent(t) for t in (gates, state, *vectors.values()) if t is not None):
+            raise NotImplementedError("traces: there is no forward-mode derivative (jvp, jacfwd, hessian)")
         dtype, batch = unit._state_dtypes(gates.dtype)[-1], gates.shape[0]
         past = depends_on(unit, p, vectors)
         names = {name: full_name(self._paths[unit], name, layer) for name in past}

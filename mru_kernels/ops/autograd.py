@@ -1,4 +1,4 @@
-"""Derivatives of the ops: a first derivative in reverse mode; every other one raises."""
+"""Autograd of the ops: gradients and tangents; a second derivative of the linear recurrence. Others raise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import torch_private as private
 from ..checks import state_dtype
+from .batching import BACKWARD_NAMES, FORWARD_NAMES
+from .derivatives import LINEAR, tangent, tangent_of_gradient
 from .layout import allocate_backward, first_stream, sequences_of
 from .spec import Cell
 
@@ -28,14 +30,17 @@ def differentiable(cell: Cell, backend: str):
     return autograd_kernel
 
 
-def once_differentiable(cell: Cell, backend: str):
+def gradient(cell: Cell, backend: str):
     """The backward op's kernel for autograd."""
 
     def autograd_kernel(*arguments):
         grad_h, grad_final, grad_checkpoints, *rest = arguments
         inputs = (grad_h, grad_final, grad_checkpoints, *differentiable_inputs(cell, rest))
         if _is_differentiated(*inputs):
-            reason = _no_other_derivative(cell)
+            if cell.name == LINEAR and grad_checkpoints is None:
+                return list(_apply(Gradient, cell, backend, arguments, grad_h, grad_final, *inputs[3:]))
+            of = "through boundary states" if cell.name == LINEAR else "(gradient of a gradient, hessian)"
+            reason = f"mru::{cell.name}: there is no second derivative {of}"
             return list(_apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
         with private.BelowAutograd():
             return cell.backward[backend](*arguments)
@@ -70,7 +75,7 @@ def requires_grad(tensors) -> bool:
 
 
 def _is_differentiated(*inputs: Tensor | None) -> bool:
-    return (torch.is_grad_enabled() and requires_grad(inputs)) or private.in_forward_mode()
+    return (torch.is_grad_enabled() and requires_grad(inputs)) or private.may_have_tangents()
 
 
 def _apply(function: type[torch.autograd.Function], *arguments):
@@ -109,7 +114,10 @@ class Scan(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # autograd would fill zeros for checkpoints that are no results
         tensors, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, *rest, _save = arguments
         scheduled = tensors[len(tensors) - len(cell.scheduled) :]
-        ctx.save_for_backward(*inputs, *scheduled, cu_seqlens, resets, *saved)
+        kept = (*inputs, *scheduled, cu_seqlens, resets, *saved)
+        ctx.save_for_backward(*kept)
+        if private.may_have_tangents():
+            ctx.save_for_forward(*kept)
         ctx.call = (cell, backend, len(tensors), initial_state is not None, reset_state is not None)
         ctx.constants = (given, packed, numbers)
         ctx.rest = rest
@@ -117,14 +125,9 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h, grad_final, grad_checkpoints=None, *_):
-        cell, backend, count, has_initial, has_reset = ctx.call
-        of_arrays = count - len(cell.scheduled)
-        tensors = list(ctx.saved_tensors)
-        initial_state = tensors.pop(of_arrays) if has_initial else None
-        reset_state = tensors.pop(of_arrays) if has_reset else None
-        inputs, (cu_seqlens, resets, *saved) = tensors[:count], tensors[count:]
-        call = (inputs, *ctx.constants, initial_state, cu_seqlens, resets, reset_state, *ctx.rest)
-        _given, packed, _numbers = ctx.constants
+        cell, backend, *_ = ctx.call
+        call, saved = _call_and_saved(ctx, ctx.saved_tensors)
+        inputs, _given, packed, _numbers, initial_state, cu_seqlens, _resets, reset_state, *_ = call
         if grad_h is None or grad_final is None:
             first = first_stream(inputs, packed)
             if grad_h is None:
@@ -140,8 +143,63 @@ class Scan(torch.autograd.Function):
         return None, None, None, *grads
 
     @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_no_other_derivative(ctx.call[0]))
+    def jvp(ctx, _cell, _backend, _arguments, *tangents):
+        cell, backend, *_ = ctx.call
+        with private.enable_forward_gradients(True):
+            call, saved = _call_and_saved(ctx, private.primals(ctx))
+            named = dict(zip(FORWARD_NAMES, (*call, len(saved) > 0), strict=True))
+            h, final, *checkpoints = tangent(cell, backend, named, tangents)
+        return h.to(call[0][0].dtype), final, *checkpoints, *[None] * (len(saved) - len(checkpoints))
+
+
+def _call_and_saved(ctx, tensors) -> tuple[tuple, list[Tensor]]:
+    """The arguments of the forward op without `save`, and what the op saved, from the context of `Scan`."""
+    cell, _backend, count, has_initial, has_reset = ctx.call
+    tensors, of_arrays = list(tensors), count - len(cell.scheduled)
+    initial_state = tensors.pop(of_arrays) if has_initial else None
+    reset_state = tensors.pop(of_arrays) if has_reset else None
+    inputs, (cu_seqlens, resets, *saved) = tensors[:count], tensors[count:]
+    return (inputs, *ctx.constants, initial_state, cu_seqlens, resets, reset_state, *ctx.rest), saved
+
+
+class Gradient(torch.autograd.Function):
+    """`mru::linear_recurrence_backward` below autograd. Its derivatives are made of scans."""
+
+    @staticmethod
+    def forward(ctx, cell, backend, arguments, *inputs):
+        ctx.set_materialize_grads(False)
+        names = dict(zip(BACKWARD_NAMES, arguments, strict=True))
+        kept = (*inputs, names["cu_seqlens"], names["resets"])
+        ctx.save_for_backward(*kept)
+        if private.may_have_tangents():
+            ctx.save_for_forward(*kept)
+        ctx.cell, ctx.backend = cell, backend
+        ctx.states = [name for name in ("initial_state", "reset_state") if names[name] is not None]
+        ctx.constants = {name: t for name, t in names.items() if not isinstance(t, (Tensor, list))}
+        return tuple(_below_autograd(cell.backward[backend], arguments))
+
+    @staticmethod
+    def _call(ctx, tensors):
+        """grad_h and grad_final, and the arguments of the forward op by name."""
+        grad_h, grad_final, *inputs, cu_seqlens, resets = tensors
+        states = {name: inputs.pop() for name in reversed(ctx.states)}
+        call = ctx.constants | {"inputs": inputs, "numbers": [], "initial_state": None, "reset_state": None} | states
+        call |= {"cu_seqlens": cu_seqlens, "resets": resets, "save": False}
+        return (grad_h, grad_final), {name: call[name] for name in FORWARD_NAMES}
+
+    @staticmethod
+    def backward(ctx, *tangents):
+        # The gradient of h is linear in the tangent of h, and the second derivatives of a loss are symmetric.
+        grads, call = Gradient._call(ctx, ctx.saved_tensors)
+        of_grads = tangent(ctx.cell, ctx.backend, call, tangents)
+        of_inputs = tangent_of_gradient(ctx.cell, ctx.backend, call, grads, (None, None), tangents)
+        return None, None, None, *(t.to(grad.dtype) for t, grad in zip(of_grads, grads, strict=True)), *of_inputs
+
+    @staticmethod
+    def jvp(ctx, _cell, _backend, _arguments, *tangents):
+        with private.enable_forward_gradients(True):
+            grads, call = Gradient._call(ctx, private.primals(ctx))
+            return tuple(tangent_of_gradient(ctx.cell, ctx.backend, call, grads, tangents[:2], tangents[2:]))
 
 
 class WithoutDerivative(torch.autograd.Function):
@@ -174,13 +232,6 @@ class WithoutDerivative(torch.autograd.Function):
 def raise_no_derivative(grads: list[Tensor], inputs: list[Tensor], reason: str) -> list[Tensor]:
     """The kernel of `mru::no_derivative`. It takes `grads` so that a compiler leaves it in the backward pass."""
     raise NotImplementedError(reason)
-
-
-def _no_other_derivative(cell: Cell) -> str:
-    return (
-        f"mru::{cell.name}: there is a first derivative in reverse mode only, no second derivative and no forward-mode"
-        " derivative (jvp, jacfwd, hessian)"
-    )
 
 
 def raise_as_torch(error: RuntimeError, allocate_results: Callable[..., object], *arguments) -> None:

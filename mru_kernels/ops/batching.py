@@ -74,22 +74,27 @@ def _unfold(size: int, t: Tensor) -> tuple[Tensor, int]:
     return t.unflatten(-1, (size, t.shape[-1] // size)), t.dim() - 1
 
 
-def batch_of_gradients(cell: Cell, op: private.OpOverload):
-    """The backward op under `is_grads_batched=True`, which uses torch's legacy vmap, not that of torch.func."""
-    rule, level = fold_into_channels(cell, op, BACKWARD_NAMES), 1  # torch does not nest this vmap
+def fold_legacy_batch(cell: Cell, op: private.OpOverload, names: tuple[str, ...]):
+    """The op under torch's legacy vmap, which `is_grads_batched=True` and `torch.autograd.functional` use."""
+    rule, level = fold_into_channels(cell, op, names), 1  # torch does not nest this vmap
 
     def kernel(*arguments):
-        in_dims: list[int | list[None] | None] = []
-        plain, size = [], 0
-        for value in arguments:
-            if isinstance(value, Tensor) and private.is_legacy_batched(value):
-                value = private.remove_batch_dim(value, level, size, 0)
-                size = value.shape[0]
-                in_dims.append(0)
-            else:
-                in_dims.append([None] * len(value) if isinstance(value, list) else None)
-            plain.append(value)
-        results, dims = rule(SimpleNamespace(batch_size=size), in_dims, *plain)
-        return [private.add_batch_dim(t, dim, level) for t, dim in zip(results, dims, strict=True)]
+        size = 0
+
+        def plain(value):
+            """The argument without its batch dimension, which comes first; and 0, or None where it has none."""
+            nonlocal size
+            if isinstance(value, list) and value and isinstance(value[0], Tensor):
+                return tuple(map(list, zip(*map(plain, value), strict=True)))
+            if not (isinstance(value, Tensor) and private.is_legacy_batched(value)):
+                return value, None
+            value = private.remove_batch_dim(value, level, size, 0)
+            size = value.shape[0]
+            return value, 0
+
+        values, in_dims = zip(*map(plain, arguments), strict=True)
+        results, dims = rule(SimpleNamespace(batch_size=size), in_dims, *values)
+        first = [t.movedim(dim, 0).contiguous() for t, dim in zip(results, dims, strict=True)]  # as tangents must be
+        return [private.add_batch_dim(t, 0, level) for t in first]
 
     return kernel

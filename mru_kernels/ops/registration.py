@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import state_dtype
-from .autograd import differentiable, not_differentiable, once_differentiable, raise_no_derivative
-from .batching import BACKWARD_NAMES, FORWARD_NAMES, batch_of_gradients, fold_into_channels
+from .autograd import differentiable, gradient, not_differentiable, raise_no_derivative
+from .batching import BACKWARD_NAMES, FORWARD_NAMES, fold_into_channels, fold_legacy_batch
 from .layout import allocate, allocate_backward, check, check_numbers, first_stream, sequences_of
 from .schemas import SCHEMAS
 from .spec import CELLS, Cell
@@ -59,14 +59,13 @@ def _define(cell: Cell, backend: str) -> None:
     of_step = not_differentiable(cell.step[backend], f"mru::{cell.name}_step: {instead} with T = 1")
     of_map = not_differentiable(cell.map[backend], f"mru::{cell.name}_map: {instead}")
     _library.impl(name(""), differentiable(cell, backend), "Autograd")
-    _library.impl(name("_backward"), once_differentiable(cell, backend), "Autograd")
+    _library.impl(name("_backward"), gradient(cell, backend), "Autograd")
     _library.impl(name("_step"), of_step, "Autograd")
     _library.impl(name("_map"), of_map, "Autograd")
-    forward = fold_into_channels(cell, cell.forward[backend], FORWARD_NAMES)
-    backward = fold_into_channels(cell, cell.backward[backend], BACKWARD_NAMES)
-    torch.library.register_vmap(name(""), forward, lib=_library)
-    torch.library.register_vmap(name("_backward"), backward, lib=_library)
-    _library.impl(name("_backward"), batch_of_gradients(cell, cell.backward[backend]), "Batched")
+    for suffix, table, names in (("", cell.forward, FORWARD_NAMES), ("_backward", cell.backward, BACKWARD_NAMES)):
+        op = table[backend]
+        torch.library.register_vmap(name(suffix), fold_into_channels(cell, op, names), lib=_library)
+        _library.impl(name(suffix), fold_legacy_batch(cell, op, names), "Batched")
 
 
 def _register_fakes(cell: Cell, backend: str) -> None:

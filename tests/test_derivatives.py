@@ -1,0 +1,427 @@
+"""Forward mode of every cell, and second derivatives of the linear recurrence."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mru_kernels as mk
+import python_ref
+from bench import errors, inputs
+from mru_kernels import backends
+from mru_kernels.cells.bmru import bmru_packed
+from tests.calls import CELLS, cases, op_of, segments
+from tests.drawn import assert_close, assert_equal, draw
+
+DOUBLE = torch.float64
+
+
+def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tangent for each tensor, normally distributed."""
+    return {name: draw(*t.shape, dtype=t.dtype, seed=7 + i) for i, (name, t) in enumerate(tensors.items())}
+
+
+def small_call(cell: str, dtype: torch.dtype = DOUBLE, last: bool = True, **options) -> inputs.Call:
+    """A call with the last value of each of the cell's factors, or the first."""
+    factors = {name: values[-1 if last else 0] for name, values in inputs.CELLS[cell].factors.items()}
+    options = {"time": 7, "batch": 2, "channels": 3, "initial_state": "real", "parameters": "as streams"} | options
+    return inputs.case(cell, dtype, 1, **factors | options).build()
+
+
+def function(call: inputs.Call, op):
+    """The call as a function of its tensors, and these."""
+    names = list(call.tensors)
+    return lambda *x: op(**dict(zip(names, x, strict=True)), **call.settings), tuple(call.tensors.values())
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "batch": "packed"}, {"initial_state": "none"}], ids=str)
+def test_the_tangent_of_the_reference_is_that_of_its_gradient(cell, options):
+    """It equals the derivative of the gradient by the gradient of h, by autograd."""
+    for dtype in {DOUBLE, torch.complex128} & set(inputs.CELLS[cell].dtypes.values()):
+        call = small_call(cell, dtype, **options)
+        tangents, reference = changes(call.tensors), python_ref.CELLS[cell]
+        op, x = function(call, reference)
+        _, expected = torch.autograd.functional.jvp(op, x, tuple(tangents.values()))
+        got = reference.tangent(**call.tensors, **call.settings, tangents=tangents)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_tangents_equal_the_reference(backend, device, largest, data):
+    """They are within the limit of the dtype, the values are those without a tangent, and gradients are consistent."""
+    steps = data.draw(st.sampled_from([None, 64]))
+    call = data.draw(cases((min(largest[0], 150), min(largest[1], 20)), nonfinite=False)).build()
+    tangents, settings_ = changes(call.tensors), call.to(device).settings
+    with segments(backend, steps):
+        op, x = function(call.to(device), op_of(call.cell, backend))
+        values, results = jvp(op, x, tuple(t.to(device) for t in tangents.values()))
+        assert_equal(list(values), list(op_of(call.cell, backend)(**call.to(device).tensors, **settings_)))
+    reference = python_ref.CELLS[call.cell]
+    expected = reference.tangent(**call.tensors, **call.settings, tangents=tangents)
+    terms = reference.tangent(**call.tensors, **call.settings, tangents=tangents, term=abs)
+    for result, value, wide, of_terms in zip(results, values, expected, terms, strict=True):
+        assert result.dtype == value.dtype
+        verdict = errors.judge(result.cpu(), wide, of_terms.abs())
+        assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("batch", [2, "packed"])
+def test_tangents_and_gradients_are_transposes(backend, device, cell, batch):
+    """<w, J v> equals <J^T w, v>."""
+    for dtype in {DOUBLE, torch.complex128} & set(inputs.CELLS[cell].dtypes.values()):
+        call = small_call(cell, dtype, batch=batch).to(device)
+        op, x = function(call, op_of(cell, backend))
+        v = tuple(t.to(device) for t in changes(call.tensors).values())
+        w = (call.grad_h, call.grad_final)
+        (_, results), (_, pull) = jvp(op, x, v), vjp(op, *x)
+        one, other = (
+            sum((a.conj() * b).sum().real for a, b in zip(*p, strict=True)) for p in ((w, results), (pull(w), v))
+        )
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_tangents_of_packed_gates(backend, device):
+    gates, alpha, state = (draw(*s, dtype=DOUBLE, device=device) for s in ((2, 7, 9), (3,), (2, 3)))
+    changed = [draw(*t.shape, dtype=DOUBLE, seed=1, device=device) for t in (gates, alpha, state)]
+
+    def packed(gates, alpha, state):
+        return bmru_packed(gates, state, alpha=alpha, amplitude=True, epsilon=0.5, backend=backend)
+
+    def apart(gates, alpha, state):
+        c, b, m = gates.chunk(3, -1)
+        return mk.bmru(c, b, state, amplitude=m, alpha=alpha, epsilon=0.5, backend=backend)
+
+    assert_close(*(jvp(op, (gates, alpha, state), tuple(changed))[1] for op in (packed, apart)))
+
+
+def test_inputs_without_a_tangent(backend, device):
+    """A tangent that is absent is zeros."""
+    for cell in CELLS:
+        op, x = function(small_call(cell).to(device), op_of(cell, backend))
+        whole, zeros = jacrev(op, tuple(range(len(x))))(*x), tuple(map(torch.zeros_like, x))
+        for i, t in enumerate(x):
+            v = draw(*t.shape, dtype=DOUBLE, seed=3, device=device)
+            expected = [torch.tensordot(j[i], v, t.dim()) for j in whole]
+            assert_close(jvp(lambda t, i=i: op(*x[:i], t, *x[i + 1 :]), (t,), (v,))[1], expected)
+            assert_close(jvp(op, x, (*zeros[:i], v, *zeros[i + 1 :]))[1], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (2, 4, 0)], ids=str)
+def test_empty_calls(backend, device, shape):
+    for cell in CELLS:
+        batch, time, channels = shape
+        call = small_call(cell, time=time, channels=max(channels, 1)).to(device)
+        call.tensors.update({n: t[..., :channels] for n, t in call.tensors.items()})
+        call.tensors.update({n: t[:batch] for n, t in call.tensors.items() if t.dim() > 1})
+        op, x = function(call, op_of(cell, backend))
+        v = tuple(torch.ones_like(t) for t in x)
+        values, results = jvp(op, x, v)
+        assert [t.shape for t in results] == [t.shape for t in values] == [shape, (batch, channels)]
+        if time == 0:
+            assert torch.equal(results[1], v[-1])
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def recurrence(dtype: torch.dtype, per_channel: bool, packed: bool, reverse: bool, backend: str, device):
+    batch, sequences = (1, 3) if packed else (2, 2)
+    offsets = torch.tensor([0, 2, 2, 4], device=device) if packed else None
+    decay = draw(*((2,) if per_channel else (batch, 4, 2)), dtype=dtype, device=device)
+    update, state = (
+        draw(batch, 4, 2, dtype=dtype, seed=1, device=device),
+        draw(sequences, 2, dtype=dtype, device=device),
+    )
+    op = partial(mk.linear_recurrence, reverse=reverse, cu_seqlens=offsets, backend=backend)
+    return op, [t.requires_grad_() for t in (decay, update, state)]
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    ("per_channel", "packed", "reverse"), [(False, False, False), (True, True, False), (False, True, True)]
+)
+def test_derivatives_of_the_linear_recurrence_by_differences(backend, device, dtype, per_channel, packed, reverse):
+    op, leaves = recurrence(dtype, per_channel, packed, reverse, backend, device)
+    options = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True, **options)
+    assert torch.autograd.gradgradcheck(op, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tangents_of_the_leaky_integrator_by_differences(backend, device, reverse):
+    leaves = [draw(*s, dtype=DOUBLE, device=device).requires_grad_() for s in ((2, 4, 2), (2,), (2, 2))]
+    op = partial(mk.leaky_integrator, reverse=reverse, backend=backend)
+    assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True)
+
+
+def _hessian_products(loss, x: Tensor, v: Tensor):
+    """H v in four ways, and the derivative of v H v."""
+    yield jvp(grad(loss), (x,), (v,))[1]
+    yield grad(lambda x: (grad(loss)(x) * v).sum())(x)
+    yield grad(lambda x: jvp(loss, (x,), (v,))[1])(x)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    yield torch.autograd.grad(first, leaf, v)[0]
+    yield grad(lambda x: jvp(lambda x: jvp(loss, (x,), (v,))[1], (x,), (v,))[1])(x)
+
+
+@pytest.mark.parametrize("make", [mk.MinGRU, mk.MinLSTM, mk.LRU], ids=str)
+def test_second_derivatives_of_modules(backend, device, make):
+    """By inputs and by parameters; autograd through the loop of plain torch gives the same."""
+    torch.manual_seed(0)
+    module = make(3, 4, 2, bidirectional=True, dtype=DOUBLE).to(device)
+    x, v = (draw(2, 6, 3, dtype=DOUBLE, seed=i, device=device) for i in range(2))
+    name = "weight_ih_l0"
+    weight = module.get_parameter(name).detach()
+
+    def of_input(x):
+        output, h_n = module(x)
+        return output.pow(3).sum() + h_n.abs().square().sum()
+
+    def of_weight(weight):
+        return functional_call(module, {name: weight}, (x,))[0].pow(3).sum()
+
+    for loss, point, direction in ((of_input, x, v), (of_weight, weight, draw(*weight.shape, dtype=DOUBLE))):
+        with patch.object(backends, "_CHOSEN", "torch"):
+            expected = list(_hessian_products(loss, point, direction))
+        with patch.object(backends, "_CHOSEN", backend):
+            got = list(_hessian_products(loss, point, direction))
+        assert_close(expected[1:4], expected[:1] * 3)
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_second_derivatives_in_every_dtype(backend, device, dtype):
+    """Those of positive numbers, where nothing cancels, are within the limit."""
+
+    def products(*tensors):
+        op, leaves = partial(mk.linear_recurrence, backend=backend), [t.requires_grad_() for t in tensors]
+        weights = [t.to(r.dtype) for t, r in zip(of_results, op(*leaves), strict=True)]
+        first = torch.autograd.grad(op(*leaves), leaves, weights, create_graph=True)
+        return torch.autograd.grad(first, leaves, [t.to(x.dtype) for t, x in zip(directions, leaves, strict=True)])
+
+    shapes = (3,), (2, 20, 3), (2, 3)
+    x = [draw(*s, dtype=dtype, device=device).abs().clamp(0.1, 0.9).to(dtype) for s in shapes]
+    directions = [draw(*s, dtype=dtype, seed=1, device=device).abs().to(dtype) for s in shapes]
+    of_results = [draw(*s, dtype=dtype, seed=2, device=device).abs().to(dtype) for s in shapes[1:]]
+    for got, expected in zip(products(*x), products(*map(errors.wide, x)), strict=True):
+        assert got.dtype == dtype
+        assert errors.relative_error(got, expected, expected.abs()) <= errors.LIMITS[dtype]
+
+
+# ------------------------------------------------------------------------------------------------ transforms
+
+
+def functions(backend: str, device: torch.device):
+    """A function of `[2, 6, 3]` for each cell, and the name of the cell."""
+    low = draw(3, dtype=DOUBLE, device=device)
+    yield "bmru", lambda x: mk.bmru(x, low, epsilon=0.5, alpha=low, backend=backend)[0]
+    yield "schmitt", lambda x: mk.schmitt(x, low, low + 0.5, backend=backend)[0]
+    yield "leaky_integrator", lambda x: mk.leaky_integrator(x, x.sigmoid(), backend=backend)[0]
+    yield "linear_recurrence", lambda x: mk.linear_recurrence(x.sigmoid(), x, backend=backend)[0]
+
+
+def directional(f, x: Tensor, v: Tensor) -> Tensor:
+    """The derivative along v, from the Jacobian in reverse mode."""
+    return torch.tensordot(jacrev(f)(x), v, v.dim())
+
+
+def _with_tangent(f, x: Tensor, v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+
+
+def _jacobian(f, x: Tensor, v: Tensor) -> Tensor:
+    j = torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode")
+    return torch.tensordot(j, v, v.dim())
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "dual": _with_tangent,
+    "jacfwd": lambda f, x, v: torch.tensordot(jacfwd(f)(x), v, v.dim()),
+    "jacobian": _jacobian,
+    "linearize": lambda f, x, v: linearize(f, x)[1](v),
+    "vmap": lambda f, x, v: vmap(lambda x, v: jvp(f, (x,), (v,))[1])(x[:, None], v[:, None]).squeeze(1),
+    "vmap of tangents": lambda f, x, v: vmap(lambda v: jvp(f, (x,), (v,))[1])(torch.stack([v, v]))[1],
+    "by the tangent": lambda f, x, v: jacrev(lambda v: jvp(f, (x,), (v,))[1].sum())(v) * v,
+}
+
+
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_forward_mode(backend, device, way):
+    x, v = (draw(2, 6, 3, dtype=DOUBLE, seed=i, device=device) for i in range(2))
+    for _, f in functions(backend, device):
+        got, expected = FORWARD_MODE[way](f, x, v), directional(f, x, v)
+        if way == "by the tangent":
+            got, expected = got.sum(), expected.sum()
+        assert_close([got], [expected])
+
+
+def test_forward_mode_of_steps_and_modules(backend, device):
+    x, state, low = draw(4, 3, device=device), draw(4, 3, seed=1, device=device), draw(3, device=device)
+    with patch.object(backends, "_CHOSEN", backend):
+        step = jvp(lambda x, s: mk.bmru_step(x, low, s, epsilon=0.5), (x, state), (state, x))
+        scan = jvp(lambda x, s: mk.bmru(x[:, None], low, s, epsilon=0.5), (x, state), (state, x))
+        assert_equal(*([h.flatten(1), final] for h, final in ((step[1]), (scan[1]))))
+        for make in (mk.BMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.LRU):
+            module = make(3, 4, dtype=DOUBLE).to(device)
+            x, v = (draw(2, 6, 3, dtype=DOUBLE, seed=i, device=device) for i in range(2))
+            assert_close(
+                [jvp(lambda x, m=module: m(x)[0], (x,), (v,))[1]], [directional(lambda x, m=module: m(x)[0], x, v)]
+            )
+
+
+def second_derivatives(f, x: Tensor, v: Tensor):
+    """Ways to second derivatives, as functions."""
+
+    def loss(x):
+        return f(x).square().sum()
+
+    yield lambda: jvp(grad(loss), (x,), (v,))
+    yield lambda: hessian(loss)(x)
+    yield lambda: grad(lambda x: jvp(loss, (x,), (v,))[1])(x)
+    yield lambda: grad(lambda x: grad(loss)(x).sum())(x)
+    yield lambda: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (v,))
+    yield lambda: grad(loss)(x.clone().requires_grad_()).sum().backward()
+    yield lambda: torch.autograd.functional.hvp(loss, x, v)
+    yield lambda: torch.autograd.functional.hessian(loss, x, vectorize=True)
+
+
+def test_other_second_derivatives_are_refused_by_name(backend, device):
+    x, v = (draw(2, 6, 3, dtype=DOUBLE, seed=i, device=device) for i in range(2))
+    for cell, f in functions(backend, device):
+        for way in second_derivatives(f, x, v):
+            if cell == "linear_recurrence":
+                way()
+                continue
+            with pytest.raises(NotImplementedError, match=f"mru::{cell}: there is no second derivative"):
+                way()
+        assert_close([jvp(f, (x,), (v,))[1]], [directional(f, x, v)])  # first derivatives still work
+
+
+def test_hessians(backend, device):
+    x = draw(1, 4, 2, dtype=DOUBLE, device=device)
+
+    def loss(x, backend=backend):
+        return mk.linear_recurrence(x.sigmoid(), x, x[:, 0], backend=backend)[0].pow(3).sum()
+
+    expected = hessian(partial(loss, backend="torch"))(x)
+    assert_close([hessian(loss)(x), jacrev(jacrev(loss))(x), jacfwd(jacfwd(loss))(x)], [expected] * 3)
+    for vectorize in (False, True):
+        assert_close([torch.autograd.functional.hessian(loss, x, vectorize=vectorize)], [expected])
+    mapped = vmap(hessian(loss))(torch.stack([x, 2 * x]))
+    assert_close(mapped, [expected, hessian(partial(loss, backend="torch"))(2 * x)])
+
+
+COMPILED = {
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "dual": _with_tangent,
+    "jacfwd": lambda f, x, v: jacfwd(f)(x),
+    "vmap": lambda f, x, v: vmap(lambda v: jvp(f, (x,), (v,))[1])(torch.stack([x, v])),
+}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled_forward_mode(backend, device, way):
+    x, v = (draw(2, 6, 3, dtype=DOUBLE, seed=i, device=device) for i in range(2))
+    fs = [f for _, f in functions(backend, device)]
+
+    def every(x, v):
+        return [COMPILED[way](f, x, v) for f in fs]
+
+    compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, v), every(x, v))
+
+
+def test_compiled_second_derivatives(backend, device):
+    x, v = (draw(2, 6, 3, dtype=DOUBLE, seed=i, device=device) for i in range(2))
+    *refused, (_, f) = functions(backend, device)
+
+    def loss(x):
+        return f(x).pow(3).sum()
+
+    def products(x, v):
+        return list(_hessian_products(loss, x, v))[:3] + [hessian(loss)(x)]
+
+    compiled = torch.compile(products, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, v), products(x, v))
+    of_bmru = torch.compile(
+        grad(lambda x: grad(lambda x: refused[0][1](x).square().sum())(x).sum()), backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="mru::bmru: there is no second derivative"):
+        of_bmru(x)
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+class Ops(TorchDispatchMode):
+    """The names of the package's ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mru":
+            self.names.append(func._schema.name.removeprefix("mru::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_first_derivative_runs_the_two_kernels_alone(backend, device):
+    """A graph of the gradient changes no bit of it, and its scans run when a second derivative is taken."""
+    op, leaves = recurrence(torch.float32, False, False, False, backend, device)
+    grads = []
+    for create_graph in (False, True):
+        with Ops() as ran:
+            h, _ = op(*leaves)
+            grads.append(torch.autograd.grad(h.sum(), leaves, create_graph=create_graph))
+        assert ran.names == ["linear_recurrence", "linear_recurrence_backward"]
+    assert_equal([t.detach() for t in grads[1]], list(grads[0]))
+    assert grads[1][0].requires_grad
+
+
+def test_tangents_keep_no_tensor_alive(backend, device):
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(t, Tensor) for t in gc.get_objects())
+        for _, f in functions(backend, device):
+            _with_tangent(f, draw(2, 6, 3, dtype=DOUBLE, device=device).requires_grad_(), draw(2, 6, 3, dtype=DOUBLE))
+        del f
+        assert sum(isinstance(t, Tensor) for t in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+def test_an_epsilon_with_a_tangent_is_refused(backend, device):
+    x, epsilon = draw(2, 6, 3, device=device), torch.tensor(0.5)
+    with pytest.raises(ValueError, match="epsilon: expected a schedule, not a trained parameter; got .* has a tangent"):
+        jvp(lambda e: mk.bmru(x, x, epsilon=e, backend=backend)[0], (epsilon,), (epsilon,))
+
+
+def test_traces_and_parallel_scans_refuse_forward_mode(device, group_of_one):
+    x = draw(1, 6, 3, device=device)
+    feed = mk.stream(mk.BMRU(3, 4).to(device), gradient="traces")
+    with pytest.raises(NotImplementedError, match="traces: there is no forward-mode derivative"):
+        jvp(feed, (x,), (x,))
+    scan = mk.distributed.sequence_parallel(mk.bmru)
+    with pytest.raises(NotImplementedError, match="sequence_parallel: there is no forward-mode derivative"):
+        jvp(lambda x: scan(x, x)[0], (x,), (x,))
