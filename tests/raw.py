@@ -11,11 +11,12 @@ from torch import Tensor
 from bench import inputs
 from mru_kernels import backends, ops
 
-#: Argument names in the schemas of a cell's four ops, in order.
+#: Argument names in the schemas of a cell's ops, in order.
 INPUTS = ("inputs", "given", "packed", "numbers")
 FORWARD = (*INPUTS, "initial_state", "cu_seqlens", "reverse", "chunk", "segment", "save")
 BACKWARD = ("grad_h", "grad_final", *FORWARD[:-1], "checkpoints", "events")
-STEP = ("inputs", "given", "numbers", "state")
+STEP = (*INPUTS, "state")
+STEP_SLOTS = (*STEP, "state_indices")
 MAP = (*INPUTS, "cu_seqlens", "reverse", "segment")
 
 DEFAULTS = {"epsilon": 0.0, "surrogate_scale": 1.0}

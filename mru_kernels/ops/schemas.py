@@ -10,6 +10,7 @@ _CALL = f"{_INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, in
 SCHEMAS = {
     "": f"({_CALL}, bool save) -> Tensor[]",
     "_backward": f"(Tensor grad_h, Tensor grad_final, {_CALL}, Tensor? checkpoints, Tensor? events) -> Tensor[]",
-    "_step": "(Tensor[] inputs, int given, float[] numbers, Tensor state) -> (Tensor, Tensor)",
+    "_step": f"({_INPUTS}, Tensor state) -> (Tensor, Tensor)",
+    "_step_slots": f"({_INPUTS}, Tensor(a!) state, Tensor state_indices) -> Tensor",
     "_map": f"({_INPUTS}, Tensor? cu_seqlens, bool reverse, int segment) -> (Tensor, Tensor)",
 }
