@@ -61,6 +61,11 @@ struct Scan {
   const bool* resets = nullptr;       // [B, T], contiguous, or null: none
   const void* reset_state = nullptr;  // [sequences, D] state dtype, or null: zeros
 
+  // A step on states in slots: sequence n has row slots[n] of `initial` and `final_state`, one tensor [slot_count, D]. If
+  // the row is not in [0, slot_count), the sequence is skipped: its h is 0. Null: sequence n has row n.
+  const int64_t* slots = nullptr;  // [sequences]. CPU: on the host
+  int64_t slot_count = 0;
+
   // Forward results. Row k of `checkpoints` is the state that enters the chunk at scan position (k + 1) chunk,
   // before a reset there; for packed sequences the position floor(start / chunk) of the chunk's first step (no two
   // sequences share a row).

@@ -130,6 +130,38 @@ def arguments(
         raise ValueError("reset_state: expected resets with it, got None")
 
 
+def slots(state: Tensor, state_indices: Tensor, first: Tensor) -> None:
+    """Raise unless these are states `[slots, D]` and indices `[B]` for a stream `first [B, D]`. Reads no values."""
+    batch, channels = first.shape
+    tensor("state", state, 2, "[slots, channels]")
+    if state.shape[1] != channels:
+        raise ValueError(f"state: expected shape [slots, {channels}], got {list(state.shape)}")
+    if state.dtype != state_dtype(first.dtype):
+        raise TypeError(f"state: expected the state dtype {state_dtype(first.dtype)}, got {state.dtype}")
+    if not state.is_contiguous():
+        raise ValueError(f"state: expected a contiguous tensor, got strides {list(state.stride())}")
+    tensor("state_indices", state_indices, 1, "[batch]")
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices: expected dtype int32 or int64, got {state_indices.dtype}")
+    if state_indices.shape[0] != batch:
+        raise ValueError(f"state_indices: expected shape [{batch}], got {list(state_indices.shape)}")
+    for name, value in (("state", state), ("state_indices", state_indices)):
+        if value.device != first.device:
+            raise ValueError(f"{name}: expected the streams' device {first.device}, got {value.device}")
+
+
+def slot_values(state_indices: Tensor, count: int) -> None:
+    """Raise ValueError unless every index is -1 or a slot below `count`, and no slot occurs twice. Reads the values."""
+    taken: set[int] = set()
+    for i, slot in enumerate(state_indices.tolist()):
+        if not -1 <= slot < count:
+            raise ValueError(f"state_indices: expected -1 or a slot below {count}, got {slot} at index {i}")
+        if slot in taken:
+            raise ValueError(f"state_indices: expected every slot once, got {slot} again at index {i}")
+        if slot >= 0:
+            taken.add(slot)
+
+
 def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")

@@ -11,12 +11,13 @@ from torch import Tensor
 from bench import inputs
 from mru_kernels import backends, ops
 
-#: Argument names in the schemas of a cell's four ops, in order.
+#: Argument names in the schemas of a cell's ops, in order.
 INPUTS = ("inputs", "given", "packed", "numbers")
 RESETS = ("cu_seqlens", "resets", "reset_state")
 FORWARD = (*INPUTS, "initial_state", *RESETS, "reverse", "chunk", "segment", "save")
 BACKWARD = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD[:-1], "checkpoints", "events")
-STEP = ("inputs", "given", "numbers", "state")
+STEP = (*INPUTS, "state")
+STEP_SLOTS = (*STEP, "state_indices")
 MAP = (*INPUTS, *RESETS, "reverse", "segment")
 
 STATES = ("initial_state", "reset_state")

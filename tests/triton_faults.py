@@ -184,7 +184,7 @@ def spans_lie_within_time() -> None:
         n = len(offsets) - 1
         for reverse in (False, True):
             scan = arguments.Scan(
-                torch.tensor(offsets), none, *[arguments.encode(0)] * (len(arguments.Scan._fields) - 2)
+                torch.tensor(offsets), none, none, *[arguments.encode(0)] * (len(arguments.Scan._fields) - 3)
             )
             sizes = {
                 "sequences": n,

@@ -223,7 +223,7 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
         "grads": inputs,
         "h": stream,
         "grad_h": stream,
-        "scan": arguments.Scan("*i64", "*i64", *["i64"] * (len(arguments.Scan._fields) - 2)),
+        "scan": arguments.Scan("*i64", "*i64", "*i64", *["i64"] * (len(arguments.Scan._fields) - 3)),
         "walk": arguments.Walk(*["i64"] * 3),
         "scalars": (arguments.Double("i64", "i64"),) * _count_scalars(variant),
         "maps": arguments.Maps(f"*{state}", f"*{state}"),

@@ -13,6 +13,10 @@ constexpr int64_t kFirstLook = 64;      // steps of the first search; each furth
 // Writes the state that enters each sequence to final_state, which the scan updates in place.
 void enter(const Scan& scan, const Kernels& k, const Segments& segments) {
   for (int64_t n = 0; n < scan.sequences; ++n) {
+    if (scan.slots) {  // the state is there already
+      if (scan.slots[n] >= 0) k.enter(scan, row(scan.final_state, scan, scan.slots[n]));
+      continue;
+    }
     char* const state = row(scan.final_state, scan, n);
     if (scan.initial) std::memcpy(state, static_cast<const char*>(scan.initial) + n * row_bytes(scan), row_bytes(scan));
     else std::memset(state, 0, row_bytes(scan));
@@ -38,6 +42,12 @@ void summarize(const Scan& scan, const Kernels& k, const ResetStates& resets, co
     if (part.resets) k.head(d1 - d0, resets.at(part, d0), map);
     k.summarize(scan, part, d0, d1, map, late);
   });
+}
+
+// The step of a sequence without a slot: h is 0.
+void skip(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1) {
+  const int64_t size = element_bytes(scan.dtype), first = segment.batch * scan.h.batch + d0;
+  std::memset(static_cast<char*>(scan.h.data) + first * size, 0, (d1 - d0) * size);
 }
 
 // The map of a segment whose writes reset the state, seen from its end: no further back than a channel is unsettled.
@@ -130,6 +140,7 @@ bool forward_composing(const Scan& scan, const Kernels& k, const ResetStates& re
 
 void forward(Scan scan, const Kernels& k) {
   check_offsets(scan);
+  check_slots(scan);
   if (scan.sequences == 0 || scan.channels == 0) return;
   if (scan.offsets) {  // there are rows between the sequences
     const int64_t rows = scan.batch * scan.channels;
@@ -150,7 +161,9 @@ void forward(Scan scan, const Kernels& k) {
   }
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
     const Segment& segment = segments.list[i];  // a whole sequence
-    scan_segment(scan, k.forward, resets, segment, d0, d1, row(scan.final_state, scan, segment.sequence, d0));
+    const int64_t n = scan.slots ? scan.slots[segment.sequence] : segment.sequence;
+    if (n >= 0) scan_segment(scan, k.forward, resets, segment, d0, d1, row(scan.final_state, scan, n, d0));
+    else skip(scan, segment, d0, d1);
   });
 }
 

@@ -16,6 +16,19 @@ void check_offsets(const Scan& scan) {
   }
 }
 
+void check_slots(const Scan& scan) {
+  if (!scan.slots) return;
+  std::vector<bool> taken(scan.slot_count);
+  for (int64_t n = 0; n < scan.sequences; ++n) {
+    const int64_t slot = scan.slots[n];
+    MRU_EXPECT(-1 <= slot && slot < scan.slot_count, "state_indices: expected -1 or a slot below ", scan.slot_count,
+               ", got ", slot, " at index ", n);
+    if (slot < 0) continue;
+    MRU_EXPECT(!taken[slot], "state_indices: expected every slot once, got ", slot, " again at index ", n);
+    taken[slot] = true;
+  }
+}
+
 Segments cut(const Scan& scan) {
   Segments segments;
   segments.first.reserve(scan.sequences + 1);

@@ -21,6 +21,8 @@ inline bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.c
 
 // Raises unless the offsets of packed sequences rise from 0 to T.
 void check_offsets(const Scan& scan);
+// Raises unless every slot is -1 or one of those that there are, and no two are the same.
+void check_slots(const Scan& scan);
 
 struct Segments {
   std::vector<Segment> list;

@@ -18,11 +18,21 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
 
   __device__ __forceinline__ void run() {
     Spans spans(call.scan, call.plan, segment, 1);
-    while (spans.next(span)) scan_span();
+    while (spans.next(span)) {
+      if (call.scan.slots) span.sequence = load<Traffic::kIndex, 1>(call.scan.slots + span.sequence).at[0];
+      if (call.scan.slots && (span.sequence < 0 || span.sequence >= call.scan.slot_count)) skip_span();
+      else scan_span();
+    }
     this->store_exit(segment);
   }
 
  private:
+  // The step of a sequence without a slot: h is 0.
+  __device__ __forceinline__ void skip_span() const {
+    if (inside && threadIdx.y == 0)
+      store<Traffic::kStream>(Row<typename F::T>(call.scan, call.scan.h, span.row, d).at(span.begin),
+                              narrow<typename F::T>(all<F>(0)));
+  }
   __device__ __forceinline__ void scan_span() {
     const Scan& scan = call.scan;
     this->for_block([&](int c, int64_t d) {

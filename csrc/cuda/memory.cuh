@@ -37,8 +37,9 @@ __device__ __forceinline__ To bits_as(const From& from) {
 }
 
 // What the bytes belong to: tests state the budget of a pass per kind. kPassing is a stream that leaves the
-// second-level cache first, so that codes, which the next launch reads, stay there.
-enum class Traffic { kStream, kCodes, kState, kIndex, kPassing };
+// second-level cache first, so that codes, which the next launch reads, stay there. kSlot is a state that the launch
+// updates in place.
+enum class Traffic { kStream, kCodes, kState, kIndex, kPassing, kSlot };
 
 #ifdef __CUDACC__
 
@@ -61,10 +62,11 @@ struct WordOf<16> {
   using type = uint4;
 };
 
-// A kernel reads nothing that its own launch writes, so loads may take the read-only path.
-template <Traffic, class Word>
+// But for kSlot, a kernel reads nothing that its own launch writes, so loads may take the read-only path.
+template <Traffic kind, class Word>
 __device__ __forceinline__ Word load_word(const Word* p) {
-  return __ldg(p);
+  if constexpr (kind == Traffic::kSlot) return __ldcg(p);
+  else return __ldg(p);
 }
 __device__ __forceinline__ uint64_t leaves_first() {
   uint64_t policy;
@@ -175,7 +177,13 @@ struct WordOf {
   };
 };
 
-constexpr int counted(Traffic kind) { return int(kind == Traffic::kPassing ? Traffic::kStream : kind); }
+constexpr int counted(Traffic kind) {
+  switch (kind) {
+    case Traffic::kPassing: return int(Traffic::kStream);
+    case Traffic::kSlot: return int(Traffic::kState);
+    default: return int(kind);
+  }
+}
 template <Traffic kind, class Word>
 Word load_word(const Word* p) {
   return simt::load(counted(kind), p);

@@ -13,10 +13,10 @@ template <class S>
 __device__ __forceinline__ S* state_row(void* base, int64_t row, int64_t channels, int64_t d) {
   return static_cast<S*>(base) + row * channels + d;
 }
-template <class F>
+template <class F, Traffic kKind = Traffic::kState>
 __device__ __forceinline__ typename F::States load_states(const void* base, int64_t row, int64_t channels, int64_t d) {
   using S = typename F::S;
-  return load<Traffic::kState, F::W>(static_cast<const S*>(base) + row * channels + d);
+  return load<kKind, F::W>(static_cast<const S*>(base) + row * channels + d);
 }
 template <class F>
 __device__ __forceinline__ void store_states(void* base, int64_t row, int64_t channels, int64_t d,
@@ -59,7 +59,9 @@ struct ChannelInputs {
 template <class F>
 __device__ __forceinline__ typename F::States enter(const Scan& scan, const typename F::Cell& cell, const Span& span,
                                                     int64_t d, const ChannelInputs<F>& channel) {
-  typename F::States s = scan.initial ? load_states<F>(scan.initial, span.sequence, scan.channels, d) : all<F>(0);
+  typename F::States s = all<F>(0);
+  if (scan.slots) s = load_states<F, Traffic::kSlot>(scan.initial, span.sequence, scan.channels, d);
+  else if (scan.initial) s = load_states<F>(scan.initial, span.sequence, scan.channels, d);
   if (span.begin < span.end)
 #pragma unroll
     for (int w = 0; w < F::W; ++w) {

@@ -46,7 +46,7 @@ struct Simt {
   template <class C>
   static void forward(const Scan& scan, const Tensor&) {
     poison(scan, scan.h);
-    poison(scan.final_state, scan.sequences * row_bytes(scan));
+    if (!scan.slots) poison(scan.final_state, scan.sequences * row_bytes(scan));
     poison(scan.checkpoints, scan.batch * scan.checkpoint_rows * row_bytes(scan));
     poison(scan.events, scan.batch * scan.event_rows * scan.channels * int64_t(sizeof(int32_t)));
     launch(scan, false, [&](void* work) { return kernels<C>(scan.dtype).forward(scan, work, nullptr); });

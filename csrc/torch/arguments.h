@@ -82,6 +82,21 @@ class BoundArguments {
     if (has_codes && arguments.segment != 0) code_rows = scan.batch * scan.event_rows + spare_rows_;
   }
 
+  // Binds states [slots, D], which the call updates in place; sequence n has row indices[n].
+  void bind_slots(const Tensor& states, const Tensor& indices) {
+    expect_device(states, "state");
+    MRU_EXPECT(
+        states.dim() == 2 && states.size(1) == scan.channels && states.scalar_type() == state && states.is_contiguous(),
+        "state: expected contiguous states [slots, ", scan.channels, "] in the state dtype");
+    expect_device(indices, "state_indices");
+    const ScalarType index = indices.scalar_type();
+    MRU_EXPECT(indices.dim() == 1 && indices.size(0) == scan.sequences &&
+                   (index == ScalarType::Int || index == ScalarType::Long),
+               "state_indices: expected int32 or int64 [", scan.sequences, "]");
+    scan.slots = static_cast<const int64_t*>(keep(as_state(indices, ScalarType::Long)));
+    scan.slot_count = states.size(0);
+    scan.initial = scan.final_state = states.data_ptr();
+  }
   // Checks that `t` is [sequences, D], and returns it in the state dtype.
   Tensor sequence_states(const Tensor& t, const char* name) const {
     MRU_EXPECT(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
@@ -135,10 +150,10 @@ class BoundArguments {
     MRU_EXPECT(t.dim() == arguments.rank, "inputs[0]: expected ",
                arguments.rank == 3 ? "[batch, time, channels]" : "[batch, channels]", ", got ", t.dim(), " dimensions");
     const int64_t gates = std::popcount(uint64_t(arguments.packed));
-    MRU_EXPECT(gates == 0 || (gates <= kMaxInputs && (arguments.packed & 1) != 0 && arguments.rank == 3),
+    MRU_EXPECT(gates == 0 || (gates <= kMaxInputs && (arguments.packed & 1) != 0),
                "packed: expected a mask of inputs side by side, the first of them included, got ", arguments.packed);
-    MRU_EXPECT(gates == 0 || t.size(2) % gates == 0, "packed: expected ", gates, " gates that divide ", t.size(2),
-               " channels");
+    const int64_t all = t.size(arguments.rank - 1);
+    MRU_EXPECT(gates == 0 || all % gates == 0, "packed: expected ", gates, " gates that divide ", all, " channels");
     if (gates > 0) streams = split_gates(unit_channels(t), gates);
     else streams.push_back(unit_channels(t));
     const Tensor& first = streams[0];

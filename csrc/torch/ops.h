@@ -1,4 +1,4 @@
-// The ops of every cell for a backend that is written in C++: forward, backward, step and map.
+// The ops of every cell for a backend that is written in C++: forward, backward, step, step on slots and map.
 //
 // A backend is a type with
 //   kInfo                                   its BackendInfo
@@ -112,17 +112,34 @@ Tensors backward(Tensor grad_h, Tensor grad_final, OptionalTensor grad_checkpoin
 
 // A single step, with fewer arguments than `forward`, because converting arguments takes longer than the step.
 template <class Backend, class C>
-std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, std::vector<double> numbers, Tensor state) {
+std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
+                                Tensor state) {
   const OptionalTensor initial = state, none;
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
-      {inputs, given, /*packed=*/0, numbers, initial, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+      {inputs, given, packed, numbers, initial, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
        /*segment=*/0, /*rank=*/2});
   Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
   bound.scan.h = stream_of(h);
   bound.scan.final_state = after.data_ptr();
   Backend::template forward<C>(bound.scan, h);
   return {h, after};
+}
+
+// A single step on states in slots, which it updates in place.
+template <class Backend, class C>
+Tensor step_slots(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers, Tensor state,
+                  Tensor state_indices) {
+  const OptionalTensor none;
+  BoundArguments bound(
+      info_of<C>, Backend::kInfo,
+      {inputs, given, packed, numbers, none, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+       /*segment=*/0, /*rank=*/2});
+  bound.bind_slots(state, state_indices);
+  Tensor h = allocate_like(bound.streams[0]);
+  bound.scan.h = stream_of(h);
+  Backend::template forward<C>(bound.scan, h);
+  return h;
 }
 
 // The map of each whole sequence, s -> factor s + offset, both [N, D]. The factor of one with a reset is 0.
@@ -146,6 +163,7 @@ void implement(Library& m, const std::string& cell, const std::string& backend) 
   m.impl((cell + "." + backend).c_str(), TORCH_BOX((&forward<Backend, C>)));
   m.impl((cell + "_backward." + backend).c_str(), TORCH_BOX((&backward<Backend, C>)));
   m.impl((cell + "_step." + backend).c_str(), TORCH_BOX((&step<Backend, C>)));
+  m.impl((cell + "_step_slots." + backend).c_str(), TORCH_BOX((&step_slots<Backend, C>)));
   m.impl((cell + "_map." + backend).c_str(), TORCH_BOX((&map<Backend, C>)));
 }
 

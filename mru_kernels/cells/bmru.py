@@ -156,20 +156,27 @@ def bmru_step(
     epsilon: float | Tensor = 0.0,
     alpha: Tensor | None = None,
     amplitude: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of `bmru`, for streaming inference.
 
     Args:
         candidate, threshold, amplitude: `[B, D]`; threshold also `[D]`.
-        state: `[B, D]`, the raw state before the step.
+        state: `[B, D]`, the raw state before the step. With `state_indices` it has slots for the states of many
+            sequences: `[slots, D]`, contiguous, in the state dtype (float64 for float64 streams, else float32).
         epsilon, alpha: as for `bmru`.
+        state_indices: int32 or int64 `[B]`, the slot of each sequence, all different; -1 skips the sequence.
 
     Returns:
-        `h [B, D]` and the state after the step `[B, D]`, equal to `bmru` with T = 1.
+        `h [B, D]` and the state after the step `[B, D]`, equal to `bmru` with T = 1. With `state_indices` the second
+        is `state` itself: the slots are updated in place, all others stay as they are. h of a skipped sequence is 0.
 
     Raises:
-        TypeError, ValueError: as `bmru`.
-        RuntimeError: grad mode is on and an input requires grad.
+        TypeError, ValueError: as `bmru`. On the CPU also if a slot does not exist or occurs twice; then no slot has
+            changed. On a device nothing reads the indices before the kernel: it skips sequences without an existing
+            slot, and of two sequences with the same slot either leaves its state.
+        RuntimeError: grad mode is on and an input requires grad; `state_indices` under a transform of torch.func or
+            torch.jit.trace.
 
     Example::
 
@@ -177,5 +184,23 @@ def bmru_step(
         >>> h, state = mk.bmru_step(torch.randn(8, 64), torch.ones(64), state)
         >>> h.shape
         torch.Size([8, 64])
+        >>> slots = torch.zeros(100, 64)  # of 100 sequences, two make a step
+        >>> h, slots = mk.bmru_step(torch.randn(2, 64), torch.ones(64), slots, state_indices=torch.tensor([7, 3]))
+        >>> h.shape, slots.shape
+        (torch.Size([2, 64]), torch.Size([100, 64]))
     """
-    return step(CELL, (candidate, threshold, amplitude, alpha), (epsilon, 1.0), state)
+    return step(CELL, (candidate, threshold, amplitude, alpha), (epsilon, 1.0), state, state_indices)
+
+
+def bmru_packed_step(
+    gates: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    *,
+    epsilon: float | Tensor = 0.0,
+    alpha: Tensor | None = None,
+    amplitude: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`bmru_step` on streams that lie side by side in `gates [B, k D]`, as for `bmru_packed`."""
+    packed = _THREE_GATES if amplitude else _TWO_GATES
+    return step(CELL, (gates, None, None, alpha), (epsilon, 1.0), state, state_indices, packed)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks, ops
 from .. import torch_private as private
+from ..scalars import has_value
 
 
 def call(
@@ -58,11 +59,19 @@ def call(
 
 
 def step(
-    cell: ops.Cell, arrays: Sequence[Tensor | None], scalars: Sequence[float | Tensor], state: Tensor
+    cell: ops.Cell,
+    arrays: Sequence[Tensor | None],
+    scalars: Sequence[float | Tensor],
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    packed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`call` on a single step: streams are `[B, D]`, and so are the results. There is no gradient."""
+    """`call` on a single step: streams are `[B, D]`, and so are the results. There is no gradient.
+
+    With `state_indices [B]`, states are in slots `[slots, D]`, which are updated in place and returned.
+    """
     if torch.is_grad_enabled():
-        for name, value in (*_named(cell, arrays).items(), ("state", state)):
+        for name, value in (*_named(cell, arrays, packed).items(), ("state", state)):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
                     f"{cell.name}_step: {name} requires grad, but the step has no gradient; use {cell.name} with T = 1,"
@@ -70,24 +79,52 @@ def step(
                 )
     refused = None
     try:
+        if state_indices is not None:
+            return _step_in_slots(cell, arrays, scalars, state, state_indices, packed), state
         if _is_plain() and not any(isinstance(value, private.FakeTensor) for value in scalars):
-            inputs, given, numbers = _as_op_takes(cell, arrays, scalars)
-            return ops.step(cell, inputs, given, numbers, state)
+            inputs, given, numbers = _as_op_takes(cell, arrays, scalars, packed)
+            return ops.step(cell, inputs, given, packed, numbers, state)
         if isinstance(state, Tensor):  # None would be zeros
-            h, after = call(cell, _as_scan(cell, arrays), scalars, state)
+            h, after = call(cell, _as_scan(cell, arrays), scalars, state, packed=packed)
             return h.squeeze(1), after
     except Exception as error:
         refused = error
-    named = _named(cell, arrays)
+    _check_step(cell, arrays, scalars, state, state_indices, packed)
+    raise refused
+
+
+def _step_in_slots(cell: ops.Cell, arrays, scalars, state: Tensor, state_indices: Tensor, packed: int) -> Tensor:
+    """`step` on states in slots; returns h. The kernel reads the indices, and only on the CPU it checks them."""
+    if not _is_plain():
+        if not torch.compiler.is_compiling() and _is_transformed():
+            raise RuntimeError(
+                "state_indices: expected None under torch.jit.trace, a transform of torch.func and forward-mode"
+                " differentiation, as states in slots are updated in place"
+            )
+        arrays, *_ = _autocast(arrays, None, None)
+        _check_step(cell, arrays, scalars, state, state_indices, packed)
+    inputs, given, numbers = _as_op_takes(cell, arrays, scalars, packed)
+    return ops.step_slots(cell, inputs, given, packed, numbers, state, state_indices)
+
+
+def _check_step(cell: ops.Cell, arrays, scalars, state, state_indices: Tensor | None, packed: int) -> None:
+    """Raise an error that names the argument of a step which is not as it must be."""
+    named = _named(cell, arrays, packed)
     (first_name, first), *others = named.items()
     checks.tensor(first_name, first, 2, "[batch, channels]")
-    for name, value in (("state", state), *others):
+    batch, width = first.shape[0], first.shape[1] // (packed.bit_count() or 1)
+    if state_indices is None:
+        others = [("state", state), *others]
+    for name, value in others:
         if name == "state" or not _is_per_channel(cell, name, value):
-            checks.like(name, value, first, first.shape, "[batch, channels]")
-    _check(cell, _as_scan(cell, arrays), state)
+            checks.like(name, value, first, (batch, width), "[batch, channels]")
+    _check(cell, _as_scan(cell, arrays), None, packed=packed)
+    if state_indices is not None:
+        checks.slots(state, state_indices, first[:, :width])
+        if state.device.type == "cpu" and not torch.compiler.is_compiling() and has_value(state_indices):
+            checks.slot_values(state_indices, state.shape[0])
     for scalar, number in zip(cell.scalars, scalars, strict=True):
         scalar.tensor(number) if scalar.scheduled else scalar.number(number)
-    raise refused
 
 
 def _as_op_takes(
@@ -186,10 +223,9 @@ def _autocast(
 
 def _is_plain() -> bool:
     """Whether the call is eager: no compilation, autocast, tracing, transform or forward-mode differentiation."""
-    return not (
-        torch.compiler.is_compiling()
-        or private.any_autocast()
-        or private.is_tracing()
-        or private.transforms_active()
-        or private.in_forward_mode()
-    )
+    return not (torch.compiler.is_compiling() or private.any_autocast() or _is_transformed())
+
+
+def _is_transformed() -> bool:
+    """Whether tracing, a transform or forward-mode differentiation is active."""
+    return private.is_tracing() or private.transforms_active() or private.in_forward_mode()

@@ -88,20 +88,23 @@ def leaky_integrator(
     )  # fmt: skip
 
 
-def leaky_integrator_step(input: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def leaky_integrator_step(
+    input: Tensor, decay: Tensor, state: Tensor, *, state_indices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One step of `leaky_integrator`, for streaming inference.
 
     Args:
         input: `[B, D]`.
         decay: `[B, D]` or `[D]`.
-        state: `[B, D]`, the raw state before the step.
+        state: `[B, D]`, the raw state before the step; with `state_indices` slots `[slots, D]`, as for `bmru_step`.
+        state_indices: int32 or int64 `[B]`, the slot of each sequence, or -1; see `bmru_step`.
 
     Returns:
-        `h [B, D]` and the state after the step `[B, D]`, equal to `leaky_integrator` with T = 1.
+        `h [B, D]` and the state after the step `[B, D]`, equal to `leaky_integrator` with T = 1; with `state_indices`
+        the second is `state`, updated in place.
 
     Raises:
-        TypeError, ValueError: as `leaky_integrator`.
-        RuntimeError: grad mode is on and an input requires grad.
+        TypeError, ValueError, RuntimeError: as `leaky_integrator` and `bmru_step`.
 
     Example::
 
@@ -109,4 +112,4 @@ def leaky_integrator_step(input: Tensor, decay: Tensor, state: Tensor) -> tuple[
         >>> h.shape
         torch.Size([8, 64])
     """
-    return step(CELL, (input, decay), (), state)
+    return step(CELL, (input, decay), (), state, state_indices)

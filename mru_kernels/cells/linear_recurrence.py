@@ -92,21 +92,24 @@ def linear_recurrence(
     )  # fmt: skip
 
 
-def linear_recurrence_step(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def linear_recurrence_step(
+    decay: Tensor, update: Tensor, state: Tensor, *, state_indices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One step of `linear_recurrence`, for streaming inference.
 
     Args:
         decay: `[B, D]` or `[D]`.
         update: `[B, D]`.
-        state: `[B, D]`, the state before the step.
+        state: `[B, D]`, the state before the step; with `state_indices` slots `[slots, D]`, as for `bmru_step`. Slots
+            of complex states have the update's dtype.
+        state_indices: int32 or int64 `[B]`, the slot of each sequence, or -1; see `bmru_step`.
 
     Returns:
         The state after the step `[B, D]`, in the update's dtype and in the state dtype, equal to
-        `linear_recurrence` with T = 1.
+        `linear_recurrence` with T = 1; with `state_indices` the second is `state`, updated in place.
 
     Raises:
-        TypeError, ValueError: as `linear_recurrence`.
-        RuntimeError: grad mode is on and an input requires grad.
+        TypeError, ValueError, RuntimeError: as `linear_recurrence` and `bmru_step`.
 
     Example::
 
@@ -114,4 +117,4 @@ def linear_recurrence_step(decay: Tensor, update: Tensor, state: Tensor) -> tupl
         >>> s.shape, state.shape
         (torch.Size([8, 64]), torch.Size([8, 64]))
     """
-    return step(CELL, (update, decay), (), state)
+    return step(CELL, (update, decay), (), state, state_indices)

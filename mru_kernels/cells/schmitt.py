@@ -119,20 +119,22 @@ def schmitt_step(
     *,
     epsilon: float | Tensor = 0.0,
     alpha: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of `schmitt`, for streaming inference.
 
     Args:
         candidate: `[B, D]`.
-        state: `[B, D]`, the raw state before the step.
+        state: `[B, D]`, the raw state before the step; with `state_indices` slots `[slots, D]`, as for `bmru_step`.
         low, high, epsilon, alpha: as for `schmitt`.
+        state_indices: int32 or int64 `[B]`, the slot of each sequence, or -1; see `bmru_step`.
 
     Returns:
-        `h [B, D]` and the state after the step `[B, D]`, equal to `schmitt` with T = 1.
+        `h [B, D]` and the state after the step `[B, D]`, equal to `schmitt` with T = 1; with `state_indices` the second
+        is `state`, updated in place.
 
     Raises:
-        TypeError, ValueError: as `schmitt`.
-        RuntimeError: grad mode is on and an input requires grad.
+        TypeError, ValueError, RuntimeError: as `schmitt` and `bmru_step`.
 
     Example::
 
@@ -141,4 +143,4 @@ def schmitt_step(
         >>> h.shape
         torch.Size([8, 64])
     """
-    return step(CELL, (candidate, low, high, alpha), (epsilon, 1.0), state)
+    return step(CELL, (candidate, low, high, alpha), (epsilon, 1.0), state, state_indices)

@@ -1,10 +1,11 @@
 """The torch ops: schemas, fakes, autograd and vmap, the same for every cell and backend.
 
-For each cell there are four ops with one overload per backend, such as `mru::bmru.cpu`:
+For each cell there are five ops with one overload per backend, such as `mru::bmru.cpu`:
 
     mru::<cell>             the scan: h `[B, T, D]`, the final state `[N, D]`, and what a backward pass needs
     mru::<cell>_backward    its gradients
     mru::<cell>_step        one step without gradients, on streams `[B, D]`
+    mru::<cell>_step_slots  the same on states in slots `[slots, D]`: it updates row `state_indices[b]` in place
     mru::<cell>_map         the steps of each sequence as one map of the state, s -> factor s + offset
 
 Arguments that they share:
@@ -38,13 +39,14 @@ sequences.
 """
 
 from ..checks import state_dtype
-from .entry import as_maps, scan, step
+from .entry import as_maps, scan, step, step_slots
 from .layout import (
     CODES_PER_WORD,
     allocate,
     allocate_backward,
     allocate_codes,
     arrays,
+    as_streams,
     check,
     check_numbers,
     checkpoint_rows,
@@ -74,6 +76,7 @@ __all__ = [
     "allocate_codes",
     "arrays",
     "as_maps",
+    "as_streams",
     "check",
     "check_numbers",
     "checkpoint_rows",
@@ -89,4 +92,5 @@ __all__ = [
     "split_gates",
     "state_dtype",
     "step",
+    "step_slots",
 ]

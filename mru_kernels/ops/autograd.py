@@ -58,6 +58,21 @@ def not_differentiable(op: private.OpOverload, reason: str):
     return autograd_kernel
 
 
+def never_differentiated(op: private.OpOverload, reason: str):
+    """The kernel for autograd of an op that updates its last tensor but one in place and has no derivatives."""
+
+    def autograd_kernel(inputs, *rest):
+        *_, state, _state_indices = rest
+        if _is_differentiated(*inputs, state):
+            raise NotImplementedError(reason)
+        with private.BelowAutograd():
+            result = op(inputs, *rest)
+        torch.autograd.graph.increment_version(state)
+        return result
+
+    return autograd_kernel
+
+
 def differentiable_inputs(cell: Cell, arguments) -> list[Tensor]:
     """The arrays among the arguments of the forward op, then the initial state and the reset state, if given."""
     inputs, _given, _packed, _numbers, initial_state, _cu_seqlens, _resets, reset_state, *_ = arguments

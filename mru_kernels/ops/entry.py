@@ -133,15 +133,32 @@ def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Te
 
 
 def step(
-    cell: Cell, inputs: Sequence[Tensor], given: int, numbers: Sequence[float], state: Tensor
+    cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, numbers: Sequence[float], state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`scan` of one step without gradients. Streams are `[B, D]`, and so are h and the state after the step."""
     row = resolve(None, state)
     if row.plain:
-        return row.module.step(cell, inputs, given, numbers, state)
+        return row.module.step(cell, inputs, given, packed, numbers, state)
     op = cell.step[row.name]
     with private.BelowAutograd():
-        return op(inputs, given, numbers, state)
+        return op(inputs, given, packed, numbers, state)
+
+
+def step_slots(
+    cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, numbers: Sequence[float], state: Tensor,
+    state_indices: Tensor,
+) -> Tensor:  # fmt: skip
+    """`step` on states in slots `[slots, D]`: row `state_indices[b]` is updated in place. Returns h `[B, D]`."""
+    row = resolve(None, state)
+    if row.plain:
+        return row.module.step_slots(cell, inputs, given, packed, numbers, state, state_indices)
+    op = cell.step_slots[row.name]
+    if torch.compiler.is_compiling():
+        return op(inputs, given, packed, numbers, state, state_indices)
+    with private.BelowAutograd():
+        h = op(inputs, given, packed, numbers, state, state_indices)
+    torch.autograd.graph.increment_version(state)
+    return h
 
 
 def resolve(name: str | None, first: Tensor) -> backends.Backend:

@@ -64,6 +64,14 @@ def first_stream(inputs: Sequence[Tensor], packed: int) -> Tensor:
     return split_gates(first, packed.bit_count())[0] if packed else first
 
 
+def as_streams(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs of a step as those of a scan with T = 1: streams `[B, 1, D]` for `[B, D]`."""
+    for i, t in enumerate(inputs):
+        if t.dim() > 2:
+            raise ValueError(f"inputs[{i}]: expected [batch, channels], got shape {list(t.shape)}")
+    return [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
+
+
 def arrays(cell: Cell, inputs: Sequence[Tensor], given: int, packed: int) -> list[Tensor | None]:
     """The cell's array inputs: a stream `[B, T, D]` with unit channel stride, a per-channel input `[D]`, or None."""
     gates = iter(split_gates(_unit_channels(inputs[0]), packed.bit_count()) if packed else [_unit_channels(inputs[0])])

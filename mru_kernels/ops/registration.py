@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..checks import state_dtype
-from .autograd import differentiable, gradient, not_differentiable, raise_no_derivative
+from .autograd import differentiable, gradient, never_differentiated, not_differentiable, raise_no_derivative
 from .batching import BACKWARD_NAMES, FORWARD_NAMES, fold_into_channels, fold_legacy_batch
-from .layout import allocate, allocate_backward, check, check_numbers, first_stream, sequences_of
+from .layout import allocate, allocate_backward, as_streams, check, check_numbers, first_stream, sequences_of
 from .schemas import SCHEMAS
 from .spec import CELLS, Cell
 
@@ -45,8 +45,9 @@ def add_backend(row: backends.Backend) -> None:
 
 
 def _define(cell: Cell, backend: str) -> None:
-    """Define the four ops of a cell for a backend, unless the extension has, and register what Python adds."""
-    for suffix, table in {"": cell.forward, "_backward": cell.backward, "_step": cell.step, "_map": cell.map}.items():
+    """Define the ops of a cell for a backend, unless the extension has, and register what Python adds."""
+    tables = {"": cell.forward, "_backward": cell.backward, "_step": cell.step, "_step_slots": cell.step_slots}
+    for suffix, table in {**tables, "_map": cell.map}.items():
         if not hasattr(getattr(torch.ops.mru, cell.name + suffix, None), backend):
             _library.define(f"{cell.name}{suffix}.{backend}{SCHEMAS[suffix]}")
         table[backend] = getattr(getattr(torch.ops.mru, cell.name + suffix), backend)
@@ -57,10 +58,12 @@ def _define(cell: Cell, backend: str) -> None:
 
     instead = f"there is no derivative; use mru::{cell.name}"
     of_step = not_differentiable(cell.step[backend], f"mru::{cell.name}_step: {instead} with T = 1")
+    of_slots = never_differentiated(cell.step_slots[backend], f"mru::{cell.name}_step_slots: {instead} with T = 1")
     of_map = not_differentiable(cell.map[backend], f"mru::{cell.name}_map: {instead}")
     _library.impl(name(""), differentiable(cell, backend), "Autograd")
     _library.impl(name("_backward"), gradient(cell, backend), "Autograd")
     _library.impl(name("_step"), of_step, "Autograd")
+    _library.impl(name("_step_slots"), of_slots, "Autograd")
     _library.impl(name("_map"), of_map, "Autograd")
     for suffix, table, names in (("", cell.forward, FORWARD_NAMES), ("_backward", cell.backward, BACKWARD_NAMES)):
         op = table[backend]
@@ -76,6 +79,13 @@ def _register_fakes(cell: Cell, backend: str) -> None:
         first = first_stream(inputs, packed)
         sizes = (sequences_of(inputs, cu_seqlens), first.shape[-1])
         return first.new_empty(sizes, dtype=state_dtype(first.dtype))
+
+    def check_step(inputs, given, packed, numbers, state) -> Tensor:
+        """The first stream `[B, D]` of a step."""
+        streams = as_streams(inputs)
+        check(cell, streams, given, packed, state, None)
+        check_numbers(cell, inputs, numbers, backends.CHUNK, 0, chunk_sizes())
+        return first_stream(streams, packed).squeeze(1)
 
     @torch.library.register_fake(f"mru::{cell.name}.{backend}", lib=_library)
     def _(inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment,
@@ -97,11 +107,15 @@ def _register_fakes(cell: Cell, backend: str) -> None:
         return allocate_backward(cell, inputs, initial_state, reset_state)
 
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
-    def _(inputs, given, numbers, state):
-        first = inputs[0]
-        check(cell, [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs], given, 0, state, None)
-        check_numbers(cell, inputs, numbers, backends.CHUNK, 0, chunk_sizes())
+    def _(inputs, given, packed, numbers, state):
+        first = check_step(inputs, given, packed, numbers, state)
         return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
+
+    @torch.library.register_fake(f"mru::{cell.name}_step_slots.{backend}", lib=_library)
+    def _(inputs, given, packed, numbers, state, state_indices):
+        first = check_step(inputs, given, packed, numbers, None)
+        checks.slots(state, state_indices, first)
+        return first.new_empty(first.shape)
 
     @torch.library.register_fake(f"mru::{cell.name}_map.{backend}", lib=_library)
     def _(inputs, given, packed, numbers, cu_seqlens, resets, reset_state, reverse, segment):

@@ -12,6 +12,7 @@ _GRADS = "Tensor grad_h, Tensor grad_final, Tensor? grad_checkpoints"
 SCHEMAS = {
     "": f"({_CALL}, bool save) -> Tensor[]",
     "_backward": f"({_GRADS}, {_CALL}, Tensor? checkpoints, Tensor? events) -> Tensor[]",
-    "_step": "(Tensor[] inputs, int given, float[] numbers, Tensor state) -> (Tensor, Tensor)",
+    "_step": f"({_INPUTS}, Tensor state) -> (Tensor, Tensor)",
+    "_step_slots": f"({_INPUTS}, Tensor(a!) state, Tensor state_indices) -> Tensor",
     "_map": f"({_INPUTS}, {_RESETS}, bool reverse, int segment) -> (Tensor, Tensor)",
 }

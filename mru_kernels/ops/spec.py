@@ -67,7 +67,7 @@ class Cell:
         without_codes: inputs with which a step does not fit one.
         dtypes: of its streams.
         plain: the cell in plain torch; without it the backend "torch" lacks the cell.
-        forward, backward, step, map: the ops of each backend.
+        forward, backward, step, step_slots, map: the ops of each backend.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Cell:
     forward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     step: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+    step_slots: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     map: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property

@@ -41,7 +41,7 @@ class Call:
     def __init__(
         self, cell: ops.Cell, inputs: Sequence[Tensor], given: int, packed: int, numbers: Sequence[float],
         initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, chunk: int, segment: int, *,
-        saved: bool = True, grad_h: Tensor | None = None,
+        saved: bool = True, grad_h: Tensor | None = None, slots: Tensor | None = None,
     ) -> None:  # fmt: skip
         arrays = ops.arrays(cell, inputs, given, packed)
         implementation = find(cell.name)
@@ -70,8 +70,9 @@ class Call:
         rows = max(self.time - 1, 0) // chunk if saved else 0
         flags = (reverse, self.packed, given & ((1 << len(arrays)) - 1), initial_state is not None, rows, False)
         sizes = (self.sequences, self.time, self.channels // self.align, segment, self.segments)
-        offsets = self._offsets(cu_seqlens)
-        self.scan_sizes = Scan(offsets, offsets, *(encode(int(n)) for n in (*sizes, *flags)))
+        count = -1 if slots is None or initial_state is None else initial_state.shape[0]
+        offsets, rows_of = self._integers(cu_seqlens), self._integers(slots)
+        self.scan_sizes = Scan(offsets, offsets, rows_of, *(encode(int(n)) for n in (*sizes, *flags, count)))
         self.arguments["scan"] = self.scan_sizes
 
     def _count_segments(self, segment: int) -> int:
@@ -111,10 +112,8 @@ class Call:
             "lates": self.nothing,
         }
 
-    def _offsets(self, cu_seqlens: Tensor | None) -> Tensor:
-        if cu_seqlens is None:
-            return self.first.new_empty(0, dtype=torch.int64)
-        return cu_seqlens.to(torch.int64).contiguous()
+    def _integers(self, t: Tensor | None) -> Tensor:
+        return self.first.new_empty(0, dtype=torch.int64) if t is None else t.to(torch.int64).contiguous()
 
     def vector(self, t: Tensor) -> Tensor:
         """A tensor `[D]` or `[N, D]` in the state dtype."""

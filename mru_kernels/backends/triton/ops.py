@@ -26,6 +26,7 @@ def register(keys: tuple[str, ...]) -> None:
                 _library.impl(f"{cell.name}.triton", partial(forward, cell), key)
                 _library.impl(f"{cell.name}_backward.triton", partial(backward, cell), key)
                 _library.impl(f"{cell.name}_step.triton", partial(step, cell), key)
+                _library.impl(f"{cell.name}_step_slots.triton", partial(step_slots, cell), key)
                 _library.impl(f"{cell.name}_map.triton", partial(compose, cell), key)
 
 
@@ -64,10 +65,24 @@ def _sizes(inputs, packed: int, cu_seqlens) -> tuple[tuple[int, int, int], int, 
     return sizes, inputs[0].dtype.itemsize, inputs[0].device
 
 
-def step(cell: ops.Cell, inputs, given, numbers, state) -> tuple[Tensor, Tensor]:
-    streams = [t.unsqueeze(1) if t.dim() == 2 else t for t in inputs]
-    h, after = forward(cell, streams, given, 0, numbers, state, None, None, None, False, CHUNK, 0, False)
+def step(cell: ops.Cell, inputs, given, packed, numbers, state) -> tuple[Tensor, Tensor]:
+    streams = ops.as_streams(inputs)
+    h, after = forward(cell, streams, given, packed, numbers, state, None, None, None, False, CHUNK, 0, False)
     return h.squeeze(1), after
+
+
+def step_slots(cell: ops.Cell, inputs, given, packed, numbers, state, state_indices) -> Tensor:
+    streams = ops.as_streams(inputs)
+    _check(cell, streams, given, packed, numbers, None, None, None, None, CHUNK, 0)
+    first = ops.first_stream(streams, packed)
+    checks.slots(state, state_indices, first.squeeze(1))
+    if state.device.type == "cpu":
+        checks.slot_values(state_indices, state.shape[0])
+    h = first.new_zeros(first.shape)  # the kernel writes no row of a sequence that it skips
+    call = Call(cell, streams, given, packed, numbers, state, None, False, CHUNK, 0, saved=False, slots=state_indices)
+    nothing = {"checkpoints": call.nothing, "codes": call.nothing}
+    call.launch("forward", call.sequences, h=call.stream(real(h)), final_state=call.arguments["initial"], **nothing)
+    return h.squeeze(1)
 
 
 def compose(

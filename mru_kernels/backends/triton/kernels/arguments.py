@@ -46,6 +46,7 @@ class Scan(NamedTuple):
 
     offsets: Any  # [N + 1] int64, of packed sequences
     flag: Any  # [1] int64, set by `check`
+    slots: Any  # [N] int64: the row of each sequence's state, if states are in slots
     sequences: Any  # N
     time: Any  # T
     channels: Any  # D; the host gives it in units of `align`
@@ -57,6 +58,7 @@ class Scan(NamedTuple):
     has_initial: Any
     saved: Any  # rows of checkpoints; 0: none are wanted
     redo: Any  # whether this launch scans sequences whole after a split, and only if `flag` is set
+    slot_count: Any  # rows of the states in slots; -1: the state of sequence n has row n
 
 
 class Walk(NamedTuple):
@@ -110,9 +112,9 @@ def size(n):
 def sizes(scan, block):
     """The scan with its integers decoded."""
     return Scan(
-        scan.offsets, scan.flag, size(scan.sequences), size(scan.time), size(scan.channels) * block.align,
+        scan.offsets, scan.flag, scan.slots, size(scan.sequences), size(scan.time), size(scan.channels) * block.align,
         size(scan.segment_size), size(scan.segments), size(scan.reverse), size(scan.packed), size(scan.given),
-        size(scan.has_initial), size(scan.saved), size(scan.redo),
+        size(scan.has_initial), size(scan.saved), size(scan.redo), size(scan.slot_count),
     )  # fmt: skip
 
 

@@ -24,6 +24,20 @@ from .rows import (
 
 
 @triton.jit
+def state_row(scan, at):
+    """The row of the sequence's initial and final state. A slot may be none of `scan.slot_count`."""
+    slot = tl.load(scan.slots + at.index, mask=scan.slot_count >= 0, other=0)
+    return tl.where(scan.slot_count >= 0, slot, at.index)
+
+
+@triton.jit
+def has_state(scan, at):
+    """Whether the sequence has a state; one whose slot is none of those that there are is skipped."""
+    row = state_row(scan, at)
+    return (scan.slot_count < 0) | ((row >= 0) & (row < scan.slot_count))
+
+
+@triton.jit
 def enter(c, opened, s):
     """The state that enters a segment, if the cell changes the one that enters its sequence."""
     begins = (c.at.begin == 0) & (c.at.length > 0)
@@ -69,7 +83,7 @@ def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoi
     if scan.segment_size != 0:
         s = get(entries, at.segment, at, at.mask, 0.0)
     else:
-        s = get(initial, at.index, at, when(scan.has_initial != 0, at.mask), 0.0)
+        s = get(initial, state_row(scan, at), at, when(scan.has_initial != 0, at.mask), 0.0)
     s = enter(c, opened, s)
     word = tl.zeros((c.block.channels,), tl.int32)
     if c.form.codes:
@@ -86,7 +100,7 @@ def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoi
             put(checkpoints, checkpoint_row(scan, at, after, c.form), at, s, at.mask)
     if whole < at.end:
         s = forward_word(c, s, word, opened, opened_h, whole, True)
-    put(final_state, tl.where(scan.segment_size != 0, at.segment, at.index), at, s, at.mask)
+    put(final_state, tl.where(scan.segment_size != 0, at.segment, state_row(scan, at)), at, s, at.mask)
 
 
 @triton.jit
@@ -95,11 +109,11 @@ def forward(
     inputs,  # the cell's inputs, a Stream each
     scan,
     scalars,  # of the cell, a Double each
-    initial,  # [N, D]
+    initial,  # [N, D], or [slots, D]
     entries,  # [segments, D], if time is split
     codes,  # [B, T // 16 + (N if packed else 1), D] int32, if form.codes
     h,  # Stream [B, T, D]
-    final_state,  # [N, D]; if time is split [segments, D], the state that leaves each segment
+    final_state,  # [N, D], or `initial` if states are in slots; if time is split [segments, D], what leaves a segment
     checkpoints,  # [B, (T - 1) // chunk, D]
 ):  # fmt: skip
     """h, checkpoints and final states, from the streams or from the codes."""
@@ -109,6 +123,7 @@ def forward(
     if works(scan, segment):
         at = place(scan, block, segment, b)
         p = scalars_of(scalars, form, STATE)
-        forward_segment(
-            Context(cell, form, block, scan, at, p), inputs, initial, entries, codes, h, final_state, checkpoints
-        )
+        if has_state(scan, at):
+            forward_segment(
+                Context(cell, form, block, scan, at, p), inputs, initial, entries, codes, h, final_state, checkpoints
+            )
