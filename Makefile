@@ -19,6 +19,13 @@ BUILT := $(VENV)/built
 SOURCES := $(shell find csrc -type f) setup.py build_backend.py pyproject.toml
 C_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# Threads that wait for work sleep, and leave their core to the other worker.
+test check sanitize coverage: export OMP_WAIT_POLICY := passive
+
+# The files that take longest start first.
+LONGEST := $(addprefix tests/test_,cuda_binary.py simt.py triton.py cpu_mutants.py)
+TESTS_BY_TIME := $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+
 .PHONY: demo test check docs examples coverage mutate wheels gpu-check lint sanitize setup clean
 .DELETE_ON_ERROR:
 
@@ -29,7 +36,7 @@ test: setup
 	pytest -n 2 -m "not slow and not check"
 
 check: lint docs sanitize
-	pytest -n 2 --dist loadfile -m check
+	pytest -n 2 --dist loadfile --no-loadscope-reorder -m check $(TESTS_BY_TIME)
 
 docs: setup
 	python -m sphinx -E -W --keep-going -n -q -b html docs build/docs

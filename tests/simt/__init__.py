@@ -5,6 +5,7 @@ The backend `simt` runs on CPU tensors. g++ builds it on demand, in build/simt.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -52,7 +53,7 @@ def build(
         csrc: the sources, or a changed copy of them.
         elements: the element types of the kernels.
         module: the object of module.cpp, if it is compiled already.
-        optimization: the compiler's flag for the kernels.
+        optimization: the compiler's flags for the kernels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"mru_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -98,10 +99,16 @@ def load_module(path: Path) -> ModuleType:
 def control() -> ModuleType:
     """The loaded module, which sets the scheduler and counts the traffic.
 
-    MRU_SIMT_MODULE names a module that is built already. Without it, the sources are built.
+    MRU_SIMT_MODULE names a module that is built already. Without it, the sources are built, by one process at a time:
+    pytest's other workers wait, and find everything up to date.
     """
     named = os.environ.get("MRU_SIMT_MODULE")
-    return load_module(Path(named) if named else build(FOLDER))
+    if named:
+        return load_module(Path(named))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return load_module(build(FOLDER))
 
 
 @cache

@@ -177,6 +177,7 @@ _FAULTS = {
 MUTANTS = tuple(Mutant(name, file, *fault) for file, faults in _FAULTS.items() for name, *fault in faults)
 
 _building = Lock()
+_FLAGS = "-O0 -w"  # a copy is compiled for each fault; the sources themselves are compiled with warnings
 
 
 def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
@@ -190,7 +191,7 @@ def run_battery(path: Path, element: str) -> subprocess.CompletedProcess[str]:
 def _unchanged(element: str, cell: str) -> Path:
     folder = FOLDER / "mutants" / f"none-{element}-{cell}"
     Mutant("none", "tiles.cuh", "#pragma once\n", "#pragma once\n").plant(folder / "csrc", cell)
-    return build(folder, folder / "csrc", (element,), optimization="-O0")
+    return build(folder, folder / "csrc", (element,), optimization=_FLAGS)
 
 
 def unchanged(element: str, cell: str) -> Path:
@@ -214,7 +215,7 @@ def outcome(mutant: Mutant) -> subprocess.CompletedProcess[str]:
         folder = FOLDER / "mutants" / mutant.name.replace(" ", "-") / cell
         mutant.plant(folder / "csrc", cell)
         module = unchanged(mutant.element, cell).parent / "module.o"
-        done = run_battery(build(folder, folder / "csrc", (mutant.element,), module, "-O0"), mutant.element)
+        done = run_battery(build(folder, folder / "csrc", (mutant.element,), module, _FLAGS), mutant.element)
         if done.returncode != 0:
             break
     return done
