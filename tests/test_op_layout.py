@@ -117,7 +117,11 @@ def test_strides_of_packed_gates_do_not_change_a_bit(backend, device, largest, d
 
 @given(st.data())
 def test_strides_do_not_change_a_bit_of_a_step(backend, device, data):
-    call = data.draw(cases((1, 40), time=1, batch=data.draw(st.integers(1, 3)), nonfinite=False)).build().to(device)
+    call = (
+        data.draw(cases((1, 40), time=1, batch=data.draw(st.integers(1, 3)), nonfinite=False, resets="none"))
+        .build()
+        .to(device)
+    )
     odd = {name: data.draw(odd_views(t[:, 0] if t.dim() == 3 else t)) for name, t in call.tensors.items()}
     odd["state"] = odd.pop("initial_state", None)
     if odd["state"] is None:

@@ -161,7 +161,7 @@ def test_a_cell_without_plain_torch_is_named():
     cell = replace(ops.CELLS["leaky_integrator"], plain=None)
     x = draw(1, 5, 3)
     with pytest.raises(RuntimeError, match=r"'torch' cannot run this call: .* the cell leaky_integrator"):
-        ops.scan(cell, [x, x], 3, 0, [], None, None, False, None, "torch")
+        ops.scan(cell, [x, x], 3, 0, [], None, None, None, None, False, None, "torch")
 
 
 def test_sequence_parallelism_is_refused(group_of_one):

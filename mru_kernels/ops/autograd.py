@@ -63,7 +63,8 @@ def never_differentiated(op: private.OpOverload, reason: str):
 
     def autograd_kernel(inputs, *rest):
         *_, state, _state_indices = rest
-        if _is_differentiated(*inputs, state):
+        tensors = (*inputs, state)
+        if (torch.is_grad_enabled() and requires_grad(tensors)) or any(map(private.has_tangent, tensors)):
             raise NotImplementedError(reason)
         with private.BelowAutograd():
             result = op(inputs, *rest)
