@@ -10,7 +10,7 @@ template <class F>
 constexpr int kBackwardMaps = RealOf<typename F::S>::is_complex ? 4 : 3;
 // After the maps, for each sum over time: the sum and what it has lost (sum.h).
 template <class F>
-using BackwardBase = TileAgent<F, F::kStreams + 1, kBackwardMaps<F> + 2 * F::kSums, 3>;
+using BackwardBase = TileAgent<F, F::kStreams + 1, kBackwardMaps<F> + 2 * F::kSums, 5>;
 
 template <class F, bool kSelects, class Part>
 class BackwardTile;
@@ -38,7 +38,7 @@ class BackwardAgent : public BackwardBase<F> {
   __device__ __forceinline__ void run() {
     const Plan& plan = call.plan;
     for (int64_t segment = this->segment; segment < plan.segments; segment += plan.sum_rows) {
-      Spans spans(call.scan, plan, segment, -1);
+      Spans spans(call, segment, -1);
       while (spans.next(span)) scan_span(segment);
       this->store_exit(segment);
     }
@@ -48,12 +48,9 @@ class BackwardAgent : public BackwardBase<F> {
  private:
   __device__ __forceinline__ void scan_span(int64_t segment) {
     const Scan& scan = call.scan;
-    this->for_block([&](int c, int64_t d) {
-      const auto m = span.last ? load_states<Single>(scan.grad_final, span.sequence, scan.channels, d)
-                               : load_states<Single>(call.work.entry, segment, scan.channels, d);
-      room.carried(c) = m.at[0];
-    });
-    int64_t begin = span.begin < span.end ? (span.end - 1) / tile_steps * tile_steps : span.begin - tile_steps;
+    this->for_block([&](int c, int64_t d) { enter_from_right(segment, c, d); });
+    int64_t begin = span.begin - tile_steps;
+    if (span.begin < span.end) begin = span.end - 1 - (span.end - 1 - span.start) % tile_steps;
     stage_tile(0, begin);
     for (int tile = 0; begin + tile_steps > span.begin; begin -= tile_steps, ++tile) {
       stage_tile(tile + 1, begin - tile_steps);
@@ -66,10 +63,34 @@ class BackwardAgent : public BackwardBase<F> {
       if (summed_ == kSummed) add_up(), summed_ = 0;
     }
     wait_for_copies<0>();
-    if (span.first)
-      this->for_block([&](int c, int64_t d) {
-        store_states<Single>(scan.grad_initial, span.sequence, scan.channels, d, {{room.carried(c)}});
-      });
+    if (span.enters() || scan.grad_reset_state)
+      this->for_block([&](int c, int64_t d) { leave_to_left(segment, c, d); });
+  }
+  // m at the right end of the span.
+  __device__ __forceinline__ void enter_from_right(int64_t segment, int c, int64_t d) const {
+    const Scan& scan = call.scan;
+    typename Single::States m{{S(0)}};
+    if (span.last) m = load_states<Single>(scan.grad_final, span.sequence, scan.channels, d);
+    else if (!span.right) m = load_states<Single>(call.work.entry, segment, scan.channels, d);
+    if (joins(scan, call.plan, span, span.end))
+      m = add<Single>(m, boundary_grad<Single>(scan, call.plan, span, span.end, d));
+    room.carried(c) = m.at[0];
+    if (!span.right) room.taken(c) = room.taken_lost(c) = 0;
+  }
+  // m at the left end: what reaches a reset is a gradient of the reset state and goes no further.
+  __device__ __forceinline__ void leave_to_left(int64_t segment, int c, int64_t d) const {
+    const Scan& scan = call.scan;
+    Sum<S> taken{room.taken(c), room.taken_lost(c)};
+    if (span.resets) {
+      taken.add(room.carried(c));
+      room.carried(c) = 0;
+      room.taken(c) = taken.sum, room.taken_lost(c) = taken.lost;
+    }
+    if (span.first) store_states<Single>(scan.grad_initial, span.sequence, scan.channels, d, {{room.carried(c)}});
+    if (!scan.grad_reset_state || span.left) return;
+    void* const to = span.whole ? scan.grad_reset_state : call.work.taken;
+    const int64_t row = span.whole ? span.sequence : 2 * segment + span.first;
+    store_states<Single>(to, row, scan.channels, d, {{taken.total()}});
   }
 
   // Copies a tile's streams, and the state before its first step, to shared memory.
@@ -85,16 +106,45 @@ class BackwardAgent : public BackwardBase<F> {
     }
     commit_copies();
   }
-  // The state that enters a position of the span, at one channel: the initial state, or one that the forward pass
-  // saved.
+  // The state that enters a position of the span, at one channel. Only a segment of packed sequences may begin where no
+  // state is saved.
   __device__ __forceinline__ void stage_state(S& to, int64_t position, int64_t d) const {
-    const Scan& scan = call.scan;
-    const S* const states = static_cast<const S*>(scan.initial);
-    const S* from = states ? states + span.sequence * scan.channels : nullptr;
-    if (!span.first || position > span.begin)
-      from = state_row<const S>(scan.checkpoints, checkpoint_row(scan, call.plan, span, position), scan.channels, 0);
+    const bool enters = span.enters() && position == span.begin;
+    if (!enters && !span.is_boundary(call.scan, call.plan, position)) {
+      to = recompute_to(position, d);
+      return;
+    }
+    const S* const from = state_before(enters ? span.start : position, span.resets && enters);
     if (from) copy_ahead<Traffic::kState, 1>(reinterpret_cast<Vector<S, 1>*>(&to), from + d);
     else to = 0;
+  }
+  // The row of the reset state, of the initial state, which enters the sequence's start, or of a checkpoint. Null: zeros.
+  __device__ __forceinline__ const S* state_before(int64_t position, bool is_reset) const {
+    const Scan& scan = call.scan;
+    if (!is_reset && position > span.start)
+      return state_row<const S>(scan.checkpoints, checkpoint_row(scan, call.plan, span, position), scan.channels, 0);
+    const S* const states = static_cast<const S*>(is_reset ? scan.reset_state : scan.initial);
+    return states ? states + span.sequence * scan.channels : nullptr;
+  }
+  // The state at a position between two boundaries, scanned from the boundary or the reset before it.
+  __device__ __forceinline__ S recompute_to(int64_t position, int64_t d) const {
+    const Scan& scan = call.scan;
+    int64_t begin = span.chunk_begin(scan, call.plan, position);
+    bool is_reset = false;
+    if (call.work.reset_bits) {
+      const int64_t reset = ResetBits(call.plan, call.work.reset_bits, span.row).previous(position, begin);
+      if (reset >= begin) is_reset = true, begin = reset;
+    }
+    const S* const from = state_before(begin, is_reset);
+    S s = from ? load<Traffic::kState, 1>(from + d).at[0] : S(0), x[F::kInputs];
+    ChannelInputs<Single>(scan, d).at(0, x);
+#pragma unroll 1
+    for (; begin < position; ++begin) {
+      const Tile<Single, 1> tile(scan, span.row, d, begin);
+      for_streams<Single>([&](int i, int k) { x[i] = widen(tile.raw[0][k], 0); });
+      s = call.cell.recompute(x, s);
+    }
+    return s;
   }
 
   __device__ __forceinline__ typename F::States& sum(int i) const { return room.own(kBackwardMaps<F> + 2 * i); }
@@ -229,8 +279,17 @@ class BackwardTile {
   }
   __device__ __forceinline__ void share(const States& a, const States& u, const States& m) const {
     room_.own(0) = a, room_.own(1) = u;
-    if constexpr (!kSeesState) room_.own(2) = m;
+    if constexpr (!kSeesState) room_.own(2) = joined(m);
     if constexpr (kComplex) room_.own(kFactor) = conj_all<F>(a);
+  }
+  // m at the left end of the thread's steps with the gradient of a boundary there. That at the span's begin joins in the
+  // span on its left.
+  __device__ __forceinline__ bool has_boundary(int64_t position) const {
+    return position > agent_.span.begin && joins(agent_.call.scan, agent_.call.plan, agent_.span, position);
+  }
+  __device__ __forceinline__ States joined(const States& m) const {
+    if (!agent_.inside || !part_.has(0) || !has_boundary(part_.position)) return m;
+    return add<F>(m, boundary_grad<F>(agent_.call.scan, agent_.call.plan, agent_.span, part_.position, agent_.d));
   }
   // The offsets of the maps of m, from the states. Their factors are in shared memory already.
   __device__ __forceinline__ void reduce_adjoint() const {
@@ -245,7 +304,7 @@ class BackwardTile {
           m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);
         });
       }
-    room_.own(2) = m;
+    room_.own(2) = joined(m);
   }
 
   // Offsets of the groups become what enters them: the states by some threads, m by others.
@@ -280,7 +339,11 @@ class BackwardTile {
           return of.scan_steps(room_.row(2), -1, m, [&](int step, const S* x, S m) {
             S before = 0, after = 0;
             if constexpr (kSeesState) states_at(of, step, before, after);
-            return cell_.pull(x, cell_.cotangent(x, before, after, of.element(step, kGrad), m));
+            const S left = cell_.pull(x, cell_.cotangent(x, before, after, of.element(step, kGrad), m));
+            const int64_t position = part_.begin + step;
+            if (!has_boundary(position)) return left;
+            const auto& call = agent_.call;
+            return left + boundary_grad<typename F::Single>(call.scan, call.plan, agent_.span, position, d).at[0];
           });
         });
   }

@@ -49,7 +49,10 @@ struct Workspace {
   S* exit;                         // s or m where the segment ends; null where nothing is checked
   int* again;                      // [1]: whether uncut kernels scan the call again; null where nothing is checked
   S* sums;                         // [sum_rows, sums, D]
-  bool resets;                     // whether every write resets the state: factors are 0 or 1
+  uint32_t* reset_bits;            // where states are reset (resets.cuh); null: nowhere
+  S* taken;  // [segments, 2, D]: m summed over the resets of a segment in a sequence that began before it; in one that
+             // begins in it and ends after it
+  bool resets;  // whether every write resets the state: factors are 0 or 1
 };
 
 // Which segments have a map that ignores the state on entry (Affine::head).

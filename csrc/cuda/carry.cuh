@@ -1,10 +1,11 @@
 // What happens between the segments: `carry` finds the entry state of each, `check` compares it with what the segment
-// before it left, `compose` makes one map of a row. Also `reduce`, which adds up the rows of sums over time.
+// before it left, `compose` makes one map of a row. Also `reduce`, which adds up the rows of sums over time, and
+// `reduce_taken`, which adds up the sums of m over the resets of a sequence.
 #pragma once
 #include "../maps/affine.h"
 #include "../maps/cut.h"
 #include "../sum.h"
-#include "call.cuh"
+#include "spans.cuh"
 
 namespace mru::cuda {
 
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(kCheckThreads) check(Workspace<S> work, Plan p
     store<Traffic::kState>(work.again, Vector<int, 1>{{1}});
 }
 
-// The maps of the segments of each row as one: factor, offset [B, D]. A thread for a row and a channel; across: D.
+// The maps of the segments of each row as one: factor, offset [B, D]. A thread for a row and a channel; across: D. The
+// factor of a row with a reset, which makes a segment a head, is 0.
 template <class S>
 __global__ void __launch_bounds__(kComposeThreads)
     compose(Workspace<S> work, int64_t rows, int64_t row_segments, Divisor across, S* factor, S* offset) {
@@ -147,11 +149,14 @@ __global__ void __launch_bounds__(kComposeThreads)
   const int64_t channels = across.divisor(), first = row * (row_segments - 1) * channels + thread;
   const S *next_factor = work.factor + first, *next_offset = work.offset + first;
   Affine<S> all = Affine<S>::identity();
+  bool resets = false;
   for (int64_t i = 0; i < row_segments; ++i) {
-    all = all.then({load<Traffic::kState, 1>(next_factor).at[0], load<Traffic::kState, 1>(next_offset).at[0]});
+    const Affine<S> map{load<Traffic::kState, 1>(next_factor).at[0], load<Traffic::kState, 1>(next_offset).at[0]};
+    resets = resets || (work.reset_bits && map.is_head());
+    all = all.then(map);
     next_factor = advance(next_factor, channels), next_offset = advance(next_offset, channels);
   }
-  store<Traffic::kState>(factor + thread, Vector<S, 1>{{all.a}});
+  store<Traffic::kState>(factor + thread, Vector<S, 1>{{resets ? S(0) : all.a}});
   store<Traffic::kState>(offset + thread, Vector<S, 1>{{all.b}});
 }
 
@@ -174,6 +179,26 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   if (threadIdx.y != 0 || d >= channels) return;
   for (int g = 1; g < kGroups; ++g) sum.add(partial[g * kLanes + threadIdx.x]);
   store<Traffic::kState>(total + d, Vector<S, 1>{{sum.total()}});
+}
+
+// grad_reset_state of the sequences that lie in several segments, always in the same order. The others, and all if the
+// uncut form has scanned again, are stored already. A thread for a sequence and a channel; across: D.
+template <class S>
+__global__ void __launch_bounds__(kComposeThreads)
+    reduce_taken(Workspace<S> work, const __grid_constant__ Scan scan, const __grid_constant__ Plan plan,
+                 Divisor across, Divisor segment_steps) {
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, n = across(thread);
+  if (n >= scan.sequences || load<Traffic::kState, 1>(work.again).at[0] != 0) return;
+  int64_t begin = 0, end = scan.time;
+  if (scan.offsets) bounds(scan, n, begin, end);
+  if (begin == end) return;
+  const int64_t row = scan.offsets ? 0 : n * plan.row_segments, d = thread - n * scan.channels;
+  const int64_t first = row + segment_steps(begin), last = row + segment_steps(end - 1);
+  if (first == last) return;
+  Sum<S> sum;
+  for (int64_t segment = first; segment <= last; ++segment)
+    sum.add(load<Traffic::kState, 1>(work.taken + (2 * segment + (segment == first)) * scan.channels + d).at[0]);
+  store<Traffic::kState>(static_cast<S*>(scan.grad_reset_state) + thread, Vector<S, 1>{{sum.total()}});
 }
 
 }  // namespace mru::cuda

@@ -17,7 +17,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   using typename Base::Room;
 
   __device__ __forceinline__ void run() {
-    Spans spans(call.scan, call.plan, segment, 1);
+    Spans spans(call, segment, 1);
     while (spans.next(span)) {
       if (call.scan.slots) span.sequence = load<Traffic::kIndex, 1>(call.scan.slots + span.sequence).at[0];
       if (call.scan.slots && (span.sequence < 0 || span.sequence >= call.scan.slot_count)) skip_span();
@@ -36,11 +36,13 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   __device__ __forceinline__ void scan_span() {
     const Scan& scan = call.scan;
     this->for_block([&](int c, int64_t d) {
-      const auto s = span.first ? enter<Single>(scan, call.cell, span, d, ChannelInputs<Single>(scan, d))
-                                : load_states<Single>(call.work.entry, segment, scan.channels, d);
+      typename Single::States s{{room.carried(c)}};
+      if (!span.first && !span.left) s = load_states<Single>(call.work.entry, segment, scan.channels, d);
+      if (span.resets && saves(span.begin)) save<Single>(span.begin, d, s);
+      if (span.enters()) s = enter<Single>(scan, call.cell, span, d, ChannelInputs<Single>(scan, d));
       room.carried(c) = s.at[0];
     });
-    int64_t begin = span.begin / tile_steps * tile_steps;
+    int64_t begin = span.begin - (span.begin - span.start) % tile_steps;
     stage_tile(0, begin);
     for (int tile = 0; begin < span.end; begin += tile_steps, ++tile) {
       stage_tile(tile + 1, begin + tile_steps);
@@ -53,6 +55,17 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
       this->for_block([&](int c, int64_t d) {
         store_states<Single>(scan.final_state, span.sequence, scan.channels, d, {{room.carried(c)}});
       });
+  }
+
+  // Whether the state before a position is a checkpoint.
+  __device__ __forceinline__ bool saves(int64_t position) const {
+    return call.scan.checkpoints && !(span.first && position == span.begin) &&
+           span.is_boundary(call.scan, call.plan, position);
+  }
+  template <class G>
+  __device__ __forceinline__ void save(int64_t position, int64_t d, const typename G::States& s) const {
+    const Scan& scan = call.scan;
+    store_states<G>(scan.checkpoints, checkpoint_row(scan, call.plan, span, position), scan.channels, d, s);
   }
 
   __device__ __forceinline__ void stage_tile(int tile, int64_t begin) const {
@@ -113,12 +126,10 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   // h of the thread's steps, and the state that enters them if it is a checkpoint.
   template <bool kResets, class Part>
   __device__ __forceinline__ void store_tile(const Part& part, const Cell& cell, bool copies) const {
-    const auto& [scan, plan, work, across, any_cell, heads, unless_zero] = call;
     typename F::States s = room.own(1);
-    if (scan.checkpoints && part.has(0) && plan.chunk_divisor(part.position) * scan.chunk == part.position &&
-        !(span.first && part.position == span.begin))
-      store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, part.position), scan.channels, d, s);
-    const Row<typename F::T> h(scan, scan.h, span.row, d);
+    if (part.has(0) && !(span.resets && part.position == span.begin) && saves(part.position))
+      save<F>(part.position, d, s);
+    const Row<typename F::T> h(call.scan, call.scan.h, span.row, d);
     typename F::T* out = h.at(part.position);
     if constexpr (kResets && Cell::kCodes) {
 #pragma unroll

@@ -36,15 +36,19 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// What the bytes belong to: tests state the budget of a pass per kind. kPassing is a stream that leaves the
-// second-level cache first, so that codes, which the next launch reads, stay there. kSlot is a state that the launch
-// updates in place.
-enum class Traffic { kStream, kCodes, kState, kIndex, kPassing, kSlot };
+// What the bytes belong to: tests state the budget of a pass per kind. kMask is the mask of resets; kIndex are offsets
+// and bits of the mask. kPassing is a stream that leaves the second-level cache first, so that codes, which the next
+// launch reads, stay there. kSlot is a state that the launch updates in place.
+enum class Traffic { kStream, kCodes, kState, kIndex, kMask, kPassing, kSlot };
 
 #ifdef __CUDACC__
 
 template <int kBytes>
 struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
 template <>
 struct WordOf<2> {
   using type = unsigned short;

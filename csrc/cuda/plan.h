@@ -10,6 +10,8 @@
 //             entry m. If the adjoint sees the state, the maps come from `summarize` (factors) and from `backward` with
 //             m = 0 (offsets).
 //   map       `summarize` each segment; `compose` the segments of a row.
+//   resets    `mark_resets` first makes bits of the mask. The sums of m over the resets of a sequence that is cut are
+//             added up by `reduce_taken`.
 //   check     cut: whether every segment left what `carry` handed to the next one (maps/cut.h). The uncut kernels are
 //             launched after it and return at once if it passed. A forward pass that only copies values needs neither.
 #pragma once
@@ -23,6 +25,8 @@ namespace mru::cuda {
 constexpr int64_t kMostSumRows = 8192;
 constexpr int64_t kMostChunk = 64;  // the streams of a chunk lie in shared memory
 constexpr int kSegmentStates = 5;   // factor, offset, late, entry, exit
+constexpr int kResetGroup = 1024;   // steps of a group of bits that mark resets (resets.cuh)
+constexpr int kResetWords = 33;     // words of a group
 
 // Division of 0 <= n < 2^63 by a divisor that the host knows: a device's own 64-bit division is a call.
 class Divisor {
@@ -57,6 +61,7 @@ struct Plan {
   int sums = 0;                // of a row: gradients of the inputs that come per channel
   int64_t uncut_sum_rows = 0;  // sum_rows of the uncut form, used when it scans again
   int64_t states_bytes = 0;    // of one [segments, D] in the state dtype
+  int64_t reset_groups = 0;    // of a row; 0: no resets
   Divisor row_divisor, chunk_divisor;
 
   Plan() = default;
@@ -65,24 +70,30 @@ struct Plan {
     segments = is_cut() ? scan.batch * row_segments : scan.sequences;
     row_divisor = Divisor(row_segments), chunk_divisor = Divisor(scan.chunk);
     state_size_ = state_bytes(scan.dtype);
-    states_bytes = (segments * scan.channels * state_size_ + 15) / 16 * 16;
+    states_bytes = aligned(segments * scan.channels * state_size_);
+    if (scan.resets) reset_groups = (scan.time + kResetGroup - 1) / kResetGroup;
+    resets_bytes_ = aligned(scan.batch * reset_groups * kResetWords * int64_t(sizeof(uint32_t)));
     if (!backward) return;
+    if (is_cut() && scan.grad_reset_state) taken_bytes_ = 2 * segments * scan.channels * state_size_;
     for (const Input& input : scan.in) sums += input.channel != nullptr;
     sum_rows = sums > 0 ? std::min(segments, kMostSumRows) : segments;
     uncut_sum_rows = std::min(scan.sequences, kMostSumRows);
-    sums_bytes_ = std::max(sum_rows, uncut_sum_rows) * sums * scan.channels * state_size_;
+    sums_bytes_ = aligned(std::max(sum_rows, uncut_sum_rows) * sums * scan.channels * state_size_);
   }
 
   MRU_INLINE bool is_cut() const { return row_segments > 1; }
   MRU_INLINE int64_t row_of(int64_t segment) const { return row_divisor(segment); }
   MRU_INLINE int64_t in_row(int64_t segment) const { return segment - row_of(segment) * row_segments; }
-  // Layout: kSegmentStates arrays [segments, D], the flag, the rows of sums.
-  int64_t workspace_bytes() const { return sums_offset() + sums_bytes_; }
+  // Layout: kSegmentStates arrays [segments, D], the flag, the rows of sums, the bits of resets, the sums over resets.
+  int64_t workspace_bytes() const { return taken_offset() + taken_bytes_; }
   int64_t flag_offset() const { return kSegmentStates * states_bytes; }
   int64_t sums_offset() const { return is_cut() ? flag_offset() + 16 : 0; }
+  int64_t resets_offset() const { return sums_offset() + sums_bytes_; }
+  int64_t taken_offset() const { return resets_offset() + resets_bytes_; }
 
  private:
-  int64_t state_size_ = 4, sums_bytes_ = 0;
+  static int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+  int64_t state_size_ = 4, sums_bytes_ = 0, resets_bytes_ = 0, taken_bytes_ = 0;
 };
 
 // Whether threads may move 16-byte words, `width` channels each: every row of every tensor starts on a word.
@@ -98,7 +109,7 @@ inline bool moves_words(const Scan& scan, int64_t width) {
     stream(scan.in[i].stream), stream(scan.grad_in[i]);
     word(scan.in[i].channel), word(scan.grad_channel[i]);
   }
-  for (const void* p : {scan.initial, scan.grad_final}) word(p);
+  for (const void* p : {scan.initial, scan.grad_final, scan.reset_state, scan.grad_checkpoints}) word(p);
   for (const void* p : {scan.final_state, scan.checkpoints, scan.grad_initial}) word(p);
   word(scan.events);
   return all;

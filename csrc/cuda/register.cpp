@@ -18,7 +18,6 @@ using mru::cuda::kernels;
 template <class Run>
 void launch(const Scan& scan, bool backward, const Tensor& like, Run run) {
   MRU_EXPECT(aoti_torch_get_current_cuda_stream, "backend: 'cuda' needs a torch that is built with CUDA");
-  MRU_EXPECT(!scan.resets && !scan.grad_checkpoints, "backend: 'cuda' has no resets and no gradients of boundaries");
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

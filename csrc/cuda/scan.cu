@@ -97,10 +97,18 @@ class Op {
     if (checks_ && !resets()) work.late = reinterpret_cast<typename RealOf<S>::type*>(states(2));
     if (checks_) work.exit = states(4), work.again = reinterpret_cast<int*>(base + plan_.flag_offset());
     work.sums = reinterpret_cast<S*>(base + plan_.sums_offset());
+    if (scan_.resets) work.reset_bits = reinterpret_cast<uint32_t*>(base + plan_.resets_offset());
+    work.taken = reinterpret_cast<S*>(base + plan_.taken_offset());
     work.resets = resets();
     return work;
   }
 
+  void mark() {
+    if (!scan_.resets) return;
+    const int64_t warps = ceil_div(std::min<int64_t>(scan_.time, kResetGroup), kResetWord);
+    launch_(mark_resets, scan_.batch * plan_.reset_groups, dim3(unsigned(warps * kResetWord)),
+            kResetGroup / kResetWord * int64_t(sizeof(uint32_t)), scan_, work_.reset_bits, Divisor(plan_.reset_groups));
+  }
   // Launches a kernel with a thread for each segment and W channels.
   void over_segments(void (*kernel)(Call<F>), int64_t shared = 0, Heads heads = Heads::kBegin) {
     const int64_t across = scan_.channels / F::W;
@@ -143,6 +151,7 @@ class Op {
     uncut.segment = 0;
     return Plan(uncut, direction < 0);
   }
+  void clear(void* rows, int64_t count) { launch_.copy_rows(rows, nullptr, count * scan_.channels * sizeof(S)); }
   void summarize_backward();
   void reduce_sums();
 
@@ -156,6 +165,8 @@ class Op {
 
 template <class F>
 const char* Op<F>::forward() {
+  mark();
+  if (scan_.offsets && scan_.checkpoints) clear(scan_.checkpoints, scan_.batch * scan_.checkpoint_rows);
   if (!plan_.is_cut()) {
     forward_tiles(plan_);
     return launch_.result();
@@ -176,7 +187,7 @@ void Op<F>::summarize_backward() {
     // The factors are those of the states. `backward` from m = 0 gives the offsets; its other results are overwritten.
     work_.late = nullptr;
     summarize_segments(Heads::kEnd);
-    launch_.copy_rows(work_.entry, nullptr, plan_.segments * scan_.channels * sizeof(S));
+    clear(work_.entry, plan_.segments);
     Workspace<S> from_zero = work_;
     from_zero.exit = work_.offset;
     backward_tiles(plan_, from_zero);
@@ -187,9 +198,12 @@ void Op<F>::summarize_backward() {
 
 template <class F>
 const char* Op<F>::backward() {
+  mark();
   if (plan_.is_cut()) {
-    if (scan_.offsets)
+    if (scan_.offsets) {
       launch_.copy_rows(scan_.grad_initial, scan_.grad_final, scan_.sequences * scan_.channels * sizeof(S));
+      if (scan_.grad_reset_state) clear(scan_.grad_reset_state, scan_.sequences);
+    }
     summarize_backward();
     carry_over(-1);
   }
@@ -197,6 +211,9 @@ const char* Op<F>::backward() {
   if (checks_) {
     const Plan uncut = check_segments(-1);
     backward_tiles(uncut, work_, work_.again);
+    if (scan_.grad_reset_state)
+      launch_(reduce_taken<S>, ceil_div(scan_.sequences * scan_.channels, kComposeThreads), dim3(kComposeThreads), 0,
+              work_, scan_, plan_, Divisor(scan_.channels), Divisor(scan_.segment));
   }
   reduce_sums();
   return launch_.result();
@@ -213,6 +230,7 @@ void Op<F>::reduce_sums() {
 
 template <class F>
 const char* Op<F>::map(S* factor, S* offset) {
+  mark();
   work_.late = nullptr;
   if (!plan_.is_cut()) work_.factor = factor, work_.offset = offset;
   summarize_segments(Heads::kNone);

@@ -23,7 +23,9 @@ struct SegmentMap {
   __device__ __forceinline__ void store(const Call<F>& call, int64_t segment, int64_t d) const {
     const auto& work = call.work;
     const int64_t channels = call.scan.channels;
-    const typename F::States factor = head ? all<F>(Affine<typename F::S>::head(0).a) : a;
+    // An op for whole sequences returns a factor that is a number.
+    const auto none = call.plan.is_cut() ? Affine<typename F::S>::head(0) : Affine<typename F::S>::constant(0);
+    const typename F::States factor = head ? all<F>(none.a) : a;
     store_states<F>(work.factor, segment, channels, d, factor);
     store_states<F>(work.offset, segment, channels, d, u);
     if (work.late) mru::cuda::store<Traffic::kState>(work.late + segment * channels + d, late);
@@ -101,10 +103,11 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(
   CodeWriter<F> writer(scan, d);
   TilesAhead<F, kSegmentTile<F>> tiles(scan, d);
   with_cell(call, [&]<bool kResets>(const typename F::Cell& cell) {
-    Spans spans(scan, call.plan, segment, 1);
+    Spans spans(call, segment, 1);
     for (Span span; spans.next(span);) {
-      if (span.first) map.u = enter<F>(scan, call.cell, span, d, channel);
-      if (call.heads == Heads::kBegin ? span.first : call.heads == Heads::kEnd && span.last) map.head = true;
+      if (span.enters()) map.u = enter<F>(scan, call.cell, span, d, channel);
+      if (span.resets || (call.heads == Heads::kBegin ? span.first : call.heads == Heads::kEnd && span.last))
+        map.head = true;
       for_tiles<kSegmentTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
         Tile<F, U> tile;
         if constexpr (U > 1) tile = tiles.at(span, position);
@@ -188,14 +191,15 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(con
   const ChannelInputs<F> channel(scan, d);
 
   CodesAhead<F> ahead(scan, plan, segment, d, 1);
-  Spans spans(scan, plan, segment, 1);
+  Spans spans(call, segment, 1);
   typename F::States s = all<F>(0);
   for (Span span; spans.next(span);) {
-    s = span.first ? enter<F>(scan, cell, span, d, channel) : load_states<F>(work.entry, segment, scan.channels, d);
-    const Row<typename F::T> h(scan, scan.h, span.row, d);
+    if (!span.first && !span.left) s = load_states<F>(work.entry, segment, scan.channels, d);
     Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
-    for_tiles<kEventsPerWord>(span.begin, span.end, [&]<int U>(int64_t position) {
+    if (span.enters()) s = enter<F>(scan, cell, span, d, channel);
+    const Row<typename F::T> h(scan, scan.h, span.row, d);
+    const auto expand_tile = [&]<int U>(int64_t position) {
       const Vector<int32_t, F::W> codes = ahead.at(position);
       bool copies = cell.resets();
 #pragma unroll
@@ -204,8 +208,13 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(con
       typename F::T* const out = h.at(position);
       if (copies) expand_copies<F, U>(codes, cell, channel, out, h.step, s);
       else expand_steps<F, U>(codes, cell, channel, out, h.step, s);
-      checkpoints.pass(position + U, s);
-    });
+    };
+    for (int64_t position = span.begin; position < span.end;) {
+      const int64_t end = checkpoints.end();
+      for_tiles<kEventsPerWord>(position, end, expand_tile);
+      checkpoints.pass(end, s);
+      position = end;
+    }
     if (span.last) store_states<F>(scan.final_state, span.sequence, scan.channels, d, s);
   }
   if (work.exit) store_states<F>(work.exit, segment, scan.channels, d, s);
@@ -279,38 +288,60 @@ class AdjointSteps {
 };
 
 // Each segment as one map of m, from the right. Where writes reset: from the left up to the first write, because the m
-// that leaves the segment does not depend on later steps.
+// that leaves the segment does not depend on later steps. No m passes a reset.
 template <class F, bool kFromCodes>
 __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>)
     summarize_adjoint(const __grid_constant__ Call<F> call) {
   using States = typename F::States;
   using Steps = AdjointSteps<F, kFromCodes>;
   const Scan& scan = call.scan;
+  const Plan& plan = call.plan;
   const auto [segment, d] = place(call);
-  if (segment >= call.plan.segments) return;
+  if (segment >= plan.segments) return;
 
   SegmentMap<F> map;
   with_cell(call, [&]<bool kResets>(const typename F::Cell& cell) {
     constexpr int kDirection = kResets ? 1 : -1;
     Steps steps(call, segment, d, kDirection);
-    Spans spans(scan, call.plan, segment, kDirection);
+    Spans spans(call, segment, kDirection);
     Span span{};
     if constexpr (kResets) {
       if (!spans.next(span)) return;
-      const bool holds = for_tiles_while<Steps::kTile>(span.begin, span.end, [&]<int U>(int64_t position) {
+      const auto pull = [&]<int U>(int64_t position) {
         States a = all<F>(1), m = all<F>(0);
         steps.template pull<kResets, U>(span, position, cell, a, m, map.late);
         return append<F>(a, m, map.a, map.u);
-      });
+      };
+      bool holds = !span.resets;
+      for (int64_t begin = span.begin, end; holds && begin < span.end; begin = end) {
+        end = span.end;
+        if (scan.grad_checkpoints) {
+          const int64_t boundary = span.chunk_begin(scan, plan, begin) + scan.chunk;
+          end = boundary < end ? boundary : end;
+        }
+        holds = for_tiles_while<Steps::kTile>(begin, end, pull);
+        if (holds && joins(scan, plan, span, end))
+          append<F>(map.a, boundary_grad<F>(scan, plan, span, end, d), map.a, map.u);
+      }
       if (holds && span.last)
         append<F>(map.a, load_states<F>(scan.grad_final, span.sequence, scan.channels, d), map.a, map.u);
-      map.head = span.last;
+      map.head = span.last || span.right || span.resets;
     } else {
+      const auto pull = [&]<int U>(int64_t position) {
+        steps.template pull<kResets, U>(span, position, cell, map.a, map.u, map.late);
+      };
       while (spans.next(span)) {
         if (span.last) map.u = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), map.head = true;
-        for_tiles_from_right<Steps::kTile>(span.begin, span.end, [&]<int U>(int64_t position) {
-          steps.template pull<kResets, U>(span, position, cell, map.a, map.u, map.late);
-        });
+        for (int64_t begin, end = span.end; end > span.begin; end = begin) {
+          if (joins(scan, plan, span, end)) map.u = add<F>(map.u, boundary_grad<F>(scan, plan, span, end, d));
+          begin = span.begin;
+          if (scan.grad_checkpoints) {
+            const int64_t boundary = span.chunk_begin(scan, plan, end - 1);
+            begin = boundary > begin ? boundary : begin;
+          }
+          for_tiles_from_right<Steps::kTile>(begin, end, pull);
+        }
+        if (span.resets) map.u = all<F>(0), map.head = true;
       }
     }
   });

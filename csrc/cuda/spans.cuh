@@ -1,8 +1,9 @@
 // Where a thread is: its segment and channels, and the spans of its segment.
 //
-//   sequence   n; it begins and ends inside a row       span   a segment's part of one sequence
+//   sequence   n; it begins and ends inside a row       span   a segment's part of one sequence, between two resets
+//   boundary   a position after a multiple of the chunk in a sequence: the state before it is saved
 #pragma once
-#include "call.cuh"
+#include "resets.cuh"
 
 namespace mru::cuda {
 
@@ -16,29 +17,91 @@ __device__ __forceinline__ Place place(const Call<F>& call) {
   return {segment, thread * F::W - segment * call.scan.channels};
 }
 
+// The positions [begin, end) of sequence n.
+__device__ __forceinline__ void bounds(const Scan& scan, int64_t n, int64_t& begin, int64_t& end) {
+  const auto offset = [&](int64_t i) {  // device data: any value must stay in bounds
+    const int64_t at = load<Traffic::kIndex, 1>(scan.offsets + i).at[0];
+    return at < 0 ? 0 : (at < scan.time ? at : scan.time);
+  };
+  begin = offset(n), end = offset(n + 1);
+  if (end < begin) end = begin;
+  if (scan.reverse) {
+    const int64_t left = begin;
+    begin = scan.time - end, end = scan.time - left;
+  }
+}
+
 struct Span {
-  int64_t row, sequence, begin, end;
-  bool first, last;  // whether the sequence begins at `begin`, ends at `end`
+  int64_t row, sequence, start, begin, end;  // start: position of the sequence's first step
+  bool first, last;                          // whether the sequence begins at `begin`, ends at `end`
+  bool whole = false;                        // whether the sequence begins and ends in the segment
+  bool resets = false;                       // whether the state is reset before the first step
+  bool left = false, right = false;          // whether a span of the same sequence and segment is next to it
+
+  // Whether the state on entry is the initial or the reset state.
+  __device__ __forceinline__ bool enters() const { return first || resets; }
+  // A position between start and the sequence's end.
+  __device__ __forceinline__ int64_t chunk_begin(const Scan& scan, const Plan& plan, int64_t position) const {
+    return start + plan.chunk_divisor(position - start) * scan.chunk;
+  }
+  // Whether a position of the sequence after its start is a boundary.
+  __device__ __forceinline__ bool is_boundary(const Scan& scan, const Plan& plan, int64_t position) const {
+    return chunk_begin(scan, plan, position) == position;
+  }
 };
 
 // The spans of a segment, one after another; with direction -1 from the right.
 class Spans {
  public:
-  __device__ __forceinline__ Spans(const Scan& scan, const Plan& plan, int64_t segment, int direction)
-      : scan_(scan), direction_(direction) {
-    if (!plan.is_cut()) {
-      one_ = {segment, segment, 0, scan.time, true, true};
-      if (scan.offsets) one_.row = 0, bounds(segment, one_.begin, one_.end);
+  template <class F>
+  __device__ __forceinline__ Spans(const Call<F>& call, int64_t segment, int direction)
+      : scan_(call.scan), plan_(call.plan), reset_bits_(call.work.reset_bits), direction_(direction) {
+    if (!plan_.is_cut()) {
+      one_ = {segment, segment, 0, 0, scan_.time, true, true, true};
+      if (scan_.offsets) {
+        bounds(scan_, segment, one_.begin, one_.end);
+        one_.row = 0, one_.start = one_.begin;
+      }
     } else {
-      const int64_t row = plan.row_of(segment), begin = plan.in_row(segment) * scan.segment;
-      const int64_t end = begin + scan.segment < scan.time ? begin + scan.segment : scan.time;
-      one_ = {row, row, begin, end, begin == 0, end == scan.time};
-      packed_ = scan.offsets != nullptr;
+      const int64_t row = plan_.row_of(segment), begin = plan_.in_row(segment) * scan_.segment;
+      const int64_t end = begin + scan_.segment < scan_.time ? begin + scan_.segment : scan_.time;
+      one_ = {row, row, 0, begin, end, begin == 0, end == scan_.time};
+      packed_ = scan_.offsets != nullptr;
       if (packed_) order_ = find();
     }
   }
 
+  // The next span; `span` is the one before it, unless this is the first call.
   __device__ __forceinline__ bool next(Span& span) {
+    if (!reset_bits_) return next_part(span);
+    if (!more_) {
+      if (!next_part(span)) return false;
+      far_ = direction_ > 0 ? span.end : span.begin;
+      at_far_ = direction_ > 0 ? span.last : span.first;
+    }
+    const ResetBits bits(plan_, reset_bits_, span.row);
+    if (direction_ > 0) {
+      if (more_) span.begin = span.end, span.first = false;
+      span.left = more_;
+      span.resets = span.begin < far_ && bits.next(span.begin, span.begin + 1) == span.begin;
+      span.end = bits.next(span.begin + 1, far_);
+      span.right = more_ = span.end < far_;
+      span.last = at_far_ && !more_;
+    } else {
+      if (more_) span.end = span.begin, span.last = false;
+      span.right = more_;
+      const int64_t reset = bits.previous(span.end, far_);
+      span.resets = reset >= far_;
+      span.begin = span.resets ? reset : far_;
+      span.left = more_ = span.begin > far_;
+      span.first = at_far_ && !more_;
+    }
+    return true;
+  }
+
+ private:
+  // The next part of a sequence in the segment.
+  __device__ __forceinline__ bool next_part(Span& span) {
     if (!packed_) {
       span = one_;
       const bool more = !done_;
@@ -48,10 +111,11 @@ class Spans {
     for (; order_ >= 0 && order_ < scan_.sequences; order_ += direction_) {
       const int64_t n = sequence(order_);
       int64_t begin, end;
-      bounds(n, begin, end);
+      bounds(scan_, n, begin, end);
       if (direction_ > 0 ? begin >= one_.end : end <= one_.begin) return false;
-      span = {0, n, begin > one_.begin ? begin : one_.begin, end < one_.end ? end : one_.end, false, false};
+      span = {0, n, begin, begin > one_.begin ? begin : one_.begin, end < one_.end ? end : one_.end, false, false};
       span.first = span.begin == begin, span.last = span.end == end;
+      span.whole = span.first && span.last;
       if (span.begin >= span.end) continue;  // an empty sequence
       order_ += direction_;
       return true;
@@ -59,21 +123,8 @@ class Spans {
     return false;
   }
 
- private:
   __device__ __forceinline__ int64_t sequence(int64_t order) const {
     return scan_.reverse ? scan_.sequences - 1 - order : order;
-  }
-  __device__ __forceinline__ int64_t offset(int64_t n) const {  // device data: any value must stay in bounds
-    const int64_t at = load<Traffic::kIndex, 1>(scan_.offsets + n).at[0];
-    return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);
-  }
-  __device__ __forceinline__ void bounds(int64_t n, int64_t& begin, int64_t& end) const {
-    begin = offset(n), end = offset(n + 1);
-    if (end < begin) end = begin;
-    if (scan_.reverse) {
-      const int64_t left = begin;
-      begin = scan_.time - end, end = scan_.time - left;
-    }
   }
   // In scan order, the first sequence that ends after the segment begins; from the right, the last that begins before
   // the segment's end.
@@ -82,7 +133,7 @@ class Spans {
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
       int64_t begin, end;
-      bounds(sequence(middle), begin, end);
+      bounds(scan_, sequence(middle), begin, end);
       const bool before = direction_ > 0 ? end <= one_.begin : begin < one_.end;
       if (before) low = middle + 1;
       else high = middle;
@@ -91,10 +142,13 @@ class Spans {
   }
 
   const Scan& scan_;
+  const Plan& plan_;
+  const uint32_t* const reset_bits_;
   const int direction_;
   Span one_;
-  int64_t order_ = 0;
+  int64_t order_ = 0, far_ = 0;  // far_: the far end of the part that the last span was cut from
   bool packed_ = false, done_ = false;
+  bool more_ = false, at_far_ = false;  // whether that part has more spans; whether its sequence ends there
 };
 
 }  // namespace mru::cuda

@@ -27,6 +27,12 @@ template <class F>
 using Lates = Vector<typename RealOf<typename F::S>::type, F::W>;
 
 template <class F>
+__device__ __forceinline__ typename F::States add(typename F::States a, const typename F::States& b) {
+#pragma unroll
+  for (int w = 0; w < F::W; ++w) a.at[w] += b.at[w];
+  return a;
+}
+template <class F>
 __device__ __forceinline__ typename F::States conj_all(typename F::States s) {
 #pragma unroll
   for (int w = 0; w < F::W; ++w) s.at[w] = conj(s.at[w]);
@@ -55,13 +61,14 @@ struct ChannelInputs {
   }
 };
 
-// The state before the first step of a span that begins a sequence.
+// The state before the first step of a span that begins a sequence, or before which the state is reset.
 template <class F>
 __device__ __forceinline__ typename F::States enter(const Scan& scan, const typename F::Cell& cell, const Span& span,
                                                     int64_t d, const ChannelInputs<F>& channel) {
+  const void* const given = span.resets ? scan.reset_state : scan.initial;
   typename F::States s = all<F>(0);
-  if (scan.slots) s = load_states<F, Traffic::kSlot>(scan.initial, span.sequence, scan.channels, d);
-  else if (scan.initial) s = load_states<F>(scan.initial, span.sequence, scan.channels, d);
+  if (scan.slots) s = load_states<F, Traffic::kSlot>(given, span.sequence, scan.channels, d);
+  else if (given) s = load_states<F>(given, span.sequence, scan.channels, d);
   if (span.begin < span.end)
 #pragma unroll
     for (int w = 0; w < F::W; ++w) {
@@ -72,29 +79,44 @@ __device__ __forceinline__ typename F::States enter(const Scan& scan, const type
   return s;
 }
 
-// The row of `checkpoints` that holds the state entering a position, a multiple of the chunk > 0.
+// The row of `checkpoints` that holds the state before a boundary.
 __device__ __forceinline__ int64_t checkpoint_row(const Scan& scan, const Plan& plan, const Span& span,
                                                   int64_t position) {
   return span.row * scan.checkpoint_rows + plan.chunk_divisor(position) - 1;
 }
 
-// Saves the states that enter the chunks of a span, as the scan comes past them.
+// Whether the gradient of the state before a position joins m there: at boundaries, the sequence's end aside.
+__device__ __forceinline__ bool joins(const Scan& scan, const Plan& plan, const Span& span, int64_t position) {
+  return scan.grad_checkpoints && !(span.last && position == span.end) && span.is_boundary(scan, plan, position);
+}
+// That gradient, a row of `grad_checkpoints`.
+template <class F>
+__device__ __forceinline__ typename F::States boundary_grad(const Scan& scan, const Plan& plan, const Span& span,
+                                                            int64_t position, int64_t d) {
+  return load_states<F>(scan.grad_checkpoints, checkpoint_row(scan, plan, span, position), scan.channels, d);
+}
+
+// Saves the states before the boundaries of a span, as the scan comes past them. The one at the span's begin is passed
+// before a reset, the one at its end by the next span.
 template <class F>
 struct Checkpoints {
   const Scan& scan;
   const Plan& plan;
   const Span& span;
   const int64_t d;
-  int64_t next;  // position of the next one
+  int64_t next;  // position of the next one; the span's end if none is saved
 
   __device__ __forceinline__ Checkpoints(const Scan& scan, const Plan& plan, const Span& span, int64_t d)
-      : scan(scan), plan(plan), span(span), d(d), next(plan.chunk_divisor(span.begin) * scan.chunk) {
+      : scan(scan), plan(plan), span(span), d(d), next(span.end) {
+    if (!scan.checkpoints) return;
+    next = span.chunk_begin(scan, plan, span.begin);
     if (span.first || next < span.begin) next += scan.chunk;
   }
+  // The end of the steps from a position on that lead to the next one.
+  __device__ __forceinline__ int64_t end() const { return next < span.end ? next : span.end; }
   __device__ __forceinline__ void pass(int64_t position, const typename F::States& s) {
-    if (position != next) return;
-    if (scan.checkpoints && position < span.end)
-      store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, position), scan.channels, d, s);
+    if (position != next || position == span.end) return;
+    store_states<F>(scan.checkpoints, checkpoint_row(scan, plan, span, position), scan.channels, d, s);
     next += scan.chunk;
   }
 };

@@ -84,9 +84,12 @@ class TileRoom {
   __device__ __forceinline__ S& carried(int channel) const { return carried_[channel]; }
   // The state on entry to a tile, for a walk that starts from a saved state.
   __device__ __forceinline__ S& start(int tile, int channel) const {
-    static_assert(kCarried == 3);
+    static_assert(kCarried == 5);
     return carried_[(1 + (tile & 1)) * channels + channel];
   }
+  // The sum of m over resets, and what it has lost (sum.h).
+  __device__ __forceinline__ S& taken(int channel) const { return carried_[3 * channels + channel]; }
+  __device__ __forceinline__ S& taken_lost(int channel) const { return carried_[4 * channels + channel]; }
   __device__ __forceinline__ Elements& staged(int tile, int k, int t) const { return staged_[slot(tile, k, t)]; }
   // The element staged by thread `other`; call after a barrier.
   __device__ __forceinline__ const Elements& staged_by(int other, int tile, int k, int t) const {

@@ -56,6 +56,7 @@ struct Simt {
     for (const mru::Stream& grad : scan.grad_in) poison(scan, grad);
     for (void* const grad : scan.grad_channel) poison(grad, row_bytes(scan));
     poison(scan.grad_initial, scan.sequences * row_bytes(scan));
+    poison(scan.grad_reset_state, scan.sequences * row_bytes(scan));
     launch(scan, true, [&](void* work) { return kernels<C>(scan.dtype).backward(scan, work, nullptr); });
   }
   template <class C>
@@ -72,7 +73,7 @@ struct Simt {
 };
 
 std::map<std::string, std::array<uint64_t, 2>> traffic() {
-  constexpr const char* names[simt::kKinds] = {"stream", "codes", "state", "index"};
+  constexpr const char* names[simt::kKinds] = {"stream", "codes", "state", "index", "mask"};
   std::map<std::string, std::array<uint64_t, 2>> all;
   for (int i = 0; i < simt::kKinds; ++i) all[names[i]] = {simt::control.read[i], simt::control.written[i]};
   return all;

@@ -38,7 +38,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 
 namespace simt {
 
-constexpr int kKinds = 4;
+constexpr int kKinds = 5;
 constexpr int kWarp = 32;
 constexpr unsigned char kNanByte = 0xff;  // four or eight such bytes are a NaN
 

@@ -9,7 +9,7 @@ import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from bench import compare, errors, inputs
 from mru_kernels import ops
 from mru_kernels.backends import CHUNK
 from simt.calls import Op, cells_of, measure, per_channel_options, require, results, segments
-from simt.traffic import check_traffic
+from simt.traffic import check_mask_traffic, check_traffic
 from tests import test_cuts
 
 _MAP_NORESERVE = 0x4000  # pages that are never written take no memory
@@ -56,11 +56,15 @@ def check_numbers(dtype: torch.dtype) -> None:
 
 def check_maps(dtype: torch.dtype) -> None:
     """The map of each sequence gives the final state of any initial state; in segments as a whole."""
-    for cell, packed, reverse in product(cells_of(dtype), (False, True), (False, True)):
+    for cell, packed, reverse, resets in product(cells_of(dtype), (False, True), (False, True), (None, 0.005, 1.0)):
         batch = "packed" if packed else 2
         case = inputs.case(cell, dtype, time=4 * CHUNK + 5, batch=batch, channels=20, initial_state="real",
-                           reverse=reverse, **per_channel_options(cell))  # fmt: skip
+                           resets="to a state" if resets else "none", reverse=reverse,
+                           **per_channel_options(cell))  # fmt: skip
         call = case.build()
+        if resets:
+            call.settings["resets"] = torch.rand(call.stream.shape[:2]) < resets
+        is_reset = _any_in_sequence(call)
         state = call.tensors["initial_state"].to(errors.state_dtype(dtype))
         arrays = {name: t for name, t in call.tensors.items() if name != "initial_state"}
         _, final = getattr(mk, cell)(**arrays, **call.settings, initial_state=state, backend="simt")
@@ -70,6 +74,86 @@ def check_maps(dtype: torch.dtype) -> None:
             terms = errors.wide(factor * state), errors.wide(offset)
             error = errors.relative_error(final, sum(terms), sum(t.abs() for t in terms))
             require(error <= errors.LIMITS[torch.float32], f"map of {case.label()}, segments of {steps}: {error}")
+            require((factor[is_reset] == 0).all(), f"factor of {case.label()}, segments of {steps}, after a reset")
+
+
+def _any_in_sequence(call: inputs.Call) -> Tensor:
+    """Which sequences have a reset, `[N]`."""
+    offsets = call.settings.get("cu_seqlens")
+    resets = call.settings.get("resets", torch.zeros(call.stream.shape[:2], dtype=torch.bool))
+    if offsets is None:
+        return resets.any(1)
+    return torch.tensor([resets[0, a:b].any() for a, b in pairwise(offsets.tolist())], dtype=torch.bool)
+
+
+#: Positions of resets: at the ends of words and groups of their bits, of segments, tiles and rows.
+RESETS = (0, 1, 31, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 1023, 1024, 1025, 1100)
+
+
+def exact_call(cell: str, dtype: torch.dtype, offsets: list[int], **options) -> inputs.Call:
+    """A call whose forward values are exact however time is cut, with a reset at each of RESETS."""
+    call = inputs.case(cell, dtype, time=offsets[-1], batch=1, channels=3, initial_state="integer",
+                       resets="to a state", boundaries=True, **options).build()  # fmt: skip
+    n, channels = len(offsets) - 1, 3
+    tensors = dict(call.tensors)
+    if "decay" in tensors:  # a state is a sum of few integers
+        tensors |= {"decay": torch.randint(-1, 2, call.stream.shape).to(dtype),
+                    "update": torch.randint(-2, 3, call.stream.shape).to(dtype)}  # fmt: skip
+    for name in ("initial_state", "reset_state"):
+        tensors[name] = torch.randint(-3, 4, (n, channels)).to(errors.state_dtype(dtype))
+    resets = torch.zeros(1, offsets[-1], dtype=torch.bool)
+    resets[0, list(RESETS)] = True
+    settings = call.settings | {"resets": resets}
+    if n > 1:
+        settings["cu_seqlens"] = torch.tensor(offsets)
+    return inputs.call(cell, tensors, settings)
+
+
+def pieces(call: inputs.Call, offsets: list[int]) -> tuple[Tensor, Tensor]:
+    """The results of the pieces between resets, each scanned as a sequence: h `[1, T, D]`, final states `[N, D]`."""
+    reverse, resets = call.settings["reverse"], call.settings["resets"][0]
+    cuts = resets.nonzero()[:, 0] + (1 if reverse else 0)  # in time, a reset of a reversed scan is after its step
+    bounds = sorted({*offsets, *cuts.tolist()})
+    entry, last = [], {}
+    for i, (a, b) in enumerate(pairwise(bounds)):
+        n = next(n for n, (start, stop) in enumerate(pairwise(offsets)) if start <= a < stop)
+        entry.append(call.tensors["reset_state" if resets[b - 1 if reverse else a] else "initial_state"][n])
+        if not reverse or n not in last:
+            last[n] = i
+    arrays = {name: t for name, t in call.tensors.items() if name not in ("initial_state", "reset_state")}
+    scalars = {name: x for name, x in call.settings.items() if name in inputs.CELLS[call.cell].scalars}
+    h, finals = getattr(mk, call.cell)(**arrays, **scalars, initial_state=torch.stack(entry), reverse=reverse,
+                                       cu_seqlens=torch.tensor(bounds), backend="simt")  # fmt: skip
+    states = call.tensors["initial_state"]
+    return h, torch.stack([finals[last[n]] if n in last else states[n] for n in range(len(offsets) - 1)])
+
+
+def check_resets(dtype: torch.dtype) -> None:
+    """Where values are exact, a scan with resets equals its pieces scanned apart; NaN does not pass a reset."""
+    exact = [cell for cell in cells_of(dtype) if cell in ("bmru", "schmitt", "linear_recurrence")]
+    for cell, reverse, offsets in product(exact, (False, True), ([0, 1101], [0, 40, 40, 1050, 1101])):
+        call = exact_call(cell, dtype, offsets, reverse=reverse)
+        call.stream[0, 1024 - 20, 1] = call.stream[0, 36, 2] = torch.nan
+        expected = pieces(call, offsets)
+        for steps in (0, CHUNK):
+            with segments(steps):
+                got = getattr(mk, cell)(**call.tensors, **call.settings, backend="simt")
+            for name, one, other in zip(("h", "final_state"), got, expected, strict=False):
+                same = (one == other) | (one.isnan() & other.isnan())
+                require(same.all(), f"{name} of {cell} {reverse=} {offsets}, segments of {steps}: {int((~same).sum())}")
+
+
+def check_no_resets(dtype: torch.dtype) -> None:
+    """A mask that is all false changes no bit, and the reset state then has a gradient of zeros."""
+    for cell, steps, batch in product(cells_of(dtype), (0, CHUNK), (2, "packed")):
+        call = inputs.case(cell, dtype, time=5 * CHUNK + 3, batch=batch, channels=5, resets="to a state").build()
+        tensors = {name: t for name, t in call.tensors.items() if name != "reset_state"}
+        settings = {name: x for name, x in call.settings.items() if name != "resets"}
+        call = replace(call, settings=call.settings | {"resets": torch.zeros_like(call.settings["resets"])})
+        got, plain = results(call, steps), results(replace(call, tensors=tensors, settings=settings), steps)
+        require((got["reset_state"] == 0).all(), f"gradient of the reset state of {cell}, segments of {steps}")
+        for name, values in plain.items():
+            require(torch.equal(got[name], values), f"{name} of {cell}, segments of {steps}, {batch=}")
 
 
 def check_many_segments(dtype: torch.dtype) -> None:
@@ -148,6 +232,20 @@ def check_sums(dtype: torch.dtype) -> None:
             require((error <= 1e-6).all(), f"{name}, batch {batch}, time {time}: {error}")
 
 
+def check_sums_over_resets(dtype: torch.dtype) -> None:
+    """The gradient of the reset state where every step is reset: a sum of equal terms."""
+    time = 4096
+    tensors = {"candidate": torch.full((1, time, 1), 0.25).to(dtype)}
+    tensors |= {"threshold": torch.full((1,), 1.0), "reset_state": torch.full((1, 1), 0.5)}
+    call = inputs.call("bmru", tensors, {"epsilon": 0.5, "resets": torch.ones(1, time, dtype=torch.bool)})
+    g = torch.full_like(tensors["candidate"], 0.3)
+    call = replace(call, grad_h=g, grad_final=torch.zeros_like(call.grad_final))
+    for steps in (0, CHUNK, 16 * CHUNK):
+        got, expected = results(call, steps)["reset_state"].double(), time * g[0, 0, 0].double()
+        error = float((got - expected).abs().max() / expected)
+        require(error <= 2e-7, f"reset_state, segments of {steps}: {error}")
+
+
 def check_slopes(dtype: torch.dtype) -> None:
     """Surrogate slopes at ties and elsewhere, for scales of any size."""
     tensors = {"candidate": torch.randn(1, 40, 5).to(dtype)}
@@ -179,7 +277,8 @@ def check_any_order(dtype: torch.dtype) -> None:
     """The order in which threads and blocks run changes no bit."""
     for cell, steps in product(cells_of(dtype), (0, CHUNK)):
         options = per_channel_options(cell) | ({"epsilon": 0.5} if "epsilon" in inputs.CELLS[cell].factors else {})
-        call = inputs.case(cell, dtype, time=5 * CHUNK + 3, channels=20, **options).build()
+        call = inputs.case(cell, dtype, time=5 * CHUNK + 3, channels=20, resets="to a state", boundaries=True,
+                           **options).build()  # fmt: skip
         runs = []
         for seed, resident in WAVES:
             simt.control().configure(seed=seed, resident=resident)
@@ -299,7 +398,11 @@ CHECKS = (
     check_maps,
     check_cuts,
     check_held,
+    check_resets,
+    check_no_resets,
+    check_sums_over_resets,
     check_traffic,
+    check_mask_traffic,
     check_any_order,
     check_far_strides,
     check_misaligned,
@@ -311,7 +414,8 @@ CHECKS = (
     check_sums,
 )
 #: Checks of one cell only.
-OF_BMRU = {check_copies, check_held, check_far_strides, check_many_segments, check_sums, check_slopes}
+OF_BMRU = {check_copies, check_held, check_far_strides, check_many_segments, check_sums, check_sums_over_resets,
+           check_slopes}  # fmt: skip
 
 if __name__ == "__main__":
     dtype = getattr(torch, sys.argv[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import mru_kernels as mk
 import simt
-from bench import inputs
+from bench import compare, inputs
 from mru_kernels import ops
 from mru_kernels.backends import CHUNK
 from mru_kernels.ops import entry
@@ -43,11 +44,8 @@ def per_channel_options(cell: str) -> dict[str, object]:
 
 
 def results(call: inputs.Call, steps: int, backend: str = "simt") -> dict[str, Tensor]:
-    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     with segments(steps):
-        h, final = getattr(mk, call.cell)(**leaves, **call.settings, backend=backend)
-        grads = torch.autograd.grad((h, final), list(leaves.values()), (call.grad_h, call.grad_final))
-    return {"h": h.detach(), "final_state": final.detach(), **dict(zip(leaves, grads, strict=True))}
+        return compare.results_of(call, partial(getattr(mk, call.cell), backend=backend))
 
 
 def measure(op: Callable, *arguments) -> tuple[Sequence[Tensor], dict[str, list[int]]]:
@@ -60,13 +58,13 @@ class Op:
     """The private ops of a cell with some of its inputs: a call below the public functions."""
 
     def __init__(self, cell: ops.Cell, arrays: dict[str, Tensor], reverse: bool = False, steps: int = 0,
-                 cu_seqlens: Tensor | None = None) -> None:  # fmt: skip
+                 cu_seqlens: Tensor | None = None, resets: Tensor | None = None) -> None:  # fmt: skip
         self.cell = cell
         least = {scalar.name: torch.tensor(scalar.least, dtype=torch.float64) for scalar in cell.scheduled}
         self.given = cell.mask(*arrays, *least)
         values = [(arrays | least)[name] for name in cell.names if name in arrays | least]
         numbers = [1.0 for _ in cell.numbers]
-        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, None, None, reverse, CHUNK, steps)
+        self.arguments = (values, self.given, 0, numbers, None, cu_seqlens, resets, None, reverse, CHUNK, steps)
 
     def forward(self) -> list[Tensor]:
         return self.cell.forward["simt"](*self.arguments, True)

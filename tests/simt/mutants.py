@@ -63,10 +63,30 @@ _WAIT = "      wait_for_copies<1>();\n"
 _EXPAND = "  if constexpr (F::Cell::kCodes) over_segments(expand<F>);\n"
 _CARRY = "  carry_over(1);\n"
 _SUMMARIZE = "  summarize_segments(Heads::kBegin);\n"
+_SAVES = "      if (span.resets && saves(span.begin)) save<Single>(span.begin, d, s);\n"
+_ENTERS = "      if (span.enters()) s = enter<Single>(scan, call.cell, span, d, ChannelInputs<Single>(scan, d));\n"
+_SEGMENT_SAVES = "    checkpoints.pass(span.begin, s);\n"
+_SEGMENT_ENTERS = "    if (span.enters()) s = enter<F>(scan, cell, span, d, channel);\n"
 
 #: By file: name, old text, new text and, if it is not bmru, the cell.
 _FAULTS = {
-    "spans.cuh": (("offsets not clamped", "return at < 0 ? 0 : (at < scan_.time ? at : scan_.time);", "return at;"),),
+    "resets.cuh": (
+        (
+            "reset of a reversed scan at the wrong time",
+            "scan.reverse ? scan.time - 1 - position : position",
+            "position",
+        ),
+        ("resets of the next word overlooked", "& ~1u << (word % kResetWord)", "& ~3u << (word % kResetWord)"),
+        ("resets of the group before overlooked", "if (group-- * kResetGroup <= begin)", "if (group-- >= 0)"),
+    ),
+    "spans.cuh": (
+        ("offsets not clamped", "return at < 0 ? 0 : (at < scan.time ? at : scan.time);", "return at;"),
+        (
+            "boundaries of packed sequences at positions of the row",
+            "start + plan.chunk_divisor(position - start) *",
+            "plan.chunk_divisor(position) *",
+        ),
+    ),
     "streams.cuh": (
         ("tile ahead not waited for", "    wait_for_copies<1>();\n    Tile", "    Tile"),
         ("wrong checkpoint", "if (span.first || next < span.begin) next +=", "if (next < span.begin) next +="),
@@ -81,6 +101,14 @@ _FAULTS = {
     "segments.cuh": (
         ("end of a sequence passed over", "if (holds && span.last)", "if (false)"),
         ("adjoint read to the end", "holds |= a.at[w] != 0;", "holds = true;"),
+        ("map of the adjoint past a reset", "span.last || span.right || span.resets;", "span.last;"),
+        ("state kept at a reset in a segment", "if (span.enters()) s = enter<F>", "if (span.first) s = enter<F>"),
+        (
+            "segment's checkpoint saved after a reset",
+            _SEGMENT_SAVES + _SEGMENT_ENTERS,
+            _SEGMENT_ENTERS + _SEGMENT_SAVES,
+        ),
+        ("boundary's gradient past a write", "holds && joins(scan, plan, span, end)", "joins(scan, plan, span, end)"),
         ("map of a head", "call.heads == Heads::kBegin ? span.first", "call.heads != Heads::kEnd ? span.first"),
     ),
     "carry.cuh": (
@@ -90,7 +118,11 @@ _FAULTS = {
         ("exchange off by one", "kCarryLanes, parts, left);", "kCarryLanes, parts - 1, left);"),
         ("dropped barrier after the parts", _AFTER_PARTS + _BARRIER, _AFTER_PARTS),
         ("turns of carry apart", "left = walk(part_factors", "walk(part_factors"),
-        ("rows of sums added plainly", "sum.add(load<Traffic::kState, 1>(", "sum.sum += (load<Traffic::kState, 1>("),
+        (
+            "rows of sums added plainly",
+            "sum.add(load<Traffic::kState, 1>(sums",
+            "sum.sum += (load<Traffic::kState, 1>(sums",
+        ),
         ("adjoint carried from the left", "(direction > 0 ? begin : row_segments - 1 - begin)", "begin"),
         ("check never fires", "store<Traffic::kState>(work.again, Vector<int, 1>{{1}});", ";"),
         (
@@ -107,6 +139,8 @@ _FAULTS = {
         ),
         ("sums of both scans", "!= 0) rows = uncut_rows;", "!= 0) rows += 0;"),
         ("small by chance scanned again", "late = work.late ? load", "late = false ? load", "linear_recurrence"),
+        ("factor of a map after a reset", "resets ? S(0) : all.a", "all.a"),
+        ("sums over resets lose a segment", "segment <= last; ++segment", "segment < last; ++segment"),
         ("a segment left out of a map", "i < row_segments; ++i", "i < row_segments - 1; ++i"),
     ),
     "tiles.cuh": (
@@ -121,7 +155,9 @@ _FAULTS = {
     "forward.cuh": (
         ("dropped barrier in a tile", _AFTER_MAPS + _BARRIER, _AFTER_MAPS),
         ("copies not waited for", _WAIT, ""),
-        ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
+        ("state not saved", "if (part.has(0) && !(span.resets", "if (part.has(1) && !(span.resets"),
+        ("state kept at a reset", _ENTERS, _ENTERS.replace("span.enters()", "span.first")),
+        ("checkpoint saved after a reset", _SAVES + _ENTERS, _ENTERS + _SAVES),
         ("NaN in a tile overlooked", "copies = !Of::has_nan(squared);", "copies = true;"),
         ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
     ),
@@ -129,6 +165,16 @@ _FAULTS = {
         ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
         ("copies of the adjoint not waited for", _WAIT, ""),
         ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
+        ("m passes a reset", "      room.carried(c) = 0;\n", ""),
+        ("sums over resets added plainly", "taken.add(room.carried(c));", "taken.sum += room.carried(c);"),
+        ("state after a reset from a checkpoint", "enters = span.enters() &&", "enters = span.first &&"),
+        ("state between boundaries a step short", "begin < position; ++begin", "begin < position - 1; ++begin"),
+        (
+            "boundary's gradient lost at a segment's end",
+            "if (joins(scan, call.plan, span, span.end))",
+            "if (span.right && joins(scan, call.plan, span, span.end))",
+        ),
+        ("boundary's gradient lost in a tile", "position > agent_.span.begin &&", "false &&"),
         ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
         (
             "slope of the output at the state before",
@@ -160,6 +206,7 @@ _FAULTS = {
             _EXPAND.rstrip(";\n") + ", carry_over(1);\n",
         ),
         ("adjoint that sees the state from no offset", "from_zero.exit = work_.offset;", "", "leaky_integrator"),
+        ("mask read twice", "  mark();\n  if (scan_.offsets", "  mark(), mark();\n  if (scan_.offsets"),
         ("streams read twice", _SUMMARIZE + _CARRY, 2 * _SUMMARIZE + _CARRY),
     ),
     "plan.h": (

@@ -101,4 +101,28 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     flags += 4 * 1024 * per_channel * cut  # and by each thread that adds up sums
     bound = passes * (checkpoints.nbytes + groups) + (16 if cut else 3) * passes * carries + late + flags + sums
     require(moved["state"][0] <= bound, f"backward, states read: {where}, at most {bound}")
-    require(moved["index"] == [0, 0], where)
+    require(moved["index"] == moved["mask"] == [0, 0], where)
+
+
+def check_mask_traffic(dtype: torch.dtype) -> None:
+    """The mask of resets is read once per step and row, and no reset costs few bits."""
+    batch, time, channels = 2, 1024 + 4 * CHUNK, 16
+    for name, reverse, steps in product(cells_of(dtype), (False, True), (0, CHUNK)):
+        arrays = {}
+        for i in ops.CELLS[name].inputs:
+            shape = (channels,) if i.kind == "channel" else (batch, time, channels)
+            arrays[i.name] = (torch.rand(shape) - 0.5).to(errors.state_dtype(dtype) if i.kind == "channel" else dtype)
+        plain = Op(ops.CELLS[name], arrays, reverse, steps)
+        op = Op(ops.CELLS[name], arrays, reverse, steps, resets=torch.zeros(batch, time, dtype=torch.bool))
+        results, expected = measure(plain.forward)
+        _check_mask_traffic(op, measure(op.forward)[1], expected, batch, time)
+        _check_mask_traffic(op, measure(op.backward, results)[1], measure(plain.backward, results)[1], batch, time)
+
+
+def _check_mask_traffic(op: Op, moved: dict[str, list[int]], expected: dict[str, list[int]], batch: int, time: int):
+    where = f"{op.cell.name} {op.arguments[-3]=} {op.arguments[-1]=} {moved}"
+    require(moved["mask"] == [batch * time, 0], f"mask: {where}")
+    words, groups = batch * time // 32, batch * -(-time // 1024)
+    require(moved["index"][1] == 4 * (words + groups), f"bits of the mask written: {where}")
+    for kind in ("stream", "codes", "state"):
+        require(moved[kind] == expected[kind], f"{kind}: {where}, not {expected[kind]}")
