@@ -358,7 +358,8 @@ def test_compiled_second_derivatives(backend, device):
         return f(x).pow(3).sum()
 
     def products(x, v):
-        return list(_hessian_products(loss, x, v))[:3] + [hessian(loss)(x)]
+        ways = _hessian_products(loss, x, v)
+        return [next(ways), next(ways), next(ways), hessian(loss)(x)]
 
     compiled = torch.compile(products, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, v), products(x, v))
@@ -380,7 +381,7 @@ class Ops(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mru":
+        if func.namespace == "mru" and "segment" not in func._schema.name:
             self.names.append(func._schema.name.removeprefix("mru::"))
         return func(*args, **(kwargs or {}))
 

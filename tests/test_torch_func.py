@@ -1,4 +1,4 @@
-"""The ops under torch.func and forward-mode AD."""
+"""The ops under torch.func. tests/test_derivatives.py has forward mode and second derivatives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mru_kernels as mk
 from bench import inputs
-from mru_kernels import backends, ops
+from mru_kernels import ops
 from mru_kernels.cells.bmru import bmru_packed
 from tests import raw
 from tests.drawn import assert_close, assert_equal, draw
@@ -306,46 +306,6 @@ def test_transforms_in_other_modes(backend, device):
     with torch.autograd.graph.save_on_cpu():
         mapped = torch.vmap(lambda c, b: loss(c[None], b[None], backend=backend))(leaf, b)
         assert_close(torch.autograd.grad(mapped.sum(), leaf), [expected])
-
-
-FORWARD_MODE = {
-    "jvp": lambda op, x: torch.func.jvp(op, (x,), (x,)),
-    "jacfwd": lambda op, x: torch.func.jacfwd(op)(x),
-    "hessian": lambda op, x: torch.func.hessian(lambda x: op(x).sum())(x),
-    "vmap": lambda op, x: torch.vmap(lambda x: torch.func.jvp(op, (x,), (x,)))(torch.stack([x, x])),
-    "around vjp": lambda op, x: torch.func.jvp(lambda x: torch.func.vjp(op, x)[0], (x,), (x,)),
-    "functional": lambda op, x: torch.autograd.functional.jvp(op, (x,), (x,)),
-    "vectorize": lambda op, x: torch.autograd.functional.jacobian(op, x, vectorize=True, strategy="forward-mode"),
-    "dual": lambda op, x: with_tangent(op, x),
-}
-
-
-def with_tangent(op, x):
-    with torch.autograd.forward_ad.dual_level():
-        return op(torch.autograd.forward_ad.make_dual(x, x))
-
-
-@pytest.mark.parametrize("way", FORWARD_MODE)
-def test_forward_mode_raises(backend, device, monkeypatch, way):
-    """Forward mode of ops, steps and modules raises. Later reverse-mode calls still work."""
-    monkeypatch.setattr(backends, "_CHOSEN", backend)
-    x, state, low = draw(2, 20, 3, device=device), draw(2, 3, device=device), draw(3, device=device)
-    module = mk.BMRU(3, 3).to(device)
-    ops = [
-        (lambda c: mk.bmru(c, c)[0], x),
-        (lambda c: mk.schmitt(c, low, low)[0], x),
-        (lambda c: mk.linear_recurrence(low, c)[0], x),
-        (lambda c: module(c)[0], x),
-    ]
-    if way not in ("around vjp", "functional", "hessian"):  # these need a first derivative, and a step has none
-        ops.append((lambda c: mk.bmru_step(c, c, state)[0], state))
-    for op, point in ops:
-        with pytest.raises(NotImplementedError, match="no forward-mode"):
-            FORWARD_MODE[way](op, point)
-    expected = torch.autograd.functional.vjp(lambda c: mk.bmru(c, c)[0].sum(), x)[1]
-    assert torch.equal(torch.func.grad(lambda c: mk.bmru(c, c)[0].sum())(x), expected)
-    with torch.autograd.forward_ad.dual_level():  # no input has a tangent, so the call runs
-        mk.bmru(x, x)
 
 
 def test_the_op_of_a_step_has_no_derivative(backend, device):

@@ -38,6 +38,40 @@ def test_forward_mode_is_detected():
         assert private.in_forward_mode()
 
 
+def test_tangents_are_detected_and_removed():
+    x = torch.ones(2)
+    assert not private.may_have_tangents()
+    assert not private.has_tangent(x)
+    assert torch.func.grad(lambda x: x * private.may_have_tangents())(torch.tensor(1.0)) == 1
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*inputs, None)
+
+        @staticmethod
+        def jvp(ctx, dx):
+            with private.enable_forward_gradients(True):
+                x, absent = private.primals(ctx)
+                assert not private.has_tangent(x)
+                assert absent is None
+                return 3 * x**2 * dx
+
+    def along_ones(f):
+        return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert private.has_tangent(dual)
+        assert not private.has_tangent(x)
+        assert torch.equal(forward_ad.unpack_dual(Cube.apply(dual)).tangent, 3 * x)
+    assert torch.equal(along_ones(along_ones(Cube.apply))(x), 6 * x)
+
+
 def test_wrapped_tensors_are_detected():
     def f(x):
         assert private.transforms_active()

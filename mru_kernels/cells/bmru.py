@@ -59,8 +59,9 @@ def bmru(
         s_t = z_t (amplitude_t sgn(candidate_t) + epsilon s_{t-1}) + (1 - z_t) s_{t-1}
         h_t = alpha s_t
 
-    With `epsilon` 0 this is the BMRU (arXiv 2601.09495), with 1 the CMRU (arXiv 2605.11855). In the backward pass
-    the derivatives of H and sgn are the arctangent surrogates of those papers, `k / (1 + (pi k x)^2)` and twice that.
+    With `epsilon` 0 this is the BMRU (arXiv 2601.09495), with 1 the CMRU (arXiv 2605.11855). In gradients and in
+    forward mode the derivatives of H and sgn are the arctangent surrogates of those papers, `k / (1 + (pi k x)^2)` and
+    twice that. `epsilon` has no derivative.
 
     Args:
         candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
@@ -98,7 +99,8 @@ def bmru(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+        RuntimeError: the backend cannot run this call.
+        NotImplementedError: a second derivative is taken.
 
     Example::
 

@@ -73,7 +73,8 @@ def leaky_integrator(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+        RuntimeError: the backend cannot run this call.
+        NotImplementedError: a second derivative is taken.
 
     Example::
 

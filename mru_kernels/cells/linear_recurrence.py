@@ -43,7 +43,7 @@ def linear_recurrence(
         s_t = decay_t s_{t-1} + update_t
 
     The kernels do not work in log space, so `decay` may have any sign and be 0. Gradients of complex arguments follow
-    torch's convention.
+    torch's convention. There are derivatives of any order, in forward and in reverse mode.
 
     Args:
         decay: `[B, T, D]` in the update's dtype, or `[D]`, then also in float32 if the update is real.
@@ -76,7 +76,7 @@ def linear_recurrence(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+        RuntimeError: the backend cannot run this call.
 
     Example::
 
@@ -84,6 +84,13 @@ def linear_recurrence(
         >>> s, final = mk.linear_recurrence(torch.full((64,), 0.9), update)
         >>> s.shape, final.shape
         (torch.Size([8, 100, 64]), torch.Size([8, 64]))
+
+        A Hessian-vector product of a loss, with the tangent `update` of the update:
+
+        >>> loss = lambda update: mk.linear_recurrence(torch.full((64,), 0.9), update)[0].pow(3).sum()
+        >>> _, product = torch.func.jvp(torch.func.grad(loss), (update,), (update,))
+        >>> product.shape
+        torch.Size([8, 100, 64])
     """
     return call(
         CELL, (update, decay), (), initial_state, reverse=reverse,

@@ -58,7 +58,8 @@ def schmitt(
         s_t = hold_t s_{t-1} + (1 - hold_t) (U_t + epsilon s_{t-1})
         h_t = alpha s_t
 
-    In the backward pass the derivative of H is the arctangent surrogate `k / (1 + (pi k x)^2)`.
+    In gradients and in forward mode the derivative of H is the arctangent surrogate `k / (1 + (pi k x)^2)`. `epsilon`
+    has no derivative.
 
     Args:
         candidate: `[B, T, D]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
@@ -95,7 +96,8 @@ def schmitt(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: the backend cannot run this call; a second or forward-mode derivative is taken.
+        RuntimeError: the backend cannot run this call.
+        NotImplementedError: a second derivative is taken.
 
     Example::
 
