@@ -306,7 +306,7 @@ class Cell:
         return (dh, d_final, *((_boundaries(ds, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
 
     def _scan(self, x, scalars, mask, like, s_0, s_reset, term):
-        """Of one batch of sequences in scan order: gates, s before and after each step, s_T, h, dh/ds, or their terms."""
+        """Of a batch of sequences in scan order: gates, s before and after each step, s_T, h, dh/ds, or their terms."""
         batch = like.shape[0]
         exact = [g.expand_as(like) for g in self.gates(**x)]
         # The states, and below them in the same batch the sums of their terms.

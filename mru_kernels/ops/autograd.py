@@ -140,10 +140,10 @@ class Scan(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    def backward(ctx, grad_h, grad_final, grad_checkpoints=None, *_):
+    def backward(ctx, grad_h, grad_final, grad_checkpoints=None, _events=None):
         cell, backend, *_ = ctx.call
         call, saved = _call_and_saved(ctx, ctx.saved_tensors)
-        inputs, _given, packed, _numbers, initial_state, cu_seqlens, _resets, reset_state, *_ = call
+        inputs, _given, packed, _numbers, initial_state, cu_seqlens, _resets, reset_state, *_rest = call
         if grad_h is None or grad_final is None:
             first = first_stream(inputs, packed)
             if grad_h is None:

@@ -26,7 +26,7 @@ from .spec import CELLS, Cell
 LINEAR = "linear_recurrence"
 
 Call = dict[str, Any]
-Tensors = Sequence[Tensor | None]
+Tensors = Sequence[Any]  # tensors, and None for zeros or an absent input
 
 
 def tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, ...]:
@@ -63,17 +63,18 @@ def tangent_of_gradient(
     states = scan.before(scan(update, enters)[0], enters)
     d_states = scan.before(scan(scan.sum(update, d_update, _times(d_decay, states)), d_enters)[0], d_enters)
 
-    # lambda_t = dL/ds_t = grad_h_t + mu_{t+1}. mu_t = conj(decay_t) lambda_t, the gradient of the state that enters step
-    # t, is a scan of the other direction, from grad_final to dL/ds_0. It does not pass a reset.
+    # lambda_t = dL/ds_t = grad_h_t + mu_{t+1}. mu_t = conj(decay_t) lambda_t, the gradient of what enters step t, is a
+    # scan of the other direction, from grad_final to dL/ds_0. It does not pass a reset.
     adjoint = scan.adjoint()
 
-    def lambda_and_mu(grad_h: Tensor | None, grad_final: Tensor | None, source: Tensor | None = None):
+    def lambda_and_mu(grads: Tensors, source: Tensor | None = None):
+        grad_h, grad_final = grads
         mu, first = adjoint(adjoint.sum(update, _times(grad_h, adjoint.decay), source), Enters(grad_final, None))
         return adjoint.sum(update, grad_h, adjoint.before(mu, Enters(grad_final, None))), mu, first
 
-    lambda_, *_ = lambda_and_mu(*grads)
+    lambda_, *_ = lambda_and_mu(grads)
     source = None if d_decay is None else d_decay.conj() * lambda_
-    d_lambda, mu, first = lambda_and_mu(*of_grads, source)
+    d_lambda, mu, first = lambda_and_mu(of_grads, source)
     of_decay = d_lambda * states.conj() + lambda_ * d_states.conj()
     if decay.dim() == 1:
         of_decay = of_decay.sum((0, 1))
@@ -178,7 +179,7 @@ class _LinearScan:
         return torch.where(self.call["resets"].unsqueeze(-1), self._of_steps(enters.reset, states), found)
 
     def enter_gradients(self, mu: Tensor, first: Tensor) -> Enters:
-        """The gradients of the states that enter: of `mu`, the gradients of what enters each step, and the first one."""
+        """The gradients of the states that enter, from those of what enters each step, `mu`, and the first one."""
         resets = self.call["resets"]
         if resets is None:
             return Enters(first, None)
