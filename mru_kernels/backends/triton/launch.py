@@ -63,7 +63,7 @@ class Call:
         self.aligned = self._is_aligned(grad_h)
         self.align = VECTOR_BYTES // self.first.element_size() if self.aligned else self.parts
         self.p = implementation.scalars(ops.scalars(cell, inputs, numbers), self.state)
-        self.resets = implementation.resets(self.p)
+        self.writes_reset = implementation.writes_reset(self.p)
         self.nothing = self.rows(0)  # stands in for missing tensors; flags keep kernels from reading it
         self.arguments = self._arguments(cell, given, chunk)
         self.arguments["initial"] = self.nothing if initial_state is None else self.vector(initial_state)
@@ -99,12 +99,12 @@ class Call:
         streams = sum(1 << i for i, t in enumerate(self.arrays) if t is not None and t.dim() == 3)
         absent = sum(1 << i for i, s in enumerate(cell.inputs) if s.kind != "channel" and not given >> i & 1)
         channels = ((1 << len(self.arrays)) - 1) & ~streams & ~absent
-        form = (streams, channels, self.codes, self.resets, chunk)
+        form = (streams, channels, self.codes, self.writes_reset, chunk)
         return {
             "cell": self.functions,
             "rules": self.functions.rules,
             "form": Form(*map(tl.constexpr, form)),
-            "resets": self.resets,
+            "writes_reset": self.writes_reset,
             "inputs": tuple(self.stream(t) for t in self.arrays),
             "scalars": tuple(map(encode_double, self.p)),
             "entries": self.nothing,
@@ -176,7 +176,7 @@ class Call:
         scan = self.scan_sizes._replace(flag=walked["scan"].flag)
         own = own | {"scan": scan, "lates": lates}
         self.launch(name, self.segments, **own | {enters: walked["entries"], leaves: exits})
-        if name == "forward" and self.resets:
+        if name == "forward" and self.writes_reset:
             return  # values were only copied
         self.launch("check", self.segments, **walked, lates=lates, exits=exits)
         whole = scan._replace(segment_size=encode(0), redo=encode(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .affine import after_resets, identity, recent
+from .affine import after_selecting, identity, recent
 from .arguments import scalars_of, sizes
 from .context import Context
 from .place import WORD, hidden, left_of, place, program, word_row
@@ -57,11 +57,11 @@ def prepend_word(c, map_, opened, opened_grad, codes, first, MASKED: tl.constexp
     )
     if c.form.codes:
         of_word = (tl.where(writes == 0, 1.0, 0.0).to(zeros.dtype), of_word[1])
-    return after_resets(map_, of_word)
+    return after_selecting(map_, of_word)
 
 
 @triton.jit
-def until_reset(c, map_, opened, opened_grad, codes, whole):
+def until_written(c, map_, opened, opened_grad, codes, whole):
     """The map of a segment, from the left until every channel has written: nothing passes these writes."""
     first = c.at.begin
     holds = 1
@@ -96,8 +96,8 @@ def summarize_adjoint_segment(c, inputs, codes, grad_h, maps, lates, p_double):
     opened_grad = (open_stream(grad_h, c.scan, at, c.block),)
     map_ = identity(c.cell.rules, at.d, STATE)
     whole = at.begin + (at.end - at.begin) // WORD * WORD
-    if c.form.resets:
-        factor, m = until_reset(c, map_, opened, opened_grad, codes, whole)
+    if c.form.writes_reset:
+        factor, m = until_written(c, map_, opened, opened_grad, codes, whole)
     else:
         map_, writes, late = from_the_right(c, map_, opened, opened_grad, codes, whole)
         factor, m = map_

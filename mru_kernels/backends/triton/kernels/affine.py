@@ -1,7 +1,7 @@
 """Steps as one map of the state, s -> factor s + offset, or of the adjoint. Maps compose, so segments scan in parallel.
 
-A map is a pair (factor, offset) of blocks. `rules` is one of REAL, RESETTING and COMPLEX: what a cell's factors are,
-with every rule for NaN, 0 and infinity that composing needs.
+A map is a pair (factor, offset) of blocks. `rules` is one of REAL, WRITE_OR_HOLD and COMPLEX: what a cell's factors
+are, with every rule for NaN, 0 and infinity that composing needs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _times(a, b):
 
 
 @triton.jit
-def _times_or_reset(a, b):
+def _times_or_zero(a, b):
     """a b, but 0 if a is 0, which leaves nothing of any number, infinity included. NaN stays NaN."""
     return tl.where((a == 0) & (b == b), 0.0, a * b)
 
@@ -62,7 +62,7 @@ def _complex_magnitude(a):
 
 REAL = Rules(_one, _times, _magnitude)
 #: A factor of 0 comes from a write that resets the state.
-RESETTING = Rules(_one, _times_or_reset, _magnitude)
+WRITE_OR_HOLD = Rules(_one, _times_or_zero, _magnitude)
 #: A channel is two neighbours of a block, its real and its imaginary part, in one lane.
 COMPLEX = Rules(_complex_one, complex_times, _complex_magnitude)
 
@@ -85,7 +85,7 @@ def then(rules, first, second):
 
 
 @triton.jit
-def after_resets(second, first):
+def after_selecting(second, first):
     """`then`, if factors are 0 or 1: a factor 0 ends the search for what passes, so no later number may spoil it."""
     ended = second[0] == 0
     return tl.where(ended, second[0], first[0]), tl.where(ended, second[1], second[1] + first[1])
@@ -98,7 +98,7 @@ def recent(rules, u, late):
 
 
 @triton.jit
-def consistent(rules, map_, late, entry, leaves, handed, RESETS: tl.constexpr):
+def consistent(rules, map_, late, entry, leaves, handed, WRITES_RESET: tl.constexpr):
     """Whether the state that leaves a segment, scanned from `entry`, is the one handed to the next segment.
 
     map_      of the segment; with `handed`, what composing gave
@@ -110,7 +110,7 @@ def consistent(rules, map_, late, entry, leaves, handed, RESETS: tl.constexpr):
     """
     ROUNDING: tl.constexpr = 2.0**-40 if entry.dtype == tl.float64 else 2.0**-16
     error = rules.magnitude(leaves - handed)
-    if RESETS:
+    if WRITES_RESET:
         near = error < float("inf")
     else:
         factor = rules.magnitude(map_[0])

@@ -21,7 +21,7 @@ class Form(NamedTuple):
     streams: Any  # bit i: input i is a stream
     channels: Any  # bit i: input i comes per channel, given or not
     codes: Any  # whether write codes stand for the streams wherever these would be read again
-    resets: Any  # whether every write resets the state
+    writes_reset: Any  # whether every write resets the state
     chunk: Any  # steps between two checkpoints
 
 
@@ -121,7 +121,7 @@ def scalars_of(doubles, form, STATE: tl.constexpr):
     """The scalars of the cell in a dtype. Where writes reset the state the first one, epsilon, is the constant 0."""
     values = ()
     for i in tl.static_range(len(doubles)):
-        if i == 0 and form.resets:
+        if i == 0 and form.writes_reset:
             values = values + (tl.full((), 0.0, STATE),)
         else:
             bits = (size(doubles[i].high) << 32) | size(doubles[i].low)

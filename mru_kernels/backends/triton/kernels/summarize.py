@@ -103,7 +103,7 @@ def summarize_segment(c, inputs, codes, maps, lates, p_double):
         factor = c.cell.codes.factor(writes, at.end - at.begin, p_double).to(STATE)
     put(maps.factor, at.segment, at, factor, at.mask)
     put(maps.offset, at.segment, at, offset, at.mask)
-    if not c.form.resets:
+    if not c.form.writes_reset:
         put(lates, at.segment, at, late, at.mask)
 
 
