@@ -44,6 +44,7 @@ class Variant:
     codes: bool = False
     aligned: bool = True
     writes_reset: bool = False  # epsilon is 0
+    resets: bool = False  # the state is reset before some steps, and boundaries have gradients
     narrow: bool = False  # at most 64 channels, which leave two to a lane
 
     @property
@@ -115,7 +116,8 @@ class Variant:
         words = [self.kernel, self.dtype, self.cell]
         if self.kernel not in OF_MAPS:
             words += ["codes" if self.codes else "streams", "+".join(self.streams)]
-        words += ["epsilon 0"] * self.writes_reset + ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
+        words += ["epsilon 0"] * self.writes_reset + ["resets"] * self.resets
+        words += ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
         return " ".join(words)
 
 
@@ -207,7 +209,7 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     streams = sum(1 << i for i, of_spec in enumerate(spec.inputs) if of_spec.name in variant.streams)
     channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
                    if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
-    form = (streams, channels, variant.codes, variant.writes_reset, CHUNK)
+    form = (streams, channels, variant.codes, variant.writes_reset, variant.resets, variant.resets, CHUNK)
     values = {
         "cell": variant.functions,
         "rules": variant.functions.rules,
@@ -229,9 +231,14 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
         "maps": arguments.Maps(f"*{state}", f"*{state}"),
         "groups": arguments.Maps(f"*{state}", f"*{state}"),
         "codes": "*i32",
+        "resets": arguments.Resets("*u8", f"*{state}", f"*{state}"),
         "saved": arguments.Saved(f"*{state}", "*i32", f"*{state}", f"*{state}"),
         **{name: _constants(value) for name, value in values.items()},
     }
+    if not variant.resets:
+        absent = {"resets": None, "grad_checkpoints": None}
+        types |= dict.fromkeys(absent, "constexpr")
+        values |= absent
     return types, values
 
 

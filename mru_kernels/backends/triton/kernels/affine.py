@@ -2,6 +2,9 @@
 
 A map is a pair (factor, offset) of blocks. `rules` is one of REAL, WRITE_OR_HOLD and COMPLEX: what a cell's factors
 are, with every rule for NaN, 0 and infinity that composing needs.
+
+A factor NaN marks a head: steps with a reset, which drop any state, NaN included. Where an input makes a factor NaN,
+the offset is NaN as well, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -75,7 +78,13 @@ def identity(rules, d, STATE: tl.constexpr):
 @triton.jit
 def apply(rules, map_, s):
     """The state after steps, from the state before."""
-    return rules.times(map_[0], s) + map_[1]
+    return tl.where(map_[0] == map_[0], rules.times(map_[0], s) + map_[1], map_[1])
+
+
+@triton.jit
+def as_head(factor, resets):
+    """The factor of steps, which is that of a head if `resets` [16], the union of the masks of their words, has one."""
+    return tl.where(tl.max(resets.to(tl.int32), 0) != 0, float("nan"), factor)
 
 
 @triton.jit
@@ -114,7 +123,8 @@ def consistent(rules, map_, late, entry, leaves, handed, WRITES_RESET: tl.conste
         near = error < float("inf")
     else:
         factor = rules.magnitude(map_[0])
-        terms = factor * rules.magnitude(entry) + rules.magnitude(map_[1])
+        entered = tl.where(factor == factor, factor * rules.magnitude(entry), 0.0)  # a head drops it
+        terms = entered + rules.magnitude(map_[1])
         bound = tl.where(factor < 2.0**-62, ROUNDING, 2.0**-8) * terms + ROUNDING * late
         near = (error <= bound) & (bound < float("inf"))
     of_leaves = rules.magnitude(leaves)

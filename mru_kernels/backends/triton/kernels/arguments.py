@@ -22,6 +22,8 @@ class Form(NamedTuple):
     channels: Any  # bit i: input i comes per channel, given or not
     codes: Any  # whether write codes stand for the streams wherever these would be read again
     writes_reset: Any  # whether every write resets the state
+    resets: Any  # whether the state is reset before some steps
+    boundaries: Any  # whether the checkpoints have a gradient
     chunk: Any  # steps between two checkpoints
 
 
@@ -55,6 +57,7 @@ class Scan(NamedTuple):
     packed: Any
     given: Any  # bit i: input i is given
     has_initial: Any
+    has_reset_state: Any
     saved: Any  # rows of checkpoints; 0: none are wanted
     redo: Any  # whether this launch scans sequences whole after a split, and only if `flag` is set
 
@@ -72,6 +75,14 @@ class Maps(NamedTuple):
 
     factor: Any
     offset: Any
+
+
+class Resets(NamedTuple):
+    """Where the state becomes another one before a step."""
+
+    mask: Any  # [B, T] uint8, in the order of time
+    state: Any  # [N, D]; zeros if there is none
+    grads: Any  # [rows, D]: its gradient, sums over chunks that `backward` writes
 
 
 class Saved(NamedTuple):
@@ -112,7 +123,7 @@ def sizes(scan, block):
     return Scan(
         scan.offsets, scan.flag, size(scan.sequences), size(scan.time), size(scan.channels) * block.align,
         size(scan.segment_size), size(scan.segments), size(scan.reverse), size(scan.packed), size(scan.given),
-        size(scan.has_initial), size(scan.saved), size(scan.redo),
+        size(scan.has_initial), size(scan.has_reset_state), size(scan.saved), size(scan.redo),
     )  # fmt: skip
 
 
