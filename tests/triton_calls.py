@@ -75,6 +75,8 @@ def arguments_of(
     surrogate_scale=1.0,
     initial_state=None,
     cu_seqlens=None,
+    resets=None,
+    reset_state=None,
     reverse=False,
 ):
     """The arguments of a cell's op, from its array inputs by name."""
@@ -84,14 +86,15 @@ def arguments_of(
     inputs_ = [tensors[i.name] for i in spec.inputs if i.name in tensors]
     given = spec.mask(*tensors, *(s.name for s in spec.scheduled))
     numbers = [values[s.name] for s in spec.numbers]
-    return ([*inputs_, *scheduled], given, 0, numbers, initial_state, cu_seqlens, None, None, reverse, CHUNK, segment)
+    states = (initial_state, cu_seqlens, resets, reset_state)
+    return ([*inputs_, *scheduled], given, 0, numbers, *states, reverse, CHUNK, segment)
 
 
-def run(arguments, grad_h, grad_final, save=True, cell="bmru"):
+def run(arguments, grad_h, grad_final, save=True, cell="bmru", grad_checkpoints=None):
     """Forward and backward on the Triton backend: results, gradients, and the traffic of each."""
     with torch.no_grad():
         with recorded() as forward:
             results = CELLS[cell].forward["triton"](*arguments, save)
         with recorded() as backward:
-            grads = CELLS[cell].backward["triton"](grad_h, grad_final, None, *arguments, *results[2:])
+            grads = CELLS[cell].backward["triton"](grad_h, grad_final, grad_checkpoints, *arguments, *results[2:])
     return results, grads, forward, backward

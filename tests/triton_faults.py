@@ -205,6 +205,97 @@ def spans_lie_within_time() -> None:
             assert (start + length <= time).all()
 
 
+# ------------------------------------------------------------------------- resets and boundaries
+
+
+def resets_equal_pieces(cell: str, reverse: bool = False, nan: bool = False, **options) -> None:
+    """Resets to a state, whole and cut, equal the pieces between them as packed sequences from that state.
+
+    Resets are at the first and the last step, at the border of segments, within a word, and side by side. The gradient
+    of a boundary joins that of the h before it, as h is the state. With NaN only states are compared.
+    """
+    time, at = 150, [0, 5, 6, 64, 100, 149]
+    names, start, n = SHIFTED[cell], torch.tensor([[3.0, -2.0, 1.0]]), len(at)
+    tensors = {names[0]: normal(time), names[1]: normal(time + 1)[:, 1:].sigmoid()}
+    in_time = lambda steps: [time - 1 - step for step in steps] if reverse else steps  # noqa: E731
+    if nan:
+        tensors[names[0]][:, in_time([10])] = math.nan  # until the reset at 64
+    resets = torch.zeros(1, time, dtype=torch.bool)
+    resets[0, in_time(at)] = True
+    grad_h, grad_final, grad_checkpoints = normal(time + 2)[:, 2:], torch.ones(1, 3), normal(2)[0]
+    before_boundaries = in_time([63, 127])
+
+    joined, of_pieces = grad_h.clone(), torch.zeros(n, 3)
+    joined[0, before_boundaries] += grad_checkpoints
+    of_pieces[0 if reverse else -1] = grad_final
+    ends = [*at, time]
+    cu_seqlens = torch.tensor([time - end for end in reversed(ends)] if reverse else ends)
+    arguments = arguments_of(tensors, 0, cell=cell, cu_seqlens=cu_seqlens, reverse=reverse,
+                             initial_state=start.expand(n, 3).contiguous(), **options)  # fmt: skip
+    (h, states, *_), grads, *_ = run(arguments, joined, of_pieces, cell=cell)
+    expected = [h, states[:1] if reverse else states[-1:], h[0, before_boundaries]]
+    expected += [] if nan else [*grads[:2], torch.zeros(1, 3), grads[2].sum(0, keepdim=True)]
+    for segment in (0, 64):
+        arguments = arguments_of(tensors, segment, cell=cell, resets=resets, reset_state=start, reverse=reverse,
+                                 initial_state=torch.full((1, 3), math.nan), **options)  # fmt: skip
+        outputs, grads, *_ = run(arguments, grad_h, grad_final, cell=cell, grad_checkpoints=grad_checkpoints)
+        got = [*outputs[:3], *grads]
+        for i, (a, b) in enumerate(zip(got, expected, strict=not nan)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True, msg=f"{segment}, {i}")
+
+
+SHIFTED = {"bmru": ("candidate", "threshold"), "linear_recurrence": ("update", "decay")}
+
+
+def resets_of_codes() -> None:
+    resets_equal_pieces("bmru", reverse=True, epsilon=0.5)
+
+
+def resets_and_writes_that_reset() -> None:
+    resets_equal_pieces("bmru", epsilon=0.0)
+
+
+def resets_of_streams() -> None:
+    resets_equal_pieces("linear_recurrence")
+
+
+def resets_drop_nan() -> None:
+    """Also without the check of a cut, which epsilon 0 does not need."""
+    resets_equal_pieces("bmru", nan=True, epsilon=0.0)
+
+
+def boundaries_of_packed_sequences() -> None:
+    """Rows between the sequences are 0, and the gradients of the others join at their steps."""
+    time, cu_seqlens = 300, torch.tensor([0, 5, 69, 69, 230, 300])
+    tensors = {"update": normal(time), "decay": normal(time + 1)[:, 1:].sigmoid()}
+    grad_checkpoints = normal(4)[0]
+    rows, steps = [1, 2, 3], [69 + 63, 69 + 127, 230 + 63]  # the row of the second sequence would be the first
+    grad_h, joined = normal(time + 2)[:, 2:], normal(time + 2)[:, 2:].clone()
+    joined[0, steps] += grad_checkpoints[rows]
+    for segment in (0, 64):
+        arguments = arguments_of(tensors, segment, cell="linear_recurrence", cu_seqlens=cu_seqlens)
+        (h, _, boundaries, _), grads, *_ = run(
+            arguments, grad_h, torch.ones(5, 3), cell="linear_recurrence", grad_checkpoints=grad_checkpoints
+        )
+        _, expected, *_ = run(arguments, joined, torch.ones(5, 3), cell="linear_recurrence")
+        assert torch.equal(boundaries[rows], h[0, steps])
+        assert (boundaries[0] == 0).all()
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def sums_over_many_resets() -> None:
+    """The gradient of a reset state sums up the same over time, many times."""
+    time = 2000
+    tensors = {"update": torch.zeros(1, time, 1), "decay": torch.ones(1, time, 1)}
+    arguments = arguments_of(
+        tensors, 0, cell="linear_recurrence", resets=torch.ones(1, time, dtype=torch.bool), reset_state=torch.ones(1, 1)
+    )
+    grad_h = torch.full((1, time, 1), 0.1)
+    *_, grad = run(arguments, grad_h, torch.zeros(1, 1), cell="linear_recurrence")[1]
+    assert (grad.double() / (time * grad_h[0, 0, 0].double()) - 1).abs() < 1e-6
+
+
 # ------------------------------------------------------------------------- maps
 
 
@@ -270,6 +361,12 @@ CHECKS: list[Callable[[], None]] = [
     infinite_states_of_packed_sequences,
     codes_of_packed_sequences,
     empty_sequences_keep_their_state,
+    resets_of_codes,
+    resets_and_writes_that_reset,
+    resets_of_streams,
+    resets_drop_nan,
+    boundaries_of_packed_sequences,
+    sums_over_many_resets,
     spans_lie_within_time,
     maps_of_groups,
     maps_of_packed_sequences,
@@ -322,6 +419,36 @@ FAULTS = {
     "offsets beyond the end": (
         spans_lie_within_time, "tl.load(scan.offsets + index + 1), low), scan.time)",
         "tl.load(scan.offsets + index + 1), low), 2 * scan.time)",
+    ),
+    "reset that keeps the state": (
+        resets_of_streams, "            before = where_reset(c, resets, i, reset_state, s)", "            before = s",
+    ),
+    "reset that keeps the recomputed state": (
+        resets_of_streams, "        s = where_reset(c, resets, i, reset_state, within[i])", "        s = within[i]",
+    ),
+    "reset that m passes": (resets_of_streams, "        m = where_reset(c, resets, i, 0.0, m)\n", ""),
+    "reset that m passes in a summary": (
+        resets_and_writes_that_reset, "before = where_reset(c, resets, j + i, 0.0, before)", "before = before",
+    ),
+    "checkpoint saved after the reset": (
+        resets_of_streams,
+        "        if (scan.saved != 0) & (after % c.form.chunk == 0) & (after < at.length):\n",
+        "        s = where_reset(c, bits_of(c, mask), 0, reset_state, s)\n"
+        "        if (scan.saved != 0) & (after % c.form.chunk == 0) & (after < at.length):\n",
+    ),
+    "gradient of a boundary lost at the end of a segment": (
+        resets_of_streams, "(step < c.at.length)", "(step < c.at.end)",
+    ),
+    "mask of another time": (
+        resets_of_codes, "tl.where(c.scan.reverse != 0, c.scan.time - 1 - position, position)", "position",
+    ),
+    "sums of resets that lose a chunk": (
+        sums_over_many_resets, "count = ceil_div(self.time, chunk)", "count = self.time // chunk",
+    ),
+    "codes before a reset": (resets_of_codes, "word = (word >> before) << before", "word = word"),
+    "head that keeps NaN": (
+        resets_drop_nan, "tl.where(map_[0] == map_[0], rules.times(map_[0], s) + map_[1], map_[1])",
+        "rules.times(tl.where(map_[0] == map_[0], map_[0], 0.0), s) + map_[1]",
     ),
     "programs of one axis": (
         programs_beyond_one_axis, "unit = tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)",

@@ -43,7 +43,8 @@ class Variant:
     streams: tuple[str, ...] = ()  # the inputs that come as streams
     codes: bool = False
     aligned: bool = True
-    resets: bool = False  # epsilon is 0
+    writes_reset: bool = False  # epsilon is 0
+    resets: bool = False  # the state is reset before some steps, and boundaries have gradients
     narrow: bool = False  # at most 64 channels, which leave two to a lane
 
     @property
@@ -102,7 +103,7 @@ class Variant:
     @property
     def stops(self) -> bool:
         """Whether it ends before its segment, which its lanes decide together."""
-        return self.kernel == "summarize_adjoint" and self.resets
+        return self.kernel == "summarize_adjoint" and self.writes_reset
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +116,8 @@ class Variant:
         words = [self.kernel, self.dtype, self.cell]
         if self.kernel not in OF_MAPS:
             words += ["codes" if self.codes else "streams", "+".join(self.streams)]
-        words += ["epsilon 0"] * self.resets + ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
+        words += ["epsilon 0"] * self.writes_reset + ["resets"] * self.resets
+        words += ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
         return " ".join(words)
 
 
@@ -148,18 +150,18 @@ def variants() -> list[Variant]:
     every += [replace(v, aligned=False) for v in complex_main]
     others = [replace(v, dtype=dtype) for dtype in ("bf16", "fp32") for v in main] + complex_main
     every += [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
-    resetting = [v for v in every if _may_reset(v) and v.kernel not in ("fold", "carry")]
-    return every + [replace(v, resets=True) for v in resetting]
+    resetting = [v for v in every if _writes_may_reset(v) and v.kernel not in ("fold", "carry")]
+    return every + [replace(v, writes_reset=True) for v in resetting]
 
 
 def _dtypes(cell: ops.Cell) -> list[str]:
     return ["bf16", "fp32", "fp64", *(name for name, dtype in COMPLEX.items() if dtype in cell.dtypes)]
 
 
-def _may_reset(variant: Variant) -> bool:
-    from mru_kernels.backends.triton.kernels.affine import RESETTING
+def _writes_may_reset(variant: Variant) -> bool:
+    from mru_kernels.backends.triton.kernels.affine import WRITE_OR_HOLD
 
-    return variant.functions.rules is RESETTING
+    return variant.functions.rules is WRITE_OR_HOLD
 
 
 def _of_cell(cell: ops.Cell, dtype: str) -> Iterator[Variant]:
@@ -207,13 +209,13 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     streams = sum(1 << i for i, of_spec in enumerate(spec.inputs) if of_spec.name in variant.streams)
     channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
                    if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
-    form = (streams, channels, variant.codes, variant.resets, CHUNK)
+    form = (streams, channels, variant.codes, variant.writes_reset, variant.resets, variant.resets, CHUNK)
     values = {
         "cell": variant.functions,
         "rules": variant.functions.rules,
         "form": arguments.Form(*map(tl.constexpr, form)),
         "block": arguments.Block(*map(tl.constexpr, (align, variant.tile, warp * variant.of_lane))),
-        "resets": variant.resets,
+        "writes_reset": variant.writes_reset,
     }
     stream = arguments.Stream(f"*{variant.element}", "i64", "i64")
     inputs = tuple(stream if streams >> i & 1 else arguments.Stream(f"*{state}", "i64", "i64")
@@ -229,9 +231,14 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
         "maps": arguments.Maps(f"*{state}", f"*{state}"),
         "groups": arguments.Maps(f"*{state}", f"*{state}"),
         "codes": "*i32",
+        "resets": arguments.Resets("*u8", f"*{state}", f"*{state}"),
         "saved": arguments.Saved(f"*{state}", "*i32", f"*{state}", f"*{state}"),
         **{name: _constants(value) for name, value in values.items()},
     }
+    if not variant.resets:
+        absent = {"resets": None, "grad_checkpoints": None}
+        types |= dict.fromkeys(absent, "constexpr")
+        values |= absent
     return types, values
 
 
@@ -348,7 +355,7 @@ def rows_read(variant: Variant) -> int:
     streams, tile = len(variant.streams), variant.tile
     match variant.kernel:
         case "check":  # what left and what was handed on; with bounds also the map, what entered and its magnitude
-            return 2 if variant.resets else 6
+            return 2 if variant.writes_reset else 6
         case "forward":
             return 2 * tile * streams * (not variant.codes)
         case "summarize":

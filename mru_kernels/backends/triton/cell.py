@@ -74,14 +74,14 @@ class Cell(NamedTuple):
 class Implementation(NamedTuple):
     """A cell in Triton.
 
-    scalars     turns the values of the spec's scalars, in order, into `p`, for a state dtype
-    resets      whether every write resets the state, given `p`. Such a cell has epsilon first in `p`, and it is 0 then
+    scalars        turns the values of the spec's scalars, in order, into `p`, for a state dtype
+    writes_reset   whether every write resets the state, given `p`. Epsilon is then the first of `p`, and it is 0
     """
 
     real: Cell
     complex: Cell | None = None
     scalars: Callable[[Sequence[float], torch.dtype], tuple[float, ...]] = lambda values, state: tuple(values)
-    resets: Callable[[tuple[float, ...]], bool] = lambda p: False
+    writes_reset: Callable[[tuple[float, ...]], bool] = lambda p: False
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from torch import Tensor
 from ... import ops
 from . import kernels
 from .cell import find
-from .kernels.arguments import Block, Form, Maps, Scan, Stream, Walk, encode, encode_double
+from .kernels.affine import REAL
+from .kernels.arguments import Block, Form, Maps, Resets, Scan, Stream, Walk, encode, encode_double
 from .kernels.place import GRID
 from .tuning import LANES, MOST_WALKED, VECTOR_BYTES, Reads, ceil_div, channels_of_lane, options, tile
 
@@ -40,8 +41,9 @@ class Call:
 
     def __init__(
         self, cell: ops.Cell, inputs: Sequence[Tensor], given: int, packed: int, numbers: Sequence[float],
-        initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, chunk: int, segment: int, *,
-        saved: bool = True, grad_h: Tensor | None = None, slots: Tensor | None = None,
+        initial_state: Tensor | None, cu_seqlens: Tensor | None, resets: Tensor | None, reset_state: Tensor | None,
+        reverse: bool, chunk: int, segment: int, *, saved: bool = True, grad_h: Tensor | None = None,
+        grad_checkpoints: Tensor | None = None, slots: Tensor | None = None,
     ) -> None:  # fmt: skip
         arrays = ops.arrays(cell, inputs, given, packed)
         implementation = find(cell.name)
@@ -63,12 +65,16 @@ class Call:
         self.aligned = self._is_aligned(grad_h)
         self.align = VECTOR_BYTES // self.first.element_size() if self.aligned else self.parts
         self.p = implementation.scalars(ops.scalars(cell, inputs, numbers), self.state)
-        self.resets = implementation.resets(self.p)
+        self.writes_reset = implementation.writes_reset(self.p)
         self.nothing = self.rows(0)  # stands in for missing tensors; flags keep kernels from reading it
-        self.arguments = self._arguments(cell, given, chunk)
+        self.arguments = self._arguments(cell, given, chunk, resets, grad_checkpoints)
         self.arguments["initial"] = self.nothing if initial_state is None else self.vector(initial_state)
+        if resets is not None:
+            state = self.nothing if reset_state is None else self.vector(reset_state)
+            self.arguments["resets"] = Resets(resets.contiguous().view(torch.uint8), state, self.nothing)
         rows = max(self.time - 1, 0) // chunk if saved else 0
-        flags = (reverse, self.packed, given & ((1 << len(arrays)) - 1), initial_state is not None, rows, False)
+        states = (initial_state is not None, reset_state is not None)
+        flags = (reverse, self.packed, given & ((1 << len(arrays)) - 1), *states, rows, False)
         sizes = (self.sequences, self.time, self.channels // self.align, segment, self.segments)
         count = -1 if slots is None or initial_state is None else initial_state.shape[0]
         offsets, rows_of = self._integers(cu_seqlens), self._integers(slots)
@@ -96,20 +102,25 @@ class Call:
         sizes = [self.channels, *(t.data_ptr() // element for t in streams), *(n for t in streams for n in strides(t))]
         return all(n % vector == 0 for n in sizes)
 
-    def _arguments(self, cell: ops.Cell, given: int, chunk: int) -> dict:
+    def _arguments(
+        self, cell: ops.Cell, given: int, chunk: int, resets: Tensor | None, grad_checkpoints: Tensor | None
+    ) -> dict:
         streams = sum(1 << i for i, t in enumerate(self.arrays) if t is not None and t.dim() == 3)
         absent = sum(1 << i for i, s in enumerate(cell.inputs) if s.kind != "channel" and not given >> i & 1)
         channels = ((1 << len(self.arrays)) - 1) & ~streams & ~absent
-        form = (streams, channels, self.codes, self.resets, chunk)
+        given_resets = (resets is not None, grad_checkpoints is not None)
+        form = (streams, channels, self.codes, self.writes_reset, *given_resets, chunk)
         return {
             "cell": self.functions,
             "rules": self.functions.rules,
             "form": Form(*map(tl.constexpr, form)),
-            "resets": self.resets,
+            "writes_reset": self.writes_reset,
             "inputs": tuple(self.stream(t) for t in self.arrays),
             "scalars": tuple(map(encode_double, self.p)),
             "entries": self.nothing,
             "lates": self.nothing,
+            "resets": None,
+            "grad_checkpoints": grad_checkpoints,
         }
 
     def _integers(self, t: Tensor | None) -> Tensor:
@@ -175,7 +186,7 @@ class Call:
         scan = self.scan_sizes._replace(flag=walked["scan"].flag)
         own = own | {"scan": scan, "lates": lates}
         self.launch(name, self.segments, **own | {enters: walked["entries"], leaves: exits})
-        if name == "forward" and self.resets:
+        if name == "forward" and self.writes_reset:
             return  # values were only copied
         self.launch("check", self.segments, **walked, lates=lates, exits=exits)
         whole = scan._replace(segment_size=encode(0), redo=encode(1))
@@ -225,17 +236,28 @@ class Call:
         """The steps of each sequence as one map, [N, D]. `codes` is room for the write codes."""
         maps = self.maps(self.segments)
         self.launch("summarize", self.segments, codes=codes, maps=maps, lates=self.rows(self.segments))
-        scan, count = self.scan_sizes, self.segments // max(self.sequences, 1)
+        return self._composed(self.scan_sizes, maps, self.segments // max(self.sequences, 1))
+
+    def total(self, sums: Tensor, chunk: int) -> Tensor:
+        """The sum over the chunks of each sequence, [N, D] in float64: the offset of maps with the factor 1."""
+        maps = Maps(torch.ones_like(sums, dtype=torch.float64), sums.double())
+        count = ceil_div(self.time, chunk)
+        scan = self.scan_sizes._replace(segment_size=encode(chunk), segments=encode(self.sequences * count))
+        return self._composed(scan, maps, count, rules=REAL).offset
+
+    def _composed(self, scan: Scan, maps: Maps, count: int, **own) -> Maps:
+        """The maps of the segments of each sequence as one map, [N, D]. `count` is its number of segments."""
         if not self.packed and count > MOST_WALKED:
-            groups, maps = self._fold(scan, maps, count, MOST_WALKED)
+            groups, maps = self._fold(scan, maps, count, MOST_WALKED, **own)
             scan, count = scan._replace(segments=encode(self.sequences * groups)), groups
-        _, maps = self._fold(scan, maps, count, self.segments)
+        _, maps = self._fold(scan, maps, count, maps.factor.shape[0], **own)
         return maps
 
-    def _fold(self, scan: Scan, maps: Maps, count: int, per_group: int) -> tuple[int, Maps]:
+    def _fold(self, scan: Scan, maps: Maps, count: int, per_group: int, **own) -> tuple[int, Maps]:
         """How many groups of segments a sequence has, and their maps. `count` is its number of segments."""
         groups = 1 if per_group >= count else ceil_div(count, per_group)
-        folded = self.maps(self.sequences * groups)
+        rows = (self.sequences * groups, self.channels)
+        folded = Maps(maps.factor.new_empty(rows), maps.offset.new_empty(rows))
         walk = Walk(encode(groups), encode(per_group), encode(0))
-        self.launch("fold", self.sequences * groups, scan=scan, walk=walk, maps=maps, groups=folded)
+        self.launch("fold", self.sequences * groups, scan=scan, walk=walk, maps=maps, groups=folded, **own)
         return groups, folded

@@ -34,8 +34,6 @@ def _check(
     cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment
 ) -> None:  # fmt: skip
     ops.check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
-    if resets is not None:
-        raise NotImplementedError("backend: 'triton' has no resets")
     ops.check_numbers(cell, inputs, numbers, chunk, segment, CHUNK_SIZES)
 
 
@@ -50,7 +48,12 @@ def forward(
     if save and spare > 0:
         results[2][-spare:].zero_()
         codes[-spare if segment > 0 else 0 :].zero_()
-    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, saved=save)
+    if save and cu_seqlens is not None:
+        results[2].zero_()  # there are rows between the sequences
+    call = Call(
+        cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment,
+        saved=save,
+    )  # fmt: skip
     h, final_state, *saved = map(real, results)
     checkpoints = saved[0] if save else call.nothing
     own = {"h": call.stream(h), "final_state": final_state, "checkpoints": checkpoints, "codes": codes}
@@ -79,7 +82,10 @@ def step_slots(cell: ops.Cell, inputs, given, packed, numbers, state, state_indi
     if state.device.type == "cpu":
         checks.slot_values(state_indices, state.shape[0])
     h = first.new_zeros(first.shape)  # the kernel writes no row of a sequence that it skips
-    call = Call(cell, streams, given, packed, numbers, state, None, False, CHUNK, 0, saved=False, slots=state_indices)
+    call = Call(
+        cell, streams, given, packed, numbers, state, None, None, None, False, CHUNK, 0, saved=False,
+        slots=state_indices,
+    )  # fmt: skip
     nothing = {"checkpoints": call.nothing, "codes": call.nothing}
     call.launch("forward", call.sequences, h=call.stream(real(h)), final_state=call.arguments["initial"], **nothing)
     return h.squeeze(1)
@@ -93,10 +99,22 @@ def compose(
     time = inputs[0].shape[1]
     segment = backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
     segment = segment or ceil_div(max(time, 1), CHUNK) * CHUNK
-    call = Call(cell, inputs, given, packed, numbers, None, cu_seqlens, reverse, CHUNK, segment)
+    call = Call(
+        cell, inputs, given, packed, numbers, None, cu_seqlens, resets, reset_state, reverse, CHUNK, segment
+    )  # fmt: skip
     codes = ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)
     factor, offset = (_as_states(t, inputs[0]) for t in call.compose(codes))
+    if resets is not None:
+        factor.masked_fill_(_has_reset(resets, cu_seqlens).unsqueeze(-1), 0)
     return factor, offset
+
+
+def _has_reset(resets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Whether each sequence has a reset, `[N]`."""
+    if cu_seqlens is None:
+        return resets.any(1)
+    before = torch.nn.functional.pad(resets[0].cumsum(0), (1, 0))
+    return before[cu_seqlens.clamp(0, resets.shape[1]).long()].diff() > 0
 
 
 def _as_states(t: Tensor, first: Tensor) -> Tensor:
@@ -109,8 +127,6 @@ def backward(
     resets, reset_state, reverse, chunk, segment, checkpoints, events,
 ) -> list[Tensor]:  # fmt: skip
     _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment)
-    if grad_checkpoints is not None:
-        raise NotImplementedError("backend: 'triton' has no gradients of boundaries")
     first = inputs[0]
     batch, time, channels = first.shape
     channels //= packed.bit_count() or 1
@@ -131,11 +147,18 @@ def backward(
     segment = backend.backward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
-    call = Call(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, reverse, chunk, segment, grad_h=grad_h)
+    if grad_checkpoints is not None:
+        _check_rows("grad_checkpoints", grad_checkpoints, (rows[0], channels), checks.state_dtype(first.dtype), first)
+        grad_checkpoints = real(grad_checkpoints).contiguous()
+    call = Call(
+        cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment,
+        grad_h=grad_h, grad_checkpoints=grad_checkpoints,
+    )  # fmt: skip
     results = ops.allocate_backward(cell, inputs, initial_state, reset_state)
     written = [real(t) for t in results]
-    in_place = initial_state is not None and written[-1].dtype == call.state
-    grad_initial = written[-1] if in_place else call.rows(call.sequences)
+    to_initial = written[-1 if reset_state is None else -2] if initial_state is not None else None
+    in_place = to_initial if to_initial is not None and to_initial.dtype == call.state else None
+    grad_initial = call.rows(call.sequences) if in_place is None else in_place
     grads = _gradients(call, cell, written, given, packed, chunk)
     checkpoints, codes = _saved(call, checkpoints, events, rows)
     states = call.rows(call.segments * (min(call.time, chunk) // tile("backward", call.reads)))
@@ -148,12 +171,17 @@ def backward(
         "grad_initial": grad_initial,
         "saved": Saved(call.arguments["initial"], codes, checkpoints, states),
     }
+    if reset_state is not None:
+        grad_reset = call.sums(chunk)
+        own["resets"] = call.arguments["resets"]._replace(grads=grad_reset)
     call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=grad_final)
     for t, place in zip(grads, ops.places(cell, given, packed), strict=False):
         if t is not None and place is not None and t.dim() == 2:
             written[place].copy_(t.sum(0, dtype=torch.float64))  # in a fixed order
-    if initial_state is not None and not in_place:
-        written[-1].copy_(grad_initial)
+    if to_initial is not None and in_place is None:
+        to_initial.copy_(grad_initial)
+    if reset_state is not None:
+        written[-1].copy_(call.total(grad_reset, chunk))
     return results
 
 
@@ -173,11 +201,12 @@ def _gradients(call: Call, cell: ops.Cell, written, given: int, packed: int, chu
 
 def _saved(call: Call, checkpoints: Tensor, events: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The saved tensors as kernels take them. ValueError unless shape, dtype and device are this call's."""
-    for name, t, expected, dtype in (
-        ("checkpoints", real(checkpoints), (rows[0], call.channels), call.state),
-        ("events", events, (rows[1], call.channels // call.parts), torch.int32),
-    ):
-        if t.shape != expected or t.dtype != dtype or t.device != call.first.device:
-            came = f"{list(t.shape)}, {t.dtype} on {t.device}"
-            raise ValueError(f"{name}: expected {list(expected)}, {dtype} on {call.first.device}, got {came}")
+    _check_rows("checkpoints", real(checkpoints), (rows[0], call.channels), call.state, call.first)
+    _check_rows("events", events, (rows[1], call.channels // call.parts), torch.int32, call.first)
     return real(checkpoints).contiguous(), events.contiguous()
+
+
+def _check_rows(name: str, t: Tensor, expected: tuple[int, int], dtype: torch.dtype, first: Tensor) -> None:
+    if t.shape != expected or t.dtype != dtype or t.device != first.device:
+        came = f"{list(t.shape)}, {t.dtype} on {t.device}"
+        raise ValueError(f"{name}: expected {list(expected)}, {dtype} on {first.device}, got {came}")

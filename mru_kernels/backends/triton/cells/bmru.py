@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..cell import Codes, Implementation, cell
-from ..kernels.affine import RESETTING
+from ..kernels.affine import WRITE_OR_HOLD
 from ..surrogate import slope
 from ..write_or_hold import (
     code_of,
@@ -17,13 +17,13 @@ from ..write_or_hold import (
     pull_code,
     recompute_code,
     recomputed,
-    resets,
     scalars,
     scaled,
     step_code,
     step_word,
     write_or_hold,
     writes_of_word,
+    writes_reset,
 )
 
 FIRST, SECOND = tl.constexpr(1.0), tl.constexpr(-1.0)  # the values that a code writes
@@ -100,9 +100,9 @@ def bmru_step_word(word, s, p):
 CODES = Codes(encode, bmru_step_code, bmru_recompute_code, pull_code, bmru_step_word, writes_of_word, factor_of_writes)
 CELL = Implementation(
     cell(
-        step, pull, vjp, recompute=recompute, output=output, cotangent=cotangent, enter=enter, rules=RESETTING,
+        step, pull, vjp, recompute=recompute, output=output, cotangent=cotangent, enter=enter, rules=WRITE_OR_HOLD,
         codes=CODES,
     ),
     scalars=scalars,
-    resets=resets,
+    writes_reset=writes_reset,
 )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..cell import Codes, Implementation, cell
-from ..kernels.affine import RESETTING
+from ..kernels.affine import WRITE_OR_HOLD
 from ..surrogate import slope
 from ..write_or_hold import (
     code_of,
@@ -17,13 +17,13 @@ from ..write_or_hold import (
     pull_code,
     recompute_code,
     recomputed,
-    resets,
     scalars,
     scaled,
     step_code,
     step_word,
     write_or_hold,
     writes_of_word,
+    writes_reset,
 )
 
 FIRST, SECOND = tl.constexpr(1.0), tl.constexpr(0.0)  # the values that a code writes
@@ -101,9 +101,9 @@ CODES = Codes(
 )
 CELL = Implementation(
     cell(
-        step, pull, vjp, recompute=recompute, output=output, cotangent=cotangent, enter=enter, rules=RESETTING,
+        step, pull, vjp, recompute=recompute, output=output, cotangent=cotangent, enter=enter, rules=WRITE_OR_HOLD,
         codes=CODES,
     ),
     scalars=scalars,
-    resets=resets,
+    writes_reset=writes_reset,
 )  # fmt: skip

@@ -1,7 +1,10 @@
 """Steps as one map of the state, s -> factor s + offset, or of the adjoint. Maps compose, so segments scan in parallel.
 
-A map is a pair (factor, offset) of blocks. `rules` is one of REAL, RESETTING and COMPLEX: what a cell's factors are,
-with every rule for NaN, 0 and infinity that composing needs.
+A map is a pair (factor, offset) of blocks. `rules` is one of REAL, WRITE_OR_HOLD and COMPLEX: what a cell's factors
+are, with every rule for NaN, 0 and infinity that composing needs.
+
+A factor NaN marks a head: steps with a reset, which drop any state, NaN included. Where an input makes a factor NaN,
+the offset is NaN as well, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def _times(a, b):
 
 
 @triton.jit
-def _times_or_reset(a, b):
+def _times_or_zero(a, b):
     """a b, but 0 if a is 0, which leaves nothing of any number, infinity included. NaN stays NaN."""
     return tl.where((a == 0) & (b == b), 0.0, a * b)
 
@@ -62,7 +65,7 @@ def _complex_magnitude(a):
 
 REAL = Rules(_one, _times, _magnitude)
 #: A factor of 0 comes from a write that resets the state.
-RESETTING = Rules(_one, _times_or_reset, _magnitude)
+WRITE_OR_HOLD = Rules(_one, _times_or_zero, _magnitude)
 #: A channel is two neighbours of a block, its real and its imaginary part, in one lane.
 COMPLEX = Rules(_complex_one, complex_times, _complex_magnitude)
 
@@ -75,7 +78,13 @@ def identity(rules, d, STATE: tl.constexpr):
 @triton.jit
 def apply(rules, map_, s):
     """The state after steps, from the state before."""
-    return rules.times(map_[0], s) + map_[1]
+    return tl.where(map_[0] == map_[0], rules.times(map_[0], s) + map_[1], map_[1])
+
+
+@triton.jit
+def as_head(factor, resets):
+    """The factor of steps, which is that of a head if `resets` [16], the union of the masks of their words, has one."""
+    return tl.where(tl.max(resets.to(tl.int32), 0) != 0, float("nan"), factor)
 
 
 @triton.jit
@@ -85,7 +94,7 @@ def then(rules, first, second):
 
 
 @triton.jit
-def after_resets(second, first):
+def after_selecting(second, first):
     """`then`, if factors are 0 or 1: a factor 0 ends the search for what passes, so no later number may spoil it."""
     ended = second[0] == 0
     return tl.where(ended, second[0], first[0]), tl.where(ended, second[1], second[1] + first[1])
@@ -98,7 +107,7 @@ def recent(rules, u, late):
 
 
 @triton.jit
-def consistent(rules, map_, late, entry, leaves, handed, RESETS: tl.constexpr):
+def consistent(rules, map_, late, entry, leaves, handed, WRITES_RESET: tl.constexpr):
     """Whether the state that leaves a segment, scanned from `entry`, is the one handed to the next segment.
 
     map_      of the segment; with `handed`, what composing gave
@@ -110,11 +119,12 @@ def consistent(rules, map_, late, entry, leaves, handed, RESETS: tl.constexpr):
     """
     ROUNDING: tl.constexpr = 2.0**-40 if entry.dtype == tl.float64 else 2.0**-16
     error = rules.magnitude(leaves - handed)
-    if RESETS:
+    if WRITES_RESET:
         near = error < float("inf")
     else:
         factor = rules.magnitude(map_[0])
-        terms = factor * rules.magnitude(entry) + rules.magnitude(map_[1])
+        entered = tl.where(factor == factor, factor * rules.magnitude(entry), 0.0)  # a head drops it
+        terms = entered + rules.magnitude(map_[1])
         bound = tl.where(factor < 2.0**-62, ROUNDING, 2.0**-8) * terms + ROUNDING * late
         near = (error <= bound) & (bound < float("inf"))
     of_leaves = rules.magnitude(leaves)

@@ -21,7 +21,9 @@ class Form(NamedTuple):
     streams: Any  # bit i: input i is a stream
     channels: Any  # bit i: input i comes per channel, given or not
     codes: Any  # whether write codes stand for the streams wherever these would be read again
-    resets: Any  # whether every write resets the state
+    writes_reset: Any  # whether every write resets the state
+    resets: Any  # whether the state is reset before some steps
+    boundaries: Any  # whether the checkpoints have a gradient
     chunk: Any  # steps between two checkpoints
 
 
@@ -56,6 +58,7 @@ class Scan(NamedTuple):
     packed: Any
     given: Any  # bit i: input i is given
     has_initial: Any
+    has_reset_state: Any
     saved: Any  # rows of checkpoints; 0: none are wanted
     redo: Any  # whether this launch scans sequences whole after a split, and only if `flag` is set
     slot_count: Any  # rows of the states in slots; -1: the state of sequence n has row n
@@ -74,6 +77,14 @@ class Maps(NamedTuple):
 
     factor: Any
     offset: Any
+
+
+class Resets(NamedTuple):
+    """Where the state becomes another one before a step."""
+
+    mask: Any  # [B, T] uint8, in the order of time
+    state: Any  # [N, D]; zeros if there is none
+    grads: Any  # [rows, D]: its gradient, sums over chunks that `backward` writes
 
 
 class Saved(NamedTuple):
@@ -114,7 +125,7 @@ def sizes(scan, block):
     return Scan(
         scan.offsets, scan.flag, scan.slots, size(scan.sequences), size(scan.time), size(scan.channels) * block.align,
         size(scan.segment_size), size(scan.segments), size(scan.reverse), size(scan.packed), size(scan.given),
-        size(scan.has_initial), size(scan.saved), size(scan.redo), size(scan.slot_count),
+        size(scan.has_initial), size(scan.has_reset_state), size(scan.saved), size(scan.redo), size(scan.slot_count),
     )  # fmt: skip
 
 
@@ -123,7 +134,7 @@ def scalars_of(doubles, form, STATE: tl.constexpr):
     """The scalars of the cell in a dtype. Where writes reset the state the first one, epsilon, is the constant 0."""
     values = ()
     for i in tl.static_range(len(doubles)):
-        if i == 0 and form.resets:
+        if i == 0 and form.writes_reset:
             values = values + (tl.full((), 0.0, STATE),)
         else:
             bits = (size(doubles[i].high) << 32) | size(doubles[i].low)

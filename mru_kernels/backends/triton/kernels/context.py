@@ -14,3 +14,4 @@ class Context(NamedTuple):
     scan: Any
     at: Any  # its Place
     p: Any  # the scalars of the cell, in the state dtype
+    resets: Any  # Resets, or None without form.resets

@@ -8,6 +8,7 @@ import triton.language as tl
 from .arguments import scalars_of, sizes
 from .context import Context
 from .place import WORD, checkpoint_row, hidden, left_of, place, program, word_row, works
+from .resets import bits_of, load_mask, load_state, where_reset
 from .rows import (
     STREAMED,
     get,
@@ -45,8 +46,20 @@ def enter(c, opened, s):
 
 
 @triton.jit
-def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
-    """Write h at the 16 steps from `first` on. If MASKED, some lie beyond the end. Returns the state after."""
+def enter_after_reset(c, opened):
+    """The state that enters a step after a reset."""
+    state = load_state(c)
+    if c.form.resets:
+        state = c.cell.enter(inputs_per_channel(opened, c.form), state)
+    return state
+
+
+@triton.jit
+def forward_word(c, s, word, resets, reset_state, opened, opened_h, first, MASKED: tl.constexpr):
+    """Write h at the 16 steps from `first` on, which have the bits `resets`. If MASKED, some lie beyond the end.
+
+    Returns the state after.
+    """
     left = left_of(c.at, first, WORD)
     for j in range(0, WORD, c.block.tile):
         if not c.form.codes:
@@ -54,13 +67,13 @@ def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
             tile = load_tile(opened, c.at, step, left - j, s.dtype, c.form.streams, c.block.tile, MASKED)
         row = row_at(opened_h, hidden(first + j, c.at))
         for i in tl.static_range(c.block.tile):
+            before = where_reset(c, resets, i, reset_state, s)
             if c.form.codes:
                 x = inputs_per_channel(opened, c.form)
-                after = c.cell.codes.step(word, i, s, c.p)
+                after = c.cell.codes.step(word, i, before, c.p)
             else:
                 x = inputs_at(opened, tile, c.form, i)
-                after = c.cell.step(x, s, c.p)
-            before = s
+                after = c.cell.step(x, before, c.p)
             if MASKED:
                 s = tl.where(j + i < left, after, s)
             else:
@@ -70,6 +83,8 @@ def forward_word(c, s, word, opened, opened_h, first, MASKED: tl.constexpr):
             row += opened_h[1]
         if c.form.codes:
             word = word >> (2 * c.block.tile)
+        if c.form.resets:
+            resets = resets >> c.block.tile
     return s
 
 
@@ -85,6 +100,8 @@ def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoi
     else:
         s = get(initial, state_row(scan, at), at, when(scan.has_initial != 0, at.mask), 0.0)
     s = enter(c, opened, s)
+    reset_state = enter_after_reset(c, opened)
+    mask = load_mask(c, at.begin, WORD)
     word = tl.zeros((c.block.channels,), tl.int32)
     if c.form.codes:
         word = get(codes, word_row(scan, at, at.begin), at, when(at.begin < at.end, at.mask), 0)
@@ -94,12 +111,14 @@ def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoi
         ahead = word
         if c.form.codes:
             ahead = get_whole(codes, word_row(scan, at, tl.minimum(after, at.end - 1)), at)
-        s = forward_word(c, s, word, opened, opened_h, first, False)
+        mask_ahead = load_mask(c, after, WORD)
+        s = forward_word(c, s, word, bits_of(c, mask), reset_state, opened, opened_h, first, False)
         word = ahead
+        mask = mask_ahead
         if (scan.saved != 0) & (after % c.form.chunk == 0) & (after < at.length):
             put(checkpoints, checkpoint_row(scan, at, after, c.form), at, s, at.mask)
     if whole < at.end:
-        s = forward_word(c, s, word, opened, opened_h, whole, True)
+        s = forward_word(c, s, word, bits_of(c, mask), reset_state, opened, opened_h, whole, True)
     put(final_state, tl.where(scan.segment_size != 0, at.segment, state_row(scan, at)), at, s, at.mask)
 
 
@@ -115,6 +134,7 @@ def forward(
     h,  # Stream [B, T, D]
     final_state,  # [N, D], or `initial` if states are in slots; if time is split [segments, D], what leaves a segment
     checkpoints,  # [B, (T - 1) // chunk, D]
+    resets,  # Resets, or None
 ):  # fmt: skip
     """h, checkpoints and final states, from the streams or from the codes."""
     STATE: tl.constexpr = final_state.dtype.element_ty
@@ -125,5 +145,6 @@ def forward(
         p = scalars_of(scalars, form, STATE)
         if has_state(scan, at):
             forward_segment(
-                Context(cell, form, block, scan, at, p), inputs, initial, entries, codes, h, final_state, checkpoints
-            )
+                Context(cell, form, block, scan, at, p, resets), inputs, initial, entries, codes, h, final_state,
+                checkpoints,
+            )  # fmt: skip

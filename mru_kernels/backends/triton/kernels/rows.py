@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..parts import pairs, parts
 from .arguments import size
+from .place import checkpoint_row
 
 #: Which lines the second-level cache evicts first, last, or in their turn.
 STREAMED, KEPT, USUAL = (tl.constexpr(policy) for policy in ("evict_first", "evict_last", ""))
@@ -37,6 +38,13 @@ def get_whole(data, row, at, POLICY: tl.constexpr = USUAL):
 @triton.jit
 def put(data, row, at, value, mask, POLICY: tl.constexpr = USUAL):
     tl.store(data + row * at.width + (at.first + at.d), value, mask=mask, eviction_policy=POLICY)
+
+
+@triton.jit
+def grad_of_boundary(c, grads, step):
+    """The gradient of the state that is saved before `step`; 0 if none is."""
+    is_saved = (step % c.form.chunk == 0) & (step < c.at.length)
+    return get(grads, checkpoint_row(c.scan, c.at, step, c.form), c.at, when(is_saved, c.at.mask), 0.0)
 
 
 @triton.jit
