@@ -7,6 +7,7 @@ autograd kernel takes longer than a short scan.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -93,7 +94,7 @@ def has_tangent(t: torch.Tensor) -> bool:
     return in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None
 
 
-def primals(ctx) -> list[torch.Tensor | None]:
+def primals(ctx) -> list[Any]:
     """The tensors that the jvp of a Function was given by `save_for_forward`, without their tangents.
 
     Torch turns forward mode off in a jvp, also for the levels around this one. With these tensors it may be on.

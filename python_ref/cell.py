@@ -234,7 +234,7 @@ class Cell:
         return dh, d_final
 
     def _scan(self, x, scalars, like, s_0, term):
-        """Of one batch of sequences in scan order, terms or values: gates, s before and after each step, s_T, h, dh/ds."""
+        """Values or terms of one batch in scan order: gates, s before and after each step, s_T, h, dh/ds."""
         batch = like.shape[0]
         exact = [g.expand_as(like) for g in self.gates(**x)]
         # The states, and below them in the same batch the sums of their terms.

@@ -33,7 +33,8 @@ class _UnitStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = _times_slope(grad, *ctx.saved_tensors, ctx.scale)
+        x, y = ctx.saved_tensors
+        grad = _times_slope(grad, x, y, ctx.scale)
         return grad, -grad, None
 
 
@@ -41,7 +42,8 @@ class _UnitStepWithTangent(_UnitStep):
     @staticmethod
     def jvp(ctx, dx, dy, _):
         with private.enable_forward_gradients(True):
-            return _times_slope(dx - dy, *private.primals(ctx), ctx.scale)
+            x, y = private.primals(ctx)
+            return _times_slope(dx - dy, x, y, ctx.scale)
 
 
 def _times_slope(t: Tensor, x: Tensor, y: Tensor, scale: float) -> Tensor:

@@ -124,7 +124,7 @@ class Scan(torch.autograd.Function):
     def backward(ctx, grad_h, grad_final, *_):
         cell, backend, *_ = ctx.call
         call, saved = _call_and_saved(ctx, ctx.saved_tensors)
-        inputs, _given, packed, _numbers, initial_state, cu_seqlens, *_ = call
+        inputs, _given, packed, _numbers, initial_state, cu_seqlens = call[:6]
         if grad_h is None or grad_final is None:
             first = first_stream(inputs, packed)
             if grad_h is None:
@@ -148,13 +148,13 @@ class Scan(torch.autograd.Function):
         return h.to(call[0][0].dtype), final, *[None] * len(saved)
 
 
-def _call_and_saved(ctx, tensors) -> tuple[tuple, list[Tensor]]:
+def _call_and_saved(ctx, tensors) -> tuple[list, list[Tensor]]:
     """The arguments of the forward op without `save`, and what the op saved, from the context of `Scan`."""
     cell, _backend, count, has_initial = ctx.call
     tensors = list(tensors)
     initial_state = tensors.pop(count - len(cell.scheduled)) if has_initial else None
     inputs, (cu_seqlens, *saved) = tensors[:count], tensors[count:]
-    return (inputs, *ctx.constants, initial_state, cu_seqlens, *ctx.rest), saved
+    return [inputs, *ctx.constants, initial_state, cu_seqlens, *ctx.rest], saved
 
 
 class Gradient(torch.autograd.Function):

@@ -26,7 +26,7 @@ from .spec import CELLS, Cell
 LINEAR = "linear_recurrence"
 
 Call = dict[str, Any]
-Tensors = Sequence[Tensor | None]
+Tensors = Sequence[Any]  # each a tensor or None
 
 
 def tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Te
 
 
 def tangent_of_gradient(
-    cell: Cell, backend: str, call: Call, grads: tuple[Tensor, Tensor], of_grads: Tensors, tangents: Tensors
+    cell: Cell, backend: str, call: Call, grads: Tensors, of_grads: Tensors, tangents: Tensors
 ) -> list[Tensor]:
     """The tangents of the results of the linear recurrence's backward op.
 
@@ -69,13 +69,15 @@ def tangent_of_gradient(
         mu, first = adjoint(adjoint.sum(update, _times(grad_h, adjoint.decay), source), grad_final)
         return adjoint.sum(update, grad_h, adjoint.before(mu, grad_final)), first
 
-    lambda_, _ = lambda_and_first(*grads)
+    grad_h, grad_final = grads
+    lambda_, _ = lambda_and_first(grad_h, grad_final)
     source = None if d_decay is None else d_decay.conj() * lambda_
-    d_lambda, of_initial = lambda_and_first(*of_grads, source)
+    d_grad_h, d_grad_final = of_grads
+    d_lambda, of_initial = lambda_and_first(d_grad_h, d_grad_final, source)
     of_decay = d_lambda * states.conj() + lambda_ * d_states.conj()
     if decay.dim() == 1:
         of_decay = of_decay.sum((0, 1))
-    results = [torch.cat([d_lambda, of_decay], -1)] if call["packed"] else [d_lambda, of_decay]
+    results = [torch.cat([d_lambda, of_decay], -1)] if call["packed"].bit_count() == 2 else [d_lambda, of_decay]
     if initial_state is not None:
         results.append(of_initial)
     return [t.to(value.dtype) for t, value in zip(results, _values(cell, call), strict=True)]
