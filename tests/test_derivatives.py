@@ -118,7 +118,8 @@ def test_inputs_without_a_tangent(backend, device):
         for i, t in enumerate(x):
             v = draw(*t.shape, dtype=DOUBLE, seed=3, device=device)
             expected = [torch.tensordot(j[i], v, t.dim()) for j in whole]
-            assert_close(jvp(lambda t, i=i: op(*x[:i], t, *x[i + 1 :]), (t,), (v,))[1], expected)
+            only = partial(lambda t, op, i, x: op(*x[:i], t, *x[i + 1 :]), op=op, i=i, x=x)
+            assert_close(jvp(only, (t,), (v,))[1], expected)
             assert_close(jvp(op, x, (*zeros[:i], v, *zeros[i + 1 :]))[1], expected)
 
 
@@ -414,7 +415,7 @@ def test_tangents_keep_no_tensor_alive(backend, device):
 
 def test_an_epsilon_with_a_tangent_is_refused(backend, device):
     x, epsilon = draw(2, 6, 3, device=device), torch.tensor(0.5)
-    with pytest.raises(ValueError, match="epsilon: expected a schedule, not a trained parameter; got .* has a tangent"):
+    with pytest.raises(ValueError, match=r"epsilon: expected a schedule, not a trained .* has a tangent"):
         jvp(lambda e: mk.bmru(x, x, epsilon=e, backend=backend)[0], (epsilon,), (epsilon,))
 
 

@@ -367,7 +367,7 @@ def test_one_result_alone_has_gradients(backend, device, used):
 
 @pytest.mark.parametrize("cls", [mk.BMRU, mk.MinGRU])
 def test_a_compiled_transform_of_inputs_that_require_grad(cls):
-    """A compiled first derivative equals the eager one. A refused second raises in the backward call, not at tracing."""
+    """A compiled first derivative equals the eager one. A refused second raises in the backward call only."""
     unit, x = cls(3, 4), torch.randn(2, 5, 3, requires_grad=True)
 
     def gradient(x):

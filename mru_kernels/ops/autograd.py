@@ -143,7 +143,7 @@ class Scan(torch.autograd.Function):
     def backward(ctx, grad_h, grad_final, grad_checkpoints=None, _events=None):
         cell, backend, *_ = ctx.call
         call, saved = _call_and_saved(ctx, ctx.saved_tensors)
-        inputs, _given, packed, _numbers, initial_state, cu_seqlens, _resets, reset_state, *_rest = call
+        inputs, _given, packed, _numbers, initial_state, cu_seqlens, _resets, reset_state = call[:8]
         if grad_h is None or grad_final is None:
             first = first_stream(inputs, packed)
             if grad_h is None:
@@ -168,14 +168,14 @@ class Scan(torch.autograd.Function):
         return h.to(call[0][0].dtype), final, *checkpoints, *[None] * (len(saved) - len(checkpoints))
 
 
-def _call_and_saved(ctx, tensors) -> tuple[tuple, list[Tensor]]:
+def _call_and_saved(ctx, tensors) -> tuple[list, list[Tensor]]:
     """The arguments of the forward op without `save`, and what the op saved, from the context of `Scan`."""
     cell, _backend, count, has_initial, has_reset = ctx.call
     tensors, of_arrays = list(tensors), count - len(cell.scheduled)
     initial_state = tensors.pop(of_arrays) if has_initial else None
     reset_state = tensors.pop(of_arrays) if has_reset else None
     inputs, (cu_seqlens, resets, *saved) = tensors[:count], tensors[count:]
-    return (inputs, *ctx.constants, initial_state, cu_seqlens, resets, reset_state, *ctx.rest), saved
+    return [inputs, *ctx.constants, initial_state, cu_seqlens, resets, reset_state, *ctx.rest], saved
 
 
 class Gradient(torch.autograd.Function):

@@ -26,7 +26,7 @@ from .spec import CELLS, Cell
 LINEAR = "linear_recurrence"
 
 Call = dict[str, Any]
-Tensors = Sequence[Any]  # tensors, and None for zeros or an absent input
+Tensors = Sequence[Any]  # each a tensor or None
 
 
 def tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, ...]:
@@ -48,7 +48,7 @@ def tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Te
 
 
 def tangent_of_gradient(
-    cell: Cell, backend: str, call: Call, grads: tuple[Tensor, Tensor], of_grads: Tensors, tangents: Tensors
+    cell: Cell, backend: str, call: Call, grads: Tensors, of_grads: Tensors, tangents: Tensors
 ) -> list[Tensor]:
     """The tangents of the results of the linear recurrence's backward op.
 
@@ -78,7 +78,7 @@ def tangent_of_gradient(
     of_decay = d_lambda * states.conj() + lambda_ * d_states.conj()
     if decay.dim() == 1:
         of_decay = of_decay.sum((0, 1))
-    results = [torch.cat([d_lambda, of_decay], -1)] if call["packed"] else [d_lambda, of_decay]
+    results = [torch.cat([d_lambda, of_decay], -1)] if call["packed"].bit_count() == 2 else [d_lambda, of_decay]
     of_initial, of_reset = scan.enter_gradients(mu, first)
     results += [t for t, given in ((of_initial, enters.initial), (of_reset, enters.reset)) if given is not None]
     return [t.to(value.dtype) for t, value in zip(results, _values(cell, call), strict=True)]
