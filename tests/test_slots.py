@@ -46,7 +46,11 @@ def assert_slots_equal_separate_states(call: inputs.Call, indices: list[int], co
 @given(st.data())
 def test_steps_in_slots_equal_steps_on_separate_states(backend, device, data):
     batch = data.draw(st.integers(1, 4))
-    call = data.draw(cases((1, 40), time=1, batch=batch, reverse=False, nonfinite=False)).build().to(device)
+    call = (
+        data.draw(cases((1, 40), time=1, batch=batch, reverse=False, resets="none", boundaries=False, nonfinite=False))
+        .build()
+        .to(device)
+    )
     count = batch + data.draw(st.integers(0, 3))
     indices = data.draw(st.permutations(range(count)))[:batch]
     indices = [-1 if data.draw(st.integers(0, 3)) == 0 else slot for slot in indices]
