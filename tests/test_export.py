@@ -39,9 +39,12 @@ def dimensions() -> dict[int, torch.export.Dim]:
 
 
 def assert_serves(program, module: torch.nn.Module, batch: int, time: int) -> None:
-    x = integers(batch, time, 4)
+    assert_same(program, module, integers(batch, time, 4))
+
+
+def assert_same(program, module: torch.nn.Module, *inputs: torch.Tensor) -> None:
     with torch.no_grad():
-        results, expected = tree_leaves(program(x)), tree_leaves(module(x))
+        results, expected = tree_leaves(program(*inputs)), tree_leaves(module(*inputs))
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
@@ -68,6 +71,51 @@ def test_an_exported_module_serves_every_size(name, batch, time):
     program = exported.module()
     for other in [(1, 1), *SMALL_AND_LARGE]:
         assert_serves(program, module, *other)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("mode", ["gated", "residual"])
+def test_an_exported_cache_serves_every_batch_and_its_number_of_segments(mode, restart):
+    module = mk.MemoryCache(make(mk.BMRU, 4, 6, integer=True), segment=4, mode=mode, restart=restart)
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(module, (integers(2, 10, 4),), dynamic_shapes=(dims,)).module()
+    for batch, time in ((2, 10), (1, 10), (5, 11)):
+        assert_serves(program, module, batch, time)
+    for time in (7, 20):
+        with pytest.raises(AssertionError, match="Guard failed"):
+            program(integers(2, time, 4))
+
+
+STATES = {
+    "unit": lambda: make(mk.BMRU, 4, 6, 2, integer=True),
+    "directions": lambda: make(mk.AlphaCMRU, 4, 6, bidirectional=True, integer=True),
+    "complex": lambda: mk.LRU(4, 6, 2),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_an_exported_unit_takes_states(name):
+    module = STATES[name]()
+
+    def inputs(batch, time):
+        return integers(batch, time, 4), integers(2, batch, 6, dtype=module(integers(1, 1, 4))[1].dtype)
+
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(module, inputs(2, 9), dynamic_shapes=(dims, {1: torch.export.Dim.AUTO})).module()
+    for batch, time in ((1, 1), (2, 9), (20, 2000)):
+        assert_same(program, module, *inputs(batch, time))
+
+
+@pytest.mark.parametrize("cls", [mk.BMRU, mk.AlphaCMRU, mk.MinGRU, mk.LRU])
+def test_a_unit_exported_under_autocast(cls):
+    """The program converts as the module does; states are float32 or complex64."""
+    module = make(cls, 4, 6)
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    with torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(module, (integers(2, 9, 4),), dynamic_shapes=(dims,)).module()
+        assert program(integers(2, 9, 4))[0].dtype == torch.bfloat16
+        for batch, time in ((1, 1), (20, 300)):
+            assert_serves(program, module, batch, time)
 
 
 def test_compiled_with_marked_dimensions():

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -279,7 +278,8 @@ class _Span:
 
     def starts(self) -> list[int]:
         """The first step of each piece."""
-        return [0, *range(self.head, self.steps, self.segment)]
+        pieces = self.whole + (1 if self.tail else 0)  # a `range` up to `steps` would fix T in an exported program
+        return [0, *(self.head + i * self.segment for i in range(pieces))]
 
     def spread(self, rows: Tensor) -> Tensor:
         """One row for each piece, `[B, pieces or more, D]`, repeated for each of its steps: `[B, T, D]`."""
@@ -332,7 +332,7 @@ class _Boundaries:
         starts = torch.tensor(self._span.starts())
         pieces = len(starts)
         offsets = (torch.arange(batch).unsqueeze(1) * steps + starts).flatten()
-        options["cu_seqlens"] = F.pad(offsets, (0, 1), value=batch * steps).to(gates.device)
+        options["cu_seqlens"] = torch.cat([offsets, torch.full((1,), batch * steps)]).to(gates.device)
         if initial_state is not None:
             fresh = self._unit._initial_state(None, batch * (pieces - 1), self._parameters)
             if fresh is None:
