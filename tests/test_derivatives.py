@@ -60,7 +60,7 @@ def test_the_tangent_of_the_reference_is_that_of_its_gradient(cell, options):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_tangents_equal_the_reference(backend, device, largest, data):
     """They are within the limit of the dtype, the values are those without a tangent, and gradients are consistent."""
@@ -404,11 +404,11 @@ def test_tangents_keep_no_tensor_alive(backend, device):
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(t, Tensor) for t in gc.get_objects())
+        before = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
         for _, f in functions(backend, device):
             _with_tangent(f, draw(2, 6, 3, dtype=DOUBLE, device=device).requires_grad_(), draw(2, 6, 3, dtype=DOUBLE))
         del f
-        assert sum(isinstance(t, Tensor) for t in gc.get_objects()) == before
+        assert sum(issubclass(type(t), Tensor) for t in gc.get_objects()) == before
     finally:
         gc.enable()
 
