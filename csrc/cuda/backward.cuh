@@ -99,7 +99,7 @@ class BackwardAgent : public BackwardBase<F> {
       if (inside)
         this->with_part(tile, begin, [&](const auto& part) {
           this->stage_inputs(part);
-          this->stage(kGrad, {call.scan, call.scan.grad_h, span.row, d}, part);
+          this->stage(kGrad, {call.scan, call.scan.grad_h, span.row(call.scan), d}, part);
         });
       this->for_block(
           [&](int c, int64_t d) { stage_state(room.start(tile, c), begin > span.begin ? begin : span.begin, d); });
@@ -132,7 +132,7 @@ class BackwardAgent : public BackwardBase<F> {
     int64_t begin = span.chunk_begin(scan, call.plan, position);
     bool is_reset = false;
     if (call.work.reset_bits) {
-      const int64_t reset = ResetBits(call.plan, call.work.reset_bits, span.row).previous(position, begin);
+      const int64_t reset = ResetBits(call.plan, call.work.reset_bits, span.row(scan)).previous(position, begin);
       if (reset >= begin) is_reset = true, begin = reset;
     }
     const S* const from = state_before(begin, is_reset);
@@ -140,7 +140,7 @@ class BackwardAgent : public BackwardBase<F> {
     ChannelInputs<Single>(scan, d).at(0, x);
 #pragma unroll 1
     for (; begin < position; ++begin) {
-      const Tile<Single, 1> tile(scan, span.row, d, begin);
+      const Tile<Single, 1> tile(scan, span.row(scan), d, begin);
       for_streams<Single>([&](int i, int k) { x[i] = widen(tile.raw[0][k], 0); });
       s = call.cell.recompute(x, s);
     }
@@ -385,7 +385,7 @@ class BackwardTile {
     typename F::T* into[F::kStreams];
     int64_t stride[F::kStreams];
     for_streams<F>([&](int i, int k) {
-      const Row<typename F::T> row(scan, scan.grad_in[i], agent_.span.row, agent_.d);
+      const Row<typename F::T> row(scan, scan.grad_in[i], agent_.span.row(scan), agent_.d);
       into[k] = row.at(part_.position + kSteps<F> - 1), stride[k] = -row.step;
     });
 #pragma unroll

@@ -129,7 +129,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
     typename F::States s = room.own(1);
     if (part.has(0) && !(span.resets && part.position == span.begin) && saves(part.position))
       save<F>(part.position, d, s);
-    const Row<typename F::T> h(call.scan, call.scan.h, span.row, d);
+    const Row<typename F::T> h(call.scan, call.scan.h, span.row(call.scan), d);
     typename F::T* out = h.at(part.position);
     if constexpr (kResets && Cell::kCodes) {
 #pragma unroll

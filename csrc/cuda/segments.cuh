@@ -104,16 +104,16 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(
   TilesAhead<F, kSegmentTile<F>> tiles(scan, d);
   with_cell(call, [&]<bool kResets>(const typename F::Cell& cell) {
     Spans spans(call, segment, 1);
-    for (Span span; spans.next(span);) {
+    for (Span span{}; spans.next(span);) {
       if (span.enters()) map.u = enter<F>(scan, call.cell, span, d, channel);
       if (span.resets || (call.heads == Heads::kBegin ? span.first : call.heads == Heads::kEnd && span.last))
         map.head = true;
       for_tiles<kSegmentTile<F>>(span.begin, span.end, [&]<int U>(int64_t position) {
         Tile<F, U> tile;
         if constexpr (U > 1) tile = tiles.at(span, position);
-        else tile = {scan, span.row, d, position};
+        else tile = {scan, span.row(scan), d, position};
         [[maybe_unused]] int before = 0;
-        if constexpr (F::Cell::kCodes) before = writer.begin(span.row, position);
+        if constexpr (F::Cell::kCodes) before = writer.begin(span.row(scan), position);
         if constexpr (kResets && Selection<F>::kPairs && U > 1) {
           Vector<int32_t, F::W> codes;
           if (add_pairs<F>(tile, channel, cell, codes, map)) {
@@ -193,12 +193,12 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(con
   CodesAhead<F> ahead(scan, plan, segment, d, 1);
   Spans spans(call, segment, 1);
   typename F::States s = all<F>(0);
-  for (Span span; spans.next(span);) {
+  for (Span span{}; spans.next(span);) {
     if (!span.first && !span.left) s = load_states<F>(work.entry, segment, scan.channels, d);
     Checkpoints<F> checkpoints(scan, plan, span, d);
     checkpoints.pass(span.begin, s);
     if (span.enters()) s = enter<F>(scan, cell, span, d, channel);
-    const Row<typename F::T> h(scan, scan.h, span.row, d);
+    const Row<typename F::T> h(scan, scan.h, span.row(scan), d);
     const auto expand_tile = [&]<int U>(int64_t position) {
       const Vector<int32_t, F::W> codes = ahead.at(position);
       bool copies = cell.resets();
@@ -252,13 +252,13 @@ class AdjointSteps {
   template <bool kResets, int U>
   __device__ __forceinline__ void pull(const Span& span, int64_t position, const typename F::Cell& cell,
                                        typename F::States& a, typename F::States& m, Lates<F>& late) {
-    const Row<const typename F::T> g(scan_, scan_.grad_h, span.row, d_);
+    const Row<const typename F::T> g(scan_, scan_.grad_h, span.row(scan_), d_);
     Vector<typename F::T, F::W> grad[U];
     load_steps<F, U>(g, position, grad);
     [[maybe_unused]] Tile<F, kFromCodes ? 1 : U> tile;
     [[maybe_unused]] Vector<int32_t, F::W> codes;
     if constexpr (kFromCodes) codes = codes_.at(position);
-    else tile = Tile<F, U>(scan_, span.row, d_, position);
+    else tile = Tile<F, U>(scan_, span.row(scan_), d_, position);
 #pragma unroll
     for (int t = U - 1; t >= 0; --t) {
 #pragma unroll

@@ -32,12 +32,13 @@ __device__ __forceinline__ void bounds(const Scan& scan, int64_t n, int64_t& beg
 }
 
 struct Span {
-  int64_t row, sequence, start, begin, end;  // start: position of the sequence's first step
-  bool first, last;                          // whether the sequence begins at `begin`, ends at `end`
-  bool whole = false;                        // whether the sequence begins and ends in the segment
-  bool resets = false;                       // whether the state is reset before the first step
-  bool left = false, right = false;          // whether a span of the same sequence and segment is next to it
+  int64_t sequence, start, begin, end;  // start: position of the sequence's first step
+  bool first, last;                     // whether the sequence begins at `begin`, ends at `end`
+  bool whole = false;                   // whether the sequence begins and ends in the segment
+  bool resets = false;                  // whether the state is reset before the first step
+  bool left = false, right = false;     // whether a span of the same sequence and segment is next to it
 
+  __device__ __forceinline__ int64_t row(const Scan& scan) const { return scan.offsets ? 0 : sequence; }
   // Whether the state on entry is the initial or the reset state.
   __device__ __forceinline__ bool enters() const { return first || resets; }
   // A position between start and the sequence's end.
@@ -57,72 +58,73 @@ class Spans {
   __device__ __forceinline__ Spans(const Call<F>& call, int64_t segment, int direction)
       : scan_(call.scan), plan_(call.plan), reset_bits_(call.work.reset_bits), direction_(direction) {
     if (!plan_.is_cut()) {
-      one_ = {segment, segment, 0, 0, scan_.time, true, true, true};
-      if (scan_.offsets) {
-        bounds(scan_, segment, one_.begin, one_.end);
-        one_.row = 0, one_.start = one_.begin;
-      }
+      one_ = {segment, 0, 0, scan_.time, true, true, true};
+      if (scan_.offsets) bounds(scan_, segment, one_.begin, one_.end), one_.start = one_.begin;
     } else {
       const int64_t row = plan_.row_of(segment), begin = plan_.in_row(segment) * scan_.segment;
       const int64_t end = begin + scan_.segment < scan_.time ? begin + scan_.segment : scan_.time;
-      one_ = {row, row, 0, begin, end, begin == 0, end == scan_.time};
-      packed_ = scan_.offsets != nullptr;
-      if (packed_) order_ = find();
+      one_ = {row, 0, begin, end, begin == 0, end == scan_.time};
+      if (packed()) order_ = find();
     }
   }
 
-  // The next span; `span` is the one before it, unless this is the first call.
+  // The next span; `span` is the one before it, or has no neighbour if this is the first call.
   __device__ __forceinline__ bool next(Span& span) {
     if (!reset_bits_) return next_part(span);
-    if (!more_) {
-      if (!next_part(span)) return false;
-      far_ = direction_ > 0 ? span.end : span.begin;
-      at_far_ = direction_ > 0 ? span.last : span.first;
-    }
-    const ResetBits bits(plan_, reset_bits_, span.row);
+    const bool more = direction_ > 0 ? span.right : span.left;
+    const int64_t reset = direction_ > 0 ? span.end : span.begin;
+    if (more) span = part(span.sequence);
+    else if (!next_part(span)) return false;
+    const ResetBits bits(plan_, reset_bits_, span.row(scan_));
     if (direction_ > 0) {
-      if (more_) span.begin = span.end, span.first = false;
-      span.left = more_;
-      span.resets = span.begin < far_ && bits.next(span.begin, span.begin + 1) == span.begin;
-      span.end = bits.next(span.begin + 1, far_);
-      span.right = more_ = span.end < far_;
-      span.last = at_far_ && !more_;
+      const int64_t end = span.end;
+      if (more) span.begin = reset, span.first = false;
+      span.left = more;
+      span.resets = span.begin < end && bits.next(span.begin, span.begin + 1) == span.begin;
+      span.end = bits.next(span.begin + 1, end);
+      span.right = span.end < end;
+      span.last = span.last && !span.right;
     } else {
-      if (more_) span.end = span.begin, span.last = false;
-      span.right = more_;
-      const int64_t reset = bits.previous(span.end, far_);
-      span.resets = reset >= far_;
-      span.begin = span.resets ? reset : far_;
-      span.left = more_ = span.begin > far_;
-      span.first = at_far_ && !more_;
+      const int64_t begin = span.begin;
+      if (more) span.end = reset, span.last = false;
+      span.right = more;
+      const int64_t last = bits.previous(span.end, begin);
+      span.resets = last >= begin;
+      span.begin = span.resets ? last : begin;
+      span.left = span.begin > begin;
+      span.first = span.first && !span.left;
     }
     return true;
   }
 
  private:
+  __device__ __forceinline__ bool packed() const { return scan_.offsets && plan_.is_cut(); }
+  // The part of sequence n in the segment.
+  __device__ __forceinline__ Span part(int64_t n) const {
+    if (!packed()) return one_;
+    int64_t begin, end;
+    bounds(scan_, n, begin, end);
+    Span span{n, begin, begin > one_.begin ? begin : one_.begin, end < one_.end ? end : one_.end, false, false};
+    span.first = span.begin == begin, span.last = span.end == end;
+    span.whole = span.first && span.last;
+    return span;
+  }
   // The next part of a sequence in the segment.
   __device__ __forceinline__ bool next_part(Span& span) {
-    if (!packed_) {
+    if (!packed()) {
       span = one_;
-      const bool more = !done_;
-      done_ = true;
-      return more;
+      return order_++ == 0;
     }
     for (; order_ >= 0 && order_ < scan_.sequences; order_ += direction_) {
-      const int64_t n = sequence(order_);
-      int64_t begin, end;
-      bounds(scan_, n, begin, end);
-      if (direction_ > 0 ? begin >= one_.end : end <= one_.begin) return false;
-      span = {0, n, begin, begin > one_.begin ? begin : one_.begin, end < one_.end ? end : one_.end, false, false};
-      span.first = span.begin == begin, span.last = span.end == end;
-      span.whole = span.first && span.last;
-      if (span.begin >= span.end) continue;  // an empty sequence
+      const Span next = part(sequence(order_));
+      if (direction_ > 0 ? next.begin >= one_.end : next.end <= one_.begin) return false;
+      if (next.begin >= next.end) continue;  // an empty sequence
       order_ += direction_;
+      span = next;
       return true;
     }
     return false;
   }
-
   __device__ __forceinline__ int64_t sequence(int64_t order) const {
     return scan_.reverse ? scan_.sequences - 1 - order : order;
   }
@@ -146,9 +148,7 @@ class Spans {
   const uint32_t* const reset_bits_;
   const int direction_;
   Span one_;
-  int64_t order_ = 0, far_ = 0;  // far_: the far end of the part that the last span was cut from
-  bool packed_ = false, done_ = false;
-  bool more_ = false, at_far_ = false;  // whether that part has more spans; whether its sequence ends there
+  int64_t order_ = 0;
 };
 
 }  // namespace mru::cuda

@@ -82,7 +82,7 @@ __device__ __forceinline__ typename F::States enter(const Scan& scan, const type
 // The row of `checkpoints` that holds the state before a boundary.
 __device__ __forceinline__ int64_t checkpoint_row(const Scan& scan, const Plan& plan, const Span& span,
                                                   int64_t position) {
-  return span.row * scan.checkpoint_rows + plan.chunk_divisor(position) - 1;
+  return span.row(scan) * scan.checkpoint_rows + plan.chunk_divisor(position) - 1;
 }
 
 // Whether the gradient of the state before a position joins m there: at boundaries, the sequence's end aside.
@@ -230,7 +230,7 @@ class TilesAhead {
 
   __device__ __forceinline__ void copy(const Span& span, int64_t position) {
     for_streams<F>([&](int i, int k) {
-      const Row<const typename F::T> stream(scan_, scan_.in[i].stream, span.row, d_);
+      const Row<const typename F::T> stream(scan_, scan_.in[i].stream, span.row(scan_), d_);
       const typename F::T* at = stream.at(position);
 #pragma unroll
       for (int t = 0; t < U; ++t, at = advance(at, stream.step))

@@ -186,7 +186,7 @@ struct TileAgent {
   }
   template <class Part>
   __device__ __forceinline__ void stage_inputs(const Part& part) const {
-    for_streams<F>([&](int i, int k) { stage(k, {call.scan, call.scan.in[i].stream, span.row, d}, part); });
+    for_streams<F>([&](int i, int k) { stage(k, {call.scan, call.scan.in[i].stream, span.row(call.scan), d}, part); });
   }
   // Calls each(i, x) for the thread's channels, in values V: x are the inputs of its step t at the i-th value.
   template <class V, class Each>

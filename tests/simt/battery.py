@@ -143,6 +143,21 @@ def check_resets(dtype: torch.dtype) -> None:
                 require(same.all(), f"{name} of {cell} {reverse=} {offsets}, segments of {steps}: {int((~same).sum())}")
 
 
+def check_boundaries(dtype: torch.dtype) -> None:
+    """Boundary states and their gradients, with few, many and only resets, and with none. None is scanned again."""
+    options = {"time": 4 * CHUNK + 5, "channels": 5, "initial_state": "real", "boundaries": True}
+    for cell, batch, (seed, resets) in product(cells_of(dtype), (1, "packed"), enumerate((True, True, True, False))):
+        case = inputs.case(cell, dtype, seed, batch=batch, reverse=seed % 2 == 1,
+                           resets="to a state" if resets else "none", **options)  # fmt: skip
+        call = case.build()
+        if resets:
+            call.settings["resets"] = torch.rand(1, options["time"]) < (0.01, 0.3, 1.0)[seed]
+        twice = simt.control().cells()[cell]["adjoint_sees_state"]  # `backward` runs twice
+        for steps, got in ((0, results(call, 0)), (CHUNK, results(call, CHUNK) if twice else scan_once(call))):
+            failed = [r for r in compare.judge(call, got) if not r.passed]
+            require(not failed, f"{case.label()} of {cell}, segments of {steps}: {failed}")
+
+
 def check_no_resets(dtype: torch.dtype) -> None:
     """A mask that is all false changes no bit, and the reset state then has a gradient of zeros."""
     for cell, steps, batch in product(cells_of(dtype), (0, CHUNK), (2, "packed")):
@@ -399,6 +414,7 @@ CHECKS = (
     check_cuts,
     check_held,
     check_resets,
+    check_boundaries,
     check_no_resets,
     check_sums_over_resets,
     check_traffic,
