@@ -14,6 +14,7 @@ from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "dispatch_mode",
     "enable_forward_gradients",
     "enable_single_level_autograd_function",
+    "has_hooks",
     "has_kernel",
     "in_forward_mode",
     "is_batched",
@@ -78,6 +80,11 @@ enable_forward_gradients = forward_ad._set_fwd_grad_enabled
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is entered."""
     return forward_ad._current_level >= 0
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` runs hooks: its own or those of all modules."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or _has_any_global_hook())
 
 
 def assume_constant_result(function: Callable) -> Callable:

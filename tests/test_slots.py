@@ -102,7 +102,7 @@ def arguments() -> dict[str, Any]:
         ("state_indices", torch.tensor([True, False]), TypeError, "expected dtype int32 or int64, got torch.bool"),
         ("state_indices", torch.tensor([[3, 1]]), ValueError, "expected 1 dimensions"),
         ("state_indices", torch.tensor([3]), ValueError, r"expected shape \[2\], got \[1\]"),
-        ("state_indices", torch.tensor([3, 1], device="meta"), ValueError, "expected the streams' device cpu"),
+        ("state_indices", torch.tensor([3, 1], device="meta"), ValueError, "expected the input's device cpu"),
         ("state", None, TypeError, "expected a tensor"),
         ("state", torch.zeros(7), ValueError, "expected 2 dimensions"),
         ("state", torch.zeros(5, 8), ValueError, r"expected shape \[slots, 7\], got \[5, 8\]"),

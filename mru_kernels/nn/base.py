@@ -19,6 +19,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import backends, checks, ops
+from .. import torch_private as private
 from . import traces
 from .arguments import check_dropout, check_input_dtype, check_sizes, constructor
 from .wrappers import fx_node
@@ -81,6 +82,8 @@ class MRUBase(torch.nn.Module):
 
     def __init_subclass__(cls, *, names: tuple[str, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "_scan" in vars(cls) and "_step" not in vars(cls):  # the `_step` of a base class is that of another scan
+            cls._step = MRUBase._step  # type: ignore[method-assign]
         UNITS.update(dict.fromkeys(names, cls))
 
     @constructor
@@ -112,6 +115,7 @@ class MRUBase(torch.nn.Module):
         self.learn_initial_state = learn_initial_state
         self.chunk_size = checks.chunk_size(chunk_size)
         self._names = tuple(self._shapes(input_size))  # the same for every scan
+        self._names_by_scan = [[(name, name + suffix) for name in self._names] for _, suffix in self._scans()]
         for layer, suffix in self._scans():
             width = input_size if layer == 0 else hidden_size * self.num_directions
             for name, shape in self._shapes(width).items():
@@ -145,7 +149,11 @@ class MRUBase(torch.nn.Module):
 
     def _parameters_by_scan(self) -> list[dict[str, Tensor]]:
         """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
-        return [{name: getattr(self, name + suffix) for name in self._names} for _, suffix in self._scans()]
+        own = self._parameters  # `getattr` of a module is slow; it finds what a parametrization computes
+        return [
+            {name: own[full] if full in own else getattr(self, full) for name, full in names}
+            for names in self._names_by_scan
+        ]
 
     def _biases(self, suffix: str) -> dict[str, Tensor]:
         """The bias `[D]` of each gate that has one, as views."""
@@ -210,14 +218,38 @@ class MRUBase(torch.nn.Module):
         """
         raise NotImplementedError
 
+    def _step(
+        self, gates: Tensor, state: Tensor, state_indices: Tensor | None, **per_channel: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_scan` of one step without gradients, of gates `[B, k D]`: the output `[B, D]` and the state after it.
+
+        With `state_indices [B]`, `state` is slots `[slots, D]`, which it updates in place.
+        """
+
+        def run(before: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            h, after = self._scan(
+                gates.unsqueeze(1), before[0], reverse=False, cu_seqlens=None, chunk_size=self.chunk_size, **per_channel
+            )
+            return h.squeeze(1), [after]
+
+        if state_indices is None:
+            h, (after,) = run([state])
+            return h, after
+        return ops.slots.step(run, [state], state_indices), state
+
     # ------------------------------------------------------------------------------------------------ forward
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None, *, _parallel: Any = None) -> tuple[Any, Tensor]:
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, _parallel: Any = None, _one_step: bool = False,
+        _state_indices: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:  # fmt: skip
         """Run all layers; `BMRU` describes the arguments, results and errors of a call."""
+        if _one_step:
+            return self._forward_step(input, hx, _state_indices)
         if isinstance(input, Proxy):
             return fx_node(self, input, hx)
         if isinstance(input, PackedSequence):
@@ -238,21 +270,25 @@ class MRUBase(torch.nn.Module):
         self._check_hx(hx, input, batch=(batch,))
         return self._layers(input, hx, batch, parameters, scan, time_first=not self.batch_first)
 
-    @torch.no_grad()
-    def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, input: Tensor, hx: Tensor | None = None, *, state_indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step of `forward`, for streaming inference, without gradients.
 
         Args:
             input: `[B, input_size]`.
-            hx: as for `forward`, `[num_layers, B, D]`.
+            hx: as for `forward`, `[num_layers, B, D]`. With `state_indices` it has slots for the states of many
+                sequences: `[num_layers, slots, D]`, contiguous, in the dtype of `h_n`.
+            state_indices: int32 or int64 `[B]`, the slot of each sequence, all different; -1 skips the sequence.
 
         Returns:
             The output `[B, D]` and the states after the step `[num_layers, B, D]`, equal to those of `forward` with
-            T = 1.
+            T = 1. With `state_indices` the second is `hx` itself: its slots are updated in place. The output of a
+            skipped sequence has no meaning.
 
         Raises:
             RuntimeError: the module is bidirectional.
-            TypeError, ValueError: as `forward`.
+            TypeError, ValueError: as `forward`, and as `bmru_step` for `state_indices`.
 
         Example::
 
@@ -262,15 +298,49 @@ class MRUBase(torch.nn.Module):
             ...     output, hx = unit.step(x, hx)
             >>> output.shape, hx.shape
             (torch.Size([2, 8]), torch.Size([1, 2, 8]))
+            >>> slots = torch.zeros(1, 100, 8)
+            >>> _, h_n = unit(torch.randn(2, 5, 3))  # two sequences begin
+            >>> slots[:, [7, 3]] = h_n.detach()
+            >>> output, slots = unit.step(torch.randn(2, 3), slots, state_indices=torch.tensor([7, 3]))
+            >>> output.shape, slots.shape
+            (torch.Size([2, 8]), torch.Size([1, 100, 8]))
         """
         if self.bidirectional:
             raise RuntimeError(
                 "step: not supported by a bidirectional module, whose second direction starts at the last step"
             )
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.step(input, hx, state_indices=state_indices)
+        if private.has_hooks(self):
+            return self(input, hx, _one_step=True, _state_indices=state_indices)
+        return self._forward_step(input, hx, state_indices)
+
+    def _forward_step(self, input: Tensor, hx: Tensor | None, state_indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        parameters = self._parameters_by_scan()
         self._check_shape(input, (2,), "[batch, features]")
-        time = 1 if self.batch_first else 0
-        output, h_n = self(input.unsqueeze(time), hx)
-        return output.squeeze(time), h_n
+        self._check_match(input, parameters[0]["weight_ih"])
+        batch = input.shape[0]
+        if state_indices is None:
+            self._check_hx(hx, input, batch=(batch,))
+        else:
+            self._check_slots(hx, input)
+            checks.slot_indices(state_indices, input)
+        finals: list[Tensor] = []
+        x = input
+        for i, p in enumerate(parameters):
+            if i > 0 and self.dropout > 0.0 and self.training:
+                x = F.dropout(x, self.dropout)
+            gates = self._project(x, p)
+            state = self._initial_state(None if hx is None else hx[i], batch, p)
+            if state is None:
+                state = gates.new_zeros((batch, self.hidden_size), dtype=self._state_dtypes(gates.dtype)[-1])
+            h, final = self._step(gates, state, state_indices, **self._vectors(p))
+            finals.append(final)
+            x = self._output(h, x, p)
+        if hx is not None and state_indices is not None:
+            return x, hx
+        return x, finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
 
     def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -398,15 +468,33 @@ class MRUBase(torch.nn.Module):
         stream = input.dtype
         if stream != torch.float64:
             stream = checks.autocast_dtype(input.device) or stream
-        allowed = dict.fromkeys(self._state_dtypes(stream))
+        allowed = self._state_dtypes(stream)
         if hx.dtype not in allowed:
-            raise TypeError(f"hx: expected dtype {' or '.join(map(str, allowed))}, got {hx.dtype}")
+            raise TypeError(f"hx: expected dtype {' or '.join(map(str, dict.fromkeys(allowed)))}, got {hx.dtype}")
         if hx.dtype in checks.HALF_DTYPES and not torch.compiler.is_compiling() and self._accumulates():
             warnings.warn(
                 f"hx: expected {ops.state_dtype(stream)}, the dtype of h_n, got {hx.dtype}, which rounds away what"
                 f" {type(self).__name__} accumulates; under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False)",
                 stacklevel=2,
             )
+
+    def _check_slots(self, hx: Tensor | None, input: Tensor) -> None:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected a tensor, as state_indices are given, got {type(hx).__name__}")
+        checks.dense("hx", hx, "a PackedSequence")
+        if hx.dim() != 3 or hx.shape[0] != self.num_layers or hx.shape[2] != self.hidden_size:
+            expected = f"[layers, slots, hidden_size], [{self.num_layers}, slots, {self.hidden_size}]"
+            raise ValueError(f"hx: expected shape {expected}, got {list(hx.shape)}")
+        if hx.device != input.device:
+            raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
+        stream = input.dtype
+        if stream != torch.float64:
+            stream = checks.autocast_dtype(input.device) or stream
+        dtype = self._state_dtypes(stream)[-1]
+        if hx.dtype != dtype:
+            raise TypeError(f"hx: expected dtype {dtype}, got {hx.dtype}")
+        if not hx.is_contiguous():
+            raise ValueError(f"hx: expected a contiguous tensor, got strides {list(hx.stride())}")
 
     def _accumulates(self) -> bool:
         """Whether small steps add up in the state, so that rounding the state at every call changes the result."""

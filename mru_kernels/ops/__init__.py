@@ -34,6 +34,7 @@ sequences.
 """
 
 from ..checks import state_dtype
+from . import slots
 from .entry import as_maps, scan, step, step_slots
 from .layout import (
     CODES_PER_WORD,
@@ -83,6 +84,7 @@ __all__ = [
     "scalars",
     "scan",
     "sequences_of",
+    "slots",
     "spare_rows",
     "split_gates",
     "state_dtype",
