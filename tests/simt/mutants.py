@@ -121,6 +121,8 @@ _FAULTS = {
     "forward.cuh": (
         ("dropped barrier in a tile", _AFTER_MAPS + _BARRIER, _AFTER_MAPS),
         ("copies not waited for", _WAIT, ""),
+        ("a slot beyond the last", "span.sequence < 0 || span.sequence >= call.scan.slot_count", "span.sequence < 0"),
+        ("a skipped step not cleared", "if (inside && threadIdx.y == 0)\n      store", "if (false)\n      store"),
         ("state not saved", "scan.checkpoints && part.has(0)", "scan.checkpoints && part.has(1)"),
         ("NaN in a tile overlooked", "copies = !Of::has_nan(squared);", "copies = true;"),
         ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
