@@ -85,16 +85,23 @@ def bits_per_character(model: mk.MRUNetwork, tokens: Tensor) -> float:
 
 
 @torch.no_grad()
-def generate(model: mk.MRUNetwork, prompt: Tensor, count: int, temperature: float) -> tuple[Tensor, float]:
-    """Generate `count` tokens after the prompt by `model.step`. Returns them and the tokens per second."""
+def generate(
+    model: mk.MRUNetwork, prompt: Tensor, count: int, temperature: float, *, compiled: bool = False
+) -> tuple[Tensor, float]:
+    """Generate `count` tokens after the prompt by `model.step`. Returns them and the tokens per second.
+
+    With `compiled`, torch.compile makes one graph of the step. The time does not include that.
+    """
     scores, state = model(prompt.unsqueeze(0))
     scores = scores[:, -1]
     tokens = []
+    step = torch.compile(model.step, fullgraph=True) if compiled else model.step
+    step(prompt[-1:], state)
     start = time.perf_counter()
     for _ in range(count):
         token = torch.multinomial((scores / temperature).softmax(-1), 1)[:, 0]
         tokens.append(token)
-        scores, state = model.step(token, state)
+        scores, state = step(token, state)
     seconds = time.perf_counter() - start
     return torch.cat(tokens), count / seconds
 
@@ -128,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="file in UTF-8 (default: Python's reference manual)")
     parser.add_argument("--prompt", help=f"text to continue (default: the first {CONTEXT} held-out characters)")
     parser.add_argument("--generate", type=int, default=1000, help="characters to generate")
+    parser.add_argument("--compile", action="store_true", help="generate by a compiled step")
     parser.add_argument("--temperature", type=float, default=0.7)
     arguments = parser.parse_args(argv)
     source = arguments.text.read_text(encoding="utf-8") if arguments.text else manual()
@@ -142,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, losses = fit(text, seed, arguments)
         bits.append(bits_per_character(model, text.test))
         prompt = text.test[:CONTEXT] if arguments.prompt is None else text.encode(arguments.prompt)
-        tokens, rate = generate(model, prompt, arguments.generate, arguments.temperature)
+        tokens, rate = generate(model, prompt, arguments.generate, arguments.temperature, compiled=arguments.compile)
         rates.append(rate)
         curves.append(losses)
         written = written or "".join(text.characters[i] for i in tokens)

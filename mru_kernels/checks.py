@@ -132,7 +132,7 @@ def arguments(
 
 def slots(state: Tensor, state_indices: Tensor, first: Tensor) -> None:
     """Raise unless these are states `[slots, D]` and indices `[B]` for a stream `first [B, D]`. Reads no values."""
-    batch, channels = first.shape
+    channels = first.shape[1]
     tensor("state", state, 2, "[slots, channels]")
     if state.shape[1] != channels:
         raise ValueError(f"state: expected shape [slots, {channels}], got {list(state.shape)}")
@@ -140,14 +140,20 @@ def slots(state: Tensor, state_indices: Tensor, first: Tensor) -> None:
         raise TypeError(f"state: expected the state dtype {state_dtype(first.dtype)}, got {state.dtype}")
     if not state.is_contiguous():
         raise ValueError(f"state: expected a contiguous tensor, got strides {list(state.stride())}")
-    tensor("state_indices", state_indices, 1, "[batch]")
-    if state_indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"state_indices: expected dtype int32 or int64, got {state_indices.dtype}")
-    if state_indices.shape[0] != batch:
-        raise ValueError(f"state_indices: expected shape [{batch}], got {list(state_indices.shape)}")
-    for name, value in (("state", state), ("state_indices", state_indices)):
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected the streams' device {first.device}, got {value.device}")
+    if state.device != first.device:
+        raise ValueError(f"state: expected the streams' device {first.device}, got {state.device}")
+    slot_indices(state_indices, first)
+
+
+def slot_indices(value: Tensor, first: Tensor) -> None:
+    """Raise unless `value` is indices `[B]` for an input `first [B, ...]`. Reads no values."""
+    tensor("state_indices", value, 1, "[batch]")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices: expected dtype int32 or int64, got {value.dtype}")
+    if value.shape[0] != first.shape[0]:
+        raise ValueError(f"state_indices: expected shape [{first.shape[0]}], got {list(value.shape)}")
+    if value.device != first.device:
+        raise ValueError(f"state_indices: expected the input's device {first.device}, got {value.device}")
 
 
 def slot_values(state_indices: Tensor, count: int) -> None:

@@ -68,6 +68,9 @@ class Scalar:
             known = self._known.get(value)
             if known is not None:
                 return known
+        if plain and type(value) is Tensor and _is_double(value):
+            self.check(value.item())
+            return value
         if isinstance(value, Tensor) and (compiling or not has_value(value)):
             self._check_tensor(value)
             return _double(value)
@@ -111,6 +114,12 @@ def has_value(t: Tensor) -> bool:
             return False
         t = private.unwrapped_tensor(t)
     return not (t.is_meta or isinstance(t, private.FakeTensor))
+
+
+def _is_double(t: Tensor) -> bool:
+    """Whether `t` is what an op takes, a 0-dim float64 CPU tensor without a gradient. No transform wraps it."""
+    is_scalar = t.dtype is torch.float64 and t.dim() == 0 and t.is_cpu
+    return is_scalar and not (t.requires_grad or private.is_wrapped(t))
 
 
 def _double(t: Tensor) -> Tensor:

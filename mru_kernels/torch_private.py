@@ -15,6 +15,7 @@ from torch._higher_order_ops.scan import scan_op
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "dispatch_mode",
     "enable_forward_gradients",
     "enable_single_level_autograd_function",
+    "has_hooks",
     "has_kernel",
     "has_tangent",
     "in_forward_mode",
@@ -100,6 +102,11 @@ def primals(ctx) -> list[Any]:
     Torch turns forward mode off in a jvp, also for the levels around this one. With these tensors it may be on.
     """
     return [None if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` runs hooks: its own or those of all modules."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or _has_any_global_hook())
 
 
 def assume_constant_result(function: Callable) -> Callable:

@@ -90,6 +90,33 @@ def test_a_graph_of_a_step_takes_new_inputs(backend, gpu, shape, monkeypatch):
     assert_graph_takes_new_inputs(mk.bmru_step, draw(shape, gpu), draw(shape, gpu, seed=1))
 
 
+def test_a_graph_of_a_step_in_slots_takes_new_indices(backend, gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
+    (x, b, _), slots = draw((4, 64), gpu), torch.zeros(9, 64, device=gpu)
+    indices, others = torch.tensor([3, 0, -1, 8], device=gpu), torch.tensor([-1, 5, 2, 3], device=gpu)
+
+    def run(x, b, indices):
+        h, _ = mk.bmru_step(x, b, slots.zero_(), state_indices=indices)
+        return h, slots.clone()
+
+    assert_graph_takes_new_inputs(run, (x, b, indices), (b, x, others))
+
+
+def test_a_graph_of_a_step_of_a_network_takes_new_inputs(backend, gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_CHOSEN", backend)
+    network = mk.MRUNetwork(64, 5, width=64, num_blocks=2, units=("bmru", "min_gru"), conv_size=4, device=gpu)
+    x, other, _ = draw((2, 64), gpu)
+    _, state = network(draw((2, 9, 64), gpu, seed=1)[0])
+    state = [t.detach() for t in state]
+    others = [t + 1 for t in state]
+
+    def run(x, *state):
+        output, after = network.step(x, state)
+        return output, *after
+
+    assert_graph_takes_new_inputs(run, (x, *state), (other, *others))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tensors_on_a_device_that_is_not_the_current_one(backend, gpu, shape):
     if torch.cuda.device_count() < 2:

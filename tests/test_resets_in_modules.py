@@ -114,6 +114,23 @@ def test_a_unit_steps_over_resets():
         assert torch.allclose(output, expected[:, t], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("network", [False, True])
+def test_steps_in_slots_over_resets(network):
+    module = mk.MRUNetwork(3, 5, width=6, num_blocks=1, conv_size=3) if network else mk.BMRU(3, 5, num_layers=2)
+    x, indices = torch.randn(3, TIME, 3), torch.tensor([4, -1, 2])
+    resets = torch.cat([mask(), mask()[:1]])
+    _, state = module.step(x[:, 0])
+    slots = tuple(torch.zeros(6, *t.shape[1:]) for t in state) if network else torch.zeros(2, 6, 5)
+    state = tuple(torch.zeros_like(t) for t in state) if network else torch.zeros_like(state)
+    for t in range(TIME):
+        expected, state = module.step(x[:, t], state, resets=resets[:, t])
+        output, slots = module.step(x[:, t], slots, resets=resets[:, t], state_indices=indices)
+        assert torch.equal(output[[0, 2]], expected[[0, 2]])
+    for slot, after in zip(slots, state, strict=True):
+        assert torch.equal(slot[[4, 2]], after[[0, 2]])
+        assert not slot[[0, 1, 3, 5]].any()
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("sizes", [[TIME], [5, 7], [1] * TIME])
 def test_traces_equal_the_gradient_of_the_whole(name, sizes):

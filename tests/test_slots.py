@@ -16,6 +16,7 @@ from bench import inputs
 from mru_kernels import backends, checks, ops
 from tests import raw
 from tests.calls import CELLS, assert_same_bits, cases, step_settings
+from tests.drawn import assert_close
 
 
 def of_step(call: inputs.Call) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def arguments() -> dict[str, Any]:
         ("state_indices", torch.tensor([True, False]), TypeError, "expected dtype int32 or int64, got torch.bool"),
         ("state_indices", torch.tensor([[3, 1]]), ValueError, "expected 1 dimensions"),
         ("state_indices", torch.tensor([3]), ValueError, r"expected shape \[2\], got \[1\]"),
-        ("state_indices", torch.tensor([3, 1], device="meta"), ValueError, "expected the streams' device cpu"),
+        ("state_indices", torch.tensor([3, 1], device="meta"), ValueError, "expected the input's device cpu"),
         ("state", None, TypeError, "expected a tensor"),
         ("state", torch.zeros(7), ValueError, "expected 2 dimensions"),
         ("state", torch.zeros(5, 8), ValueError, r"expected shape \[slots, 7\], got \[5, 8\]"),
@@ -231,3 +232,138 @@ def test_shapes_without_values():
             assert same is slots
             with pytest.raises(ValueError, match=r"^state_indices: expected shape"):
                 mk.schmitt_step(x, x[0], x[0], slots, state_indices=indices[:1])
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+class OnlyScans(mk.nn.MRUBase):
+    """A unit that defines no step of its own."""
+
+    gates = {"update": None}
+    per_channel = {"decay": 0.9}
+
+    def _scan(self, gates, initial_state, *, decay, **options):
+        return mk.linear_recurrence(decay, gates, initial_state, **options)
+
+
+UNITS = [mk.BMRU, mk.CMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.MinLSTM, mk.LRU, OnlyScans]
+
+
+def network() -> mk.MRUNetwork:
+    return mk.MRUNetwork(4, 3, width=8, num_blocks=2, units=("bmru", "lru", "gru"), conv_size=4)
+
+
+def assert_slots_of_a_module(module: torch.nn.Module, slots: list[torch.Tensor], dim: int, wrap) -> None:
+    """Slots 4 and 1 make a step as separate states do; the others stay. `slots` are along dimension `dim`."""
+    x, before = torch.randn(3, 4), [t.clone() for t in slots]
+    output, _ = module.step(x, wrap(slots), state_indices=torch.tensor([4, -1, 1]))
+    picked = [t.index_select(dim, torch.tensor([4, 1])) for t in before]
+    expected, after = module.step(x[[0, 2]], wrap(picked))
+    assert_close(output[[0, 2]], expected)
+    for new, old, other in zip(slots, before, [after] if dim else after, strict=True):
+        assert_close(new.index_select(dim, torch.tensor([4, 1])), other)
+        rest = torch.tensor([0, 2, 3])
+        assert torch.equal(new.index_select(dim, rest), old.index_select(dim, rest))
+
+
+@pytest.mark.parametrize("cls", UNITS)
+def test_slots_of_a_unit(cls):
+    unit = cls(4, 6, 2)
+    _, h_n = unit(torch.randn(5, 7, 4))
+    slots = h_n.detach()
+    assert_slots_of_a_module(unit, [slots], 1, lambda states: states[0])
+    output, same = unit.step(torch.randn(1, 4), slots, state_indices=torch.tensor([2]))
+    assert same is slots
+    assert not output.requires_grad
+
+
+def test_slots_of_a_network():
+    module = network()
+    _, state = module(torch.randn(5, 7, 4))
+    assert_slots_of_a_module(module, [t.detach() for t in state], 0, tuple)
+
+
+def test_a_unit_with_another_scan_steps_by_that_scan():
+    class Negative(mk.BMRU):
+        def _scan(self, gates, initial_state, **options):
+            h, final = super()._scan(gates, initial_state, **options)
+            return -h, final
+
+    unit, x = Negative(4, 6), torch.randn(2, 4)
+    assert_close(unit.step(x)[0], unit(x.unsqueeze(1))[0].squeeze(1).detach())
+
+
+def test_a_step_runs_the_hooks_of_a_call():
+    unit, x, seen = mk.BMRU(4, 6), torch.randn(2, 4), []
+    expected, _ = unit.step(x)
+    handles = [
+        unit.register_forward_pre_hook(lambda module, inputs: seen.append("before")),
+        unit.register_forward_hook(lambda module, inputs, output: seen.append("after")),
+    ]
+    assert torch.equal(unit.step(x)[0], expected)
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+
+
+UNIT_SLOTS = torch.zeros(2, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("hx", "indices", "error", "message"),
+    [
+        (None, [0, 1], TypeError, "hx: expected a tensor, as state_indices are given, got NoneType"),
+        (UNIT_SLOTS[:1], [0, 1], ValueError, r"hx: expected shape .* \[2, slots, 6\], got \[1, 5, 6\]"),
+        (UNIT_SLOTS.double(), [0, 1], TypeError, "hx: expected dtype torch.float32, got torch.float64"),
+        (UNIT_SLOTS.bfloat16(), [0, 1], TypeError, "hx: expected dtype torch.float32, got torch.bfloat16"),
+        (torch.zeros(5, 2, 6).transpose(0, 1), [0, 1], ValueError, "hx: expected a contiguous tensor"),
+        (UNIT_SLOTS, [0, 0], ValueError, "state_indices: expected every slot once, got 0 again at index 1"),
+        (UNIT_SLOTS, [0, 5], ValueError, "state_indices: expected -1 or a slot below 5, got 5 at index 1"),
+        (UNIT_SLOTS, [0], ValueError, r"state_indices: expected shape \[2\], got \[1\]"),
+        (UNIT_SLOTS, [0.0, 1.0], TypeError, "state_indices: expected dtype int32 or int64"),
+    ],
+)
+def test_a_unit_names_the_argument(hx, indices, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        mk.BMRU(4, 6, 2).step(torch.randn(2, 4), hx, state_indices=torch.tensor(indices))
+    assert (UNIT_SLOTS == 0).all()
+
+
+def test_a_network_names_the_argument():
+    module, x, indices = network(), torch.randn(2, 4), torch.tensor([0, 1])
+    _, state = module(torch.randn(5, 7, 4))
+    state = tuple(t.detach() for t in state)
+    with pytest.raises(TypeError, match=r"^state: expected a tuple of tensors"):
+        module.step(x, state_indices=indices)
+    with pytest.raises(ValueError, match=r"^state: expected \[5, ...\] for tensor 1"):
+        module.step(x, (state[0], state[1][:4], *state[2:]), state_indices=indices)
+    with pytest.raises(TypeError, match=r"^hx: expected dtype torch.float32, got torch.float64"):
+        module.step(x, tuple(t.double() if i == 1 else t for i, t in enumerate(state)), state_indices=indices)
+    with pytest.raises(ValueError, match=r"^state_indices: expected every slot once"):
+        module.step(x, state, state_indices=torch.tensor([1, 1]))
+    cached = mk.MRUNetwork(4, 3, width=8, num_blocks=1, units="bmru", cache={"segment": 4})
+    with pytest.raises(RuntimeError, match=r"^state_indices: expected None with a MemoryCache"):
+        cached.step(x, cached(torch.randn(5, 7, 4))[1], state_indices=indices)
+
+
+def test_a_compiled_step_of_a_network_is_one_graph():
+    """One graph serves all steps from a state, and one all steps in slots."""
+    module = mk.MRUNetwork(4, 3, width=8, num_blocks=1, units=("bmru", "lru"), conv_size=4)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(module.step, fullgraph=True, backend=counter)
+    _, state = module(torch.randn(2, 7, 4))
+    ours = theirs = tuple(t.detach() for t in state)
+    for x in torch.randn(4, 2, 4):
+        output, ours = step(x, ours)
+        expected, theirs = module.step(x, theirs)
+        assert_close([output, *ours], [expected, *theirs])
+    assert counter.frame_count == 1
+    ours, theirs = (tuple(t.new_zeros(6, *t.shape[1:]) for t in state) for _ in range(2))
+    for i, x in enumerate(torch.randn(3, 2, 4)):
+        indices = torch.tensor([i, 5 - i])
+        output, _ = step(x, ours, state_indices=indices)
+        expected, _ = module.step(x, theirs, state_indices=indices)
+        assert_close([output, *ours], [expected, *theirs])
+    assert counter.frame_count == 2

@@ -44,7 +44,13 @@ def test_under_the_interpreter():
     """A few examples of what every backend passes, and what is Triton's own, where TRITON_INTERPRET is set in time."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.interpreter"]
     command += ["--backend", "triton", "--hypothesis-profile=interpreted", "--durations=10"]
-    command += ["tests/test_op.py", "tests/test_op_layout.py", "tests/triton_interpreted.py", "tests/triton_faults.py"]
+    command += [
+        "tests/test_op.py",
+        "tests/test_op_layout.py",
+        "tests/test_slots.py",
+        "tests/triton_interpreted.py",
+        "tests/triton_faults.py",
+    ]
     command += ["-k", " or ".join(["interpreted", "faults", *OF_EVERY_BACKEND])]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout)

@@ -49,7 +49,7 @@ struct BackendInfo {
 class BoundArguments {
  public:
   Scan scan{};
-  Tensors streams;                       // one view [B, T, D] per stream, in the cell's order
+  Tensors streams;  // one view [B, T, D] per stream, in the cell's order; for the gates of a step one tensor [B, k D]
   std::array<int, kMaxInputs> place{};   // position of input i in `inputs`; -1: not given
   std::array<int, kMaxInputs> stream{};  // position of input i in `streams`; -1: not a stream
   unsigned given = 0, per_channel = 0;   // masks; bit i: array input i is given; it is a per-channel input [D]
@@ -154,16 +154,23 @@ class BoundArguments {
                "packed: expected a mask of inputs side by side, the first of them included, got ", arguments.packed);
     const int64_t all = t.size(arguments.rank - 1);
     MRU_EXPECT(gates == 0 || all % gates == 0, "packed: expected ", gates, " gates that divide ", all, " channels");
-    if (gates > 0) streams = split_gates(unit_channels(t), gates);
+    if (gates > 0 && arguments.rank == 3) streams = split_gates(unit_channels(t), gates);
     else streams.push_back(unit_channels(t));
     const Tensor& first = streams[0];
     type = first.scalar_type();
     state = state_type(type);
     scan.dtype = dtype_of(type);
     scan.batch = first.size(0), scan.time = arguments.rank == 3 ? first.size(1) : 1;
-    scan.channels = first.size(arguments.rank - 1);
+    scan.channels = arguments.rank == 3 ? first.size(2) : all / std::max<int64_t>(gates, 1);
     MRU_EXPECT(size(scan.batch) * size(scan.time) * size(scan.channels) <= double(kMostElements),
                "inputs[0]: expected a size that 64 bits can address");
+  }
+
+  Stream nth_stream(size_t n) const {
+    if (n < streams.size()) return stream_of(streams[n]);
+    Stream gate = stream_of(streams[0]);  // of a step: a view of each gate would take as long as the step
+    gate.data = static_cast<char*>(gate.data) + n * scan.channels * element_bytes(scan.dtype);
+    return gate;
   }
 
   // Binds the array inputs: those side by side in inputs[0], then the others, one tensor each, in ascending order.
@@ -178,7 +185,7 @@ class BoundArguments {
       given |= 1u << i;
       if (i == 0 || (arguments.packed >> i & 1) != 0) place[i] = 0, stream[i] = gates++;
       else bind_own(i, arguments);
-      if (stream[i] >= 0) scan.in[i].stream = stream_of(streams[stream[i]]);
+      if (stream[i] >= 0) scan.in[i].stream = nth_stream(stream[i]);
     }
     MRU_EXPECT(cell.takes(given, per_channel) && (!is_complex(scan.dtype) || cell.is_complex),
                "inputs: expected the inputs of the cell, got those of the mask ", given, ", per channel ", per_channel);

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, int64_t packed, s
       info_of<C>, Backend::kInfo,
       {inputs, given, packed, numbers, initial, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
        /*segment=*/0, /*rank=*/2});
-  Tensor h = allocate_like(bound.streams[0]), after = bound.states(bound.scan.sequences);
+  Tensor h = bound.rows(bound.scan.batch, bound.type), after = bound.states(bound.scan.sequences);
   bound.scan.h = stream_of(h);
   bound.scan.final_state = after.data_ptr();
   Backend::template forward<C>(bound.scan, h);
@@ -136,7 +136,7 @@ Tensor step_slots(Tensors inputs, int64_t given, int64_t packed, std::vector<dou
       {inputs, given, packed, numbers, none, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
        /*segment=*/0, /*rank=*/2});
   bound.bind_slots(state, state_indices);
-  Tensor h = allocate_like(bound.streams[0]);
+  Tensor h = bound.rows(bound.scan.batch, bound.type);
   bound.scan.h = stream_of(h);
   Backend::template forward<C>(bound.scan, h);
   return h;

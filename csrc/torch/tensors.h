@@ -131,11 +131,11 @@ inline double scalar_of(const Tensor& t) {
   return *static_cast<const double*>(t.data_ptr());
 }
 
-// The gates of a packed tensor [B, T, k D] or [B, k D], as k views [B, T, D] or [B, D].
+// The gates of a packed tensor [B, T, k D], as k views [B, T, D].
 inline Tensors split_gates(Tensor gates, int64_t k) {
-  const int64_t last = gates.dim() - 1, channels = gates.size(last) / k;
+  const int64_t channels = gates.size(2) / k;
   Tensors views;
-  for (int64_t i = 0; i < k; ++i) views.push_back(torch::stable::narrow(gates, last, i * channels, channels));
+  for (int64_t i = 0; i < k; ++i) views.push_back(torch::stable::narrow(gates, 2, i * channels, channels));
   return views;
 }
 

@@ -85,24 +85,18 @@ def step(cell: ops.Cell, inputs, given, packed, numbers, state) -> tuple[Tensor,
 def step_slots(cell: ops.Cell, inputs, given, packed, numbers, state, state_indices) -> Tensor:
     """What the op `mru::<cell>_step_slots` computes: h `[B, D]`; it updates rows of `state [slots, D]` in place.
 
-    It reads the indices on the CPU only, and no shape depends on them.
+    h of a skipped sequence is 0.
     """
     streams = ops.as_streams(inputs)
     first = ops.first_stream(streams, packed).squeeze(1)
     checks.slots(state, state_indices, first)
-    if state.device.type == "cpu" and not torch.compiler.is_compiling() and has_value(state_indices):
-        checks.slot_values(state_indices, state.shape[0])
-    if 0 in (*first.shape, state.shape[0]):
-        return torch.zeros_like(first, memory_format=torch.contiguous_format)
-    valid = (state_indices >= 0) & (state_indices < state.shape[0])
-    # A sequence without a slot writes again what another one writes; if none has a slot, all write row 0 as it is.
-    any_valid, other = valid.any(), valid.int().argmax()
-    source = torch.where(valid, torch.arange(len(valid), device=valid.device), other)
-    rows = torch.where(any_valid, state_indices[source], 0).long()
-    before = state.index_select(0, rows)
-    h, after = step(cell, inputs, given, packed, numbers, before)
-    state.index_copy_(0, rows, torch.where(any_valid, after[source], before))
-    return h.masked_fill(~valid.unsqueeze(1), 0)
+
+    def run(before: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        h, after = step(cell, inputs, given, packed, numbers, before[0])
+        return h, [after]
+
+    exists = (state_indices >= 0) & (state_indices < state.shape[0])
+    return ops.slots.step(run, [state], state_indices).masked_fill(~exists.unsqueeze(1), 0)
 
 
 # ------------------------------------------------------------------------------------------ loops

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..cells.linear_recurrence import linear_recurrence
+from ..cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .arguments import check_number, constructor
 from .base import MRUBase
 
@@ -84,11 +84,18 @@ class MinGRU(MRUBase, names=("min_gru",)):
         (update,) = gates
         return -update
 
-    def _scan(self, gates, initial_state, **options):
+    def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """The decay and the update of the recurrence, in the shape of one gate."""
         candidate, *others = gates.chunk(len(self.gates), -1)
         keep = self._log_odds(*others)
         value = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
-        return linear_recurrence(keep.sigmoid(), keep.neg().sigmoid() * value, initial_state, **options)
+        return keep.sigmoid(), keep.neg().sigmoid() * value
+
+    def _scan(self, gates, initial_state, **options):
+        return linear_recurrence(*self._coefficients(gates), initial_state, **options)
+
+    def _step(self, gates, state, state_indices):
+        return linear_recurrence_step(*self._coefficients(gates), state, state_indices=state_indices)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_time_scale={self.max_time_scale:g}"
@@ -233,9 +240,14 @@ class LRU(MRUBase, names=("lru",)):
     def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"decay": torch.polar(p["nu_log"].exp().neg().exp(), p["theta_log"].exp())}
 
-    def _scan(self, gates, initial_state, **options):
-        update = torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
-        return linear_recurrence(options.pop("decay"), update, initial_state, **options)
+    def _update(self, gates: Tensor) -> Tensor:
+        return torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
+
+    def _scan(self, gates, initial_state, *, decay, **options):
+        return linear_recurrence(decay, self._update(gates), initial_state, **options)
+
+    def _step(self, gates, state, state_indices, *, decay):
+        return linear_recurrence_step(decay, self._update(gates), state, state_indices=state_indices)
 
     def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         y = F.linear(torch.view_as_real(h).flatten(-2), p["weight_ho"])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from .. import checks
+from .. import checks, ops
 from .arguments import (
     check_choice,
     check_input_dtype,
@@ -154,7 +154,7 @@ class MRUBlock(_WithUnits):
         self.num_states = sum(per_unit) + (conv_size > 0)
 
     def forward(
-        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the block; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
@@ -190,7 +190,13 @@ class MRUBlock(_WithUnits):
             else:
                 before = given.pop(0)
                 options = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
-                output, h_n = unit(v, None if before is None else before.unsqueeze(0), **options)
+                hx = None if before is None else before.unsqueeze(0)
+                if _one_step and isinstance(unit, MRUBase):
+                    options = {name: mask.squeeze(1) for name, mask in options.items()}
+                    output, h_n = unit.step(v.squeeze(1), hx, **options)
+                    output = output.unsqueeze(1)
+                else:
+                    output, h_n = unit(v, hx, **options)
                 after.append(h_n.squeeze(0))
             outputs.append(output)
         mixed = torch.cat(outputs, -1) if self.combine == "concatenate" else sum(outputs[1:], start=outputs[0])
@@ -299,7 +305,7 @@ class MRUNetwork(_WithUnits):
         self.head = torch.nn.Linear(width, output_size, **where)
 
     def forward(
-        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the network; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
@@ -314,7 +320,8 @@ class MRUNetwork(_WithUnits):
         after: tuple[Tensor, ...] = ()
         for block, count in zip(self.blocks, self._num_states, strict=True):
             first = len(after)
-            x, states = block(x, None if state is None else state[first : first + count], resets=resets)
+            own = None if state is None else state[first : first + count]
+            x, states = block(x, own, resets=resets, _one_step=_one_step)
             after += states
         if self.pool == "last":
             x = x[:, -1]
@@ -325,28 +332,74 @@ class MRUNetwork(_WithUnits):
 
     @torch.no_grad()
     def step(
-        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None
+        self,
+        input: Tensor,
+        state: State | None = None,
+        *,
+        resets: Tensor | None = None,
+        state_indices: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step of `forward`, for streaming inference, without gradients.
 
+        `torch.compile(network.step, fullgraph=True)` records one graph for all steps after the first, which has no
+        state.
+
         Args:
             input: `[B, input_size]`, or int64 `[B]` with `tokens`.
-            state: as for `forward`.
+            state: as for `forward`. With `state_indices` its tensors have slots for the states of many sequences:
+                `[slots, ...]` in the place of `[B, ...]`.
             resets: bool `[B]`, true for sequences that begin anew with this step.
+            state_indices: int32 or int64 `[B]`, the slot of each sequence, all different; -1 skips the sequence.
 
         Returns:
-            The output `[B, output_size]` and the state after the step.
+            The output `[B, output_size]` and the state after the step. With `state_indices` these are the tensors of
+            `state`: their slots are updated in place. The output of a skipped sequence has no meaning.
 
         Raises:
-            RuntimeError: `pool` is "mean".
-            TypeError, ValueError: as `forward`.
+            RuntimeError: `pool` is "mean", or `state_indices` are given and a block has a `MemoryCache`, for which all
+                sequences have the same number of steps.
+            TypeError, ValueError: as `forward`, and as `mru_kernels.bmru_step` for `state_indices`.
+
+        Example::
+
+            >>> network = mk.MRUNetwork(3, 5, width=8, num_blocks=1, units=("bmru", "lru"), conv_size=4)
+            >>> _, state = network(torch.randn(2, 10, 3))  # two sequences begin
+            >>> slots = tuple(t.new_zeros(100, *t.shape[1:]) for t in state)
+            >>> indices = torch.tensor([7, 3])
+            >>> for slot, t in zip(slots, state):
+            ...     slot[indices] = t.detach()
+            >>> output, slots = network.step(torch.randn(2, 3), slots, state_indices=indices)
+            >>> output.shape, [tuple(t.shape) for t in slots]
+            (torch.Size([2, 5]), [(100, 8, 3), (100, 8), (100, 8)])
         """
         if self.pool == "mean":
             raise RuntimeError('step: the mean over all steps, pool="mean", is not known after one')
         self._check_shape(input, 1)
         check_resets(resets, input if input.dim() == 2 else input.unsqueeze(-1), "[batch]")
-        output, after = self(input.unsqueeze(1), state, resets=None if resets is None else resets.unsqueeze(1))
-        return (output if self.pool else output.squeeze(1)), after
+        begins = None if resets is None else resets.unsqueeze(1)
+
+        def run(before: State | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+            output, after = self(input.unsqueeze(1), before, resets=begins, _one_step=True)
+            return (output if self.pool else output.squeeze(1)), after
+
+        if state_indices is None:
+            return run(state)
+        slots = self._slots(state, state_indices, input)
+        return ops.slots.step(run, slots, state_indices), slots
+
+    def _slots(self, state: State | None, state_indices: Tensor, input: Tensor) -> tuple[Tensor, ...]:
+        """The tensors `[slots, ...]` of a state in slots, checked; each block checks what they contain."""
+        if any(isinstance(module, MemoryCache) for module in self.modules()):
+            raise RuntimeError(
+                "state_indices: expected None with a MemoryCache, for which all sequences have the same number of steps"
+            )
+        check_state(state, sum(self._num_states))
+        slots = tuple(state)  # type: ignore[arg-type]
+        for i, t in enumerate(slots):
+            if t.dim() == 0 or t.shape[0] != slots[0].shape[0]:
+                raise ValueError(f"state: expected [{len(slots[0])}, ...] for tensor {i}, got {list(t.shape)}")
+        checks.slot_indices(state_indices, input)
+        return slots
 
     def _check_shape(self, input: Tensor, ranks: int) -> None:
         if not self.tokens:

@@ -63,6 +63,7 @@ class UnitParameters(torch.nn.Module):
         self.learn_initial_state = learn_initial_state
         self.chunk_size = checks.chunk_size(chunk_size)
         self._names = tuple(self._shapes(input_size))  # the same for every scan
+        self._names_by_scan = [[(name, name + suffix) for name in self._names] for _, suffix in self._scans()]
         for layer, suffix in self._scans():
             width = input_size if layer == 0 else hidden_size * self.num_directions
             for name, shape in self._shapes(width).items():
@@ -96,7 +97,11 @@ class UnitParameters(torch.nn.Module):
 
     def _parameters_by_scan(self) -> list[dict[str, Tensor]]:
         """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
-        return [{name: getattr(self, name + suffix) for name in self._names} for _, suffix in self._scans()]
+        own = self._parameters  # `getattr` of a module is slow; it finds what a parametrization computes
+        return [
+            {name: own[full] if full in own else getattr(self, full) for name, full in names}
+            for names in self._names_by_scan
+        ]
 
     def _biases(self, suffix: str) -> dict[str, Tensor]:
         """The bias `[D]` of each gate that has one, as views."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..cells.bmru import bmru_packed
-from ..cells.schmitt import schmitt
+from ..cells.bmru import bmru_packed, bmru_packed_step
+from ..cells.schmitt import schmitt, schmitt_step
 from ..scalars import EPSILON, SURROGATE_SCALE
 from .arguments import constructor
 from .base import MRUBase
@@ -200,6 +200,11 @@ class BMRU(WriteOrHold, names=("bmru",)):
             **options,
         )
 
+    def _step(self, gates, state, state_indices, **per_channel):
+        return bmru_packed_step(
+            gates, state, state_indices, epsilon=self._epsilon, amplitude="amplitude" in self.gates, **per_channel
+        )
+
 
 class CMRU(BMRU, names=("cmru",)):
     """Layers of cumulative memory recurrent units (arXiv 2605.11855): a `BMRU` with epsilon 1 by default.
@@ -299,8 +304,7 @@ class FirstQuadrantBMRU(WriteOrHold, names=("first_quadrant_bmru", "schmitt")):
             for name, mean in means.items():
                 getattr(self, name + suffix).uniform_(0.8 * mean, 1.2 * mean)
 
-    def _scan(self, gates, initial_state, **options):
-        low, width = options.pop("low"), options.pop("width")
+    def _scan(self, gates, initial_state, *, low, width, **options):
         return schmitt(
             F.relu(gates),
             low,
@@ -309,4 +313,10 @@ class FirstQuadrantBMRU(WriteOrHold, names=("first_quadrant_bmru", "schmitt")):
             epsilon=self._epsilon,
             surrogate_scale=self.surrogate_scale,
             **options,
+        )
+
+    def _step(self, gates, state, state_indices, *, low, width, **per_channel):
+        high = low + width.abs()
+        return schmitt_step(
+            F.relu(gates), low, high, state, epsilon=self._epsilon, state_indices=state_indices, **per_channel
         )

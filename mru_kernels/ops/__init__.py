@@ -39,6 +39,7 @@ sequences.
 """
 
 from ..checks import state_dtype
+from . import slots
 from .entry import as_maps, scan, step, step_slots
 from .layout import (
     CODES_PER_WORD,
@@ -88,6 +89,7 @@ __all__ = [
     "scalars",
     "scan",
     "sequences_of",
+    "slots",
     "spare_rows",
     "split_gates",
     "state_dtype",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from torch import Tensor
 import mru_kernels as mk
 import simt
 from bench import compare, errors, inputs
-from mru_kernels import ops
+from mru_kernels import backends, ops
 from mru_kernels.backends import CHUNK
 from simt.calls import Op, cells_of, measure, per_channel_options, require, results, segments
 from simt.traffic import check_mask_traffic, check_traffic
-from tests import test_cuts
+from tests import test_cuts, test_slots
 
 _MAP_NORESERVE = 0x4000  # pages that are never written take no memory
 WAVES = [(1, 24), (2, 1), (3, 200)]  # seeds of the order of threads and blocks, and blocks that run at the same time
@@ -354,6 +355,19 @@ def check_cuts(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------ memory
 
 
+def check_slots(dtype: torch.dtype) -> None:
+    """A step in slots equals steps on separate states; a sequence whose slot does not exist is skipped."""
+    for cell, channels in product(cells_of(dtype), (20, 3)):
+        call = inputs.case(cell, dtype, time=1, batch=4, channels=channels, **per_channel_options(cell)).build()
+        with patch.object(backends, "_CHOSEN", "simt"):
+            test_slots.assert_slots_equal_separate_states(call, [5, -1, 0, 3], 6, torch.int32)
+            step, arguments = getattr(mk, f"{cell}_step"), test_slots.of_step(call)
+            slots = torch.randn(6, channels).to(errors.state_dtype(dtype))
+            before = slots.clone()
+            h, _ = step(**arguments, state=slots, state_indices=torch.tensor([6, -2, 2**40, -(2**40)]))
+        require(torch.equal(slots, before) and not h.any(), f"{cell}: a slot that does not exist was written")
+
+
 def check_far_strides(dtype: torch.dtype) -> None:
     """Streams whose rows are more than 2^31 elements apart."""
     stride = 2**31 + 64
@@ -409,6 +423,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
 
 #: The two slowest come last, because a planted fault ends the battery at the first check that fails.
 CHECKS = (
+    check_slots,
     check_copies,
     check_maps,
     check_cuts,
