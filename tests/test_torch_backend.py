@@ -39,6 +39,48 @@ def test_equals_the_kernels(cell, data):
     assert_agree(call, run(call, op_of(cell, "torch"), CPU), run(call, op_of(cell, "cpu"), CPU))
 
 
+SPECIAL = [torch.nan, 0.0, -0.0, 1e-40, -1e-40]
+INFINITE = [torch.inf, -torch.inf]  # not of complex numbers: torch's sum of them has a product with 1 + 0i
+
+
+def with_special_values(call: inputs.Call) -> inputs.Call:
+    tensors = {}
+    for name, t in call.tensors.items():
+        values = torch.tensor(SPECIAL if t.is_complex() else SPECIAL + INFINITE).to(t.dtype)
+        drawn = values[torch.randint(len(values), t.shape)]
+        tensors[name] = torch.where(torch.rand(t.shape) < (0.05 if t.dim() == 3 else 0.1), drawn, t)
+    return replace(call, tensors=tensors)
+
+
+def over_time(t: torch.Tensor) -> torch.Tensor:
+    """Whether all values of a sequence's channel are finite, `[B, D]` or `[D]`."""
+    return t.isfinite().all(1) if t.dim() == 3 else t.isfinite()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "epsilon"), [(c, e) for c in CELLS for e in inputs.CELLS[c].factors.get("epsilon", [None])]
+)
+def test_special_values_equal_the_kernels(cell, epsilon, reverse):
+    """NaN, infinities, zeros of both signs and subnormal numbers; gradients of channels that stay finite."""
+    sizes = {"time": 12, "batch": 2, "channels": 64, "initial_state": "real", "reverse": reverse}
+    options = {} if epsilon is None else {"epsilon": epsilon}
+    torch.manual_seed(0)
+    for dtype in inputs.CELLS[cell].dtypes.values():
+        call = with_special_values(inputs.case(cell, dtype, **sizes, **options).build())
+        ours, kernels = (run(call, op_of(cell, backend), CPU) for backend in ("torch", "cpu"))
+        finite = torch.ones(2, 64, dtype=torch.bool)
+        for t in (*call.tensors.values(), *ours.values()):
+            finite = finite & over_time(t)
+        assert 10 < finite.sum() < 120
+        for name, result in ours.items():
+            keep = torch.tensor(True)
+            if name in call.tensors:  # a gradient
+                keep = finite.all(0) if result.dim() == 1 else finite.reshape(2, *[1] * (result.dim() - 2), 64)
+            one, other = (torch.where(keep, t, 0.0) for t in (result, kernels[name]))
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_step_equals_the_kernels(cell):
     call = inputs.case(cell, torch.float32, time=1, batch=3, channels=5, initial_state="real").build()
