@@ -164,7 +164,8 @@ class MRUBlock(_WithUnits):
             elif past.dtype != v.dtype:
                 raise TypeError(f"state: expected dtype {v.dtype} for tensor 0, got {past.dtype}")
             padded = torch.cat([past, time_last], -1)
-            after.append(padded[..., input.shape[1] :].clone())  # a view would keep `padded` in memory
+            # A view would keep `padded` in memory. One layout for all T: torch.compile records one graph of a step.
+            after.append(padded[..., input.shape[1] :].clone(memory_format=torch.contiguous_format))
             v = F.silu(self.conv(padded)).transpose(1, 2)
         outputs = []
         for unit in self.units:
