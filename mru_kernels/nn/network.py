@@ -179,7 +179,8 @@ class MRUBlock(_WithUnits):
                 convolved, last = self.conv(padded), padded[..., input.shape[1] :]
             else:
                 convolved, last = _convolved_in_episodes(self.conv, padded, resets)
-            after.append(last.clone())  # a view would keep `padded` in memory
+            # A view would keep `padded` in memory. One layout for all T: torch.compile records one graph of a step.
+            after.append(last.clone(memory_format=torch.contiguous_format))
             v = F.silu(convolved).transpose(1, 2)
         outputs = []
         for unit in self.units:
