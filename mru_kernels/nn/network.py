@@ -342,8 +342,7 @@ class MRUNetwork(_WithUnits):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step of `forward`, for streaming inference, without gradients.
 
-        `torch.compile(network.step, fullgraph=True)` records one graph for all steps after the first, which has no
-        state.
+        `torch.compile(network.step, fullgraph=True)` does not compile again from the second step with a state on.
 
         Args:
             input: `[B, input_size]`, or int64 `[B]` with `tokens`.
