@@ -94,7 +94,7 @@ class MinGRU(MRUBase, names=("min_gru",)):
     def _scan(self, gates, initial_state, **options):
         return linear_recurrence(*self._coefficients(gates), initial_state, **options)
 
-    def _step(self, gates, state, state_indices):
+    def _step(self, gates, state, state_indices, **per_channel):
         return linear_recurrence_step(*self._coefficients(gates), state, state_indices=state_indices)
 
     def extra_repr(self) -> str:
@@ -243,11 +243,11 @@ class LRU(MRUBase, names=("lru",)):
     def _update(self, gates: Tensor) -> Tensor:
         return torch.view_as_complex(gates.unflatten(-1, (self.hidden_size, 2)))
 
-    def _scan(self, gates, initial_state, *, decay, **options):
-        return linear_recurrence(decay, self._update(gates), initial_state, **options)
+    def _scan(self, gates, initial_state, **options):
+        return linear_recurrence(options.pop("decay"), self._update(gates), initial_state, **options)
 
-    def _step(self, gates, state, state_indices, *, decay):
-        return linear_recurrence_step(decay, self._update(gates), state, state_indices=state_indices)
+    def _step(self, gates, state, state_indices, **per_channel):
+        return linear_recurrence_step(per_channel["decay"], self._update(gates), state, state_indices=state_indices)
 
     def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         y = F.linear(torch.view_as_real(h).flatten(-2), p["weight_ho"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class UnitParameters(torch.nn.Module):
             shapes["initial_state"] = (self.hidden_size,)
         return shapes
 
-    def _parameters_by_scan(self) -> list[dict[str, Tensor]]:
+    def _parameters_by_scan(self) -> list[dict[str, Any]]:
         """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
         own = self._parameters  # `getattr` of a module is slow; it finds what a parametrization computes
         return [

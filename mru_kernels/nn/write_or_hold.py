@@ -304,19 +304,21 @@ class FirstQuadrantBMRU(WriteOrHold, names=("first_quadrant_bmru", "schmitt")):
             for name, mean in means.items():
                 getattr(self, name + suffix).uniform_(0.8 * mean, 1.2 * mean)
 
-    def _scan(self, gates, initial_state, *, low, width, **options):
+    def _scan(self, gates, initial_state, **options):
+        low = options.pop("low")
         return schmitt(
             F.relu(gates),
             low,
-            low + width.abs(),
+            low + options.pop("width").abs(),
             initial_state,
             epsilon=self._epsilon,
             surrogate_scale=self.surrogate_scale,
             **options,
         )
 
-    def _step(self, gates, state, state_indices, *, low, width, **per_channel):
-        high = low + width.abs()
+    def _step(self, gates, state, state_indices, **per_channel):
+        low = per_channel.pop("low")
+        high = low + per_channel.pop("width").abs()
         return schmitt_step(
             F.relu(gates), low, high, state, epsilon=self._epsilon, state_indices=state_indices, **per_channel
         )

@@ -1,0 +1,126 @@
+"""What one scan of a unit is made of: its projection, its inputs per channel, its states, and their checks."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks, ops
+from .arguments import check_input_dtype
+from .parameters import UnitParameters
+
+
+class UnitScan(UnitParameters):
+    """The parts of a scan that whole sequences and single steps share. `MRUBase` describes what a unit overrides."""
+
+    def _scan(
+        self,
+        gates: Tensor,
+        initial_state: Tensor | None,
+        *,
+        reverse: bool,
+        cu_seqlens: Tensor | None,
+        chunk_size: int | None,
+        **per_channel: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scan gates `[B, T, k D]` from the initial state `[B, D]`: the output `[B, T, D]` and final state `[B, D]`.
+
+        With `cu_seqlens [N + 1]`, B is 1 and states are `[N, D]`. A call with resets has two more options, `resets
+        [B, T]` and `reset_state`, `[D]` or None.
+        """
+        raise NotImplementedError
+
+    def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        """All gates of one scan, `[*, gates * D]`, from one matrix product."""
+        return F.linear(x, *self._gate_weights(p))
+
+    def _gate_weights(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The weight `[gates * D, features]` and bias `[gates * D]` of the map from a scan's input to its gates."""
+        bias = p.get("bias_ih")
+        if bias is not None and self._gates_without_bias:
+            bias = F.pad(bias, (self._gates_without_bias * self.hidden_size, 0))
+        return p["weight_ih"], bias
+
+    def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors `[D]` that `_scan` gets by name. Complex states need complex ones."""
+        return {name: p[name] for name in self.per_channel}
+
+    def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        """The output `[*, D]` of one layer and direction, from the result `h` of its scan and its input `x`."""
+        return h
+
+    def _learned_state(self, p: dict[str, Tensor]) -> Tensor:
+        return p["initial_state"]
+
+    def _resets(self, resets: Tensor | None, reverse: bool, p: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """The options of `_scan` for resets `[B, T]` before the steps where episodes begin; none without resets."""
+        if resets is None:
+            return {}
+        if reverse:  # the state passes from the first step of an episode to the last one of the episode before
+            resets = torch.cat([resets[:, 1:], resets.new_zeros(resets.shape[0], 1)], 1)
+        return {"resets": resets, "reset_state": self._learned_state(p) if self.learn_initial_state else None}
+
+    def _initial_state(self, given: Tensor | None, sequences: int, p: dict[str, Tensor]) -> Tensor | None:
+        if not self.learn_initial_state:
+            return given
+        learned = self._learned_state(p)
+        if given is None:
+            return learned.expand(sequences, -1)
+        if not torch.is_grad_enabled():
+            return given
+        # DistributedDataParallel waits for a gradient of every parameter, so that of `learned` is zero, not absent.
+        return torch.where(given.new_ones((), dtype=torch.bool), given, learned)
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _check_shape(self, input: Tensor, ranks: tuple[int, ...], expected: str) -> None:
+        if not isinstance(input, Tensor):
+            kinds = "a tensor or a PackedSequence" if 3 in ranks else f"a tensor {expected}"
+            raise TypeError(f"input: expected {kinds}, got {type(input).__name__}")
+        checks.dense("input", input, "a PackedSequence")
+        if input.dim() not in ranks:
+            raise ValueError(f"input: expected {expected}, got shape {list(input.shape)}")
+        if input.shape[-1] != self.input_size:
+            raise ValueError(f"input: expected {self.input_size} features, got shape {list(input.shape)}")
+
+    def _check_match(self, input: Tensor, weight: Tensor) -> None:
+        self._check_dtype(weight.dtype)  # `Module.to` may have changed it
+        if input.device != weight.device:
+            raise ValueError(f"input: expected the module's device {weight.device}, got {input.device}")
+        check_input_dtype(input, weight.dtype)
+
+    def _check_hx(self, hx: Tensor | None, input: Tensor, batch: tuple[int, ...]) -> None:
+        if hx is None:
+            return
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected a tensor or None, got {type(hx).__name__}")
+        checks.dense("hx", hx, "a PackedSequence")
+        expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
+        if hx.shape != expected:
+            letters = f"[layers * directions, {'batch, ' * len(batch)}hidden_size]"
+            raise ValueError(f"hx: expected shape {list(expected)} {letters}, got {list(hx.shape)}")
+        if hx.device != input.device:
+            raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
+        stream = input.dtype
+        if stream != torch.float64:
+            stream = checks.autocast_dtype(input.device) or stream
+        allowed = self._state_dtypes(stream)
+        if hx.dtype not in allowed:
+            raise TypeError(f"hx: expected dtype {' or '.join(map(str, dict.fromkeys(allowed)))}, got {hx.dtype}")
+        if hx.dtype in checks.HALF_DTYPES and not torch.compiler.is_compiling() and self._accumulates():
+            warnings.warn(
+                f"hx: expected {ops.state_dtype(stream)}, the dtype of h_n, got {hx.dtype}, which rounds away what"
+                f" {type(self).__name__} accumulates; under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False)",
+                stacklevel=2,
+            )
+
+    def _accumulates(self) -> bool:
+        """Whether small steps add up in the state, so that rounding the state at every call changes the result."""
+        return True
+
+    def _state_dtypes(self, stream: torch.dtype) -> tuple[torch.dtype, ...]:
+        """The dtypes that `hx` may have where the gates have dtype `stream`."""
+        return stream, ops.state_dtype(stream)

@@ -1,0 +1,146 @@
+"""Single steps of the units, for streaming inference, also on states in slots."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks, ops
+from .. import torch_private as private
+from .arguments import check_resets
+from .scan import UnitScan
+
+
+class UnitSteps(UnitScan):
+    """The method `step` of all units. `MRUBase` has what it shares with whole sequences."""
+
+    def _step(
+        self, gates: Tensor, state: Tensor, state_indices: Tensor | None, **per_channel: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_scan` of one step without gradients, of gates `[B, k D]`: the output `[B, D]` and the state after it.
+
+        With `state_indices [B]`, `state` is slots `[slots, D]`, which it updates in place.
+        """
+
+        def run(before: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            h, after = self._scan(
+                gates.unsqueeze(1), before[0], reverse=False, cu_seqlens=None, chunk_size=self.chunk_size, **per_channel
+            )
+            return h.squeeze(1), [after]
+
+        if state_indices is None:
+            h, (after,) = run([state])
+            return h, after
+        return ops.slots.step(run, [state], state_indices), state
+
+    def step(
+        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None,
+        state_indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """One step of `forward`, for streaming inference, without gradients.
+
+        Args:
+            input: `[B, input_size]`.
+            hx: as for `forward`, `[num_layers, B, D]`. With `state_indices` it has slots for the states of many
+                sequences: `[num_layers, slots, D]`, contiguous, in the dtype of `h_n`.
+            resets: bool `[B]`, true for sequences that begin anew with this step.
+            state_indices: int32 or int64 `[B]`, the slot of each sequence, all different; -1 skips the sequence.
+
+        Returns:
+            The output `[B, D]` and the states after the step `[num_layers, B, D]`, equal to those of `forward` with
+            T = 1. With `state_indices` the second is `hx` itself: its slots are updated in place. The output of a
+            skipped sequence has no meaning.
+
+        Raises:
+            RuntimeError: the module is bidirectional.
+            TypeError, ValueError: as `forward`, and as `bmru_step` for `state_indices`.
+
+        Example::
+
+            >>> unit = mk.BMRU(3, 8)
+            >>> hx = None
+            >>> for x in torch.randn(10, 2, 3):
+            ...     output, hx = unit.step(x, hx)
+            >>> output.shape, hx.shape
+            (torch.Size([2, 8]), torch.Size([1, 2, 8]))
+            >>> slots = torch.zeros(1, 100, 8)
+            >>> _, h_n = unit(torch.randn(2, 5, 3))  # two sequences begin
+            >>> slots[:, [7, 3]] = h_n.detach()
+            >>> output, slots = unit.step(torch.randn(2, 3), slots, state_indices=torch.tensor([7, 3]))
+            >>> output.shape, slots.shape
+            (torch.Size([2, 8]), torch.Size([1, 100, 8]))
+        """
+        if self.bidirectional:
+            raise RuntimeError(
+                "step: not supported by a bidirectional module, whose second direction starts at the last step"
+            )
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.step(input, hx, resets=resets, state_indices=state_indices)
+        if private.has_hooks(self):
+            return self(input, hx, resets=resets, _one_step=True, _state_indices=state_indices)
+        return self._forward_step(input, hx, resets, state_indices)
+
+    def _forward_step(
+        self, input: Tensor, hx: Tensor | None, resets: Tensor | None, state_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        parameters = self._parameters_by_scan()
+        self._check_shape(input, (2,), "[batch, features]")
+        self._check_match(input, parameters[0]["weight_ih"])
+        check_resets(resets, input, "[batch]")
+        batch = input.shape[0]
+        if state_indices is None:
+            self._check_hx(hx, input, batch=(batch,))
+        else:
+            self._check_slots(hx, input)
+            checks.slot_indices(state_indices, input)
+            if resets is not None and hx is not None:
+                return self._step_in_reset_slots(input, hx, resets, state_indices)
+        finals: list[Tensor] = []
+        x = input
+        for i, p in enumerate(parameters):
+            if i > 0 and self.dropout > 0.0 and self.training:
+                x = F.dropout(x, self.dropout)
+            gates = self._project(x, p)
+            state = self._initial_state(None if hx is None else hx[i], batch, p)
+            if state is None:
+                state = gates.new_zeros((batch, self.hidden_size), dtype=self._state_dtypes(gates.dtype)[-1])
+            if resets is not None:
+                start = self._learned_state(p).to(state.dtype) if self.learn_initial_state else 0.0
+                state = torch.where(resets.unsqueeze(1), start, state)
+            h, final = self._step(gates, state, state_indices, **self._vectors(p))
+            finals.append(final)
+            x = self._output(h, x, p)
+        if hx is not None and state_indices is not None:
+            return x, hx
+        return x, finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+
+    def _step_in_reset_slots(
+        self, input: Tensor, hx: Tensor, resets: Tensor, state_indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_forward_step` where some sequences begin anew, in slots."""
+
+        def run(before: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            output, after = self._forward_step(input, torch.stack(before), resets, None)
+            return output, after.unbind()
+
+        return ops.slots.step(run, hx.unbind(), state_indices), hx
+
+    def _check_slots(self, hx: Tensor | None, input: Tensor) -> None:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected a tensor, as state_indices are given, got {type(hx).__name__}")
+        checks.dense("hx", hx, "a PackedSequence")
+        if hx.dim() != 3 or hx.shape[0] != self.num_layers or hx.shape[2] != self.hidden_size:
+            expected = f"[layers, slots, hidden_size], [{self.num_layers}, slots, {self.hidden_size}]"
+            raise ValueError(f"hx: expected shape {expected}, got {list(hx.shape)}")
+        if hx.device != input.device:
+            raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
+        stream = input.dtype
+        if stream != torch.float64:
+            stream = checks.autocast_dtype(input.device) or stream
+        dtype = self._state_dtypes(stream)[-1]
+        if hx.dtype != dtype:
+            raise TypeError(f"hx: expected dtype {dtype}, got {hx.dtype}")
+        if not hx.is_contiguous():
+            raise ValueError(f"hx: expected a contiguous tensor, got strides {list(hx.stride())}")
