@@ -204,7 +204,8 @@ class Call:
         else:
             # The adjoint has the factors of the state, which is real here. Its offsets are what `backward` passes on
             # from 0; the gradients that this writes are overwritten.
-            self.launch("summarize", self.segments, **own, maps=maps, lates=lates)
+            form = self.arguments["form"]._replace(boundaries=tl.constexpr(False))  # not read: no variant of its own
+            self.launch("summarize", self.segments, **own, form=form, maps=maps, lates=lates)
             zeros = self.rows(self.segments).zero_()
             self.launch(name, self.segments, **own | {enters: zeros, leaves: maps.offset, "lates": lates})
         return maps
