@@ -141,9 +141,10 @@ def requested(monkeypatch):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
 @pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="its hooks fail where a function is an argument")
+@pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("segment", [0, 64])
 @pytest.mark.parametrize("cell", CELLS)
-def test_sizes_are_not_compiled_in(requested, cell, segment):
+def test_sizes_are_not_compiled_in(requested, cell, segment, resets):
     """One set of variants for any sizes, flags and strides, as long as rows stay aligned."""
     from mru_kernels.backends.triton import ops
     from mru_kernels.backends.triton.cell import find
@@ -164,14 +165,16 @@ def test_sizes_are_not_compiled_in(requested, cell, segment):
         given = spec.mask(*(i.name for i in (*streams, *vectors)), *(s.name for s in spec.scheduled))
         cu_seqlens = torch.tensor([0, 5, time]) if packed else None
         numbers = [1.0] * len(spec.numbers)
-        arguments = ([*tensors, *scalars], given, 0, numbers, None, cu_seqlens, reverse, CHUNK, segment)
-        results = ops.forward(spec, *arguments, True)
-        grad_final = torch.empty(2 if packed else batch, channels, dtype=state_dtype(dtype))
-        ops.backward(spec, tensors[0], grad_final, *arguments, *results[2:])
+        states = torch.empty(2 if packed else batch, channels, dtype=state_dtype(dtype))
+        given_resets = (torch.zeros(batch, time, dtype=torch.bool), states) if resets else (None, None)
+        call = ([*tensors, *scalars], given, 0, numbers, None, cu_seqlens, *given_resets, reverse, CHUNK, segment)
+        _, _, checkpoints, events = ops.forward(spec, *call, True)
+        ops.backward(spec, tensors[0], states, checkpoints if resets else None, *call, checkpoints, events)
     assert not any("i32'" in signature.replace("*i32'", "") for _, signature, *_ in requested)
     kernels = {name for name, *_ in requested}
     adjoint = set() if find(cell).real.adjoint_sees_state.value else {"summarize_adjoint"}
-    assert kernels == {"forward", "backward"} | ({"summarize", "carry", "check"} | adjoint if segment else set())
+    adjoint |= {"summarize", "carry", "check"}
+    assert kernels == {"forward", "backward"} | (adjoint if segment else set()) | ({"fold"} if resets else set())
     assert len(set(requested)) == len(kernels)
 
 

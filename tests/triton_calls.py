@@ -18,6 +18,7 @@ class Traffic:
 
     def __init__(self):
         self.launches: list[tuple[str, dict[str, set[int]]]] = []
+        self.mask_bytes: list[int] = []  # of each launch: bytes of masks, each time that they are loaded
 
     def bytes_in(self, how: str, *tensors: torch.Tensor) -> int:
         """Bytes of the tensors' memory that launches loaded or stored, a byte once a launch."""
@@ -42,9 +43,12 @@ def recorded():
     before = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
     def record(how, pointers, mask):
+        """Only masks of resets have elements of one byte."""
         element = pointers.get_element_ty().primitive_bitwidth // 8
         first = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
         first = first[np.broadcast_to(mask.data, first.shape).astype(bool)]
+        if element == 1:
+            traffic.mask_bytes[-1] += first.size
         traffic.launches[-1][1][how].update((first[:, None] + np.arange(element, dtype=np.uint64)).ravel().tolist())
 
     def load(self, pointers, mask, *rest):
@@ -57,6 +61,7 @@ def recorded():
 
     def launch(self, *arguments, **keywords):
         traffic.launches.append((self.fn.__name__, defaultdict(set)))
+        traffic.mask_bytes.append(0)
         return before[2](self, *arguments, **keywords)
 
     builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, launch

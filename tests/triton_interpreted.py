@@ -83,6 +83,28 @@ def test_traffic_is_the_budget(segment, cell, dtype, names):
     assert 0 <= backward.all_bytes() - floor - 2 * once <= states
 
 
+@pytest.mark.parametrize("segment", [0, 64])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_program_reads_the_mask_of_resets_once(cell, segment):
+    """A byte a step, in each launch over the steps. Boundaries cost their rows, and a reset state one row a chunk."""
+    time, channels = 2 * 64 + 21, 5
+    tensors = {name: torch.randn(1, time, channels) for name in streams_of(cell)}
+    tensors |= {i.name: torch.randn(channels) for i in CELLS[cell].inputs if i.kind == "channel" and not i.optional}
+    resets, grad_checkpoints = torch.rand(1, time) < 0.1, torch.randn(2, channels)
+    arguments = arguments_of(tensors, segment, cell=cell, resets=resets, reset_state=torch.randn(1, channels))
+    _, _, *traffic = run(
+        arguments, torch.randn(1, time, channels), torch.randn(1, channels), cell=cell,
+        grad_checkpoints=grad_checkpoints,
+    )  # fmt: skip
+    of_adjoint = ["summarize", "backward"] if adjoint_sees_state(cell) else ["summarize_adjoint"]
+    for launches, cut in zip(traffic, (["summarize"], of_adjoint), strict=True):
+        reading = [name for (name, _), count in zip(launches.launches, launches.mask_bytes, strict=True) if count]
+        assert reading == [*(cut if segment else []), "forward" if launches is traffic[0] else "backward"]
+        assert set(launches.mask_bytes) <= {0, time}
+    read = traffic[1].bytes_in("load", grad_checkpoints)
+    assert read == grad_checkpoints.nbytes * (2 if segment else 1)
+
+
 @pytest.mark.parametrize("gates", [2, 3])
 def test_the_adjoint_is_summarized_up_to_a_write_that_resets(gates):
     """With epsilon 0, word by word until all channels of a program have written: one holds longer than the others."""
@@ -285,8 +307,8 @@ WRONG_NUMBERS = {
     "numbers": lambda *arguments: (*arguments[:3], [], *arguments[4:]),
     "given": lambda inputs, given, *rest: (inputs, given & ~2, *rest),
     "packed": lambda inputs, given, packed, *rest: (inputs, given, 2, *rest),
-    "chunk": lambda *arguments: (*arguments[:7], 2**60, *arguments[8:]),
-    "segment": lambda *arguments: (*arguments[:8], -2),
+    "chunk": lambda *arguments: (*arguments[:-2], 2**60, arguments[-1]),
+    "segment": lambda *arguments: (*arguments[:-1], -2),
 }
 
 
@@ -307,13 +329,14 @@ def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
     streams = [torch.randn(1, 70, 4) for _ in range(2)]
     inputs_, *arguments = arguments_of(dict(zip(("candidate", "threshold"), streams, strict=True)), segment)
     tensors = {
-        "grad_h": torch.zeros(1, 70, 4), "grad_final": torch.zeros(1, 4),
+        "grad_h": torch.zeros(1, 70, 4), "grad_final": torch.zeros(1, 4), "grad_checkpoints": torch.zeros(1, 4),
         "checkpoints": torch.zeros(1, 4), "events": torch.zeros(5 if segment else 0, 4, dtype=torch.int32),
     }  # fmt: skip
 
     def backward(streams=streams, **changed):
-        grad_h, grad_final, *saved = (tensors | changed).values()
-        return CELLS["bmru"].backward["triton"](grad_h, grad_final, None, [*streams, *inputs_[2:]], *arguments, *saved)
+        *grads, checkpoints, events = (tensors | changed).values()
+        saved = (checkpoints, events)
+        return CELLS["bmru"].backward["triton"](*grads, [*streams, *inputs_[2:]], *arguments, *saved)
 
     backward()
     for name, t in tensors.items():

@@ -76,7 +76,7 @@ class Variant:
     def reads(self):
         from mru_kernels.backends.triton.tuning import Reads
 
-        return Reads(DTYPES[self.element], len(self.streams), len(self.per_channel), self.codes)
+        return Reads(DTYPES[self.element], len(self.streams), len(self.per_channel), self.codes, self.resets)
 
     @property
     def tile(self) -> int:
@@ -138,8 +138,8 @@ class Report:
 
 
 def variants() -> list[Variant]:
-    """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, of unaligned rows and of few
-    channels (bf16 and fp32); and for each other architecture the main ones of bf16 and fp32.
+    """Every variant for sm_90, but only the main ones of fp16, whose code is bf16's, of unaligned rows, of few channels
+    and of resets (bf16 and fp32); and for each other architecture the main ones of bf16 and fp32.
     """
     every = [v for cell in ops.CELLS.values() for dtype in _dtypes(cell) for v in _of_cell(cell, dtype)]
     every += _of_maps()
@@ -150,6 +150,7 @@ def variants() -> list[Variant]:
     every += [replace(v, aligned=False) for v in complex_main]
     others = [replace(v, dtype=dtype) for dtype in ("bf16", "fp32") for v in main] + complex_main
     every += [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
+    every += [replace(v, resets=True) for v in others]
     resetting = [v for v in every if _writes_may_reset(v) and v.kernel not in ("fold", "carry")]
     return every + [replace(v, writes_reset=True) for v in resetting]
 

@@ -61,7 +61,7 @@ class Call:
         self.split = segment > 0
         self.codes = self.split and cell.has_codes(given)
         self.segments = self._count_segments(segment)
-        self.reads = self._reads(cell)
+        self.reads = self._reads(cell, resets is not None)
         self.aligned = self._is_aligned(grad_h)
         self.align = VECTOR_BYTES // self.first.element_size() if self.aligned else self.parts
         self.p = implementation.scalars(ops.scalars(cell, inputs, numbers), self.state)
@@ -89,10 +89,11 @@ class Call:
         # Lengths are not known: each sequence has room for one more than its share.
         return self.sequences + self.time // segment if self.sequences > 0 else 0
 
-    def _reads(self, cell: ops.Cell) -> Reads:
+    def _reads(self, cell: ops.Cell, resets: bool) -> Reads:
         streams = sum(t is not None and t.dim() == 3 for t in self.arrays)
         required = [t for t, spec in zip(self.arrays, cell.inputs, strict=True) if not spec.optional]
-        return Reads(self.first.dtype, streams, sum(t is not None and t.dim() == 1 for t in required), self.codes)
+        per_channel = sum(t is not None and t.dim() == 1 for t in required)
+        return Reads(self.first.dtype, streams, per_channel, self.codes, resets)
 
     def _is_aligned(self, grad_h: Tensor | None) -> bool:
         """Whether every row of every stream starts at a multiple of 16 bytes."""
@@ -202,7 +203,8 @@ class Call:
         else:
             # The adjoint has the factors of the state, which is real here. Its offsets are what `backward` passes on
             # from 0; the gradients that this writes are overwritten.
-            self.launch("summarize", self.segments, **own, maps=maps, lates=lates)
+            form = self.arguments["form"]._replace(boundaries=tl.constexpr(False))  # not read: no variant of its own
+            self.launch("summarize", self.segments, **own, form=form, maps=maps, lates=lates)
             zeros = self.rows(self.segments).zero_()
             self.launch(name, self.segments, **own | {enters: zeros, leaves: maps.offset, "lates": lates})
         return maps

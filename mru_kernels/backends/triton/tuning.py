@@ -77,6 +77,7 @@ class Reads(NamedTuple):
     streams: int
     per_channel: int = 0  # inputs per channel, but for optional ones
     codes: bool = False
+    resets: bool = False
 
     @property
     def is_single(self) -> bool:
@@ -126,7 +127,8 @@ def tile(kernel: str, reads: Reads) -> int:
     if kernel == "summarize_adjoint" and reads.codes:
         return 16
     if kernel == "backward":
-        return 4 if reads.streams <= 2 and reads.per_channel == 0 and reads.is_single else 2
+        few = reads.streams <= 2 and reads.per_channel == 0 and not reads.resets
+        return 4 if few and reads.is_single else 2
     return 8
 
 

@@ -17,6 +17,9 @@ codes, `summarize` packs them, and nothing reads the streams again. Then `check`
 again without a split (csrc/maps/cut.h). The backward pass does the same from the right. Where writes reset the state,
 its summary of a segment ends once all channels have written.
 
+Resets are one bit a step. A program loads the mask of a word, or of a chunk, before it needs it, and makes an integer
+of it. Each step then selects between the state and the reset state. Calls without resets are compiled without them.
+
 The summaries issue all loads of a tile before its first use. In half precision, whose rows take half the registers,
 `summarize` and `backward` issue those of the next tile too. Offsets are 64-bit. Every sum and product is taken in a
 fixed order.
