@@ -104,11 +104,15 @@ _FAULTS = {
         ("map of the adjoint past a reset", "span.last || span.right || span.resets;", "span.last;"),
         ("state kept at a reset in a segment", "if (span.enters()) s = enter<F>", "if (span.first) s = enter<F>"),
         (
-            "segment's checkpoint saved after a reset",
+            "checkpoint of a segment saved after a reset",
             _SEGMENT_SAVES + _SEGMENT_ENTERS,
             _SEGMENT_ENTERS + _SEGMENT_SAVES,
         ),
-        ("boundary's gradient past a write", "holds && joins(scan, plan, span, end)", "joins(scan, plan, span, end)"),
+        (
+            "gradient of a boundary past a write",
+            "holds && joins(scan, plan, span, end)",
+            "joins(scan, plan, span, end)",
+        ),
         ("map of a head", "call.heads == Heads::kBegin ? span.first", "call.heads != Heads::kEnd ? span.first"),
     ),
     "carry.cuh": (
@@ -172,11 +176,11 @@ _FAULTS = {
         ("state after a reset from a checkpoint", "enters = span.enters() &&", "enters = span.first &&"),
         ("state between boundaries a step short", "begin < position; ++begin", "begin < position - 1; ++begin"),
         (
-            "boundary's gradient lost at a segment's end",
+            "gradient of a boundary lost where a segment ends",
             "if (joins(scan, call.plan, span, span.end))",
             "if (span.right && joins(scan, call.plan, span, span.end))",
         ),
-        ("boundary's gradient lost in a tile", "position > agent_.span.begin &&", "false &&"),
+        ("gradient of a boundary lost in a tile", "position > agent_.span.begin &&", "false &&"),
         ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
         (
             "slope of the output at the state before",
