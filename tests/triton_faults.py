@@ -445,7 +445,6 @@ FAULTS = {
     "sums of resets that lose a chunk": (
         sums_over_many_resets, "count = ceil_div(self.time, chunk)", "count = self.time // chunk",
     ),
-    "codes before a reset": (resets_of_codes, "word = (word >> before) << before", "word = word"),
     "head that keeps NaN": (
         resets_drop_nan, "tl.where(map_[0] == map_[0], rules.times(map_[0], s) + map_[1], map_[1])",
         "rules.times(tl.where(map_[0] == map_[0], map_[0], 0.0), s) + map_[1]",
