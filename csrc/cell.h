@@ -22,10 +22,10 @@
 //     kFirstValue, kSecondValue  the two values that a step may write
 //     writes(x), value(x, first, second), encode(x), step_code(code, s), pull_code(code, m)
 //                                `output` and `cotangent` read inputs per channel only, and no state but `after`; what
-//                                decides a step reads no optional input per channel. It also has kResets
-//   kResets                      whether a write may reset the state; then also
-//     resets()                   whether every write does: factors are 0 or 1, and a forward pass only copies values
-//     resetting()                the same cell; the compiler knows that its resets() is true
+//                                decides a step reads no optional input per channel. It also has kOverwrites
+//   kOverwrites                  whether a write may overwrite the state; then also
+//     overwrites()               whether every write does: factors are 0 or 1, and a forward pass only copies values
+//     overwriting()              the same cell; the compiler knows that its overwrites() is true
 #pragma once
 #include "lanes.h"
 #include "scan.h"
@@ -48,7 +48,7 @@ constexpr Scalar positive(const char* name) { return {name, 5e-324, 1.7976931348
 
 // The defaults of a cell: h is the state after the step.
 struct CellBase {
-  static constexpr bool kAdjointSeesState = false, kCodes = false, kResets = false;
+  static constexpr bool kAdjointSeesState = false, kCodes = false, kOverwrites = false;
   static constexpr int kAlpha = -1;
 
   template <class V>

@@ -43,7 +43,7 @@ class Variant:
     streams: tuple[str, ...] = ()  # the inputs that come as streams
     codes: bool = False
     aligned: bool = True
-    writes_reset: bool = False  # epsilon is 0
+    overwrites: bool = False  # epsilon is 0
     resets: bool = False  # the state is reset before some steps, and boundaries have gradients
     narrow: bool = False  # at most 64 channels, which leave two to a lane
 
@@ -103,7 +103,7 @@ class Variant:
     @property
     def stops(self) -> bool:
         """Whether it ends before its segment, which its lanes decide together."""
-        return self.kernel == "summarize_adjoint" and self.writes_reset
+        return self.kernel == "summarize_adjoint" and self.overwrites
 
     @property
     def is_main(self) -> bool:
@@ -116,7 +116,7 @@ class Variant:
         words = [self.kernel, self.dtype, self.cell]
         if self.kernel not in OF_MAPS:
             words += ["codes" if self.codes else "streams", "+".join(self.streams)]
-        words += ["epsilon 0"] * self.writes_reset + ["resets"] * self.resets
+        words += ["epsilon 0"] * self.overwrites + ["resets"] * self.resets
         words += ["unaligned"] * (not self.aligned) + ["narrow"] * self.narrow
         return " ".join(words)
 
@@ -152,7 +152,7 @@ def variants() -> list[Variant]:
     every += [replace(v, arch=arch) for arch in ARCHITECTURES if arch != "sm_90" for v in others]
     every += [replace(v, resets=True) for v in others]
     resetting = [v for v in every if _writes_may_reset(v) and v.kernel not in ("fold", "carry")]
-    return every + [replace(v, writes_reset=True) for v in resetting]
+    return every + [replace(v, overwrites=True) for v in resetting]
 
 
 def _dtypes(cell: ops.Cell) -> list[str]:
@@ -210,13 +210,13 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     streams = sum(1 << i for i, of_spec in enumerate(spec.inputs) if of_spec.name in variant.streams)
     channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
                    if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
-    form = (streams, channels, variant.codes, variant.writes_reset, variant.resets, variant.resets, CHUNK)
+    form = (streams, channels, variant.codes, variant.overwrites, variant.resets, variant.resets, CHUNK)
     values = {
         "cell": variant.functions,
         "rules": variant.functions.rules,
         "form": arguments.Form(*map(tl.constexpr, form)),
         "block": arguments.Block(*map(tl.constexpr, (align, variant.tile, warp * variant.of_lane))),
-        "writes_reset": variant.writes_reset,
+        "overwrites": variant.overwrites,
     }
     stream = arguments.Stream(f"*{variant.element}", "i64", "i64")
     inputs = tuple(stream if streams >> i & 1 else arguments.Stream(f"*{state}", "i64", "i64")
@@ -356,7 +356,7 @@ def rows_read(variant: Variant) -> int:
     streams, tile = len(variant.streams), variant.tile
     match variant.kernel:
         case "check":  # what left and what was handed on; with bounds also the map, what entered and its magnitude
-            return 2 if variant.writes_reset else 6
+            return 2 if variant.overwrites else 6
         case "forward":
             return 2 * tile * streams * (not variant.codes)
         case "summarize":

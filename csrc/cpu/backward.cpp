@@ -12,7 +12,7 @@ constexpr int64_t kFirstLook = 64;      // as in forward.cpp
 constexpr int64_t kMostKept = 1 << 19;  // bytes of scratch that a thread keeps between calls
 constexpr int64_t kMostGroups = 256;    // of segments that share a row of sums
 
-// The adjoint map of a segment whose writes reset the state, seen from its begin: no further than a channel is unsettled.
+// The adjoint map of a segment whose writes overwrite the state, seen from its begin: no further than a channel is unsettled.
 void look_ahead(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
   Maps far(scan, 1);
   const Rows zeros(scan, 1);
@@ -109,7 +109,7 @@ class BackwardPass {
 // Finds the adjoint map of every segment. If it depends on the states, a backward pass from m = 0 gives its offset; the
 // results of that pass are overwritten later.
 void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segments, CutMaps& cut_maps) {
-  const bool looks = k.resets(scan) && !k.adjoint_sees_state;
+  const bool looks = k.overwrites(scan) && !k.adjoint_sees_state;
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
     const MapRow map = cut_maps.maps.at(i, d0);
     if (looks) look_ahead(scan, k, segments.list[i], d0, d1, map);

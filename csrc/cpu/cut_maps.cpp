@@ -28,7 +28,7 @@ void CutMaps::compose(void* states) {
     void* const state = row(states, scan, n);
     for_segments(n, [&](int64_t i, int64_t) {
       std::memcpy(entry.at(i), state, row_bytes(scan));
-      kernels.apply(scan.channels, kernels.resets(scan), maps.at(i), state);
+      kernels.apply(scan.channels, kernels.overwrites(scan), maps.at(i), state);
     });
   }
   exit = entry;
@@ -40,7 +40,7 @@ bool CutMaps::finish(void* states) {
     for_segments(n, [&](int64_t i, int64_t next) {
       if (next < 0) std::memcpy(row(states, scan, n), exit.at(i), row_bytes(scan));
       else
-        all = all && kernels.consistent(scan.channels, kernels.resets(scan), maps.at(i), late.at(i), entry.at(i),
+        all = all && kernels.consistent(scan.channels, kernels.overwrites(scan), maps.at(i), late.at(i), entry.at(i),
                                         exit.at(i), entry.at(next));
     });
   return all;

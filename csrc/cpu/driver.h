@@ -2,7 +2,7 @@
 //
 //   time       A sequence is one segment or, if scan.segment > 0, several: they are reduced to maps in parallel, given their
 //              entry states by a short sequential pass, and then scanned in parallel. The cut and the order of every sum are
-//              functions of sizes only, so results do not depend on the number of threads. If writes reset the state, a
+//              functions of sizes only, so results do not depend on the number of threads. If writes overwrite the state, a
 //              forward pass only copies values, so its cut may suit the threads.
 //   channels   Channels never interact, so a row may be cut into blocks to suit the threads without changing a bit.
 #pragma once

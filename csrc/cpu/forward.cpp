@@ -50,7 +50,7 @@ void skip(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1) {
   std::memset(static_cast<char*>(scan.h.data) + first * size, 0, (d1 - d0) * size);
 }
 
-// The map of a segment whose writes reset the state, seen from its end: no further back than a channel is unsettled.
+// The map of a segment whose writes overwrite the state, seen from its end: no further back than a channel is unsettled.
 void look_back(const Scan& scan, const Kernels& k, const ResetStates& resets, const Segment& segment, int64_t d0,
                int64_t d1, MapRow map) {
   Scan reads = scan;
@@ -152,7 +152,8 @@ void forward(Scan scan, const Kernels& k) {
   Segments segments = cut(scan);
   enter(scan, k, segments);
   const bool few = scan.sequences < torch::stable::get_num_threads() && scan.time >= 2 * kLeastSegment;
-  if (k.resets(scan) && (scan.segment > 0 || (few && !is_serial(scan)))) return forward_looking_back(scan, k, resets);
+  if (k.overwrites(scan) && (scan.segment > 0 || (few && !is_serial(scan))))
+    return forward_looking_back(scan, k, resets);
   if (scan.segment > 0) {
     if (forward_composing(scan, k, resets, segments)) return;
     scan.segment = 0;

@@ -55,8 +55,8 @@ class BackwardAgent : public BackwardBase<F> {
     for (int tile = 0; begin + tile_steps > span.begin; begin -= tile_steps, ++tile) {
       stage_tile(tile + 1, begin - tile_steps);
       wait_for_copies<1>();
-      this->with_part_and_cell(tile, begin, [&]<bool kResets, class Part>(const Part& part, const Cell& cell) {
-        constexpr bool kSelects = kResets && !Cell::kAdjointSeesState;
+      this->with_part_and_cell(tile, begin, [&]<bool kOverwrites, class Part>(const Part& part, const Cell& cell) {
+        constexpr bool kSelects = kOverwrites && !Cell::kAdjointSeesState;
         BackwardTile<F, kSelects, Part>(*this, part, cell).run();
       });
       summed_ += kSteps<F>;
@@ -191,7 +191,7 @@ class BackwardAgent : public BackwardBase<F> {
   int summed_ = 0;                                        // steps added to them
 };
 
-// One tile. kSelects: every write resets the state, so that states are selected and not computed.
+// One tile. kSelects: every write overwrites the state, so that states are selected and not computed.
 template <class F, bool kSelects, class Part>
 class BackwardTile {
   using S = typename F::S;

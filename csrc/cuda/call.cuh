@@ -52,7 +52,7 @@ struct Workspace {
   uint32_t* reset_bits;            // where states are reset (resets.cuh); null: nowhere
   S* taken;  // [segments, 2, D]: m summed over the resets of a segment in a sequence that began before it; in one that
              // begins in it and ends after it
-  bool resets;  // whether every write resets the state: factors are 0 or 1
+  bool overwrites;  // whether every write overwrites the state: factors are 0 or 1
 };
 
 // Which segments have a map that ignores the state on entry (Affine::head).
@@ -75,13 +75,13 @@ __device__ __forceinline__ bool is_idle(const Call<F>& call) {
   return call.unless_zero && load<Traffic::kState, 1>(call.unless_zero).at[0] == 0;
 }
 
-// Calls each<kResets>(cell). Where every write resets the state, the compiler knows it. The cell is a copy, because the
+// Calls each<kOverwrites>(cell). Where every write overwrites the state, the compiler knows it. The cell is a copy, because the
 // compiler keeps its scalars in registers then, and reads those of `call` again at every step.
 template <class F, class Each>
 __device__ __forceinline__ void with_cell(const Call<F>& call, Each each) {
   const typename F::Cell cell = call.cell;
-  if constexpr (F::Cell::kResets)
-    if (cell.resets()) return each.template operator()<true>(cell.resetting());
+  if constexpr (F::Cell::kOverwrites)
+    if (cell.overwrites()) return each.template operator()<true>(cell.overwriting());
   each.template operator()<false>(cell);
 }
 

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kCheckThreads) check(Workspace<S> work, Plan p
   const S next_entry = at(work.entry, thread + direction * across.divisor());
   // The offset of a head is a state that was scanned.
   if (!consistent(map.a, map.b, late, at(work.entry, thread), at(work.exit, thread), next_entry,
-                  work.resets || map.is_head()))
+                  work.overwrites || map.is_head()))
     store<Traffic::kState>(work.again, Vector<int, 1>{{1}});
 }
 

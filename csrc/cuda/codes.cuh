@@ -1,5 +1,5 @@
 // Write codes of 2 bits (maps/write_or_hold.h) in global memory and in registers, and the fast path of cells with codes
-// whose every write resets the state (epsilon 0): a state is then the value written last, or the state on entry, so
+// whose every write overwrites the state (epsilon 0): a state is then the value written last, or the state on entry, so
 // that steps only select.
 #pragma once
 #include "../maps/write_or_hold.h"
@@ -83,7 +83,7 @@ class CodeWriter {
   int64_t first_ = -1;  // position of the word's first step
 };
 
-// Collapses a word of codes into one, where writes reset: NaN if any step is NaN, else the last write, else hold.
+// Collapses a word of codes into one, where writes overwrite: NaN if any step is NaN, else the last write, else hold.
 __device__ __forceinline__ int last_of(int word) {
   const int writes = word & kWrites, nan = word >> 16 & kWrites & ~writes;
   const int last = writes == 0 ? kHold : word >> (31 - __clz(writes)) & kCodeMask;
@@ -92,7 +92,7 @@ __device__ __forceinline__ int last_of(int word) {
 
 // ------------------------------------------------------------------------------------------------ states by selection
 
-// The values of a thread's channels where writes reset. A value V is one channel, or two of streams of 16 bits. Where
+// The values of a thread's channels where writes overwrite. A value V is one channel, or two of streams of 16 bits. Where
 // the cell itself decides by them (kDecides), they can be pairs only if every input that decides is such a stream.
 template <class F, bool kDecides = true>
 struct Selection {
@@ -169,7 +169,7 @@ struct Selection {
   }
 };
 
-// h of a cell with codes where writes reset: of the first value, of the second, and of the state that is held.
+// h of a cell with codes where writes overwrite: of the first value, of the second, and of the state that is held.
 template <class F, bool kDecides = true>
 struct Outputs {
   using Of = Selection<F, kDecides>;

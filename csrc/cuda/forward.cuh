@@ -47,8 +47,9 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
     for (int tile = 0; begin < span.end; begin += tile_steps, ++tile) {
       stage_tile(tile + 1, begin + tile_steps);
       wait_for_copies<1>();
-      this->with_part_and_cell(
-          tile, begin, [&]<bool kResets>(const auto& part, const Cell& cell) { scan_tile<kResets>(part, cell); });
+      this->with_part_and_cell(tile, begin, [&]<bool kOverwrites>(const auto& part, const Cell& cell) {
+        scan_tile<kOverwrites>(part, cell);
+      });
     }
     wait_for_copies<0>();
     if (span.last)
@@ -73,21 +74,21 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
     commit_copies();
   }
 
-  template <bool kResets, class Part>
+  template <bool kOverwrites, class Part>
   __device__ __forceinline__ void scan_tile(const Part& part, const Cell& cell) {
     bool copies = false;  // whether h is one of two values, or that of the state on entry
-    reduce<kResets>(part, cell, copies);
+    reduce<kOverwrites>(part, cell, copies);
     __syncthreads();
-    this->for_block([&](int c, int64_t d) { walk_channel<kResets>(part, cell, c, d); });
+    this->for_block([&](int c, int64_t d) { walk_channel<kOverwrites>(part, cell, c, d); });
     __syncthreads();
-    if (inside) store_tile<kResets>(part, cell, copies);
+    if (inside) store_tile<kOverwrites>(part, cell, copies);
   }
 
   // The thread's steps as one map, to shared memory.
-  template <bool kResets, class Part>
+  template <bool kOverwrites, class Part>
   __device__ __forceinline__ void reduce(const Part& part, const Cell& cell, bool& copies) const {
     typename F::States a = all<F>(1), u = all<F>(0);
-    if constexpr (kResets && Cell::kCodes) {
+    if constexpr (kOverwrites && Cell::kCodes) {
       auto last = Of::none(), squared = Of::all_of(0);
 #pragma unroll
       for (int t = 0; t < kSteps<F>; ++t)
@@ -109,11 +110,11 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   }
 
   // Offsets of the groups at a channel become the states that enter them.
-  template <bool kResets, class Part>
+  template <bool kOverwrites, class Part>
   __device__ __forceinline__ void walk_channel(const Part& part, const Cell& cell, int c, int64_t d) const {
     S *const factors = room.row(0) + c, *const values = room.row(1) + c;
     S& carried = room.carried(c);
-    if constexpr (kResets) {  // values are copied
+    if constexpr (kOverwrites) {  // values are copied
       carried = walk(factors, values, room.channels, int(blockDim.y), carried);
     } else {
       const Column<F, Base> column{*this, part.tile, part.begin, c, d};
@@ -124,14 +125,14 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   }
 
   // h of the thread's steps, and the state that enters them if it is a checkpoint.
-  template <bool kResets, class Part>
+  template <bool kOverwrites, class Part>
   __device__ __forceinline__ void store_tile(const Part& part, const Cell& cell, bool copies) const {
     typename F::States s = room.own(1);
     if (part.has(0) && !(span.resets && part.position == span.begin) && saves(part.position))
       save<F>(part.position, d, s);
     const Row<typename F::T> h(call.scan, call.scan.h, span.row(call.scan), d);
     typename F::T* out = h.at(part.position);
-    if constexpr (kResets && Cell::kCodes) {
+    if constexpr (kOverwrites && Cell::kCodes) {
 #pragma unroll
       for (int w = 0; w < F::W; ++w) copies = copies && !is_nan(s.at[w]);
       if (copies) return store_copies(part, cell, s, out, h.step);

@@ -6,7 +6,7 @@
 //             cut: `summarize` each segment and write its codes; `carry`; `expand` the codes from the entry states. If
 //             steps do not fit codes: `forward` from the entry states.
 //   backward  uncut: `backward`, one pass.
-//             cut: `summarize_adjoint` each segment, as far as to a write that resets; `carry`; `backward` from the
+//             cut: `summarize_adjoint` each segment, as far as to a write that overwrites; `carry`; `backward` from the
 //             entry m. If the adjoint sees the state, the maps come from `summarize` (factors) and from `backward` with
 //             m = 0 (offsets).
 //   map       `summarize` each segment; `compose` the segments of a row.

@@ -74,7 +74,7 @@ class Op {
       : scan_(scan),
         plan_(scan, backward),
         cell_(scan.scalars),
-        checks_(plan_.is_cut() && (backward || !resets())),
+        checks_(plan_.is_cut() && (backward || !overwrites())),
         work_(layout(static_cast<char*>(workspace))),
         launch_(stream) {}
 
@@ -86,20 +86,20 @@ class Op {
   // Registers bear 16 bytes of states in `backward`.
   using Narrow = typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;
 
-  bool resets() const {
-    if constexpr (F::Cell::kResets) return cell_.resets();
+  bool overwrites() const {
+    if constexpr (F::Cell::kOverwrites) return cell_.overwrites();
     else return false;
   }
   Workspace<S> layout(char* base) const {
     const auto states = [&](int k) { return reinterpret_cast<S*>(base + k * plan_.states_bytes); };
     Workspace<S> work{};
     work.factor = states(0), work.offset = states(1), work.entry = states(3);
-    if (checks_ && !resets()) work.late = reinterpret_cast<typename RealOf<S>::type*>(states(2));
+    if (checks_ && !overwrites()) work.late = reinterpret_cast<typename RealOf<S>::type*>(states(2));
     if (checks_) work.exit = states(4), work.again = reinterpret_cast<int*>(base + plan_.flag_offset());
     work.sums = reinterpret_cast<S*>(base + plan_.sums_offset());
     if (scan_.resets) work.reset_bits = reinterpret_cast<uint32_t*>(base + plan_.resets_offset());
     work.taken = reinterpret_cast<S*>(base + plan_.taken_offset());
-    work.resets = resets();
+    work.overwrites = overwrites();
     return work;
   }
 

@@ -59,14 +59,14 @@ __device__ __forceinline__ bool add_pairs(const Tile<F, U>& tile, const ChannelI
 #pragma unroll
   for (int w = 0; w < F::W; ++w) {
     const S s = Of::at(last, w);
-    const Affine<S> before{map.a.at[w], map.u.at[w]}, after = is_nan(s) ? before : before.then_reset_to(s);
+    const Affine<S> before{map.a.at[w], map.u.at[w]}, after = is_nan(s) ? before : before.then_overwrite_with(s);
     map.a.at[w] = after.a, map.u.at[w] = after.b;
   }
   return true;
 }
 
 // Adds U steps to the map of a thread's channel w. Returns their codes.
-template <bool kResets, class F, int U>
+template <bool kOverwrites, class F, int U>
 __device__ __forceinline__ int add_steps(const Tile<F, U>& tile, const ChannelInputs<F>& channel,
                                          const typename F::Cell& cell, int w, SegmentMap<F>& map) {
   using S = typename F::S;
@@ -78,12 +78,12 @@ __device__ __forceinline__ int add_steps(const Tile<F, U>& tile, const ChannelIn
     S x[F::kInputs];
     tile.inputs(t, w, channel, x);
     if constexpr (kCodes) codes |= cell.encode(x) << t;
-    if constexpr (kCodes && kResets) continue;
+    if constexpr (kCodes && kOverwrites) continue;
     u = cell.step(x, u);
     a = conj(cell.pull(x, conj(a)));
-    if constexpr (!kResets) map.late.at[w] = recent(u, map.late.at[w]);
+    if constexpr (!kOverwrites) map.late.at[w] = recent(u, map.late.at[w]);
   }
-  if constexpr (kCodes && kResets) {
+  if constexpr (kCodes && kOverwrites) {
     const int last = last_of(codes);
     u = cell.step_code(last, u);
     a = cell.pull_code(last, a);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(
   SegmentMap<F> map;
   CodeWriter<F> writer(scan, d);
   TilesAhead<F, kSegmentTile<F>> tiles(scan, d);
-  with_cell(call, [&]<bool kResets>(const typename F::Cell& cell) {
+  with_cell(call, [&]<bool kOverwrites>(const typename F::Cell& cell) {
     Spans spans(call, segment, 1);
     for (Span span{}; spans.next(span);) {
       if (span.enters()) map.u = enter<F>(scan, call.cell, span, d, channel);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(
         else tile = {scan, span.row(scan), d, position};
         [[maybe_unused]] int before = 0;
         if constexpr (F::Cell::kCodes) before = writer.begin(span.row(scan), position);
-        if constexpr (kResets && Selection<F>::kPairs && U > 1) {
+        if constexpr (kOverwrites && Selection<F>::kPairs && U > 1) {
           Vector<int32_t, F::W> codes;
           if (add_pairs<F>(tile, channel, cell, codes, map)) {
 #pragma unroll
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(
         }
 #pragma unroll
         for (int w = 0; w < F::W; ++w) {
-          [[maybe_unused]] const int codes = add_steps<kResets, F>(tile, channel, cell, w, map);
+          [[maybe_unused]] const int codes = add_steps<kOverwrites, F>(tile, channel, cell, w, map);
           if constexpr (F::Cell::kCodes) writer.add(w, before, codes);
         }
       });
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) summarize(
 
 // ------------------------------------------------------------------------------------------------ expand
 
-// h of the U steps from `out` on, and the state after them, where writes reset and no step is NaN.
+// h of the U steps from `out` on, and the state after them, where writes overwrite and no step is NaN.
 template <class F, int U>
 __device__ __forceinline__ void expand_copies(const Vector<int32_t, F::W>& codes, const typename F::Cell& cell,
                                               const ChannelInputs<F>& channel, typename F::T* out, int64_t step,
@@ -161,7 +161,7 @@ __device__ __forceinline__ void expand_copies(const Vector<int32_t, F::W>& codes
     s.at[w] = cell.step_code(last_of(codes.at[w] & int(((1u << U) - 1) * kCodeMask)), s.at[w]);
 }
 
-// The same where writes do not reset, or a step is NaN.
+// The same where writes do not overwrite, or a step is NaN.
 template <class F, int U>
 __device__ __forceinline__ void expand_steps(const Vector<int32_t, F::W>& codes, const typename F::Cell& cell,
                                              const ChannelInputs<F>& channel, typename F::T* out, int64_t step,
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(con
     const Row<typename F::T> h(scan, scan.h, span.row(scan), d);
     const auto expand_tile = [&]<int U>(int64_t position) {
       const Vector<int32_t, F::W> codes = ahead.at(position);
-      bool copies = cell.resets();
+      bool copies = cell.overwrites();
 #pragma unroll
       for (int w = 0; w < F::W; ++w)
         copies = copies && (codes.at[w] >> 16 & ~codes.at[w] & ((1 << U) - 1)) == 0 && !is_nan(s.at[w]);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(con
 
 // ------------------------------------------------------------------------------------------------ summarize_adjoint
 
-// Composes two maps of the adjoint where writes reset: a, m of the steps on the left; right_a, right_m of those on the
+// Composes two maps of the adjoint where writes overwrite: a, m of the steps on the left; right_a, right_m of those on the
 // right. Returns whether any channel of the result depends on what comes from the right.
 template <class F>
 __device__ __forceinline__ bool append(const typename F::States& right_a, const typename F::States& right_m,
@@ -249,7 +249,7 @@ class AdjointSteps {
       : scan_(call.scan), d_(d), channel_(call.scan, d), codes_(call.scan, call.plan, segment, d, direction) {}
 
   // Puts U steps in front of the map of the steps to their right, a and m.
-  template <bool kResets, int U>
+  template <bool kOverwrites, int U>
   __device__ __forceinline__ void pull(const Span& span, int64_t position, const typename F::Cell& cell,
                                        typename F::States& a, typename F::States& m, Lates<F>& late) {
     const Row<const typename F::T> g(scan_, scan_.grad_h, span.row(scan_), d_);
@@ -275,7 +275,7 @@ class AdjointSteps {
           m.at[w] = cell.pull(x, lambda);
           a.at[w] = cell.pull(x, a.at[w]);
         }
-        if constexpr (!kResets) late.at[w] = recent(m.at[w], late.at[w]);
+        if constexpr (!kOverwrites) late.at[w] = recent(m.at[w], late.at[w]);
       }
     }
   }
@@ -287,7 +287,7 @@ class AdjointSteps {
   CodesAhead<F> codes_;
 };
 
-// Each segment as one map of m, from the right. Where writes reset: from the left up to the first write, because the m
+// Each segment as one map of m, from the right. Where writes overwrite: from the left up to the first write, because the m
 // that leaves the segment does not depend on later steps. No m passes a reset.
 template <class F, bool kFromCodes>
 __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>)
@@ -300,16 +300,16 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>)
   if (segment >= plan.segments) return;
 
   SegmentMap<F> map;
-  with_cell(call, [&]<bool kResets>(const typename F::Cell& cell) {
-    constexpr int kDirection = kResets ? 1 : -1;
+  with_cell(call, [&]<bool kOverwrites>(const typename F::Cell& cell) {
+    constexpr int kDirection = kOverwrites ? 1 : -1;
     Steps steps(call, segment, d, kDirection);
     Spans spans(call, segment, kDirection);
     Span span{};
-    if constexpr (kResets) {
+    if constexpr (kOverwrites) {
       if (!spans.next(span)) return;
       const auto pull = [&]<int U>(int64_t position) {
         States a = all<F>(1), m = all<F>(0);
-        steps.template pull<kResets, U>(span, position, cell, a, m, map.late);
+        steps.template pull<kOverwrites, U>(span, position, cell, a, m, map.late);
         return append<F>(a, m, map.a, map.u);
       };
       bool holds = !span.resets;
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>)
       map.head = span.last || span.right || span.resets;
     } else {
       const auto pull = [&]<int U>(int64_t position) {
-        steps.template pull<kResets, U>(span, position, cell, map.a, map.u, map.late);
+        steps.template pull<kOverwrites, U>(span, position, cell, map.a, map.u, map.late);
       };
       while (spans.next(span)) {
         if (span.last) map.u = load_states<F>(scan.grad_final, span.sequence, scan.channels, d), map.head = true;

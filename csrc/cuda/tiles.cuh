@@ -163,12 +163,12 @@ struct TileAgent {
     if (span.begin <= begin && begin + tile_steps <= span.end) each(Part<F, true>(span, tile, begin));
     else each(Part<F, false>(span, tile, begin));
   }
-  // Calls each<kResets>(part, cell) for a tile.
+  // Calls each<kOverwrites>(part, cell) for a tile.
   template <class Each>
   __device__ __forceinline__ void with_part_and_cell(int tile, int64_t begin, Each each) const {
     with_part(tile, begin, [&]<bool kWhole>(const Part<F, kWhole>& part) {
       if constexpr (kWhole) {
-        with_cell(call, [&]<bool kResets>(const Cell& cell) { each.template operator()<kResets>(part, cell); });
+        with_cell(call, [&]<bool kOverwrites>(const Cell& cell) { each.template operator()<kOverwrites>(part, cell); });
       } else {
         const Cell cell = call.cell;
         each.template operator()<false>(part, cell);
@@ -266,13 +266,13 @@ __device__ __forceinline__ S add_if_not_finite(S x, S sum) {
 }
 
 // `walk` from `carried`. If a value is not finite, calls the slow but exact scan(s) instead. A NaN on entry stays.
-// kResets: factors are 0 or 1, and nothing is multiplied by 0.
-template <bool kResets, class S, class ScanSteps>
+// kOverwrites: factors are 0 or 1, and nothing is multiplied by 0.
+template <bool kOverwrites, class S, class ScanSteps>
 __device__ __forceinline__ S walk_or_scan(const S* factors, S* values, int stride, int count, S carried,
                                           ScanSteps scan) {
   S finite = 0;
   const S left = walk(factors, values, stride, count, carried, [&](Affine<S> map, S s) {
-    const S next = kResets ? map.apply(s) : map.apply_finite(s);
+    const S next = kOverwrites ? map.apply(s) : map.apply_finite(s);
     finite = add_if_not_finite(next, finite);
     return next;
   });

@@ -10,14 +10,14 @@ struct Affine {
   S a, b;
 
   static MRU_INLINE Affine identity() { return {S(1), S(0)}; }
-  // The map of a step that resets the state to b.
+  // The map of a step that sets the state to b.
   static MRU_INLINE Affine constant(S b) { return {S(0), b}; }
   // The map of steps in which a sequence begins (for the adjoint: ends). It ignores the state on entry, NaN included. A NaN
   // factor marks it: where an input makes a factor NaN, b is NaN as well, and nothing is lost.
   static MRU_INLINE Affine head(S b) { return {S(__builtin_nan("")), b}; }
   MRU_INLINE bool is_head() const { return a != a; }
 
-  // A factor 0 comes from a write that resets, or from a decay of 0. It leaves b of any number, infinity included, and a NaN
+  // A factor 0 comes from a write that overwrites, or from a decay of 0. It leaves b of any number, infinity included, and a NaN
   // state stays NaN.
   MRU_INLINE S apply(S s) const {
     const bool alone = (a == S(0) && s == s) || is_head();
@@ -31,16 +31,18 @@ struct Affine {
   }
   // This map, then `next`.
   MRU_INLINE Affine then(Affine next) const { return {next.a * a, next.apply(b)}; }
-  // The same for a `next` of steps that reset the state to `s`: nothing is computed, and NaN stays.
-  MRU_INLINE Affine then_reset_to(S s) const { return {S(0), b == b ? s : b}; }
+  // The same for a `next` of steps that overwrite the state with `s`: nothing is computed, and NaN stays.
+  MRU_INLINE Affine then_overwrite_with(S s) const { return {S(0), b == b ? s : b}; }
 
-  // The rest is for cells whose writes reset the state: every factor is 0 or 1, and a factor 0 drops any s, NaN included.
+  // The rest is for cells whose writes overwrite the state: every factor is 0 or 1, and a factor 0 drops any s, NaN included.
   // A state that is held (a = 1, b = 0) is copied, with the sign of its zero.
-  MRU_INLINE S apply_reset(S s) const {
+  MRU_INLINE S apply_overwriting(S s) const {
     const S both = b == S(0) ? s : s + b;
     return a == S(0) ? b : both;
   }
-  MRU_INLINE Affine then_reset(Affine next) const { return {next.a == S(0) ? next.a : a, next.apply_reset(b)}; }
+  MRU_INLINE Affine then_overwriting(Affine next) const {
+    return {next.a == S(0) ? next.a : a, next.apply_overwriting(b)};
+  }
   // Whether the result does not depend on the state on entry.
   MRU_INLINE bool is_settled() const { return a == S(0) || !(b == b); }
   // `before`, then this map, for maps of the adjoint: values are added or left out.

@@ -30,19 +30,20 @@ constexpr int kRecent = 8;  // steps after which a state has faded
 // Whether the state `exit`, to which a scan of the segment from `entry` leads, agrees with the state `next`, which composition
 // gave the next segment. The same for m of the adjoint.
 //
-// late      recent magnitude (`recent`) of the states that end in `offset`
-// resets    all factors are 0 or 1, as for epsilon = 0: none can underflow, and a wrong value is not finite
+// late        recent magnitude (`recent`) of the states that end in `offset`
+// overwrites  all factors are 0 or 1, as for epsilon = 0: none can underflow, and a wrong value is not finite
 //
 // The bound lets rounding pass. If cancellation leaves |factor * entry| + |offset| small, the rounding of the states before
 // exceeds it; `late` measures these. A factor that may have underflowed has few right bits, so its bound is tight.
 template <class S>
-MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next, bool resets) {
+MRU_INLINE bool consistent(S factor, S offset, typename RealOf<S>::type late, S entry, S exit, S next,
+                           bool overwrites) {
   using Real = typename RealOf<S>::type;
   constexpr Real kUnderflows = Real(1) / (int64_t(1) << 62), kLoose = Real(1) / 256;
   constexpr Real kRounding = Real(1) / (int64_t(1) << (sizeof(Real) == 8 ? 40 : 16));
   if (exit == next || (exit != exit && next != next)) return true;
   const Real error = magnitude(exit + Real(-1) * next);
-  if (resets) return error - error == 0;
+  if (overwrites) return error - error == 0;
   const Real a = magnitude(factor), terms = a * magnitude(entry) + magnitude(offset);
   const Real bound = (a < kUnderflows ? kRounding : kLoose) * terms + kRounding * late;
   return error <= bound && bound - bound == 0;

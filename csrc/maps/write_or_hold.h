@@ -14,14 +14,14 @@ constexpr int kCodeMask = 0x10001, kWrites = 0xffff;
 // value(x, first, second) and is_second(x). Its last input is alpha: h = alpha s'.
 template <class Self, class S>
 struct WriteOrHold : CellBase {
-  static constexpr bool kResets = true;
+  static constexpr bool kOverwrites = true;
 
   S epsilon;
 
   MRU_INLINE explicit WriteOrHold(S epsilon) : epsilon(epsilon) {}
 
-  MRU_INLINE bool resets() const { return epsilon == S(0); }
-  MRU_INLINE Self resetting() const {
+  MRU_INLINE bool overwrites() const { return epsilon == S(0); }
+  MRU_INLINE Self overwriting() const {
     Self same = self();
     same.epsilon = 0;
     return same;

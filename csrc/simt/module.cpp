@@ -83,7 +83,7 @@ std::map<std::string, std::array<uint64_t, 2>> traffic() {
 template <class C>
 std::map<std::string, bool> traits() {
   using Cell = typename C::template Cell<float, C::all()>;
-  return {{"resets", Cell::kResets}, {"adjoint_sees_state", Cell::kAdjointSeesState}};
+  return {{"resets", Cell::kOverwrites}, {"adjoint_sees_state", Cell::kAdjointSeesState}};
 }
 std::map<std::string, std::map<std::string, bool>> cells() {
 #define MRU_TRAITS(cell) {#cell, traits<mru::cells::cell>()},

@@ -202,7 +202,7 @@ def scan_once(call: inputs.Call) -> dict[str, Tensor]:
 
 
 def check_held(dtype: torch.dtype) -> None:
-    """Where writes reset and few steps write, gradients pass the ends of many segments, and of sequences none."""
+    """Where writes overwrite and few steps write, gradients pass the ends of many segments, and of sequences none."""
     batch, time, channels = 2, 6 * CHUNK + 3, 20
     for offsets in (None, [0, 0, 40, 41, 3 * CHUNK, time]):
         rows, n = (batch, batch) if offsets is None else (1, len(offsets) - 1)
@@ -305,7 +305,7 @@ def check_any_order(dtype: torch.dtype) -> None:
 
 
 def check_copies(dtype: torch.dtype) -> None:
-    """Where writes reset, values are copied, and NaN stays: ties, zeros of both signs, infinities, NaN."""
+    """Where writes overwrite, values are copied, and NaN stays: ties, zeros of both signs, infinities, NaN."""
     values = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, torch.inf, -torch.inf], dtype=dtype)
     shape = (2, 4 * CHUNK, 16)
     candidate, threshold = values[torch.randint(len(values), (2, *shape))].unbind()

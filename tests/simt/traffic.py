@@ -70,8 +70,8 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     require(moved["codes"] == [n // 4 * packs] * 2, f"forward, codes: {where}")
     # factor, offset and entry written; inputs per channel for each kernel; factor and offset twice, entry.
     carries = segments * channels * s
-    # Where `check` follows: `exit`, a flag and, unless writes reset, a magnitude each. All are read, `entry` twice, and
-    # the flag by each thread of the uncut form.
+    # Where `check` follows: `exit`, a flag and, unless writes overwrite, a magnitude each. All are read, `entry` twice,
+    # and the flag by each thread of the uncut form.
     late = carries // (2 if dtype.is_complex else 1) * (not resets) * cut
     flags = 4 * (256 * batch + 1) * cut
     checked = cut and not resets

@@ -25,7 +25,7 @@ template <class F>
 constexpr Kernels table = {.inputs = F::kInputs,
                            .channels = F::kPerChannel,
                            .adjoint_sees_state = F::Cell::kAdjointSeesState,
-                           .resets = &MapRows<F>::resets,
+                           .overwrites = &MapRows<F>::overwrites,
                            .forward = &forward<F, Codes::kNone>,
                            .forward_from_codes = forward_if_codes<F, Codes::kRead>(),
                            .forward_to_codes = forward_if_codes<F, Codes::kPack>(),

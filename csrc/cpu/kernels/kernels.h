@@ -22,9 +22,9 @@ struct MapRow {
 // otherwise.
 struct Kernels {
   int inputs;
-  unsigned channels;            // bit i: input i comes per channel
-  bool adjoint_sees_state;      // Cell::kAdjointSeesState
-  bool (*resets)(const Scan&);  // Cell::kResets and resets()
+  unsigned channels;                // bit i: input i comes per channel
+  bool adjoint_sees_state;          // Cell::kAdjointSeesState
+  bool (*overwrites)(const Scan&);  // Cell::kOverwrites and overwrites()
 
   // Writes h and the checkpoints. carry: the state before the segment -> the state after it. The steps come from the
   // streams; from the packed codes; or from the streams, and their codes are packed.
@@ -54,17 +54,17 @@ struct Kernels {
   void (*enter)(const Scan&, void* state);
   void (*fill_ones)(int64_t n, void* row);
 
-  // Maps of whole rows. `resets`: factors are 0 or 1, and a factor 0 drops the state, NaN included.
+  // Maps of whole rows. `overwrites`: factors are 0 or 1, and a factor 0 drops the state, NaN included.
   void (*identity)(int64_t n, MapRow map);
   void (*head)(int64_t n, const void* state, MapRow map);      // drops any state, NaN included (Affine::head)
-  void (*constant)(int64_t n, const void* state, MapRow map);  // the same for maps that reset
-  void (*apply)(int64_t n, bool resets, MapRow map, void* state);
+  void (*constant)(int64_t n, const void* state, MapRow map);  // the same for maps that overwrite
+  void (*apply)(int64_t n, bool overwrites, MapRow map, void* state);
   void (*then)(int64_t n, MapRow total, MapRow next);  // total becomes: total, then next
-  // For maps that reset: `near` becomes `far`, then `near`, in channels that `near` does not settle alone. Returns whether
+  // For maps that overwrite: `near` becomes `far`, then `near`, in channels that `near` does not settle alone. Returns whether
   // a channel is not settled yet.
   bool (*look_through)(int64_t n, MapRow far, MapRow near);
   // Whether the state `exit` that a segment leaves is the state that the next one was given (maps/cut.h).
-  bool (*consistent)(int64_t n, bool resets, MapRow map, const void* late, const void* entry, const void* exit,
+  bool (*consistent)(int64_t n, bool overwrites, MapRow map, const void* late, const void* entry, const void* exit,
                      const void* next);
   // A state becomes NaN where `earlier` is. Returns whether one changed.
   bool (*absorb)(int64_t n, const void* earlier, void* state);

@@ -15,8 +15,8 @@ struct MapRows {
     static_cast<S*>(map.a)[j] = value.a, static_cast<S*>(map.b)[j] = value.b;
   }
 
-  static bool resets(const Scan& scan) {
-    if constexpr (F::Cell::kResets) return typename F::Cell(scan.scalars).resets();
+  static bool overwrites(const Scan& scan) {
+    if constexpr (F::Cell::kOverwrites) return typename F::Cell(scan.scalars).overwrites();
     else return false;
   }
 
@@ -59,9 +59,9 @@ struct MapRows {
     }
   }
 
-  static void apply(int64_t n, bool resets, MapRow map, void* state) {
+  static void apply(int64_t n, bool overwrites, MapRow map, void* state) {
     S* const s = static_cast<S*>(state);
-    for (int64_t j = 0; j < n; ++j) s[j] = resets ? at(map, j).apply_reset(s[j]) : at(map, j).apply(s[j]);
+    for (int64_t j = 0; j < n; ++j) s[j] = overwrites ? at(map, j).apply_overwriting(s[j]) : at(map, j).apply(s[j]);
   }
 
   static void then(int64_t n, MapRow total, MapRow next) {
@@ -72,13 +72,13 @@ struct MapRows {
     bool open = false;
     for (int64_t j = 0; j < n; ++j) {
       if (at(near, j).is_settled()) continue;
-      put(near, j, at(far, j).then_reset(at(near, j)));
+      put(near, j, at(far, j).then_overwriting(at(near, j)));
       open |= !at(near, j).is_settled();
     }
     return open;
   }
 
-  static bool consistent(int64_t n, bool resets, MapRow map, const void* late, const void* entry, const void* exit,
+  static bool consistent(int64_t n, bool overwrites, MapRow map, const void* late, const void* entry, const void* exit,
                          const void* next) {
     const auto state = [](const void* row, int64_t j) { return static_cast<const S*>(row)[j]; };
     const auto* const lately = static_cast<const typename F::Real*>(late);
@@ -86,7 +86,7 @@ struct MapRows {
     for (int64_t j = 0; j < n; ++j) {
       const Affine<S> m = at(map, j);
       const S factor = m.is_head() ? S(0) : m.a;
-      all &= mru::consistent(factor, m.b, lately[j], state(entry, j), state(exit, j), state(next, j), resets);
+      all &= mru::consistent(factor, m.b, lately[j], state(entry, j), state(exit, j), state(next, j), overwrites);
     }
     return all;
   }

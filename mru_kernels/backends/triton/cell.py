@@ -75,13 +75,13 @@ class Implementation(NamedTuple):
     """A cell in Triton.
 
     scalars        turns the values of the spec's scalars, in order, into `p`, for a state dtype
-    writes_reset   whether every write resets the state, given `p`. Epsilon is then the first of `p`, and it is 0
+    overwrites   whether every write overwrites the state, given `p`. Epsilon is then the first of `p`, and it is 0
     """
 
     real: Cell
     complex: Cell | None = None
     scalars: Callable[[Sequence[float], torch.dtype], tuple[float, ...]] = lambda values, state: tuple(values)
-    writes_reset: Callable[[tuple[float, ...]], bool] = lambda p: False
+    overwrites: Callable[[tuple[float, ...]], bool] = lambda p: False
 
 
 @triton.jit

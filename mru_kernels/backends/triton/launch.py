@@ -65,7 +65,7 @@ class Call:
         self.aligned = self._is_aligned(grad_h)
         self.align = VECTOR_BYTES // self.first.element_size() if self.aligned else self.parts
         self.p = implementation.scalars(ops.scalars(cell, inputs, numbers), self.state)
-        self.writes_reset = implementation.writes_reset(self.p)
+        self.overwrites = implementation.overwrites(self.p)
         self.nothing = self.rows(0)  # stands in for missing tensors; flags keep kernels from reading it
         self.arguments = self._arguments(cell, given, chunk, resets, grad_checkpoints)
         self.arguments["initial"] = self.nothing if initial_state is None else self.vector(initial_state)
@@ -110,12 +110,12 @@ class Call:
         absent = sum(1 << i for i, s in enumerate(cell.inputs) if s.kind != "channel" and not given >> i & 1)
         channels = ((1 << len(self.arrays)) - 1) & ~streams & ~absent
         given_resets = (resets is not None, grad_checkpoints is not None)
-        form = (streams, channels, self.codes, self.writes_reset, *given_resets, chunk)
+        form = (streams, channels, self.codes, self.overwrites, *given_resets, chunk)
         return {
             "cell": self.functions,
             "rules": self.functions.rules,
             "form": Form(*map(tl.constexpr, form)),
-            "writes_reset": self.writes_reset,
+            "overwrites": self.overwrites,
             "inputs": tuple(self.stream(t) for t in self.arrays),
             "scalars": tuple(map(encode_double, self.p)),
             "entries": self.nothing,
@@ -187,7 +187,7 @@ class Call:
         scan = self.scan_sizes._replace(flag=walked["scan"].flag)
         own = own | {"scan": scan, "lates": lates}
         self.launch(name, self.segments, **own | {enters: walked["entries"], leaves: exits})
-        if name == "forward" and self.writes_reset:
+        if name == "forward" and self.overwrites:
             return  # values were only copied
         self.launch("check", self.segments, **walked, lates=lates, exits=exits)
         whole = scan._replace(segment_size=encode(0), redo=encode(1))

@@ -26,7 +26,7 @@ def scalars(values: Sequence[float], state: torch.dtype) -> tuple[float, ...]:
     return (epsilon, *surrogate(surrogate_scale, state))
 
 
-def writes_reset(p: tuple[float, ...]) -> bool:
+def overwrites(p: tuple[float, ...]) -> bool:
     return p[0] == 0
 
 

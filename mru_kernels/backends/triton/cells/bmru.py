@@ -14,6 +14,7 @@ from ..write_or_hold import (
     enter,
     factor_of_writes,
     output,
+    overwrites,
     pull_code,
     recompute_code,
     recomputed,
@@ -23,7 +24,6 @@ from ..write_or_hold import (
     step_word,
     write_or_hold,
     writes_of_word,
-    writes_reset,
 )
 
 FIRST, SECOND = tl.constexpr(1.0), tl.constexpr(-1.0)  # the values that a code writes
@@ -104,5 +104,5 @@ CELL = Implementation(
         codes=CODES,
     ),
     scalars=scalars,
-    writes_reset=writes_reset,
+    overwrites=overwrites,
 )  # fmt: skip

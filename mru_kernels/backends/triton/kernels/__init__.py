@@ -14,8 +14,8 @@ No lane needs the values of another. A complex channel counts as two, its real a
 If sequences are scanned whole, that is all. If time is split, `summarize` reduces each segment to an affine map, `fold`
 and `carry` compose these maps, and `forward` scans each segment from the state that enters it. Where steps fit write
 codes, `summarize` packs them, and nothing reads the streams again. Then `check` decides whether the whole is scanned
-again without a split (csrc/maps/cut.h). The backward pass does the same from the right. Where writes reset the state,
-its summary of a segment ends once all channels have written.
+again without a split (csrc/maps/cut.h). The backward pass does the same from the right. Where writes overwrite the
+state, its summary of a segment ends once all channels have written.
 
 Resets are one bit a step. A program loads the mask of a word, or of a chunk, before it needs it, and makes an integer
 of it. Each step then selects between the state and the reset state. Calls without resets are compiled without them.

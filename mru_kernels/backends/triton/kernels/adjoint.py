@@ -80,7 +80,7 @@ def adjoint_word(c, map_, writes, late, mask, opened, first, MASKED: tl.constexp
 
 @triton.jit
 def prepend_word(c, map_, mask, opened, first, MASKED: tl.constexpr):
-    """The map of 16 steps from `first` on, then of those to their left, `map_`. Writes reset the state."""
+    """The map of 16 steps from `first` on, then of those to their left, `map_`. Writes overwrite the state."""
     zeros = tl.zeros_like(map_[1])
     of_word, writes, _ = adjoint_word(c, (zeros + 1.0, zeros), zeros.to(tl.int32), zeros, mask, opened, first, MASKED)
     if c.form.codes:
@@ -143,7 +143,7 @@ def summarize_adjoint_segment(c, inputs, codes, grad_h, grad_checkpoints, maps, 
     opened = Opened(opened_inputs, (open_stream(grad_h, c.scan, at, c.block),), codes, grad_checkpoints)
     map_ = identity(c.cell.rules, at.d, STATE)
     whole = at.begin + (at.end - at.begin) // WORD * WORD
-    if c.form.writes_reset:
+    if c.form.overwrites:
         map_, seen = until_written(c, map_, opened, whole)
         factor, m = map_
     else:

@@ -64,7 +64,7 @@ def _complex_magnitude(a):
 
 
 REAL = Rules(_one, _times, _magnitude)
-#: A factor of 0 comes from a write that resets the state.
+#: A factor of 0 comes from a write that overwrites the state.
 WRITE_OR_HOLD = Rules(_one, _times_or_zero, _magnitude)
 #: A channel is two neighbours of a block, its real and its imaginary part, in one lane.
 COMPLEX = Rules(_complex_one, complex_times, _complex_magnitude)
@@ -114,8 +114,8 @@ def consistent(rules, map_, late, entry, leaves, handed, WRITES_RESET: tl.conste
     late      `recent` of the states that end in its offset
 
     The bound lets rounding pass. Rounding exceeds |factor entry| + |offset| if cancellation leaves both small; `late`
-    measures it then. A factor that may have underflowed has few right bits, so its bound is tight. Where writes reset
-    the state, factors are 0 or 1: values are wrong only where not finite.
+    measures it then. A factor that may have underflowed has few right bits, so its bound is tight. Where writes
+    overwrite the state, factors are 0 or 1: values are wrong only where not finite.
     """
     ROUNDING: tl.constexpr = 2.0**-40 if entry.dtype == tl.float64 else 2.0**-16
     error = rules.magnitude(leaves - handed)

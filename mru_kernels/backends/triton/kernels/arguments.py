@@ -21,7 +21,7 @@ class Form(NamedTuple):
     streams: Any  # bit i: input i is a stream
     channels: Any  # bit i: input i comes per channel, given or not
     codes: Any  # whether write codes stand for the streams wherever these would be read again
-    writes_reset: Any  # whether every write resets the state
+    overwrites: Any  # whether every write overwrites the state
     resets: Any  # whether the state is reset before some steps
     boundaries: Any  # whether the checkpoints have a gradient
     chunk: Any  # steps between two checkpoints
@@ -131,10 +131,10 @@ def sizes(scan, block):
 
 @triton.jit
 def scalars_of(doubles, form, STATE: tl.constexpr):
-    """The scalars of the cell in a dtype. Where writes reset the state the first one, epsilon, is the constant 0."""
+    """The scalars of the cell in a dtype. Where writes overwrite the state, the first one, epsilon, is constant: 0."""
     values = ()
     for i in tl.static_range(len(doubles)):
-        if i == 0 and form.writes_reset:
+        if i == 0 and form.overwrites:
             values = values + (tl.full((), 0.0, STATE),)
         else:
             bits = (size(doubles[i].high) << 32) | size(doubles[i].low)

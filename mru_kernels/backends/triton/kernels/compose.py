@@ -120,10 +120,10 @@ def carry(
 @triton.jit
 def check(
     rules,
-    writes_reset: tl.constexpr,  # whether factors are 0 or 1
+    overwrites: tl.constexpr,  # whether factors are 0 or 1
     block, scan, walk,
     maps,  # Maps of segments
-    lates,  # [segments, D]: recent magnitudes, see `consistent`; not read if `writes_reset`
+    lates,  # [segments, D]: recent magnitudes, see `consistent`; not read if `overwrites`
     entries,  # [segments, D]: what enters each segment
     exits,  # [segments, D]: what leaves it, scanned from there
     final_state,  # [N, D]: what leaves the last segment, by composing
@@ -144,10 +144,10 @@ def check(
             handed = get(tl.where(is_last, final_state, entries), row, at, at.mask, 0.0)
             factor = get(maps.factor, segment, at, at.mask, 0.0)
             offset = get(maps.offset, segment, at, at.mask, 0.0)
-            late = offset if writes_reset else get(lates, segment, at, at.mask, 0.0)
+            late = offset if overwrites else get(lates, segment, at, at.mask, 0.0)
             entry = get(entries, segment, at, at.mask, 0.0)
             leaves = get(exits, segment, at, at.mask, 0.0)
-            right = consistent(rules, (factor, offset), late, entry, leaves, handed, writes_reset)
+            right = consistent(rules, (factor, offset), late, entry, leaves, handed, overwrites)
             wrong = tl.max(tl.where(right, 0, tl.where(at.mask, 1, 0)), 0)
             if wrong != 0:
                 tl.store(scan.flag, 1)

@@ -138,7 +138,7 @@ def summarize_segment(c, inputs, codes, maps, lates, p_double):
         factor = as_head(factor, seen)
     put(maps.factor, at.segment, at, factor, at.mask)
     put(maps.offset, at.segment, at, offset, at.mask)
-    if not c.form.writes_reset:
+    if not c.form.overwrites:
         put(lates, at.segment, at, late, at.mask)
 
 
