@@ -19,8 +19,8 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   __device__ __forceinline__ void run() {
     Spans spans(call, segment, 1);
     while (spans.next(span)) {
-      if (call.scan.slots) span.sequence = load<Traffic::kIndex, 1>(call.scan.slots + span.sequence).at[0];
-      if (call.scan.slots && (span.sequence < 0 || span.sequence >= call.scan.slot_count)) skip_span();
+      const int64_t slot = span.state(call.scan);
+      if (call.scan.slots && (slot < 0 || slot >= call.scan.slot_count)) skip_span();
       else scan_span();
     }
     this->store_exit(segment);
@@ -30,7 +30,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   // The step of a sequence without a slot: h is 0.
   __device__ __forceinline__ void skip_span() const {
     if (inside && threadIdx.y == 0)
-      store<Traffic::kStream>(Row<typename F::T>(call.scan, call.scan.h, span.row, d).at(span.begin),
+      store<Traffic::kStream>(Row<typename F::T>(call.scan, call.scan.h, span.row(call.scan), d).at(span.begin),
                               narrow<typename F::T>(all<F>(0)));
   }
   __device__ __forceinline__ void scan_span() {
@@ -54,7 +54,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
     wait_for_copies<0>();
     if (span.last)
       this->for_block([&](int c, int64_t d) {
-        store_states<Single>(scan.final_state, span.sequence, scan.channels, d, {{room.carried(c)}});
+        store_states<Single>(scan.final_state, span.state(scan), scan.channels, d, {{room.carried(c)}});
       });
   }
 

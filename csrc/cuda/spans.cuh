@@ -39,6 +39,10 @@ struct Span {
   bool left = false, right = false;     // whether a span of the same sequence and segment is next to it
 
   __device__ __forceinline__ int64_t row(const Scan& scan) const { return scan.offsets ? 0 : sequence; }
+  // The row of the sequence's initial and final state.
+  __device__ __forceinline__ int64_t state(const Scan& scan) const {
+    return scan.slots ? load<Traffic::kIndex, 1>(scan.slots + sequence).at[0] : sequence;
+  }
   // Whether the state on entry is the initial or the reset state.
   __device__ __forceinline__ bool enters() const { return first || resets; }
   // A position between start and the sequence's end.

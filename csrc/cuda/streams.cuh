@@ -67,7 +67,7 @@ __device__ __forceinline__ typename F::States enter(const Scan& scan, const type
                                                     int64_t d, const ChannelInputs<F>& channel) {
   const void* const given = span.resets ? scan.reset_state : scan.initial;
   typename F::States s = all<F>(0);
-  if (scan.slots) s = load_states<F, Traffic::kSlot>(given, span.sequence, scan.channels, d);
+  if (scan.slots) s = load_states<F, Traffic::kSlot>(given, span.state(scan), scan.channels, d);
   else if (given) s = load_states<F>(given, span.sequence, scan.channels, d);
   if (span.begin < span.end)
 #pragma unroll

@@ -159,7 +159,7 @@ _FAULTS = {
     "forward.cuh": (
         ("dropped barrier in a tile", _AFTER_MAPS + _BARRIER, _AFTER_MAPS),
         ("copies not waited for", _WAIT, ""),
-        ("a slot beyond the last", "span.sequence < 0 || span.sequence >= call.scan.slot_count", "span.sequence < 0"),
+        ("a slot beyond the last", "slot < 0 || slot >= call.scan.slot_count", "slot < 0"),
         ("a skipped step not cleared", "if (inside && threadIdx.y == 0)\n      store", "if (false)\n      store"),
         ("state not saved", "if (part.has(0) && !(span.resets", "if (part.has(1) && !(span.resets"),
         ("state kept at a reset", _ENTERS, _ENTERS.replace("span.enters()", "span.first")),
