@@ -45,14 +45,12 @@ def fla(*tensors: Tensor, steps: int = 30) -> Tensor:
 
     q, k, v, decay, beta, regularizer = tensors
     q, k, v, beta = (s.bfloat16() for s in (q, k, v, beta))
-    return chunk_mesa_net(
-        q=q, k=k, v=v, g=decay, beta=beta, lamb=regularizer, max_cg_step_training=steps, max_cg_step_decoding=steps
-    )[0]
+    return chunk_mesa_net(q, k, v, decay, beta, regularizer, max_CG_iteration=steps)[0]
 
 
 def check_fla(tensors: tuple[Tensor, ...], steps: int) -> float:
     """The relative error of fla's output on these inputs. Raise RuntimeError where it is above 3 %."""
-    right = mk.mesa(*(t.double() for t in tensors), solver="cg")[0]
+    right = mk.mesa(*(t.double() for t in tensors))[0]
     error = ((fla(*tensors, steps=steps).double() - right).norm() / right.norm()).item()
     if not error < 0.03:
         raise RuntimeError(f"fla: expected a relative error below 3 % of mk.mesa, got {error:.1%}")
