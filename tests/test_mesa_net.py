@@ -156,9 +156,8 @@ def test_the_solver_stays_exact_under_autocast():
     close(grad, torch.autograd.grad(right.sum(), q)[0], 0)
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 1e-4])
-def test_compiled_and_exported(tolerance):
-    module, x = layer(steps=4, tolerance=tolerance), random(2, 5, 3)
+def test_compiled_and_exported():
+    module, x = layer(steps=2, tolerance=1e-4), random(2, 5, 3)
     expected, state = module(x)
     compiled = copy.deepcopy(module)
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
