@@ -18,7 +18,20 @@ from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MemoryCache, MinGRU, MinLSTM, MRUBlock, MRUNetwork
+from .mesa import mesa, mesa_step
+from .nn import (
+    BMRU,
+    CMRU,
+    LRU,
+    AlphaCMRU,
+    FirstQuadrantBMRU,
+    MemoryCache,
+    MesaNet,
+    MinGRU,
+    MinLSTM,
+    MRUBlock,
+    MRUNetwork,
+)
 from .schedule import EpsilonSchedule
 from .streaming import stream
 
@@ -33,6 +46,7 @@ __all__ = [
     "MRUBlock",
     "MRUNetwork",
     "MemoryCache",
+    "MesaNet",
     "MinGRU",
     "MinLSTM",
     "available_backends",
@@ -45,6 +59,8 @@ __all__ = [
     "leaky_integrator_step",
     "linear_recurrence",
     "linear_recurrence_step",
+    "mesa",
+    "mesa_step",
     "schmitt",
     "schmitt_step",
     "stream",

@@ -7,6 +7,7 @@ its per-channel inputs and its scan.
 from .base import UNITS, MRUBase
 from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
+from .mesa import MesaNet
 from .network import MRUBlock, MRUNetwork
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
@@ -21,6 +22,7 @@ __all__ = [
     "MRUBlock",
     "MRUNetwork",
     "MemoryCache",
+    "MesaNet",
     "MinGRU",
     "MinLSTM",
     "WriteOrHold",

@@ -26,11 +26,13 @@ from .arguments import (
 )
 from .base import UNITS, MRUBase
 from .memory_cache import MemoryCache
+from .mesa import MesaNet
 from .wrappers import fx_node, unwrapped
 from .write_or_hold import WriteOrHold
 
 Units = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 State = Sequence[Tensor]
+SEVERAL_STATES = (MemoryCache, MesaNet)  # modules that return a tuple of states and check it themselves
 
 
 class _WithUnits(torch.nn.Module):
@@ -75,7 +77,7 @@ class MRUBlock(_WithUnits):
         units: the recurrent units: a name, a sequence of names, or a mapping from names to further arguments of that
             unit, such as `{"bmru": {}, "min_gru": {"max_time_scale": 1000}}`. Each has one layer and one direction. The
             names are "bmru", "cmru", "alpha_cmru", "first_quadrant_bmru" or "schmitt", "min_gru", "min_lstm", "lru",
-            and "gru" for `torch.nn.GRU`.
+            "mesa" for `MesaNet`, and "gru" for `torch.nn.GRU`.
         hidden_size: number of channels of each unit; `width` if None.
         combine: "sum" or "concatenate", how to combine the outputs of the units.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
@@ -89,11 +91,11 @@ class MRUBlock(_WithUnits):
 
         input, output: `[B, T, width]`, T >= 1.
         resets: bool `[B, T]` or None, true where a new episode begins: there the units start from their own initial
-            states, and the convolution reads no earlier step. Not with a `cache` or "gru".
+            states, and the convolution reads no earlier step. Not with a `cache`, "mesa" or "gru".
         state: a tuple of tensors. With a convolution the first is its last `conv_size - 1` inputs
             `[B, width, conv_size - 1]`. The others are the states of the units, `[B, hidden_size]` each, or those of
-            their caches. A call with the returned state continues the sequences. None stands for zeros and the units'
-            own initial states.
+            a `MemoryCache` or `MesaNet`. A call with the returned state continues the sequences. None stands for zeros
+            and the units' own initial states.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -150,7 +152,7 @@ class MRUBlock(_WithUnits):
         self.mlp_in = torch.nn.Linear(width, 2 * mlp_size, **where)
         self.mlp_out = torch.nn.Linear(mlp_size, width, **where)
         self.dropout = torch.nn.Dropout(dropout)
-        per_unit = [unit.num_states if isinstance(unit, MemoryCache) else 1 for unit in self.units]
+        per_unit = [unit.num_states if isinstance(unit, SEVERAL_STATES) else 1 for unit in self.units]
         self.num_states = sum(per_unit) + (conv_size > 0)
 
     def forward(
@@ -184,7 +186,7 @@ class MRUBlock(_WithUnits):
             v = F.silu(convolved).transpose(1, 2)
         outputs = []
         for unit in self.units:
-            if isinstance(unit, MemoryCache):
+            if isinstance(unit, SEVERAL_STATES):
                 own, given = given[: unit.num_states], given[unit.num_states :]
                 output, states = unit(v, None if state is None else own)
                 after += states
@@ -216,11 +218,16 @@ class MRUBlock(_WithUnits):
         if state is None:
             return [None] * self.num_states
         check_state(state, self.num_states)
-        batch, checked = input.shape[0], list(state)
-        shapes: list[tuple[int, ...]] = [(batch, self.width, self.conv_size - 1)] if self.conv is not None else []
-        if self.cache is None:
-            shapes += [(batch, self.hidden_size)] * len(self.units)
-        check_state_shapes(checked[: len(shapes)], shapes, input.device)  # a MemoryCache checks its own
+        batch, place = input.shape[0], 0
+        if self.conv is not None:
+            check_state_shapes(state[:1], [(batch, self.width, self.conv_size - 1)], input.device)
+            place = 1
+        for unit in self.units:
+            if isinstance(unit, SEVERAL_STATES):
+                place += unit.num_states
+            else:
+                check_state_shapes([state[place]], [(batch, self.hidden_size)], input.device, first=place)
+                place += 1
         return list(state)
 
 
@@ -452,7 +459,7 @@ def _check_shape(input: Tensor, size: int, name: str, rank: int) -> None:
 def check_one_direction(name: str, module: object) -> torch.nn.Module:
     """The module inside its wrappers. Raise unless it is a module of this package with one direction of time."""
     inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
-    if not isinstance(inner, (MRUBase, MemoryCache, MRUBlock, MRUNetwork)):
+    if not isinstance(inner, (MRUBase, *SEVERAL_STATES, MRUBlock, MRUNetwork)):
         kind = type(inner).__name__
         raise TypeError(f"{name}: expected a recurrent module, MRUBlock or MRUNetwork of this package, got {kind}")
     if isinstance(inner, MRUBase) and inner.bidirectional:

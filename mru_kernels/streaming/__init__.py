@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..nn import MemoryCache, MRUBase, MRUBlock, MRUNetwork
+from ..nn import MemoryCache, MesaNet, MRUBase, MRUBlock, MRUNetwork
 from ..nn.network import check_one_direction
 from ..nn.wrappers import unwrapped
 
@@ -62,7 +62,7 @@ class Stream:
 
         Raises:
             TypeError, ValueError: as the module, and for `resets` and traces that do not fit; the message names them.
-                Modules with a `MemoryCache` do not accept `resets`.
+                Modules with a `MemoryCache` do not accept `resets`, and those with a `MesaNet` only `[B]`.
             RuntimeError: with traces, under inference mode or activation checkpointing.
         """
         resets, within = self._split(chunk, resets)
@@ -83,6 +83,8 @@ class Stream:
         if not (isinstance(resets, Tensor) and isinstance(chunk, Tensor)):
             return resets, {}
         is_within = resets.dim() == chunk.dim() - (dims - 2)
+        if is_within and any(isinstance(part, MesaNet) for part in self.module.modules()):
+            raise ValueError(f"resets: expected shape [batch] for a MesaNet, got {list(resets.shape)}")
         return (None, {"resets": resets}) if is_within else (resets, {})
 
     def _keep(self, state: State) -> None:
@@ -117,6 +119,8 @@ def _starts(module: torch.nn.Module) -> list[Tensor | None]:
         return [None] * (module.conv is not None) + [start for unit in module.units for start in _starts(unit)]
     if isinstance(module, MRUBase) and module.learn_initial_state:
         return [module._learned_state(p) for p in module._parameters_by_scan()]
+    if isinstance(module, MesaNet):
+        return [None] * module.num_states
     return [None] * getattr(module, "num_layers", 1)
 
 
@@ -150,8 +154,9 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
     in its `_scan` no channel's state depends on another channel.
 
     Args:
-        module: a recurrent module of one direction, a `MemoryCache`, an `MRUBlock` or an `MRUNetwork`. `torch.compile`
-            or `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every chunk.
+        module: a recurrent module of one direction, a `MemoryCache`, a `MesaNet`, an `MRUBlock` or an `MRUNetwork`.
+            `torch.compile` or `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every
+            chunk.
         gradient: None, or "traces" to add the gradient of earlier chunks.
 
     Returns:

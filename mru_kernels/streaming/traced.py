@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..nn import MemoryCache, MRUBase, MRUBlock
+from ..nn import MRUBase, MRUBlock
+from ..nn.network import SEVERAL_STATES
 from ..nn.traces import Recorder, Traces, check_all, restarted
 from ..nn.wrappers import unwrapped
 from . import Stream
@@ -70,9 +71,10 @@ def _check_eager(module: torch.nn.Module) -> None:
 
 def _check_units(module: torch.nn.Module) -> None:
     """Raise unless every unit in the blocks of `module` can have traces."""
-    if any(isinstance(part, MemoryCache) for part in module.modules()):
-        raise TypeError('module: expected no MemoryCache with gradient="traces", got one, which has no traces')
     for block in module.modules():
+        if isinstance(block, SEVERAL_STATES):
+            kind = type(block).__name__
+            raise TypeError(f'module: expected no {kind} with gradient="traces", got one, which has no traces')
         for unit in block.units if isinstance(block, MRUBlock) else ():
             if not isinstance(unit, MRUBase):
                 raise TypeError(
