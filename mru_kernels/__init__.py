@@ -18,6 +18,7 @@ from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
+from .delays import delay_conv
 from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MemoryCache, MinGRU, MinLSTM, MRUBlock, MRUNetwork
 from .schedule import EpsilonSchedule
 from .streaming import stream
@@ -39,6 +40,7 @@ __all__ = [
     "blocked",
     "bmru",
     "bmru_step",
+    "delay_conv",
     "distributed",
     "export",
     "leaky_integrator",

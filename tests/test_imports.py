@@ -18,7 +18,7 @@ LAYERS = [
     ["backends"],
     ["checks"],
     ["ops"],
-    ["cells"],
+    ["cells", "delays"],
     ["nn"],
     ["blocks", "schedule", "streaming", "distributed", "export"],
 ]
