@@ -19,7 +19,19 @@ from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
 from .delays import delay_conv
-from .nn import BMRU, CMRU, LRU, AlphaCMRU, FirstQuadrantBMRU, MemoryCache, MinGRU, MinLSTM, MRUBlock, MRUNetwork
+from .nn import (
+    BMRU,
+    CMRU,
+    LRU,
+    AlphaCMRU,
+    DelayConv,
+    FirstQuadrantBMRU,
+    MemoryCache,
+    MinGRU,
+    MinLSTM,
+    MRUBlock,
+    MRUNetwork,
+)
 from .schedule import EpsilonSchedule
 from .streaming import stream
 
@@ -29,6 +41,7 @@ __all__ = [
     "CMRU",
     "LRU",
     "AlphaCMRU",
+    "DelayConv",
     "EpsilonSchedule",
     "FirstQuadrantBMRU",
     "MRUBlock",

@@ -136,10 +136,15 @@ def past_or_zeros(past: Tensor | None, input: Tensor, taps: int, sequences: int 
     return past
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the result for an input `x`: the autocast dtype, or that of `x`."""
+    return x.dtype if x.dtype == torch.float64 else checks.autocast_dtype(x.device) or x.dtype
+
+
 def convolve(padded: Tensor, kernel: Tensor) -> Tensor:
-    """`[B, taps - 1 + T, D]` with K `[D, taps]`: `[B, T, D]`, in the autocast dtype or that of `padded`."""
+    """`[B, taps - 1 + T, D]` with K `[D, taps]`: `[B, T, D]`."""
     channels, taps = kernel.shape
-    dtype = padded.dtype if padded.dtype == torch.float64 else checks.autocast_dtype(padded.device) or padded.dtype
+    dtype = compute_dtype(padded)
     if padded.shape[1] < taps or 0 in padded.shape:  # torch's convolution and FFT refuse empty tensors
         return (padded[:, taps - 1 :] * kernel[:, 0]).to(dtype)
     x = padded.transpose(1, 2)

@@ -5,6 +5,7 @@ its per-channel inputs and its scan.
 """
 
 from .base import UNITS, MRUBase
+from .delays import DelayConv
 from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .network import MRUBlock, MRUNetwork
@@ -16,6 +17,7 @@ __all__ = [
     "LRU",
     "UNITS",
     "AlphaCMRU",
+    "DelayConv",
     "FirstQuadrantBMRU",
     "MRUBase",
     "MRUBlock",
