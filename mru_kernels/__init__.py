@@ -18,12 +18,14 @@ from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
+from .delays import delay_conv
 from .mesa import mesa, mesa_step
 from .nn import (
     BMRU,
     CMRU,
     LRU,
     AlphaCMRU,
+    DelayConv,
     FirstQuadrantBMRU,
     MemoryCache,
     MesaNet,
@@ -41,6 +43,7 @@ __all__ = [
     "CMRU",
     "LRU",
     "AlphaCMRU",
+    "DelayConv",
     "EpsilonSchedule",
     "FirstQuadrantBMRU",
     "MRUBlock",
@@ -53,6 +56,7 @@ __all__ = [
     "blocked",
     "bmru",
     "bmru_step",
+    "delay_conv",
     "distributed",
     "export",
     "leaky_integrator",

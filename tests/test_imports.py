@@ -18,7 +18,7 @@ LAYERS = [
     ["backends"],
     ["checks"],
     ["ops"],
-    ["cells"],
+    ["cells", "delays", "mesa"],
     ["nn"],
     ["blocks", "schedule", "streaming", "distributed", "export"],
 ]

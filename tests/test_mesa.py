@@ -67,7 +67,7 @@ def test_results_and_gradients_equal_a_direct_solve_per_token(solver, chunk_size
 
 def test_the_error_falls_with_the_steps():
     tensors = inputs(time=96, key=24, state=False)
-    tensors[3] = (0.01 * tensors[3].detach()).requires_grad_()  # condition numbers of up to 20
+    tensors[3] = (0.01 * tensors[3].detach()).requires_grad_()  # a slow decay
     exact = run(tensors, solver="direct")
     for steps, bound in ((5, 5e-2), (10, 3e-4), (15, 1e-6)):
         got = run(tensors, steps=steps)

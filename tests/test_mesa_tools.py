@@ -7,7 +7,6 @@ import torch
 
 import mru_kernels as mk
 from bench import mesa
-from examples import in_context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,21 +37,3 @@ def test_fla_is_compared_before_it_is_used(monkeypatch):
     monkeypatch.setattr(mesa, "fla", lambda *t, steps: mk.mesa(*t)[0] * 1.1)
     with pytest.raises(RuntimeError, match=r"^fla: expected a relative error below 3 %"):
         mesa.check_fla(tensors, 30)
-
-
-def test_the_tasks_have_their_answers():
-    x, answers = in_context.regression(50, torch.Generator().manual_seed(0))
-    slopes = torch.linalg.lstsq(x[:, :-1, : in_context.SIZE], x[:, :-1, in_context.SIZE : -1]).solution
-    torch.testing.assert_close((x[:, -1:, : in_context.SIZE] @ slopes).flatten(), answers, rtol=1e-3, atol=1e-3)
-    x, answers = in_context.recall(50, torch.Generator().manual_seed(0))
-    same = x[:, :-1, : in_context.KEYS] @ x[:, -1, : in_context.KEYS].unsqueeze(-1)
-    assert same.sum(1).eq(1).all()
-    assert ((same * x[:, :-1, in_context.KEYS : -1]).sum(1).argmax(-1) == answers).all()
-
-
-def test_the_example(tmp_path):
-    options = ["--steps", "2", "--seeds", "2", "--workers", "1", "--sequences", "8", "--out", str(tmp_path)]
-    in_context.main(options)
-    (page,) = tmp_path.glob("in_context*.md")
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| re")]
-    assert len(rows) == len(in_context.TASKS) * len(in_context.UNITS)

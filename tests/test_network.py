@@ -110,7 +110,7 @@ def test_every_unit_has_its_options_and_gradients(name):
     module = network({name: options.get(name, {})}, conv_size=3)
     output, state = module(random(2, 17, 5))
     assert output.shape == (2, 17, 3)
-    shapes = [(2, 12, 12), (2, 12, 12), (2, 24, 3)] if name == "mesa" else [(2, 12)]
+    shapes = [(2, 1, 12, 12), (2, 1, 12, 12), (2, 24, 3)] if name == "mesa" else [(2, 12)]
     assert [tuple(s.shape) for s in state] == [(2, 8, 2), *shapes] * 2
     output.square().sum().backward()
     for key, parameter in module.named_parameters():

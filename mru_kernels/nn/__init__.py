@@ -5,6 +5,7 @@ its per-channel inputs and its scan.
 """
 
 from .base import UNITS, MRUBase
+from .delays import DelayConv
 from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
@@ -17,6 +18,7 @@ __all__ = [
     "LRU",
     "UNITS",
     "AlphaCMRU",
+    "DelayConv",
     "FirstQuadrantBMRU",
     "MRUBase",
     "MRUBlock",

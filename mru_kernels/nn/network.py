@@ -25,6 +25,7 @@ from .arguments import (
     constructor,
 )
 from .base import UNITS, MRUBase
+from .delays import DelayConv, convolved_in_episodes
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .wrappers import fx_node, unwrapped
@@ -81,6 +82,8 @@ class MRUBlock(_WithUnits):
         hidden_size: number of channels of each unit; `width` if None.
         combine: "sum" or "concatenate", how to combine the outputs of the units.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
+        delay: arguments of a `DelayConv` that replaces the convolution, such as `{"taps": 128, "count": 8}`; None for
+            none. With the unit "min_gru" the mixer is that of mGRADE (arXiv 2507.01829).
         mlp_size: number of channels inside the MLP; twice `width` if None.
         cache: arguments of a `MemoryCache` around every unit, such as `{"segment": 64}`; None for no cache.
         dropout: probability of dropout at the end of each branch.
@@ -93,9 +96,9 @@ class MRUBlock(_WithUnits):
         resets: bool `[B, T]` or None, true where a new episode begins: there the units start from their own initial
             states, and the convolution reads no earlier step. Not with a `cache`, "mesa" or "gru".
         state: a tuple of tensors. With a convolution the first is its last `conv_size - 1` inputs
-            `[B, width, conv_size - 1]`. The others are the states of the units, `[B, hidden_size]` each, or those of
-            a `MemoryCache` or `MesaNet`. A call with the returned state continues the sequences. None stands for zeros
-            and the units' own initial states.
+            `[B, width, conv_size - 1]`; with `delay` they are `[B, taps - 1, width]`. The others are the states of the
+            units, `[B, hidden_size]` each, or those of a `MemoryCache` or `MesaNet`. A call with the returned state
+            continues the sequences. None stands for zeros and the units' own initial states.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -117,6 +120,7 @@ class MRUBlock(_WithUnits):
         hidden_size: int | None = None,
         combine: str = "sum",
         conv_size: int = 0,
+        delay: Mapping[str, Any] | None = None,
         mlp_size: int | None = None,
         cache: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
@@ -130,18 +134,26 @@ class MRUBlock(_WithUnits):
         check_sizes(hidden_size=hidden_size, mlp_size=mlp_size)
         check_sizes(0, conv_size=conv_size)
         check_choice("combine", combine, ("sum", "concatenate"))
-        if not (cache is None or isinstance(cache, Mapping)):
-            raise TypeError(f"cache: expected a mapping of arguments or None, got {type(cache).__name__}")
+        for name, value in (("cache", cache), ("delay", delay)):
+            if not (value is None or isinstance(value, Mapping)):
+                raise TypeError(f"{name}: expected a mapping of arguments or None, got {type(value).__name__}")
+        if conv_size and delay is not None:
+            raise ValueError(f"delay: expected None with conv_size={conv_size}, got {dict(delay)}")
         named = _units(units)
         self.width = width
         self.hidden_size = hidden_size
         self.combine = combine
         self.conv_size = conv_size
+        self.delay = delay
         self.cache = cache
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         mixed = hidden_size * (len(named) if combine == "concatenate" else 1)
         self.norm = torch.nn.RMSNorm(width, **where)
-        self.conv = torch.nn.Conv1d(width, width, conv_size, groups=width, **where) if conv_size else None
+        self.conv: Any = None
+        if delay is not None:
+            self.conv = DelayConv(width, **delay, **where)
+        elif conv_size:
+            self.conv = torch.nn.Conv1d(width, width, conv_size, groups=width, **where)
         made: list[Any] = [
             UNITS[name](width, hidden_size, batch_first=True, **options, **where) for name, options in named
         ]
@@ -153,7 +165,7 @@ class MRUBlock(_WithUnits):
         self.mlp_out = torch.nn.Linear(mlp_size, width, **where)
         self.dropout = torch.nn.Dropout(dropout)
         per_unit = [unit.num_states if isinstance(unit, SEVERAL_STATES) else 1 for unit in self.units]
-        self.num_states = sum(per_unit) + (conv_size > 0)
+        self.num_states = sum(per_unit) + (self.conv is not None)
 
     def forward(
         self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False
@@ -167,9 +179,15 @@ class MRUBlock(_WithUnits):
         given = self._given(state, input)
         after: list[Tensor] = []
         u = v = self.norm(input)
-        if self.conv is not None:
-            if v.dtype in checks.HALF_DTYPES:  # `cat` does not mix the two half precisions, also not under autocast
-                v = v.to(checks.autocast_dtype(v.device) or v.dtype)
+        if self.conv is not None and v.dtype in checks.HALF_DTYPES:
+            # `cat` does not mix the two half precisions, also not under autocast
+            v = v.to(checks.autocast_dtype(v.device) or v.dtype)
+        if isinstance(self.conv, DelayConv):
+            past = given.pop(0)
+            convolved, (last,) = self.conv(v, None if past is None else (past,), resets=resets)
+            after.append(last)
+            v = F.silu(convolved)
+        elif self.conv is not None:
             time_last = v.transpose(1, 2)
             past = given.pop(0)
             if past is None:
@@ -180,7 +198,9 @@ class MRUBlock(_WithUnits):
             if resets is None:
                 convolved, last = self.conv(padded), padded[..., input.shape[1] :]
             else:
-                convolved, last = _convolved_in_episodes(self.conv, padded, resets)
+                convolved, last = convolved_in_episodes(padded, self.conv.weight[:, 0].to(padded.dtype), resets)
+                if self.conv.bias is not None:
+                    convolved = convolved + self.conv.bias.to(padded.dtype).unsqueeze(-1)
             # A view would keep `padded` in memory. One layout for all T: torch.compile records one graph of a step.
             after.append(last.clone(memory_format=torch.contiguous_format))
             v = F.silu(convolved).transpose(1, 2)
@@ -220,7 +240,8 @@ class MRUBlock(_WithUnits):
         check_state(state, self.num_states)
         batch, place = input.shape[0], 0
         if self.conv is not None:
-            check_state_shapes(state[:1], [(batch, self.width, self.conv_size - 1)], input.device)
+            last = (self.conv.taps - 1, self.width) if self.delay is not None else (self.width, self.conv_size - 1)
+            check_state_shapes(state[:1], [(batch, *last)], input.device)
             place = 1
         for unit in self.units:
             if isinstance(unit, SEVERAL_STATES):
@@ -239,7 +260,7 @@ class MRUNetwork(_WithUnits):
         output_size: number of features of the output.
         width: number of features of the residual stream.
         num_blocks: number of `MRUBlock`s.
-        units, hidden_size, combine, conv_size, mlp_size, cache, dropout: arguments of every `MRUBlock`.
+        units, hidden_size, combine, conv_size, delay, mlp_size, cache, dropout: arguments of every `MRUBlock`.
         tokens: whether the input is token numbers, which an embedding maps, or features, which a linear map maps.
         pool: None for an output at every step, "last" for one output at the last step, "mean" for one output of the
             mean over all steps of a call.
@@ -282,6 +303,7 @@ class MRUNetwork(_WithUnits):
         hidden_size: int | None = None,
         combine: str = "sum",
         conv_size: int = 0,
+        delay: Mapping[str, Any] | None = None,
         mlp_size: int | None = None,
         cache: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
@@ -302,8 +324,8 @@ class MRUNetwork(_WithUnits):
         )
         blocks = [
             MRUBlock(
-                width, units, hidden_size=hidden_size, combine=combine, conv_size=conv_size, mlp_size=mlp_size,
-                cache=cache, dropout=dropout, **where,
+                width, units, hidden_size=hidden_size, combine=combine, conv_size=conv_size, delay=delay,
+                mlp_size=mlp_size, cache=cache, dropout=dropout, **where,
             )
             for _ in range(num_blocks)
         ]  # fmt: skip
@@ -419,29 +441,6 @@ class MRUNetwork(_WithUnits):
             raise ValueError(f"input: expected shape {expected}, got {list(input.shape)}")
 
 
-def _convolved_in_episodes(conv: torch.nn.Conv1d, padded: Tensor, resets: Tensor) -> tuple[Tensor, Tensor]:
-    """A causal depthwise convolution in which a step reads no step before its own episode.
-
-    Args:
-        padded: `[B, width, K - 1 + T]`, K - 1 past steps and the T steps of the call, for K taps.
-        resets: `[B, T]`, true where an episode begins.
-
-    Returns:
-        The convolution `[B, width, T]`, and the last K - 1 steps, with zeros for those before the last episode.
-    """
-    taps, time = conv.kernel_size[0], resets.shape[1]
-    episode = F.pad(resets.cumsum(1), (taps - 1, 0))  # past steps belong to the first one
-    own, weight = episode[:, taps - 1 :], conv.weight.to(padded.dtype)
-    convolved = torch.zeros_like(padded[..., taps - 1 :])
-    if conv.bias is not None:
-        convolved = convolved + conv.bias.to(padded.dtype).unsqueeze(-1)
-    for tap in range(taps):
-        is_own = (episode[:, tap : tap + time] == own).unsqueeze(1)
-        convolved = convolved + torch.where(is_own, padded[..., tap : tap + time], 0) * weight[..., tap]
-    is_last = (episode[:, time:] == episode[:, -1:]).unsqueeze(1)
-    return convolved, torch.where(is_last, padded[..., time:], 0)
-
-
 def _dtype(module: torch.nn.Module) -> torch.dtype:
     """The dtype of the parameters, without computing `module.weight`, which may be parametrized."""
     return next(module.parameters()).dtype
@@ -459,7 +458,7 @@ def _check_shape(input: Tensor, size: int, name: str, rank: int) -> None:
 def check_one_direction(name: str, module: object) -> torch.nn.Module:
     """The module inside its wrappers. Raise unless it is a module of this package with one direction of time."""
     inner = unwrapped(module) if isinstance(module, torch.nn.Module) else module
-    if not isinstance(inner, (MRUBase, *SEVERAL_STATES, MRUBlock, MRUNetwork)):
+    if not isinstance(inner, (MRUBase, DelayConv, *SEVERAL_STATES, MRUBlock, MRUNetwork)):
         kind = type(inner).__name__
         raise TypeError(f"{name}: expected a recurrent module, MRUBlock or MRUNetwork of this package, got {kind}")
     if isinstance(inner, MRUBase) and inner.bidirectional:
