@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import mru_kernels as mk
 from bench import compare, inputs
+from mru_kernels import backends
 from tests import raw
 from tests.calls import (
     CELLS,
@@ -237,8 +238,9 @@ def test_gradients_of_boundaries_join_the_adjoint(backend, device, reverse, step
 
 @pytest.mark.parametrize("chunk_size", [16, 48, 128])
 def test_boundaries_every_few_steps(backend, device, chunk_size):
-    if backend == "triton" and chunk_size != CHUNK:
-        pytest.skip("Triton supports one chunk size")
+    least, most = backends.TABLE[backend].module.CHUNK_SIZES
+    if not least <= chunk_size <= most:
+        pytest.skip(f"the backend takes chunk sizes from {least} to {most}")
     options = {"batch": "packed", "time": 300, "channels": 5, "epsilon": 0.5, "initial_state": "real"}
     for resets in ("none", "to a state"):
         call = inputs.case("bmru", torch.float32, seed=3, boundaries=True, resets=resets, **options).build()

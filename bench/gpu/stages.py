@@ -27,7 +27,7 @@ SHAPES: tuple[Shape, ...] = (
     (256, 256, 2048, "bf16"),
     (512, 256, 512, "fp32"),
 )
-TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "op", "op_layout", "bad_input", "bad_ops"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "op", "op_layout", "resets", "slots", "bad_input", "bad_ops"))
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 #: The deadline of each stage in seconds from the start. Time that a stage leaves goes to the next.
