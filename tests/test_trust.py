@@ -80,7 +80,14 @@ def test_the_environment_variables_that_are_read():
 def _modules() -> list[torch.nn.Module]:
     network = units.network()
     cache = mk.MemoryCache(mk.BMRU(4, 6), segment=2)
-    return [*(units.unit(cls) for cls in units.UNITS), network, network.blocks[0], cache, mk.DelayConv(4, 5), mk.MesaNet(4, 6)]
+    return [
+        *(units.unit(cls) for cls in units.UNITS),
+        network,
+        network.blocks[0],
+        cache,
+        mk.DelayConv(4, 5),
+        mk.MesaNet(4, 6),
+    ]
 
 
 def test_every_public_module_is_saved_here():

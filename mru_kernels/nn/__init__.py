@@ -5,11 +5,12 @@ its per-channel inputs and its scan.
 """
 
 from .base import UNITS, MRUBase
+from .block import MRUBlock
 from .delays import DelayConv
 from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
-from .network import MRUBlock, MRUNetwork
+from .network import MRUNetwork
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
 __all__ = [

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..nn import MRUBase, MRUBlock
-from ..nn.network import SEVERAL_STATES
+from ..nn.block import SEVERAL_STATES
 from ..nn.traces import Recorder, Traces, check_all, restarted
 from ..nn.wrappers import unwrapped
 from . import Stream
