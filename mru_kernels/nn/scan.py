@@ -104,9 +104,7 @@ class UnitScan(UnitParameters):
             raise ValueError(f"hx: expected shape {list(expected)} {letters}, got {list(hx.shape)}")
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
-        stream = input.dtype
-        if stream != torch.float64:
-            stream = checks.autocast_dtype(input.device) or stream
+        stream = self._gates_dtype(input)
         allowed = self._state_dtypes(stream)
         if hx.dtype not in allowed:
             raise TypeError(f"hx: expected dtype {' or '.join(map(str, dict.fromkeys(allowed)))}, got {hx.dtype}")
@@ -116,6 +114,11 @@ class UnitScan(UnitParameters):
                 f" {type(self).__name__} accumulates; under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False)",
                 stacklevel=2,
             )
+
+    def _gates_dtype(self, input: Tensor) -> torch.dtype:
+        """The dtype of the gates: that of autocast or of the input, which stays if it is float64."""
+        autocast = None if input.dtype == torch.float64 else checks.autocast_dtype(input.device)
+        return autocast or input.dtype
 
     def _accumulates(self) -> bool:
         """Whether small steps add up in the state, so that rounding the state at every call changes the result."""

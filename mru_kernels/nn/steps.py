@@ -136,10 +136,7 @@ class UnitSteps(UnitScan):
             raise ValueError(f"hx: expected shape {expected}, got {list(hx.shape)}")
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")
-        stream = input.dtype
-        if stream != torch.float64:
-            stream = checks.autocast_dtype(input.device) or stream
-        dtype = self._state_dtypes(stream)[-1]
+        dtype = self._state_dtypes(self._gates_dtype(input))[-1]
         if hx.dtype != dtype:
             raise TypeError(f"hx: expected dtype {dtype}, got {hx.dtype}")
         if not hx.is_contiguous():
