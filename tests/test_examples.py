@@ -306,11 +306,12 @@ def test_bits_per_character_are_those_of_one_pass():
     assert charlm.bits_per_character(model, tokens) == pytest.approx(expected, rel=1e-9)
 
 
-def test_generation_goes_on_as_the_whole_text_would():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.check)])
+def test_generation_goes_on_as_the_whole_text_would(compiled):
     torch.manual_seed(0)
     model = charlm.network(9).double().eval()
     prompt = torch.randint(9, (30,))
-    tokens, _ = charlm.generate(model, prompt, 20, temperature=1e-9)  # the most likely token
+    tokens, _ = charlm.generate(model, prompt, 20, 1e-9, compiled=compiled)  # the most likely token
     text = torch.cat([prompt, tokens])
     scores, _ = model(text.unsqueeze(0))
     assert torch.equal(scores[0, 29:-1].argmax(-1), tokens)
