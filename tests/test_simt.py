@@ -61,7 +61,7 @@ def battery():
 
 # Checks of every cell that takes a dtype, and of one.
 ANY_CELL = ["slots", "numbers", "maps", "cuts", "traffic", "any_order", "misaligned", "little_shared_memory",
-            "offsets_are_clamped", "resets", "boundaries", "no_resets", "mask_traffic"]  # fmt: skip
+            "offsets_are_clamped", "resets", "boundaries", "far_resets", "no_resets", "mask_traffic"]  # fmt: skip
 BMRU = ["copies", "held", "many_segments", "sums", "sums_over_resets", "slopes", "far_strides"]
 
 

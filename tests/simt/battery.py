@@ -159,6 +159,16 @@ def check_boundaries(dtype: torch.dtype) -> None:
             require(not failed, f"{case.label()} of {cell}, segments of {steps}: {failed}")
 
 
+def check_far_resets(dtype: torch.dtype) -> None:
+    """A reset more than a group of the mask's bits away from the end of its sequence."""
+    for cell, reverse in product(cells_of(dtype), (False, True)):
+        options = {"time": 2100, "batch": 1, "channels": 2, "initial_state": "real", "reverse": reverse}
+        call = inputs.case(cell, dtype, resets="to a state", **options).build()
+        call.settings["resets"] = torch.arange(2100).unsqueeze(0) == (2000 if reverse else 100)
+        failed = [r for r in compare.judge(call, results(call, 0)) if not r.passed]
+        require(not failed, f"{cell} {reverse=}: {failed}")
+
+
 def check_no_resets(dtype: torch.dtype) -> None:
     """A mask that is all false changes no bit, and the reset state then has a gradient of zeros."""
     for cell, steps, batch in product(cells_of(dtype), (0, CHUNK), (2, "packed")):
@@ -430,6 +440,7 @@ CHECKS = (
     check_held,
     check_resets,
     check_boundaries,
+    check_far_resets,
     check_no_resets,
     check_sums_over_resets,
     check_traffic,
