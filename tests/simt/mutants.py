@@ -108,11 +108,6 @@ _FAULTS = {
             _SEGMENT_SAVES + _SEGMENT_ENTERS,
             _SEGMENT_ENTERS + _SEGMENT_SAVES,
         ),
-        (
-            "gradient of a boundary past a write",
-            "holds && joins(scan, plan, span, end)",
-            "joins(scan, plan, span, end)",
-        ),
         ("map of a head", "call.heads == Heads::kBegin ? span.first", "call.heads != Heads::kEnd ? span.first"),
     ),
     "carry.cuh": (
