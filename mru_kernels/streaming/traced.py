@@ -71,10 +71,11 @@ def _check_eager(module: torch.nn.Module) -> None:
 
 def _check_units(module: torch.nn.Module) -> None:
     """Raise unless every unit in the blocks of `module` can have traces."""
-    for block in module.modules():
-        if isinstance(block, SEVERAL_STATES):
-            kind = type(block).__name__
+    for part in module.modules():
+        if isinstance(part, SEVERAL_STATES):
+            kind = type(part).__name__
             raise TypeError(f'module: expected no {kind} with gradient="traces", got one, which has no traces')
+    for block in module.modules():
         for unit in block.units if isinstance(block, MRUBlock) else ():
             if not isinstance(unit, MRUBase):
                 raise TypeError(
