@@ -102,6 +102,9 @@ _REGISTERS_OF_PULLING = (None, None)  # `summarize_adjoint` with neither codes n
 _REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision
 
 
+_REGISTERS_WITH_RESETS = 168  # of `forward` and `summarize`, which also hold the mask; they spill with less
+
+
 def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> dict:
     """The compiler's options. In the forward pass a fused multiply-add would round differently from the CPU."""
     common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
@@ -115,6 +118,8 @@ def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> d
     limit = limits[not reads.is_single]
     if kernel == "backward" and reads.is_half:
         limit = _REGISTERS_OF_TWO_TILES
+    if kernel in ("forward", "summarize") and reads.resets:
+        limit = max(limit or 0, _REGISTERS_WITH_RESETS)
     return common | ({} if limit is None else {"maxnreg": limit})
 
 
