@@ -102,7 +102,7 @@ _REGISTERS_OF_PULLING = (None, None)  # `summarize_adjoint` with neither codes n
 _REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision
 
 
-_REGISTERS_WITH_RESETS = 168  # of `forward` and `summarize`, which also hold the mask; they spill with less
+_REGISTERS_WITH_MORE = 168  # of `forward` and `summarize` with resets, and of codes to halves; they spill with less
 
 
 def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> dict:
@@ -118,8 +118,9 @@ def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> d
     limit = limits[not reads.is_single]
     if kernel == "backward" and reads.is_half:
         limit = _REGISTERS_OF_TWO_TILES
-    if kernel in ("forward", "summarize") and reads.resets:
-        limit = max(limit or 0, _REGISTERS_WITH_RESETS)
+    expands_halves = kernel == "forward" and reads.codes and reads.is_half
+    if expands_halves or (kernel in ("forward", "summarize") and reads.resets):
+        limit = max(limit or 0, _REGISTERS_WITH_MORE)
     return common | ({} if limit is None else {"maxnreg": limit})
 
 
