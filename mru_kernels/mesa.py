@@ -62,7 +62,7 @@ def mesa(
             rounding of the state dtype.
         solver: "cg" for conjugate gradients from 0 without a preconditioner, or "direct" for a Cholesky decomposition
             per step, for K up to 256.
-        chunk_size: number of steps C of a chunk. A call takes 4 K (K + 2 C) operations per step, head and iteration.
+        chunk_size: number of steps C of a chunk. A larger one takes more operations and fewer states.
         cu_seqlens: offsets `[N + 1]` of packed sequences in streams with B = 1, int32 or int64. They are padded to
             the longest. On a GPU the call waits for their values.
 

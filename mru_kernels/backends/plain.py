@@ -35,7 +35,7 @@ def scan(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What the op `mru::<cell>` computes: h `[B, T, D]` and the final state `[N, D]`.
 
-    `mru_kernels.ops` describes the arguments. With `every`, there is a third result: the states after every so many
+    `mru_kernels.ops` describes the arguments. With `every`, there is a third result: the states after every `every`
     steps, as the checkpoints of the op.
 
     Raises:

@@ -153,7 +153,7 @@ class MRUNetwork(WithUnits):
         Args:
             input: `[B, input_size]`, or int64 `[B]` with `tokens`.
             state: as for `forward`. With `state_indices` its tensors have slots for the states of many sequences:
-                `[slots, ...]` in the place of `[B, ...]`.
+                `[slots, ...]` instead of `[B, ...]`.
             resets: bool `[B]`, true for sequences that begin anew with this step.
             state_indices: int32 or int64 `[B]`, the slot of each sequence, all different; -1 skips the sequence.
 
