@@ -17,7 +17,7 @@ LAYERS = [
     ["scalars"],
     ["backends"],
     ["checks"],
-    ["ops"],
+    ["ops", "mesa_checks"],
     ["cells", "delays", "mesa"],
     ["nn"],
     ["blocks", "schedule", "streaming", "distributed", "export"],

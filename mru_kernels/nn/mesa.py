@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
-from ..mesa import MOST_DIRECT, SOLVERS, mesa
+from ..mesa import mesa
+from ..mesa_checks import MOST_DIRECT, SOLVERS
 from .arguments import (
     check_choice,
     check_input_dtype,
