@@ -24,6 +24,7 @@ __all__ = [
     "DisableFunctorch",
     "DisableTorchFunction",
     "FakeTensor",
+    "NoGrad",
     "OpOverload",
     "SingleLevelFunction",
     "add_batch_dim",
@@ -79,6 +80,16 @@ FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 #: A context that turns forward-mode gradients on or off.
 enable_forward_gradients = forward_ad._set_fwd_grad_enabled
+
+
+class NoGrad:
+    """`torch.no_grad()` for code that runs with gradients, without what makes it as long as a short step."""
+
+    def __enter__(self) -> None:
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_grad_enabled(True)
 
 
 def in_forward_mode() -> bool:

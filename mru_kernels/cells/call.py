@@ -81,7 +81,7 @@ def step(
     try:
         if state_indices is not None:
             return _step_in_slots(cell, arrays, scalars, state, state_indices, packed), state
-        if _is_plain() and not any(isinstance(value, private.FakeTensor) for value in scalars):
+        if _is_plain() and private.FakeTensor not in map(type, scalars):
             inputs, given, numbers = _as_op_takes(cell, arrays, scalars, packed)
             return ops.step(cell, inputs, given, packed, numbers, state)
         if isinstance(state, Tensor):  # None would be zeros

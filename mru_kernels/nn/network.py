@@ -148,7 +148,7 @@ class MRUNetwork(WithUnits):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step of `forward`, for streaming inference, without gradients.
 
-        `torch.compile(network.step, fullgraph=True)` does not compile again from the second step with a state on.
+        `torch.compile(network.step, fullgraph=True)` makes one graph of all steps with a state, another of one without.
 
         Args:
             input: `[B, input_size]`, or int64 `[B]` with `tokens`.

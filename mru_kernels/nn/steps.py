@@ -76,7 +76,7 @@ class UnitSteps(UnitScan):
                 "step: not supported by a bidirectional module, whose second direction starts at the last step"
             )
         if torch.is_grad_enabled():
-            with torch.no_grad():
+            with private.NoGrad():
                 return self.step(input, hx, resets=resets, state_indices=state_indices)
         if private.has_hooks(self):
             return self(input, hx, resets=resets, _one_step=True, _state_indices=state_indices)
@@ -85,27 +85,43 @@ class UnitSteps(UnitScan):
     def _forward_step(
         self, input: Tensor, hx: Tensor | None, resets: Tensor | None, state_indices: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        parameters = self._parameters_by_scan()
+        if resets is None and state_indices is None and not torch.compiler.is_compiling():
+            try:  # checks take as long as a short step: they run if it fails
+                if hx is None or hx.dtype not in checks.HALF_DTYPES:
+                    return self._run_step(input, hx, None, None)
+            except Exception:
+                self._check_step(input, hx, None, None)
+                raise
+        self._check_step(input, hx, resets, state_indices)
+        if hx is not None and resets is not None and state_indices is not None:
+            return self._step_in_reset_slots(input, hx, resets, state_indices)
+        return self._run_step(input, hx, resets, state_indices)
+
+    def _check_step(
+        self, input: Tensor, hx: Tensor | None, resets: Tensor | None, state_indices: Tensor | None
+    ) -> None:
         self._check_shape(input, (2,), "[batch, features]")
-        self._check_match(input, parameters[0]["weight_ih"])
+        self._check_match(input, self._parameters_by_scan()[0]["weight_ih"])
         check_resets(resets, input, "[batch]")
-        batch = input.shape[0]
         if state_indices is None:
-            self._check_hx(hx, input, batch=(batch,))
+            self._check_hx(hx, input, batch=(input.shape[0],))
         else:
             self._check_slots(hx, input)
             checks.slot_indices(state_indices, input)
-            if resets is not None and hx is not None:
-                return self._step_in_reset_slots(input, hx, resets, state_indices)
+
+    def _run_step(
+        self, x: Tensor, hx: Tensor | None, resets: Tensor | None, state_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        parameters = self._parameters_by_scan()
+        states = [None] * len(parameters) if hx is None else hx.unbind()
         finals: list[Tensor] = []
-        x = input
-        for i, p in enumerate(parameters):
-            if i > 0 and self.dropout > 0.0 and self.training:
+        for p, given in zip(parameters, states, strict=True):
+            if finals and self.dropout > 0.0 and self.training:
                 x = F.dropout(x, self.dropout)
             gates = self._project(x, p)
-            state = self._initial_state(None if hx is None else hx[i], batch, p)
+            state = self._initial_state(given, x.shape[0], p)
             if state is None:
-                state = gates.new_zeros((batch, self.hidden_size), dtype=self._state_dtypes(gates.dtype)[-1])
+                state = gates.new_zeros((x.shape[0], self.hidden_size), dtype=self._state_dtypes(gates.dtype)[-1])
             if resets is not None:
                 start = self._learned_state(p).to(state.dtype) if self.learn_initial_state else 0.0
                 state = torch.where(resets.unsqueeze(1), start, state)
