@@ -184,12 +184,32 @@ def test_second_derivatives_with_resets(backend, device, dtype, batch, reverse):
     assert torch.autograd.gradgradcheck(op, tensors)
 
 
-def test_a_second_derivative_through_boundaries_is_refused_by_name(backend, device):
-    x = torch.rand(1, 70, 2, device=device, dtype=torch.float64, requires_grad=True)
-    *_, boundaries = mk.linear_recurrence(x, x, return_boundaries=True, backend=backend)
-    (grad,) = torch.autograd.grad(boundaries.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative through boundary states"):
-        grad.sum().backward()
+@pytest.mark.parametrize("resets", [None, "to a state"])
+@pytest.mark.parametrize(
+    ("offsets", "reverse"), [(None, False), (None, True), ([0, 5, 21, 39], False), ([0, 5, 39], True)]
+)
+def test_second_derivatives_through_boundaries(backend, device, offsets, reverse, resets):
+    options = {"time": 39, "channels": 2, "initial_state": "real", "resets": resets, "parameters": "as streams"}
+    call = inputs.case("linear_recurrence", torch.float64, seed=4, batch=2, reverse=reverse, **options).build()
+    call = call.to(device)
+    if offsets is not None:
+        sequences = len(offsets) - 1
+        tensors = {name: t[:1] if t.dim() == 3 else t[:1].expand(sequences, -1) for name, t in call.tensors.items()}
+        masks = {name: t[:1] for name, t in call.settings.items() if name == "resets" and t is not None}
+        settings = call.settings | masks | {"cu_seqlens": torch.tensor(offsets, device=device)}
+        call = replace(call, tensors=tensors, settings=settings)
+    leaves = [t.detach().clone().requires_grad_() for t in call.tensors.values()]
+
+    def op(*leaves):
+        named = dict(zip(call.tensors, leaves, strict=True))
+        return op_of("linear_recurrence", backend)(
+            **named, **call.settings | {"chunk_size": 16}, return_boundaries=True
+        )
+
+    assert op(*leaves)[2].any()
+    options = {"fast_mode": True}
+    assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True, **options)
+    assert torch.autograd.gradgradcheck(op, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, **options)
 
 
 # ---------------------------------------------------------------------------------------------- boundaries

@@ -37,10 +37,9 @@ def gradient(cell: Cell, backend: str):
         grad_h, grad_final, grad_checkpoints, *rest = arguments
         inputs = (grad_h, grad_final, grad_checkpoints, *differentiable_inputs(cell, rest))
         if _is_differentiated(*inputs):
-            if cell.name == LINEAR and grad_checkpoints is None:
-                return list(_apply(Gradient, cell, backend, arguments, grad_h, grad_final, *inputs[3:]))
-            of = "through boundary states" if cell.name == LINEAR else "(gradient of a gradient, hessian)"
-            reason = f"mru::{cell.name}: there is no second derivative {of}"
+            if cell.name == LINEAR:
+                return list(_apply(Gradient, cell, backend, arguments, *inputs))
+            reason = f"mru::{cell.name}: there is no second derivative (gradient of a gradient, hessian)"
             return list(_apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
         with private.BelowAutograd():
             return cell.backward[backend](*arguments)
@@ -196,26 +195,29 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def _call(ctx, tensors):
-        """grad_h and grad_final, and the arguments of the forward op by name."""
-        grad_h, grad_final, *inputs, cu_seqlens, resets = tensors
+        """The gradients of the results, and the arguments of the forward op by name."""
+        grads, (*inputs, cu_seqlens, resets) = tensors[:3], tensors[3:]
         states = {name: inputs.pop() for name in reversed(ctx.states)}
         call = ctx.constants | {"inputs": inputs, "numbers": [], "initial_state": None, "reset_state": None} | states
-        call |= {"cu_seqlens": cu_seqlens, "resets": resets, "save": False}
-        return (grad_h, grad_final), {name: call[name] for name in FORWARD_NAMES}
+        call |= {"cu_seqlens": cu_seqlens, "resets": resets}
+        call["save"] = grads[2] is not None
+        return grads, {name: call[name] for name in FORWARD_NAMES}
 
     @staticmethod
     def backward(ctx, *tangents):
         # The gradient of h is linear in the tangent of h, and the second derivatives of a loss are symmetric.
         grads, call = Gradient._call(ctx, ctx.saved_tensors)
-        of_grads = tangent(ctx.cell, ctx.backend, call, tangents)
-        of_inputs = tangent_of_gradient(ctx.cell, ctx.backend, call, grads, (None, None), tangents)
-        return None, None, None, *(t.to(grad.dtype) for t, grad in zip(of_grads, grads, strict=True)), *of_inputs
+        of_results = tangent(ctx.cell, ctx.backend, call, tangents)
+        of_inputs = tangent_of_gradient(ctx.cell, ctx.backend, call, grads, (None, None, None), tangents)
+        of_grads = [t.to(grad.dtype) for t, grad in zip(of_results, grads, strict=False)]
+        missing = [None] * (len(grads) - len(of_grads))
+        return None, None, None, *of_grads, *missing, *of_inputs
 
     @staticmethod
     def jvp(ctx, _cell, _backend, _arguments, *tangents):
         with private.enable_forward_gradients(True):
             grads, call = Gradient._call(ctx, private.primals(ctx))
-            return tuple(tangent_of_gradient(ctx.cell, ctx.backend, call, grads, tangents[:2], tangents[2:]))
+            return tuple(tangent_of_gradient(ctx.cell, ctx.backend, call, grads, tangents[:3], tangents[3:]))
 
 
 class WithoutDerivative(torch.autograd.Function):

@@ -54,7 +54,7 @@ def tangent_of_gradient(
 
     Args:
         call, tangents: as for `tangent`.
-        grads: grad_h `[B, T, D]` and grad_final `[N, D]`.
+        grads: grad_h `[B, T, D]`, grad_final `[N, D]` and, or None, grad_checkpoints.
         of_grads: their tangents; None for zeros.
     """
     (update, decay), enters = _by_input(cell, call, _values(cell, call))
@@ -68,7 +68,8 @@ def tangent_of_gradient(
     adjoint = scan.adjoint()
 
     def lambda_and_mu(grads: Tensors, source: Tensor | None = None):
-        grad_h, grad_final = grads
+        grad_h, grad_final, grad_checkpoints = grads
+        grad_h = scan.sum(update, grad_h, scan.at_boundaries(grad_checkpoints))
         mu, first = adjoint(adjoint.sum(update, _times(grad_h, adjoint.decay), source), Enters(grad_final, None))
         return adjoint.sum(update, grad_h, adjoint.before(mu, Enters(grad_final, None))), mu, first
 
@@ -177,6 +178,26 @@ class _LinearScan:
         if self.call["resets"] is None:
             return found
         return torch.where(self.call["resets"].unsqueeze(-1), self._of_steps(enters.reset, states), found)
+
+    def at_boundaries(self, rows: Tensor | None) -> Tensor | None:
+        """Rows of checkpoints at the steps `[B, T, D]` after which these are the states; zeros at other steps."""
+        chunk, cu_seqlens = self.call["chunk"], self.call["cu_seqlens"]
+        batch, time, _ = self.call["inputs"][0].shape
+        count = (time - 1) // chunk
+        if rows is None or count <= 0:
+            return None
+        position = self._steps().flip(0) if self.call["reverse"] else self._steps()
+        start, end = 0, time
+        if cu_seqlens is not None:
+            sequence = self._sequence()
+            start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+            if self.call["reverse"]:
+                start, end = time - end, time - start
+        scanned = position + 1 - start
+        is_boundary = (scanned % chunk == 0) & (position + 1 < end)
+        row = torch.where(is_boundary, start // chunk + scanned // chunk - 1, 0)
+        rows = rows[: batch * count].view(batch, count, -1)
+        return torch.where(is_boundary.unsqueeze(-1), rows[:, row], 0)
 
     def enter_gradients(self, mu: Tensor, first: Tensor) -> Enters:
         """The gradients of the states that enter, from those of what enters each step, `mu`, and the first one."""
