@@ -13,7 +13,6 @@ Environment:
 """
 
 import os
-import platform
 import re
 import runpy
 import shlex
@@ -35,33 +34,11 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).parent.resolve()
 
-CXX_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-g1",
-    "-ffp-contract=off",  # the same bits on every instruction set
-    "-fno-math-errno",  # so that calls of libm whose results are not used are dropped
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11
-]
-# Torch's and CUDA's libraries export parts of libstdc++: -lstdc++ before them and -Bsymbolic take none of theirs.
-# --no-as-needed: the current CUDA stream is a weak symbol, which does not make the linker keep libtorch.
-LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
-
-# The files of csrc/cells are the list of cells. csrc/cpu/kernels/kernels.cpp is compiled once per cell and instruction
-# set, as csrc/cpu/kernels/kernels.h names it; csrc/cpu/isa.h chooses at run time.
+# The files of csrc/cells are the list of cells.
 CELLS_MODULE = runpy.run_path(str(ROOT / "csrc/cells.py"))
 CELLS = CELLS_MODULE["names"](ROOT / "csrc")
-CPU_PARTS = ("backward", "cut_maps", "forward", "isa", "plan", "register")
-ISA_FLAGS = {"kBaseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    # GCC 12 fuses the multiplications and additions of complex numbers that it vectorises itself, whatever the flags.
-    FMA = ["-mfma", "-fno-tree-vectorize"]
-    ISA_FLAGS["kAvx2"] = ["-mavx2", "-mf16c", *FMA]
-    ISA_FLAGS["kAvx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", *FMA]
-    ISA_FLAGS["kAvx512"] += ["-Wno-uninitialized"]  # raised within GCC 12's own headers
+FLAGS = runpy.run_path(str(ROOT / "csrc/flags.py"))
+CXX_FLAGS, LINK_FLAGS, ISA_FLAGS = FLAGS["CXX_FLAGS"], FLAGS["LINK_FLAGS"], FLAGS["ISA_FLAGS"]
 
 SANITIZE = []
 if os.environ.get("MRU_SANITIZE") == "1":
@@ -74,7 +51,7 @@ if os.environ.get("MRU_SANITIZE") == "1":
 # Object name: (source, flags of its own).
 CPU_OBJECTS = {
     "library": ("csrc/torch/library.cpp", []),
-    **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in CPU_PARTS},
+    **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in FLAGS["CPU_PARTS"]},
     **{
         f"cpu_{cell}_{isa}": ("csrc/cpu/kernels/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
         for cell in CELLS

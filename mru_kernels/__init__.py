@@ -18,6 +18,7 @@ from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.schmitt import schmitt, schmitt_step
+from .define import Affine, DefinedCell, Write, define_cell, heaviside, sign
 from .delays import delay_conv
 from .mesa import mesa, mesa_step
 from .nn import (
@@ -42,7 +43,9 @@ __all__ = [
     "BMRU",
     "CMRU",
     "LRU",
+    "Affine",
     "AlphaCMRU",
+    "DefinedCell",
     "DelayConv",
     "EpsilonSchedule",
     "FirstQuadrantBMRU",
@@ -52,13 +55,16 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "Write",
     "available_backends",
     "blocked",
     "bmru",
     "bmru_step",
+    "define_cell",
     "delay_conv",
     "distributed",
     "export",
+    "heaviside",
     "leaky_integrator",
     "leaky_integrator_step",
     "linear_recurrence",
@@ -67,6 +73,7 @@ __all__ = [
     "mesa_step",
     "schmitt",
     "schmitt_step",
+    "sign",
     "stream",
 ]
 

@@ -27,13 +27,7 @@ struct Cpu {
   }
 };
 
-std::string cpu_isa() { return mru::cpu::isa_name(); }
-
 }  // namespace
 
 #define MRU_IMPLEMENT(name) mru::implement<Cpu, mru::cells::name>(m, #name, "cpu");
-STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m){MRU_EACH_CELL(MRU_IMPLEMENT)}
-
-STABLE_TORCH_LIBRARY_IMPL(mru, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { MRU_EACH_CELL(MRU_IMPLEMENT) }

@@ -3,6 +3,7 @@
 #include <cells.h>
 #include <schemas.h>
 
+#include "../cpu/isa.h"
 #include "../segment.h"
 #include "tensors.h"
 
@@ -16,6 +17,8 @@ template <int64_t (*kSegment)(const mru::Sizes&)>
 int64_t segment(int64_t sequences, int64_t steps, int64_t channels, int64_t itemsize) {
   return kSegment({sequences, steps, channels, itemsize});
 }
+
+std::string cpu_isa() { return mru::cpu::isa_name(); }
 
 }  // namespace
 
@@ -31,4 +34,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mru, m) {
 STABLE_TORCH_LIBRARY_IMPL(mru, CompositeExplicitAutograd, m) {
   m.impl("segment.cpu", TORCH_BOX(&segment<mru::cpu::segment>));
   m.impl("segment.cuda", TORCH_BOX(&segment<mru::cuda::segment>));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }

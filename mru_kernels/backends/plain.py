@@ -71,7 +71,7 @@ def scan(
         states, final = _loop(plain, gates, s, p, reverse)
     else:
         states, final = _loops(plain, gates, s, p, reverse, offsets)
-    h = _laid_out(plain.output(x, states).to(first.dtype), ops.is_time_major(first))
+    h = _laid_out(plain.output(x, states, p).to(first.dtype), ops.is_time_major(first))
     last = final.contiguous() if torch.compiler.is_compiling() else _WithZeroGradient.apply(final, h)
     return (h, last) if every is None else (h, last, _boundaries(states, reverse, every, offsets))
 

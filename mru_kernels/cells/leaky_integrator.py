@@ -13,7 +13,7 @@ def _step(gates, s, p):
     return decay * s + input
 
 
-def _output(x, s):
+def _output(x, s, p):
     return s.tanh()
 
 

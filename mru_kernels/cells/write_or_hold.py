@@ -113,7 +113,7 @@ def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Ten
     return _function(_Select, _SelectWithTangent).apply(z, v + _kept(s, p[0]), s)
 
 
-def output(x: Inputs, s: Tensor) -> Tensor:
+def output(x: Inputs, s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     """The output alpha s, `[B, T, D]`; alpha is the last input of both cells."""
     alpha = x[-1]
     return s if alpha is None else alpha * s

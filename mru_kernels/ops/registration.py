@@ -28,11 +28,14 @@ def _(grads, inputs, reason):
     return [torch.empty_like(t) for t in inputs]
 
 
-def add_cell(cell: Cell) -> Cell:
-    """Add `cell` to the table of cells, define its ops for every backend that has ops, and return it."""
+def add_cell(cell: Cell, only: tuple[str, ...] | None = None) -> Cell:
+    """Add `cell` to the table of cells, define its ops, and return it.
+
+    The ops are those of the backends `only`, or of every backend that has ops.
+    """
     CELLS[cell.name] = cell
     for row in backends.TABLE.values():
-        if not row.plain:
+        if not row.plain and (only is None or row.name in only):
             _define(cell, row.name)
     return cell
 

@@ -33,7 +33,7 @@ def _all_inputs(x: Sequence[Tensor | None], p: Sequence[float | Tensor]) -> Sequ
     return [t for t in x if t is not None]
 
 
-def _state(x: Sequence[Tensor | None], s: Tensor) -> Tensor:
+def _state(x: Sequence[Tensor | None], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     return s
 
 
@@ -47,12 +47,12 @@ class Plain:
     Attributes:
         step: (gates, s, p) -> the state after one step, from its gates and the state before, all `[B, D]`.
         gates: (x, p) -> what the steps need and no state decides, a sequence of tensors `[B, T, D]`.
-        output: (x, s) -> h, from the states after the steps, all `[B, T, D]`.
+        output: (x, s, p) -> h, from the states after the steps, all `[B, T, D]`.
     """
 
     step: Callable[[Sequence[Tensor], Tensor, Sequence[float | Tensor]], Tensor]
     gates: Callable[[Sequence[Tensor | None], Sequence[float | Tensor]], Sequence[Tensor]] = _all_inputs
-    output: Callable[[Sequence[Tensor | None], Tensor], Tensor] = _state
+    output: Callable[[Sequence[Tensor | None], Tensor, Sequence[float | Tensor]], Tensor] = _state
 
 
 @dataclass(frozen=True)

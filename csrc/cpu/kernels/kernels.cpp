@@ -3,7 +3,7 @@
 
 // clang-format off
 #define MRU_TEXT(x) #x
-#define MRU_HEADER(cell) MRU_TEXT(../../cells/cell.h)
+#define MRU_HEADER(cell) MRU_TEXT(cells/cell.h)
 // clang-format on
 #include MRU_HEADER(MRU_CELL)
 

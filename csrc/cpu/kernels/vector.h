@@ -57,13 +57,19 @@ struct VectorLanes {
   using V = Vector<S, N>;
   static MRU_INLINE V splat(S a) { return a - V{}; }
   static MRU_INLINE V abs(V x) { return (V)((Int)x & ~kSign); }
-  static MRU_INLINE V tanh(V x) {  // lane by lane, as the C library rounds it
+  static MRU_INLINE Int bits(V x) { return (Int)x; }
+  static MRU_INLINE V from_bits(Int x) { return (V)x; }
+  template <class F>
+  static MRU_INLINE V each(V x, F f) {
     V y{};
-    for (int i = 0; i < N; ++i) {
-      if constexpr (sizeof(S) == 4) y[i] = __builtin_tanhf(x[i]);
-      else y[i] = __builtin_tanh(x[i]);
-    }
+    for (int i = 0; i < N; ++i) y[i] = f(x[i]);
     return y;
+  }
+  static MRU_INLINE V tanh(V x) {  // as the C library rounds it
+    return each(x, [](S a) {
+      if constexpr (sizeof(S) == 4) return __builtin_tanhf(a);
+      else return __builtin_tanh(a);
+    });
   }
   static MRU_INLINE V turned(V v, V x) { return x < V{} ? -v : v; }
   static MRU_INLINE V signed_as(V v, V x) { return x == V{} ? V{} : (V)((Int)v ^ ((Int)x & kSign)); }

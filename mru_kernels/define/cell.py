@@ -1,0 +1,322 @@
+"""`define_cell`: an op from one function."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, ops
+from .. import torch_private as private
+from ..cells import write_or_hold
+from ..cells.call import call, step
+from ..ops.entry import resolve
+from ..scalars import EPSILON, Scalar
+from .build import library
+from .comparison import Comparison, compare
+from .gates import Affine, Write
+from .source import header
+from .trace import Functions, parameters, trace
+
+_MOST_INPUTS, _MOST_SCALARS = 4, 2  # kMaxInputs and kMaxScalars of csrc/scan.h
+_RESERVED = {"state", "initial_state", "epsilon", "reverse", "cu_seqlens", "resets", "reset_state", "chunk_size",
+             "return_boundaries", "backend", "state_indices", "self"}  # fmt: skip
+
+
+def define_cell(
+    name: str,
+    gate: Callable[..., Affine | Write],
+    *,
+    output: Callable[..., Tensor] | None = None,
+    scalars: Mapping[str, float] | None = None,
+    doc: str | None = None,
+) -> DefinedCell:
+    """Make a scan of a recurrence whose step one function states.
+
+    The function is recorded once, with its gradient by torch's autograd. The CPU kernels are the package's own. They
+    are compiled at the first call, with g++ or CXX, and kept in $XDG_CACHE_HOME or ~/.cache, in the folder
+    `mru_kernels`. On other devices the cell runs with `backend="torch"`.
+
+    Args:
+        name: of the op, `mru::<name>`: a lower-case identifier that no other cell has.
+        gate: what one step does: a function of tensors, its inputs by name, and of scalars that it names. It returns
+            `Affine(factor, offset)` or `Write(write, value)`. Its operations are pointwise: torch's arithmetic,
+            comparisons, `where`, exponentials and the like, `heaviside` and `sign`.
+        output: h, a pointwise function of `state`, the state after the step, and of inputs and scalars that it names;
+            the state if None.
+        scalars: names and defaults of the arguments that are numbers. They have no gradient.
+        doc: the docstring of the result.
+
+    Returns:
+        The scan, a `DefinedCell`.
+
+    Raises:
+        TypeError, ValueError: a function does what a kernel cannot, or an argument is not as described. The message
+            names the line of the function, or the argument. Nothing is compiled then.
+
+    Example::
+
+        >>> def leaky(input, decay):
+        ...     return mk.Affine(decay, (1 - decay) * input)
+        >>> scan = mk.define_cell("leaky_example", leaky, output=lambda state: state.tanh())
+        >>> h, state = scan(torch.randn(2, 100, 8), torch.full((8,), 0.9))
+        >>> h.shape, state.shape
+        (torch.Size([2, 100, 8]), torch.Size([2, 8]))
+    """
+    scalars = _checked_scalars(scalars)
+    _check_function("gate", gate)
+    inputs = [n for n in parameters(gate) if n not in scalars]
+    if output is not None:
+        _check_function("output", output)
+        if "state" not in parameters(output):
+            raise ValueError(f"output: expected an argument `state`, got {list(parameters(output))}")
+        inputs += [n for n in parameters(output) if n not in (*inputs, *scalars, "state")]
+    _check_names(name, inputs, parameters(gate), scalars)
+    functions = Functions(gate, output, tuple(inputs), tuple(scalars))
+    made = DefinedCell(name, functions, scalars, doc)
+    known = _defined.get(name)
+    if known is not None and known.source == made.source:
+        return known
+    if known is not None or name in ops.CELLS:
+        raise ValueError(f"name: expected a new name, got {name!r}, which another cell has")
+    _defined[name] = made
+    return made
+
+
+class DefinedCell:
+    """A scan that `define_cell` made. It is called like `mru_kernels.bmru`.
+
+    Call:
+        `h, state = scan(*inputs, initial_state=None, **options)`
+
+        inputs: in the order of the gate's arguments, by position or name: the first a stream `[B, T, D]`, the others
+            streams in its dtype or `[D]`, then also in float32; float32, float64, bfloat16 or float16.
+        options: `epsilon` where the gate writes, 0 by default; the scalars by name; `reverse`, `cu_seqlens`, `resets`,
+            `reset_state`, `chunk_size`, `return_boundaries` and `backend`, as for `bmru`.
+
+        The results are those of `bmru`.
+
+    `step(*inputs, state=..., state_indices=None)` is one step without gradients, as `bmru_step`.
+
+    Attributes:
+        name: of the op.
+        inputs, scalars: the names of the arguments.
+        source: the C++ code of the cell whose inputs all are streams.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: the backend cannot run this call, or the C++ compiler is missing or fails.
+        NotImplementedError: a second derivative is taken.
+    """
+
+    def __init__(self, name: str, functions: Functions, scalars: Mapping[str, float], doc: str | None) -> None:
+        self.name, self.inputs, self.scalars = name, functions.inputs, dict(scalars)
+        self._functions = functions
+        self._program = trace(functions)
+        self._cells: dict[tuple[str, ...], ops.Cell] = {}
+        self.__name__ = self.__qualname__ = name
+        self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
+        self.source = self._header(name, ("stream",) * len(self.inputs))
+
+    def __repr__(self) -> str:
+        return f"<mru_kernels cell {self.name}({', '.join((*self.inputs, *self.scalars))})>"
+
+    def __call__(
+        self,
+        *inputs: Tensor,
+        initial_state: Tensor | None = None,
+        reverse: bool = False,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        chunk_size: int | None = backends.CHUNK,
+        return_boundaries: bool = False,
+        backend: str | None = None,
+        **named: Any,
+    ) -> tuple[Tensor, ...]:
+        arrays, numbers = self._arguments(inputs, named)
+        return call(
+            self._cell(arrays, backend, 3), arrays, numbers, initial_state, reverse=reverse, cu_seqlens=cu_seqlens,
+            resets=resets, reset_state=reset_state, chunk_size=chunk_size, return_boundaries=return_boundaries,
+            backend=backend,
+        )  # fmt: skip
+
+    def step(
+        self, *inputs: Tensor, state: Tensor, state_indices: Tensor | None = None, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """One step, for streaming inference: streams `[B, D]`, states as for `mru_kernels.bmru_step`."""
+        arrays, numbers = self._arguments(inputs, named)
+        return step(self._cell(arrays, None, 2), arrays, numbers, state, state_indices)
+
+    def compare(self, *inputs: Tensor, **options: Any) -> Comparison:
+        """Compare the CPU kernels with the definition itself, run in float64 one step after the other.
+
+        Args:
+            inputs: streams `[B, T, D]` or `[D]` to compare on, in float64; random normal ones `[2, 100, 8]` if there
+                are none.
+            options: as for a call.
+
+        Returns:
+            A table as a text, whose attribute `passes` says whether every error is within its limit.
+
+        Example::
+
+            >>> scan = mk.define_cell("leaky_compared", lambda input, decay: mk.Affine(decay.sigmoid(), input))
+            >>> scan.compare().passes
+            True
+        """
+        if not inputs:
+            inputs = tuple(torch.randn(2, 100, 8, dtype=torch.float64) for _ in self.inputs)
+        return compare(self, list(inputs), options)
+
+    # ------------------------------------------------------------------------------------------ arguments
+
+    def _arguments(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        """The tensors and the numbers of a call, in the cell's order."""
+        if len(inputs) > len(self.inputs):
+            expected = f"expected at most {len(self.inputs)} positional arguments ({', '.join(self.inputs)})"
+            raise TypeError(f"{self.name}: {expected}, got {len(inputs)}")
+        arrays = dict(zip(self.inputs, inputs, strict=False))
+        numbers = ({"epsilon": 0.0} if self._program.writes else {}) | self.scalars
+        for name, value in named.items():
+            if name in arrays or name not in (*self.inputs, *numbers):
+                known = ", ".join((*self.inputs, *numbers))
+                reason = "given twice" if name in arrays else f"unknown; it takes {known}"
+                raise TypeError(f"{self.name}: expected each argument once, got {name!r}, which is {reason}")
+            (numbers if name in numbers else arrays)[name] = value
+        missing = [name for name in self.inputs if name not in arrays]
+        if missing:
+            raise TypeError(f"{self.name}: expected the argument {missing[0]!r}, got none")
+        return [arrays[name] for name in self.inputs], list(numbers.values())
+
+    # ------------------------------------------------------------------------------------------ cells
+
+    def _cell(self, arrays: list[Any], backend: str | None, rank: int) -> ops.Cell:
+        """The cell for inputs that come as these do, with kernels if the call needs them."""
+        kinds = tuple(
+            "channel" if i and isinstance(t, Tensor) and t.dim() == 1 else "stream" for i, t in enumerate(arrays)
+        )
+        first = arrays[0]
+        checks.tensor(self.inputs[0], first, rank, "[batch, time, channels]" if rank == 3 else "[batch, channels]")
+        _prepare(self.name, kinds, resolve(backend, first).name)
+        return self._cells[kinds]
+
+    def _load(self, kinds: tuple[str, ...], backend: str) -> None:
+        """Add the cell for inputs of these kinds, and load its kernels, unless that is done."""
+        if kinds not in self._cells:
+            self._cells[kinds] = self._add(kinds)
+        if backend not in ("cpu", "torch"):
+            raise RuntimeError(
+                f"backend: {backend!r} cannot run this call: {self.name} has kernels for the CPU only; backend='torch'"
+                " runs anywhere"
+            )
+        name = self._cells[kinds].name
+        if backend == "cpu" and name not in _loaded:
+            torch.ops.load_library(str(library(name, self._header(name, kinds))))
+            _loaded.add(name)
+
+    def _add(self, kinds: tuple[str, ...]) -> ops.Cell:
+        names = [name for name, kind in zip(self.inputs, kinds, strict=True) if kind == "channel"]
+        cell = ops.Cell(
+            name="_of_".join([self.name, *(["_".join(names)] if names else [])]),
+            inputs=tuple(ops.Input(name, kind) for name, kind in zip(self.inputs, kinds, strict=True)),
+            scalars=(*((EPSILON,) if self._program.writes else ()), *(Scalar(name, *_ANY) for name in self.scalars)),
+            plain=self._plain(),
+        )
+        return ops.add_cell(cell, only=("cpu",))
+
+    def _header(self, name: str, kinds: tuple[str, ...]) -> str:
+        return header(name, self._program, kinds, self.inputs, dict.fromkeys(self.scalars, _ANY))
+
+    def _plain(self) -> ops.Plain:
+        """The cell in plain torch."""
+        functions, writes = self._functions, self._program.writes
+        first_scalar = 1 if writes else 0
+
+        def named(x, p) -> dict[str, Any]:
+            return dict(zip(functions.inputs, x, strict=True)) | dict(
+                zip(functions.scalars, p[first_scalar:], strict=True)
+            )
+
+        def gates(x, p):
+            first, second = functions.gates(named(x, p))
+            like = x[0]
+            if not writes:
+                return [_as(t, like) for t in (first, second)]
+            used = [t for name, t in zip(functions.inputs, x, strict=True) if name in parameters(functions.gate)]
+            return write_or_hold.gates(_as(first, like), _as(second, like), used)
+
+        def affine(gates, s, p):
+            factor, offset = gates
+            return factor * s + offset
+
+        def outputs(x, s, p):
+            return _as(functions.outputs(s, named(x, p)), s)
+
+        plain = ops.Plain(write_or_hold.step if writes else affine, gates)
+        return plain if functions.output is None else ops.Plain(plain.step, gates, outputs)
+
+
+_ANY = (-1.7976931348623157e308, 1.7976931348623157e308)
+_defined: dict[str, DefinedCell] = {}
+_loaded: set[str] = set()
+
+
+@private.assume_constant_result
+def _prepare(name: str, kinds: tuple[str, ...], backend: str) -> bool:
+    _defined[name]._load(kinds, backend)
+    return True
+
+
+def _as(value: Tensor | float, like: Tensor) -> Tensor:
+    """A result of the user's function in the dtype and shape of `like`."""
+    if not isinstance(value, Tensor):
+        return torch.full_like(like, value)
+    return value.to(like.dtype).expand(like.shape)
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def _check_function(name: str, function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+    try:
+        kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a function whose arguments Python can read, got {function!r}") from None
+    if any(kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds):
+        raise TypeError(f"{name}: expected named arguments only, got {inspect.signature(function)}")
+
+
+def _checked_scalars(scalars: Mapping[str, float] | None) -> dict[str, float]:
+    if scalars is None:
+        return {}
+    if not isinstance(scalars, Mapping):
+        raise TypeError(f"scalars: expected a dict of names and numbers, got {type(scalars).__name__}")
+    for name, value in scalars.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"scalars: expected finite numbers, got {value!r} for {name!r}")
+    return {name: float(value) for name, value in scalars.items()}
+
+
+def _check_names(name: str, inputs: list[str], of_gate: tuple[str, ...], scalars: Mapping[str, float]) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
+        raise ValueError(f"name: expected a lower-case identifier such as 'my_gru', got {name!r}")
+    if not 1 <= len(inputs) <= _MOST_INPUTS:
+        raise ValueError(f"gate: expected 1 to {_MOST_INPUTS} inputs, got {len(inputs)}")
+    if len(scalars) > _MOST_SCALARS:
+        raise ValueError(f"scalars: expected at most {_MOST_SCALARS}, got {len(scalars)}")
+    if not of_gate or of_gate[0] != inputs[0]:
+        raise ValueError(f"gate: expected an input as its first argument, got {list(of_gate)}")
+    for argument in (*inputs, *scalars):
+        if argument in _RESERVED:
+            raise ValueError(f"gate: expected other names than those of the call, got {argument!r}")

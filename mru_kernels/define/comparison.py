@@ -1,0 +1,77 @@
+"""The comparison of a defined cell's kernels with its own functions in float64, one step after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .cell import DefinedCell
+
+#: The most that a result may differ from the float64 loop, relative to its largest value: units of the dtype that it
+#: is stored in, and of the dtype that it is computed in for each step that adds to it.
+LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A result of one call: its name, the dtype of the streams, and its greatest error relative to its largest value."""
+
+    result: str
+    dtype: torch.dtype
+    error: float
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.dtype]
+
+    @property
+    def passes(self) -> bool:
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `DefinedCell.compare` found: a row for each result and dtype. As a text it is a table."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passes(self) -> bool:
+        return all(row.passes for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: kernels against the definition in float64"]
+        for row in self.rows:
+            dtype = str(row.dtype).removeprefix("torch.")
+            verdict = "" if row.passes else "  too large"
+            lines.append(f"{row.result:16} {dtype:9} error {row.error:.1e}  limit {row.limit:.0e}{verdict}")
+        return "\n".join(lines)
+
+
+def compare(cell: DefinedCell, tensors: list[Tensor], options: dict[str, Any]) -> Comparison:
+    """Compare on inputs in float64; each dtype gets them rounded, and so does the loop."""
+    rows: list[Row] = []
+    for dtype in LIMITS:
+        rounded = [t.to(dtype) for t in tensors]
+        ours = _results(cell, rounded, "cpu", options)
+        theirs = _results(cell, [t.double() for t in rounded], "torch", options)
+        for (name, a), b in zip(ours.items(), theirs.values(), strict=True):
+            scale = b.abs().max().item() or 1.0
+            rows.append(Row(name, dtype, ((a.double() - b).abs().max() / scale).item()))
+    return Comparison(cell.name, tuple(rows))
+
+
+def _results(cell: DefinedCell, tensors: list[Tensor], backend: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    h, state = cell(*leaves, backend=backend, **options)
+    cotangent = torch.linspace(-1, 1, h.numel(), dtype=torch.float64).view(h.shape).to(h.dtype)
+    grads = torch.autograd.grad(h, leaves, cotangent, allow_unused=True)
+    results = {"h": h.detach(), "state": state.detach()}
+    for name, t, leaf in zip(cell.inputs, grads, leaves, strict=True):
+        results[f"grad of {name}"] = torch.zeros_like(leaf) if t is None else t
+    return results
