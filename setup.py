@@ -168,8 +168,9 @@ class NinjaBuild(build_ext):
         n.build(str(target), "link", objects, variables={"link": link})
 
 
-# The comparison and the bench are installed as parts of the package, which does not import them.
-FOLDERS = {"mru_kernels.bench": "bench", "mru_kernels.bench.python_ref": "python_ref"}
+# The comparison and the bench are installed as parts of the package, which does not import them. So are the sources of
+# the kernels, which `define_cell` compiles with a user's cell.
+FOLDERS = {"mru_kernels.bench": "bench", "mru_kernels.bench.python_ref": "python_ref", "mru_kernels.csrc": "csrc"}
 
 setup(
     packages=[*find_packages(include=["mru_kernels*"]), *FOLDERS],

@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("XDG_CACHE_HOME", str(config.rootpath / "build" / "cache"))  # of the cells that tests define
     if "triton" in _names(config) and config.getoption("device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first import of triton
     if "simt" in _names(config):

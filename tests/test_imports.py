@@ -19,7 +19,7 @@ LAYERS = [
     ["checks"],
     ["ops", "mesa_checks"],
     ["cells", "delays", "mesa"],
-    ["nn"],
+    ["nn", "define"],
     ["blocks", "schedule", "streaming", "distributed", "export"],
 ]
 PARTS = [part for layer in LAYERS for part in layer]

@@ -51,6 +51,17 @@ def test_comparison_and_times_from_an_empty_folder(installed, tmp_path):
 
 
 @pytest.mark.check
+def test_a_cell_is_defined_where_only_the_package_is_installed(installed, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cell.py").write_text(
+        "import torch, mru_kernels as mk\n"
+        "scan = mk.define_cell('installed', lambda x, a: mk.Affine(a, x))\n"
+        "print(scan(torch.ones(1, 3, 1), torch.ones(1))[1].item())\n"
+    )
+    assert run(installed, tmp_path, "cell.py").split() == ["3.0"]
+
+
+@pytest.mark.check
 def test_contents_of_the_installed_package(installed, tmp_path):
     """The bench is installed, commands that need the repository are not, and the package does not import the bench."""
     code = "import mru_kernels, sys; print(mru_kernels.__file__, *sys.modules, sep='\\n')"

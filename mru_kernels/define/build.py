@@ -102,9 +102,8 @@ _made_here: dict[str, Path] = {}
 def _for_this_process(name: str, build: Callable[[Path], None], error: OSError) -> Path:
     """`_cached` where the cache cannot be written: in a temporary folder."""
     if name not in _made_here:
-        warnings.warn(
-            f"define_cell: cannot write the cache {cache_folder()} ({error}); this process builds its own kernels"
-        )
+        reason = f"cannot write the cache {cache_folder()} ({error})"
+        warnings.warn(f"define_cell: {reason}; this process builds its own kernels", stacklevel=2)
         made = Path(tempfile.mkdtemp(prefix="mru_kernels-"))
         build(made)
         _made_here[name] = made

@@ -122,6 +122,7 @@ class DefinedCell:
         self._cells: dict[tuple[str, ...], ops.Cell] = {}
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
+        self.__signature__ = self._signature()
         self.source = self._header(name, ("stream",) * len(self.inputs))
 
     def __repr__(self) -> str:
@@ -176,6 +177,16 @@ class DefinedCell:
         return compare(self, list(inputs), options)
 
     # ------------------------------------------------------------------------------------------ arguments
+
+    def _signature(self) -> inspect.Signature:
+        """What `help` and editors show."""
+        kinds, empty = inspect.Parameter, inspect.Parameter.empty
+        own = inspect.signature(DefinedCell.__call__).parameters.values()
+        options = [p for p in own if p.kind is kinds.KEYWORD_ONLY]
+        numbers = ({"epsilon": 0.0} if self._program.writes else {}) | self.scalars
+        listed = [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=empty) for name in self.inputs]
+        listed += [kinds(name, kinds.KEYWORD_ONLY, default=value) for name, value in numbers.items()]
+        return inspect.Signature([*listed, *options])
 
     def _arguments(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """The tensors and the numbers of a call, in the cell's order."""

@@ -11,14 +11,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .cell import DefinedCell
 
-#: The most that a result may differ from the float64 loop, relative to its largest value: units of the dtype that it
-#: is stored in, and of the dtype that it is computed in for each step that adds to it.
+#: The most that a result may differ from the float64 loop, relative to its largest value, by the dtype of the streams.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A result of one call: its name, the dtype of the streams, and its greatest error relative to its largest value."""
+    """A result of a call: its name, the dtype of the streams, the greatest error relative to its largest value."""
 
     result: str
     dtype: torch.dtype

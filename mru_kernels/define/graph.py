@@ -21,11 +21,11 @@ NUMBERS = {
     "where": "{} ? {} : {}",
     "maximum": "maximum({}, {})",
     "minimum": "minimum({}, {})",
-    "power": "power({}, {})",
+    **{name: name + "({}, {})" for name in ("power", "hypotenuse", "arctangent_2")},
     **{
         name: name + "({})"
         for name in ("square_root", "exponential", "exponential_minus_1", "logarithm", "logarithm_of_1_plus", "sine",
-                     "cosine", "tanh", "sigmoid", "error_function")
+                     "cosine", "tanh", "sigmoid", "error_function", "arctangent")
     },
 }  # fmt: skip
 #: The same for operations whose result is a mask, true or false.

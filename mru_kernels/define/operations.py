@@ -6,6 +6,7 @@ by torch's own decompositions; see recording.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -106,10 +107,12 @@ RULES: dict[str, Callable[..., Any]] = {
     **{name: _simple(operation) for name, operation in {
         "neg": "negative", "abs": "absolute", "sqrt": "square_root", "exp": "exponential",
         "expm1": "exponential_minus_1", "log": "logarithm", "log1p": "logarithm_of_1_plus", "sin": "sine",
-        "cos": "cosine", "tanh": "tanh", "sigmoid": "sigmoid", "erf": "error_function", "maximum": "maximum",
-        "minimum": "minimum", "where": "where", "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal",
-        "gt": "greater", "ge": "greater_equal", "logical_and": "and", "logical_or": "or", "logical_xor": "xor",
-        "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor", "bitwise_not": "not",
+        "cos": "cosine", "tanh": "tanh", "sigmoid": "sigmoid", "erf": "error_function", "atan": "arctangent",
+        "atan2": "arctangent_2", "hypot": "hypotenuse", "maximum": "maximum", "minimum": "minimum", "where": "where",
+        "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
+        "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and",
+        "bitwise_or": "or", "bitwise_xor": "xor", "bitwise_not": "not", "__and__": "and", "__or__": "or",
+        "__xor__": "xor",
     }.items()},
     "add": _add,
     "mul": _multiply,
@@ -126,6 +129,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "relu": lambda graph, x: graph.add("maximum", x, graph.constant(0.0)),
     "sign": _sign,
     "sgn": _sign,
+    "isfinite": lambda graph, x: graph.add("less", graph.add("absolute", x), graph.constant(math.inf)),
+    "isinf": lambda graph, x: graph.add("equal", graph.add("absolute", x), graph.constant(math.inf)),
     "isnan": lambda graph, x: graph.add("not_equal", x, x),
     "masked_fill": lambda graph, x, mask, value: graph.add("where", mask, value, x),
     "sigmoid_backward": _of_sigmoid,
@@ -134,8 +139,11 @@ RULES: dict[str, Callable[..., Any]] = {
     "zeros_like": _like(0.0),
     "ones_like": _like(1.0),
     "full_like": _full_like,
+    "full": _itself,
     "scalar_tensor": _itself,
     "_to_copy": to_number,
+    "to": to_number,
+    "real": _itself,
     "detach": _itself,
     "alias": _itself,
     "clone": _itself,

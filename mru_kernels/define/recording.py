@@ -34,6 +34,7 @@ class Recorder(TorchDispatchMode):
         self.function = function
         self._nodes: dict[int, int] = {}  # of tensors, by id
         self._alive: list[Tensor] = []  # so that no id is used twice
+        self._decompositions = 0  # that run
 
     def leaf(self, name: str, value: Tensor) -> Tensor:
         """`value` as the input `name` of the graph."""
@@ -57,7 +58,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if func._schema.is_mutable:
-            self.refuse("no operation in place", name)
+            if not self._decompositions and self._frame() is not None:
+                self.refuse("no operation in place", name)
+            name = name.removesuffix("_")  # torch's own, on tensors that nobody else reads
         if name == "_local_scalar_dense":
             self.refuse("no branch on values (use torch.where)", "the value of a tensor")
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -66,8 +69,11 @@ class Recorder(TorchDispatchMode):
             decomposition = decomposition_table.get(func)
             if decomposition is None:
                 self.refuse("pointwise operations that C++ has", name)
+            self._decompositions += 1
             with self:
-                return decomposition(*args, **kwargs)
+                result = decomposition(*args, **kwargs)
+            self._decompositions -= 1
+            return result
         result = func(*args, **kwargs)
         if result.shape not in (SHAPE, ()):
             self.refuse("pointwise operations", f"{name}, whose result has another shape")
@@ -88,7 +94,7 @@ class Recorder(TorchDispatchMode):
         if name == "clamp" or (name in ("add", "sub", "rsub") and len(nodes) == 3):
             nodes = nodes[: 1 if name == "clamp" else 2]  # the others are options
         keeps = {"where": (0,), "masked_fill": (1,)}.get(name, ())
-        if name == "_to_copy" or (dtype == torch.bool and all(self.graph.nodes[i].is_mask for i in nodes)):
+        if name in ("_to_copy", "to") or (dtype == torch.bool and all(self.graph.nodes[i].is_mask for i in nodes)):
             return nodes
         return [i if place in keeps else to_number(self.graph, i) for place, i in enumerate(nodes)]
 
@@ -105,12 +111,19 @@ class Recorder(TorchDispatchMode):
         self._alive.append(value)
 
     def _line(self) -> str:
+        frame = self._frame()
+        if frame is None:
+            return ", in its gradient"
+        line = linecache.getline(*frame).strip()
+        return f", in `{line}` ({frame[0]}:{frame[1]})"
+
+    def _frame(self) -> tuple[str, int] | None:
+        """File and line where the user's function is; None where it does not run."""
         code = getattr(self.function, "__code__", None)
         for frame, number in traceback.walk_stack(None):
             if frame.f_code is code:
-                line = linecache.getline(code.co_filename, number).strip()
-                return f", in `{line}` ({code.co_filename}:{number})"
-        return ", in its gradient" * (code is not None)
+                return frame.f_code.co_filename, number
+        return None
 
 
 def gradients(results: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:

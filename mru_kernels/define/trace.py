@@ -134,7 +134,7 @@ def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:
         recorder.node(value)
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("factor", "offset", "value"):
-        return torch.full((), float(value), dtype=DTYPE) if name == "factor" else value
+        return value
     raise TypeError(f"{of}: expected {name} as a floating tensor, got {'a mask' if is_mask else type(value).__name__}")
 
 

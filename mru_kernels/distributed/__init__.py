@@ -13,12 +13,13 @@ state that left the segment before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..define import DefinedCell
 from ..nn import MRUBase
 from ..nn.wrappers import unwrapped
 from .modules import SequenceParallel
@@ -33,8 +34,9 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
     """An op or a module whose time axis is split into one segment per rank.
 
     Args:
-        op_or_module: the scan of a cell, such as `bmru`, or a module of this package with the interface of
-            `torch.nn.GRU`, such as `BMRU`. `torch.compile` or DistributedDataParallel may wrap the module.
+        op_or_module: the scan of a cell, such as `bmru` or one that `define_cell` made, or a module of this package
+            with the interface of `torch.nn.GRU`, such as `BMRU`. `torch.compile` or DistributedDataParallel may wrap
+            the module.
         mesh_or_group: the ranks, in the order of their segments: a process group, a one-dimensional DeviceMesh, or None
             for the default group. Segments may differ in length and may be empty. Only one thread at a time may call
             functions of one group.
@@ -76,10 +78,12 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
     group = _group(mesh_or_group)
     if isinstance(op_or_module, torch.nn.Module) and isinstance(unwrapped(op_or_module), MRUBase):
         return SequenceParallel(op_or_module, group)
-    if op_or_module not in scans():
+    if not isinstance(op_or_module, DefinedCell) and op_or_module not in scans():
         names = ", ".join(op.__name__ for op in scans())
-        raise TypeError(f"op_or_module: expected one of {names} or a recurrent module, got {op_or_module!r}")
-    return parallel_op(op_or_module, group)
+        raise TypeError(
+            f"op_or_module: expected one of {names}, a defined cell or a recurrent module, got {op_or_module!r}"
+        )
+    return parallel_op(cast(Scan, op_or_module), group)
 
 
 def _group(mesh_or_group: DeviceMesh | Group | None) -> Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from .segments import Scan, scan_over_ranks
 
 
 def scans() -> list[Scan]:
-    """The public scan of every cell."""
-    return [getattr(import_module(f"{cells.__name__}.{name}"), name) for name in ops.CELLS]
+    """The public scan of every cell of the package."""
+    modules = {name: f"{cells.__name__}.{name}" for name in ops.CELLS}
+    return [getattr(import_module(module), name) for name, module in modules.items() if find_spec(module)]
 
 
 def parallel_op(op: Scan, group: Group) -> Scan:

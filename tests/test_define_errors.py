@@ -1,0 +1,161 @@
+"""What `define_cell`, its results and the surrogates refuse, before anything is compiled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import mru_kernels as mk
+from mru_kernels.define import build
+
+OUTSIDE = torch.ones(3)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail("compiled"))
+
+
+def affine(x, a):
+    return mk.Affine(a, x)
+
+
+def branches(x, a):
+    if x.sum() > 0:
+        return mk.Affine(a, x)
+    return mk.Affine(1 - a, x)
+
+
+def branches_on_a_value(x, a):
+    return mk.Affine(a if a[0, 0] > 0 else x, x)
+
+
+def in_place(x, a):
+    y = x * 2
+    y += a
+    return mk.Affine(a, y)
+
+
+def draws(x, a):
+    return mk.Affine(a, x + torch.rand_like(x))
+
+
+def captures(x, a):
+    return mk.Affine(a * OUTSIDE, x)
+
+
+def reshapes(x, a):
+    return mk.Affine(a, x.transpose(0, 1))
+
+
+def casts(x, a):
+    return mk.Affine(a, x.float())
+
+
+def lacks_an_operation(x, a):
+    return mk.Affine(a, torch.special.bessel_j0(x))
+
+
+WHAT_A_GATE_MUST_NOT_DO = [
+    (branches, "sum"),
+    (branches_on_a_value, "branch on values|pointwise"),
+    (in_place, "no operation in place, got add_"),
+    (draws, "a function of its arguments, got the random rand_like"),
+    (captures, "a tensor of shape \\[3\\] from outside"),
+    (reshapes, "transpose"),
+    (casts, "the dtype of its arguments"),
+    (lacks_an_operation, "bessel_j0"),
+]
+
+
+@pytest.mark.parametrize(("gate", "message"), WHAT_A_GATE_MUST_NOT_DO, ids=lambda v: getattr(v, "__name__", ""))
+def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        mk.define_cell("refused", gate)
+    assert str(raised.value).startswith(f"{gate.__name__}: expected ")
+    assert "test_define_errors.py:" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": 3}, TypeError, "name: expected a str, got int"),
+        ({"name": "Capital"}, ValueError, "name: expected a lower-case identifier"),
+        ({"name": "lambda"}, ValueError, "name: expected a lower-case identifier"),
+        ({"name": "bmru"}, ValueError, "name: expected a new name, got 'bmru'"),
+        ({"gate": 3}, TypeError, "gate: expected a function, got int"),
+        ({"gate": lambda: mk.Affine(1.0, 1.0)}, ValueError, "gate: expected 1 to 4 inputs, got 0"),
+        ({"gate": lambda *x: mk.Affine(x[0], x[1])}, TypeError, "gate: expected named arguments only"),
+        ({"gate": lambda state, a: mk.Affine(a, state)}, ValueError, "gate: expected other names .* got 'state'"),
+        ({"gate": lambda a, b: (a, b)}, TypeError, "expected mk.Affine or mk.Write, got tuple"),
+        ({"gate": lambda a, b: mk.Affine(a, "b")}, TypeError, "expected offset as a floating tensor, got str"),
+        ({"gate": lambda a, b: mk.Affine(a > 0, b)}, TypeError, "expected factor as a floating tensor, got a mask"),
+        ({"gate": lambda a, b: mk.Write(1.0, a * b)}, TypeError, "expected write as a floating tensor, got float"),
+        ({"gate": lambda a, b: mk.Affine(a, a)}, ValueError, "b: expected an argument that a result depends on"),
+        ({"output": 3}, TypeError, "output: expected a function, got int"),
+        ({"output": lambda x: x}, ValueError, "output: expected an argument `state`"),
+        ({"output": lambda state, x: x}, ValueError, "state: expected an output that depends on it"),
+        ({"output": lambda state: state > 0}, TypeError, "expected the output as a floating tensor, got a mask"),
+        ({"scalars": [1.0]}, TypeError, "scalars: expected a dict"),
+        ({"scalars": {"x": float("nan")}}, ValueError, "scalars: expected finite numbers, got nan for 'x'"),
+        ({"scalars": {"k": 1.0}}, ValueError, "k: expected an argument that a result depends on"),
+        ({"scalars": {"x": 1.0, "a": 1.0, "k": 1.0}}, ValueError, "gate: expected 1 to 4 inputs, got 0"),
+    ],
+)
+def test_definitions_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mk.define_cell(**{"name": "refused", "gate": affine} | arguments)
+
+
+def test_a_name_is_given_once():
+    first = mk.define_cell("named_once", affine)
+    assert mk.define_cell("named_once", affine) is first  # a notebook runs its cells again
+    with pytest.raises(ValueError, match="name: expected a new name, got 'named_once'"):
+        mk.define_cell("named_once", lambda x, a: mk.Affine(a, 2 * x))
+
+
+def test_calls_are_checked():
+    cell = mk.define_cell("called_wrongly", lambda x, a, k: mk.Affine(a * k, x), scalars={"k": 1.0})
+    x = torch.randn(2, 5, 3)
+    for arguments, named, message in [
+        ((x, x, x), {}, "called_wrongly: expected at most 2 positional arguments"),
+        ((x,), {}, "called_wrongly: expected the argument 'a', got none"),
+        ((x, x), {"a": x}, "'a', which is given twice"),
+        ((x, x), {"epsilon": 0.5}, "'epsilon', which is unknown; it takes x, a, k"),
+        ((x.numpy(), x), {}, "x: expected a tensor"),
+        ((x, x), {"k": "1"}, "k: expected a float, got str"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            cell(*arguments, backend="torch", **named)
+    for arguments, message in [
+        ((x[0], x), "x: expected 3 dimensions"),
+        ((x, torch.ones(4)), r"a: expected shape \[3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cell(*arguments, backend="torch")
+    with pytest.raises(TypeError, match="a: expected"):
+        cell(x, x.double(), backend="torch")
+    with pytest.raises(TypeError, match="x: expected a dtype of"):
+        cell(x.to(torch.complex64), x.to(torch.complex64), backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.ones(3),), TypeError, "x: expected a tensor, got ndarray"),
+        ((torch.ones(3, dtype=torch.int64),), TypeError, "x: expected a floating dtype, got torch.int64"),
+        ((torch.ones(3), "1"), TypeError, "scale: expected a float, got str"),
+        ((torch.ones(3), 0.0), ValueError, "scale: expected a positive finite number, got 0.0"),
+    ],
+)
+def test_surrogates_are_checked(arguments, error, message):
+    for function in (mk.heaviside, mk.sign):
+        with pytest.raises(error, match=message):
+            function(*arguments)
+    with pytest.raises(ValueError, match="surrogate: expected a function or one of arctangent"):
+        mk.heaviside(torch.ones(3), surrogate="none")
+    with pytest.raises(TypeError, match="surrogate: expected a name or a function, got int"):
+        mk.sign(torch.ones(3), surrogate=3)
+    with pytest.raises(ValueError, match="threshold: expected the dtype and shape of x"):
+        mk.heaviside(torch.ones(3), threshold=torch.ones(4))
