@@ -25,7 +25,7 @@ from examples import common
 SYMBOLS = 9
 CHANNELS = 2
 FEATURES = 32
-NOISE = 0.3
+NOISE = 0.2
 TRAIN_LENGTH = 20
 BATCH = 128
 LEARNING_RATE = 1e-2

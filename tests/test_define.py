@@ -132,6 +132,13 @@ def test_a_comparison_names_what_differs(monkeypatch):
     assert all(row.dtype == torch.float32 for row in found.rows if not row.passes)
 
 
+@pytest.mark.check
+def test_inputs_may_have_the_names_of_a_kernel():
+    cell = mk.define_cell("test_names", lambda s, m, g, after: mk.Affine(m.sigmoid() * g, s - after))
+    found = cell.compare()
+    assert found.passes, str(found)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_by_differences(reverse):
     leaves = [t.requires_grad_() for t in torch.randn(3, 2, 20, 3, dtype=torch.float64)[:2]]
@@ -153,8 +160,9 @@ def test_steps_are_the_scan():
     assert torch.equal(state, final)
     slots = torch.zeros(5, 4)
     output, _ = SCALED.step(*x[:, :, 0], state=slots, state_indices=torch.tensor([4, 0, -1]))
-    assert torch.equal(output[:2], SCALED(*x[:, :2, :1])[0].squeeze(1))
-    assert slots[[0, 4]].any(1).all()
+    expected, after = SCALED.step(*x[:, :2, 0], state=torch.zeros(2, 4))
+    assert torch.equal(output[:2], expected)
+    assert torch.equal(slots[[4, 0]], after)
     assert not slots[1:4].any()
 
 

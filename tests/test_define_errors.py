@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +103,12 @@ def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
         ({"scalars": [1.0]}, TypeError, "scalars: expected a dict"),
         ({"scalars": {"x": float("nan")}}, ValueError, "scalars: expected finite numbers, got nan for 'x'"),
         ({"scalars": {"k": 1.0}}, ValueError, "k: expected an argument that a result depends on"),
+        ({"gate": lambda x, a=1.0: mk.Affine(a, x)}, TypeError, "gate: expected arguments without defaults"),
+        (
+            {"gate": lambda x, a, b: mk.Write(x > a, b), "scalars": {"a": 1.0, "b": 1.0}},
+            ValueError,
+            "scalars: expected at most 1 beside epsilon, got 2",
+        ),
         ({"scalars": {"x": 1.0, "a": 1.0, "k": 1.0}}, ValueError, "gate: expected 1 to 4 inputs, got 0"),
     ],
 )
@@ -113,6 +122,13 @@ def test_a_name_is_given_once():
     assert mk.define_cell("named_once", affine) is first  # a notebook runs its cells again
     with pytest.raises(ValueError, match="name: expected a new name, got 'named_once'"):
         mk.define_cell("named_once", lambda x, a: mk.Affine(a, 2 * x))
+
+
+def test_copies_are_the_cell_itself():
+    cell = mk.define_cell("copied", affine)
+    assert copy.deepcopy(cell) is pickle.loads(pickle.dumps(cell)) is copy.copy(cell) is cell
+    with pytest.raises(RuntimeError, match="expected the cell 'missing' to be defined first"):
+        pickle.loads(pickle.dumps(cell).replace(b"copied", b"missing").replace(b"\x8c\x06missing", b"\x8c\x07missing"))
 
 
 def test_calls_are_checked():

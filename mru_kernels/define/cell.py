@@ -6,6 +6,7 @@ import inspect
 import keyword
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,8 +82,8 @@ def define_cell(
     functions = Functions(gate, output, tuple(inputs), tuple(scalars))
     made = DefinedCell(name, functions, scalars, doc)
     known = _defined.get(name)
-    if known is not None and known.source == made.source:
-        return known
+    if known is not None and (known.source, known.scalars) == (made.source, made.scalars):
+        return known  # a notebook runs its cells again
     if known is not None or name in ops.CELLS:
         raise ValueError(f"name: expected a new name, got {name!r}, which another cell has")
     _defined[name] = made
@@ -119,11 +120,16 @@ class DefinedCell:
         self.name, self.inputs, self.scalars = name, functions.inputs, dict(scalars)
         self._functions = functions
         self._program = trace(functions)
+        if self._program.writes and len(scalars) >= _MOST_SCALARS:
+            raise ValueError(f"scalars: expected at most {_MOST_SCALARS - 1} beside epsilon, got {len(scalars)}")
         self._cells: dict[tuple[str, ...], ops.Cell] = {}
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
         self.__signature__ = self._signature()
         self.source = self._header(name, ("stream",) * len(self.inputs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _by_name, (self.name,)  # copies are the cell itself
 
     def __repr__(self) -> str:
         return f"<mru_kernels cell {self.name}({', '.join((*self.inputs, *self.scalars))})>"
@@ -277,12 +283,21 @@ class DefinedCell:
 _ANY = (-1.7976931348623157e308, 1.7976931348623157e308)
 _defined: dict[str, DefinedCell] = {}
 _loaded: set[str] = set()
+_lock = threading.Lock()
 
 
 @private.assume_constant_result
 def _prepare(name: str, kinds: tuple[str, ...], backend: str) -> bool:
-    _defined[name]._load(kinds, backend)
+    with _lock:
+        _defined[name]._load(kinds, backend)
     return True
+
+
+def _by_name(name: str) -> DefinedCell:
+    """The cell of a pickle."""
+    if name not in _defined:
+        raise RuntimeError(f"pickle: expected the cell {name!r} to be defined first, and it is not")
+    return _defined[name]
 
 
 def _as(value: Tensor | float, like: Tensor) -> Tensor:
@@ -304,6 +319,8 @@ def _check_function(name: str, function: Any) -> None:
         raise TypeError(f"{name}: expected a function whose arguments Python can read, got {function!r}") from None
     if any(kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds):
         raise TypeError(f"{name}: expected named arguments only, got {inspect.signature(function)}")
+    if any(p.default is not inspect.Parameter.empty for p in inspect.signature(function).parameters.values()):
+        raise TypeError(f"{name}: expected arguments without defaults, got {inspect.signature(function)}; use scalars")
 
 
 def _checked_scalars(scalars: Mapping[str, float] | None) -> dict[str, float]:

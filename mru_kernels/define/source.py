@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .graph import Graph, Node, statements
-from .trace import EPSILON, Program
+from .trace import EPSILON, Program, of_user
 
 
 def header(
@@ -20,7 +20,8 @@ def header(
         scalars: the least and greatest value of each scalar by name, without epsilon.
     """
     # Names of the user's could be words of C++.
-    in_code = {n: f"x[{i}]" for i, n in enumerate(inputs)} | {n: f"splat<V>(p{i})" for i, n in enumerate(scalars)}
+    in_code = {of_user(n): f"x[{i}]" for i, n in enumerate(inputs)}
+    in_code |= {of_user(n): f"splat<V>(p{i})" for i, n in enumerate(scalars)}
     graph = Graph([node if node.operation != "input" else _renamed(node, in_code) for node in program.graph.nodes])
     first_scalar = 1 if program.writes else 0
     base = f"WriteOrHold<{_CLASS}<S>, S>" if program.writes else "CellBase"

@@ -45,12 +45,17 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
+def of_user(name: str) -> str:
+    """The graph's name of an input or scalar, which differs from all names of its own."""
+    return f"user's {name}"
+
+
 @dataclass(frozen=True)
 class Program:
-    """A cell as nodes of one graph, over the inputs named below.
+    """A cell as nodes of one graph.
 
-    Inputs of the graph: the cell's inputs and scalars; `s`, the state before a step; `after`, the state after it;
-    `g` = dL/dh; `m` = dL/ds' through the next step; `lambda_` = dL/ds'.
+    Inputs of the graph: the cell's inputs and scalars, see `of_user`; `epsilon`; `s`, the state before a step; `after`,
+    the state after it; `g` = dL/dh; `m` = dL/ds' through the next step; `lambda_` = dL/ds'.
 
     Attributes:
         writes: whether the gate is a `Write`.
@@ -81,8 +86,8 @@ def trace(functions: Functions) -> Program:
     def leaf(name: str, shape: tuple[int, ...] = SHAPE) -> Tensor:
         return recorder.leaf(name, torch.full(shape, 0.5, dtype=DTYPE))
 
-    x = {name: leaf(name).requires_grad_() for name in functions.inputs}
-    named = x | {name: leaf(name, ()) for name in functions.scalars}
+    x = {name: leaf(of_user(name)).requires_grad_() for name in functions.inputs}
+    named = x | {name: leaf(of_user(name), ()) for name in functions.scalars}
     s, after, g, m, lambda_, epsilon = (leaf(n) for n in ("s", "after", "g", "m", "lambda_", EPSILON))
     after.requires_grad_()
     with torch.enable_grad(), recorder:
@@ -141,7 +146,7 @@ def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:
 def _refuse_unused(functions: Functions, program: Program) -> None:
     used = program.graph.inputs(n for n in (program.first, program.second, program.output) if n is not None)
     for name in (*functions.inputs, *functions.scalars):
-        if name not in used:
+        if of_user(name) not in used:
             raise ValueError(f"{name}: expected an argument that a result depends on, got one that none does")
     if functions.output is not None and "after" not in used:
         raise ValueError("state: expected an output that depends on it, got one that does not")
