@@ -64,8 +64,8 @@ def define_cell(
     Example::
 
         >>> def leaky(input, decay):
-        ...     return mk.Affine(decay, (1 - decay) * input)
-        >>> scan = mk.define_cell("leaky_example", leaky, output=lambda state: state.tanh())
+        ...     return mk.Affine(decay, input)
+        >>> scan = mk.define_cell("leaky_example", leaky)
         >>> h, state = scan(torch.randn(2, 100, 8), torch.full((8,), 0.9))
         >>> h.shape, state.shape
         (torch.Size([2, 100, 8]), torch.Size([2, 8]))
@@ -114,6 +114,15 @@ class DefinedCell:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call, or the C++ compiler is missing or fails.
         NotImplementedError: a second derivative is taken.
+
+    Example::
+
+        >>> scan = mk.define_cell("leaky_example", lambda input, decay: mk.Affine(decay, input))
+        >>> scan
+        <mru_kernels cell leaky_example(input, decay)>
+        >>> state = torch.zeros(2, 8)
+        >>> for x in torch.randn(10, 2, 8):
+        ...     h, state = scan.step(x, torch.full((8,), 0.9), state=state)
     """
 
     def __init__(self, name: str, functions: Functions, scalars: Mapping[str, float], doc: str | None) -> None:
