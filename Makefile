@@ -36,7 +36,7 @@ test: setup
 	pytest -n 2 -m "not slow and not check"
 
 check: lint docs sanitize
-	pytest -n 2 --dist loadfile --no-loadscope-reorder -m check $(TESTS_BY_TIME)
+	pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m check $(TESTS_BY_TIME)
 
 docs: setup
 	python -m sphinx -E -W --keep-going -n -q -b html docs build/docs

@@ -5,6 +5,8 @@ A function imports `mru_kernels` only if it needs it: see `bench.gpu.stages.reco
 
 from __future__ import annotations
 
+import importlib
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ import torch
 from . import inputs
 
 if TYPE_CHECKING:
-    from mru_kernels import backends
+    from mru_kernels import DefinedCell, backends
 
 _MOST_ELEMENTS = 2**40  # more than fit the memory of any machine
 DTYPES = inputs.DTYPES | inputs.COMPLEX_DTYPES
@@ -42,6 +44,21 @@ def device(text: str) -> torch.device:
         found = None
     if found is None or found.type == "meta":
         raise ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}")
+    return found
+
+
+def defined_cell(text: str) -> DefinedCell:
+    """Parse "MODULE:NAME", which `define_cell` made."""
+    import mru_kernels
+
+    module, _, name = text.partition(":")
+    sys.path.insert(0, "")  # the folder of the command, as for `python -m`
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArgumentTypeError(f"expected MODULE:NAME of a cell, got {text!r}: {error}") from None
+    if not isinstance(found, mru_kernels.DefinedCell):
+        raise ArgumentTypeError(f"expected a cell that define_cell made, got {text!r}, a {type(found).__name__}")
     return found
 
 
@@ -81,7 +98,7 @@ def check_dtypes(parser: ArgumentParser, cell: str, names: list[str]) -> None:
 
 def resolve(parser: ArgumentParser, name: str | None, device: torch.device) -> backends.Backend:
     """The backend that `--backend` names, or the default for None. Ends the command if it cannot run on `--device`."""
-    from mru_kernels import backends
+    from mru_kernels import DefinedCell, backends
 
     try:
         return backends.resolve(name, device)

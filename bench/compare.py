@@ -249,7 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="start no case after this time; exit with 1 if one is left"
     )
+    parser.add_argument(
+        "--cell", nargs="+", type=cli.defined_cell, metavar="MODULE:NAME", help="cells of define_cell, on the CPU only"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.cell:
+        found = [cell.compare() for cell in arguments.cell]
+        print(*found, sep="\n\n")
+        return 0 if all(one.passes for one in found) else 1
 
     names = arguments.backend or []
     if names != [REFERENCE]:

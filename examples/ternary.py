@@ -51,8 +51,8 @@ def scan() -> mk.DefinedCell:
 
 
 UNITS: dict[str, type[mk.nn.WriteOrHold]] = {"ternary": Ternary, "BMRU": mk.BMRU}
-#: Learning rates, and whether epsilon goes from 1 to 0 in the first half of the training. They were picked from some runs
-#: with one or two seeds at rates from 3e-3 to 3e-2, and not by a full sweep.
+#: Learning rates, and whether epsilon goes from 1 to 0 in the first half of the training. They were picked from some
+#: runs with one or two seeds at rates from 3e-3 to 3e-2, and not by a full sweep.
 RECIPES = {"ternary": (1e-2, False), "BMRU": (6e-3, True)}
 
 
