@@ -5,9 +5,9 @@ A function imports `mru_kernels` only if it needs it: see `bench.gpu.stages.reco
 
 from __future__ import annotations
 
-import importlib
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,15 +49,13 @@ def device(text: str) -> torch.device:
 
 def defined_cell(text: str) -> DefinedCell:
     """Parse "MODULE:NAME", which `define_cell` made."""
-    import mru_kernels
-
     module, _, name = text.partition(":")
     sys.path.insert(0, "")  # the folder of the command, as for `python -m`
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ArgumentTypeError(f"expected MODULE:NAME of a cell, got {text!r}: {error}") from None
-    if not isinstance(found, mru_kernels.DefinedCell):
+    if not isinstance(found, import_module("mru_kernels").DefinedCell):
         raise ArgumentTypeError(f"expected a cell that define_cell made, got {text!r}, a {type(found).__name__}")
     return found
 
@@ -98,7 +96,7 @@ def check_dtypes(parser: ArgumentParser, cell: str, names: list[str]) -> None:
 
 def resolve(parser: ArgumentParser, name: str | None, device: torch.device) -> backends.Backend:
     """The backend that `--backend` names, or the default for None. Ends the command if it cannot run on `--device`."""
-    from mru_kernels import DefinedCell, backends
+    from mru_kernels import backends
 
     try:
         return backends.resolve(name, device)

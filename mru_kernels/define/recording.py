@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import linecache
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import Graph
@@ -35,6 +35,11 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, int] = {}  # of tensors, by id
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._decompositions = 0  # that run
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, which takes a second, to leave this mode out."""
+        return False
 
     def leaf(self, name: str, value: Tensor) -> Tensor:
         """`value` as the input `name` of the graph."""
@@ -66,7 +71,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.refuse("a function of its arguments", f"the random {name}")
         if name not in RULES:
-            decomposition = decomposition_table.get(func)
+            decomposition = _decomposition(func)
             if decomposition is None:
                 self.refuse("pointwise operations that C++ has", name)
             self._decompositions += 1
@@ -120,10 +125,17 @@ class Recorder(TorchDispatchMode):
     def _frame(self) -> tuple[str, int] | None:
         """File and line where the user's function is; None where it does not run."""
         code = getattr(self.function, "__code__", None)
-        for frame, number in traceback.walk_stack(None):
+        for frame, number in traceback.walk_stack(sys._getframe()):
             if frame.f_code is code:
                 return frame.f_code.co_filename, number
         return None
+
+
+def _decomposition(func: Any) -> Callable[..., Any] | None:
+    """Torch's own decomposition of an operation. The table takes a second to import, and few gates need it."""
+    from torch._decomp import decomposition_table
+
+    return decomposition_table.get(func)
 
 
 def gradients(results: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
