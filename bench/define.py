@@ -15,6 +15,7 @@ from torch import Tensor
 import mru_kernels as mk
 
 from . import allocator, cli, records, timing
+from .mesa import saved
 
 Scan = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=shapes, metavar="B,T,D")
     parser.add_argument("--dtype", nargs="+", choices=cli.DTYPES, default=["fp32", "bf16"])
     arguments = parser.parse_args(argv)
-    rows = [("cell", "shape", "dtype", "forward, ms", "over it", "both, ms", "over it", "spread")]
+    rows = [
+        ("cell", "shape", "dtype", "forward, ms", "over it", "both, ms", "over it", "saved, MiB", "over it", "spread")
+    ]
     for name, (ours, theirs) in pairs().items():
         for shape in arguments.shape:
             for dtype in arguments.dtype:
@@ -82,9 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for pass_ in ("forward", "both"):
                     of_ours, of_theirs = times["ours", pass_][0], times["theirs", pass_][0]
                     figures += [f"{1e3 * of_ours:.2f}", f"{of_ours / of_theirs:.2f}"]
+                kept = [saved(scan, [t.clone().requires_grad_() for t in (x, y)]) for scan in (ours, theirs)]
+                figures += [f"{kept[0]:.1f}", f"{kept[0] / kept[1]:.2f}" if kept[1] else "-"]
                 spread = max(spread for _, spread in times.values())
                 rows.append((name, ",".join(map(str, shape)), dtype, *figures, f"{spread:.0%}"))
     print(records.aligned(rows))
-    print("\nTimes of the defined cell, and over those of what it is compared with; spread: the largest of the four.")
+    print(
+        "\nFigures of the defined cell, and over those of what it is compared with; saved: between the passes, without"
+    )
+    print("the inputs; spread: the largest of the four times.")
     print(f"{torch.get_num_threads()} threads; allocator: {allocator.describe()}")
     return 0

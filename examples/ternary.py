@@ -24,7 +24,7 @@ from examples import common
 
 SYMBOLS = 9
 CHANNELS = 2
-FEATURES = 32
+FEATURES = 64
 NOISE = 0.2
 TRAIN_LENGTH = 20
 BATCH = 128
