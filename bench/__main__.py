@@ -20,13 +20,22 @@ SUBCOMMANDS = {
     "profile": ("profile", "the time of each op or kernel in a call"),
     "memory": ("memory", "memory of a training step for each chunk_size"),
     "resets": ("resets", "times of calls with resets against those without"),
+    "delays": ("delays", "times of the forms of delay_conv"),
     "mesa": ("mesa", "time and memory of mesa against a loop over steps"),
     "online": ("online", "gradients of streams: errors and costs"),
     "blocks": ("blocks", "memory and time of training in blocks of time"),
     "report": ("report", "tables and figures from recorded results"),
 }
 
-_TIMED = ("speed", "profile", "memory", "resets", "mesa", "online")  # commands that run with the allocator pinned
+_TIMED = (
+    "speed",
+    "profile",
+    "memory",
+    "resets",
+    "delays",
+    "mesa",
+    "online",
+)  # commands that run with the allocator pinned
 
 
 def main(argv: list[str]) -> int:

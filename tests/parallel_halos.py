@@ -65,7 +65,7 @@ def _equals_the_whole(rank: int, make: Make, times: tuple[int, ...]) -> None:
         torch.testing.assert_close(after, last)
         leaves = [] if state is None else given
         of_whole = torch.autograd.grad(_loss(whole, last, 1.0), [x, *leaves, *alone.parameters()])
-        share = 1.0 if rank == 0 else 0.0
+        share = (rank + 1) / sum(range(len(times) + 1))
         of_piece = torch.autograd.grad(_loss(output, after, share), [piece, *leaves, *module.parameters()])
         torch.testing.assert_close(of_piece[0], of_whole[0][:, span])
         for one, other in zip(of_piece[1 : 1 + len(leaves)], of_whole[1:], strict=False):

@@ -47,9 +47,10 @@ def sequence_parallel(op_or_module: Scan | torch.nn.Module, mesh_or_group: Devic
         that are the same on every rank; sum them over the ranks.
 
         For a module, a `SequenceParallel` module of the same arguments, except PackedSequence. Its input and output are
-        this rank's segment; `hx` and `h_n`, or the state, are those of the whole sequence. Gradients of parameters are summed over the
-        ranks, so DistributedDataParallel along the batch needs only its own group. Attributes set on it, such as
-        `epsilon`, are set on the module. `copy.deepcopy` shares the process group; pickle raises a TypeError.
+        this rank's segment; `hx` and `h_n`, or the state, are those of the whole sequence. Gradients of parameters are
+        summed over the ranks, so DistributedDataParallel along the batch needs only its own group. Attributes set on
+        it, such as `epsilon`, are set on the module. `copy.deepcopy` shares the process group; pickle raises a
+        TypeError.
 
         Every rank must make the same calls and backward passes in the same order. Ranks compare their calls. If one
         rank raises, all others raise too, and the next call works again. If one rank skips a call or a backward pass,
