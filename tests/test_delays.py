@@ -245,9 +245,9 @@ def test_derivatives_of_torch_func():
 @forms_of_float32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(taps, dtype):
-    x, *parameters, past = [t.detach() for t in case(taps)]
-    expected, _ = mk.delay_conv(x, *parameters, taps, past)
-    y, after = mk.delay_conv(x.to(dtype), *(p.float() for p in parameters), taps, past.to(dtype))
+    x, *parameters, past = [t.detach().float() for t in case(taps)]
+    expected, _ = mk.delay_conv(x.double(), *(p.double() for p in parameters), taps, past.double())
+    y, after = mk.delay_conv(x.to(dtype), *parameters, taps, past.to(dtype))
     assert (y.dtype, after.dtype) == (dtype, dtype)
     bound = 40 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), expected, rtol=bound, atol=bound)
