@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "memory": ("memory", "memory of a training step for each chunk_size"),
     "resets": ("resets", "times of calls with resets against those without"),
     "define": ("define", "times of defined cells against cells by hand and composed ones"),
+    "delays": ("delays", "times of the forms of delay_conv"),
     "mesa": ("mesa", "time and memory of mesa against a loop over steps"),
     "online": ("online", "gradients of streams: errors and costs"),
     "blocks": ("blocks", "memory and time of training in blocks of time"),
@@ -33,6 +34,7 @@ _TIMED = (
     "memory",
     "resets",
     "define",
+    "delays",
     "mesa",
     "online",
 )  # commands that run with the allocator pinned

@@ -63,14 +63,16 @@ def train(
     learning_rate: float,
     epsilon: mk.EpsilonSchedule | None = None,
     after: Callable[[float], None] | None = None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> None:
     """Train with AdamW and clipped gradients. The learning rate warms up, then falls as a cosine.
 
-    `after(loss)` is called after each step.
+    `after(loss)` is called after each step. `groups` are groups of parameters that have options of their own.
     """
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(groups or model.parameters(), lr=learning_rate, weight_decay=0.01)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
     for _ in range(steps):
         value = loss()
         optimizer.zero_grad()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from . import torch_private as private
 
-#: Up to this number of taps conv1d runs, whose results of chunks and single steps equal those of a whole bit for bit;
-#: above it the FFT, whose cost does not grow with the taps.
-DIRECT_TAPS = 16
+#: Up to this number of taps conv1d runs on a CPU, above it the FFT, whose cost does not grow with the taps. In
+#: `python -m bench delays` a forward and backward pass takes equally long by both near this number.
+DIRECT_TAPS = 256
+DIRECT_TAPS_ELSEWHERE = 16  # in float64, for which oneDNN has no conv1d, and on other devices, which are not measured
 _ROUND = 128  # lengths of the FFT are multiples of this, which have small prime factors for common lengths
 
 
@@ -38,8 +41,9 @@ def delay_conv(
     Position p is a delay of p steps. A bump is 0 farther than `reach` sigma from its position; the default cuts it at
     1.5e-8 of its height. A position may leave [0, taps - 1]; the part of its bump outside the taps is lost.
 
-    Up to 16 taps the convolution is `conv1d`, above by FFT in at least float32. The FFT rounds relative to the largest
-    input of the whole call. A value that is not finite makes its channel NaN for `taps` steps.
+    Up to 256 taps the convolution is `conv1d`, above by FFT; in float64 and on a GPU from 17 taps on. Half precision is
+    convolved in float32. The FFT rounds relative to the largest input of the whole call. A value that is not finite
+    makes its channel NaN for `taps` steps.
 
     Args:
         input: `[B, T, D]`, float32, float64, bfloat16 or float16. Under autocast y has the autocast dtype.
@@ -144,15 +148,52 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def convolve(padded: Tensor, kernel: Tensor) -> Tensor:
     """`[B, taps - 1 + T, D]` with K `[D, taps]`: `[B, T, D]`."""
-    channels, taps = kernel.shape
+    taps = kernel.shape[1]
     dtype = compute_dtype(padded)
     if padded.shape[1] < taps or 0 in padded.shape:  # torch's convolution and FFT refuse empty tensors
         return (padded[:, taps - 1 :] * kernel[:, 0]).to(dtype)
-    x = padded.transpose(1, 2)
+    x = padded.transpose(1, 2).to(checks.state_dtype(dtype))
+    kernel = kernel.to(x.dtype)
+    by_onednn = x.device.type == "cpu" and x.dtype == torch.float32
     any_length = isinstance(padded.shape[1], torch.SymInt)  # the FFT of a recorded graph serves some lengths only
-    if taps <= DIRECT_TAPS or any_length:
-        return F.conv1d(x.to(dtype), kernel.flip(1).unsqueeze(1).to(dtype), groups=channels).transpose(1, 2)
-    return _by_fft(x.to(checks.state_dtype(dtype)), kernel).to(dtype).transpose(1, 2)
+    if taps > (DIRECT_TAPS if by_onednn else DIRECT_TAPS_ELSEWHERE) and not any_length:
+        return _by_fft(x, kernel).to(dtype).transpose(1, 2)
+    by_hand = by_onednn and not any(map(private.has_tangent, (x, kernel)))
+    half = checks.autocast_dtype(x.device) is not None
+    with torch.autocast(x.device.type, enabled=False) if half else nullcontext():  # it would convolve in half precision
+        y = _Direct.apply(x, kernel) if by_hand else _direct(x, kernel)
+    return y.to(dtype).transpose(1, 2)
+
+
+def _direct(x: Tensor, kernel: Tensor) -> Tensor:
+    """`[B, D, taps - 1 + T]` with K `[D, taps]`: `[B, D, T]`."""
+    return F.conv1d(x, kernel.flip(1).unsqueeze(1), groups=kernel.shape[0])
+
+
+class _Direct(torch.autograd.Function):
+    """`_direct`, with a gradient of K that is several times as fast as that of torch on a CPU."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, kernel):
+        return _direct(x, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, kernel = ctx.saved_tensors
+        of_x = of_kernel = None
+        past = kernel.shape[1] - 1
+        if ctx.needs_input_grad[0]:
+            of_x = _direct(F.pad(grad, (past, past)), kernel.flip(1))
+        if ctx.needs_input_grad[1]:  # a convolution of every sequence and channel whose kernel is its gradient
+            line, kernels = x.reshape(1, -1, x.shape[2]), grad.reshape(-1, 1, grad.shape[2])
+            of_kernel = F.conv1d(line, kernels, groups=line.shape[1]).view(*x.shape[:2], -1).sum(0).flip(1)
+        return of_x, of_kernel
 
 
 def _by_fft(x: Tensor, kernel: Tensor) -> Tensor:

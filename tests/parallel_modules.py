@@ -83,7 +83,7 @@ def two_dimensional_mesh(rank: int) -> None:
 
 
 def sharded_parameters(rank: int) -> None:
-    """FSDP2 shards parameters over the rows of the mesh, and the columns split time. Networks do not split time."""
+    """FSDP2 shards parameters over the rows of the mesh, and the columns split time."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "time"))
     row, column = mesh.get_coordinate()
     torch.manual_seed(1)
@@ -99,16 +99,22 @@ def sharded_parameters(rank: int) -> None:
 
     def network() -> mk.MRUNetwork:
         torch.manual_seed(0)
-        return mk.MRUNetwork(5, 4, width=8, num_blocks=2, units=("bmru", "lru"), dtype=torch.float64)
+        units, delay = ("bmru", "lru"), {"taps": 9, "count": 2}
+        return mk.MRUNetwork(5, 4, width=8, num_blocks=2, units=units, delay=delay, dtype=torch.float64)
 
-    alone, model = make_module("BMRU"), make_module("BMRU")
-    parallel = fully_shard(sequence_parallel(model, mesh["time"]), mesh=mesh["batch"])
-    trained(parallel, x[2 * row : 2 * row + 2, 30 * column : 30 * column + 30], 2)
-    pairs = [*zip(parallel.parameters(), trained(alone, x, 1).parameters(), strict=True)]
+    mine = x[2 * row : 2 * row + 2]
+    piece = mine[:, 30 * column : 30 * column + 30]
+    pairs = []
+    for make in (lambda: make_module("BMRU"), network):
+        parallel = fully_shard(sequence_parallel(make(), mesh["time"]), mesh=mesh["batch"])
+        trained(parallel, piece, 2)
+        pairs += zip(parallel.parameters(), trained(make(), x, 1).parameters(), strict=True)
     sharded = network()
     for block in sharded.blocks:
         fully_shard(block, mesh=mesh["batch"])
-    trained(fully_shard(sharded, mesh=mesh["batch"]), x[2 * row : 2 * row + 2], 1)
+    with pytest.raises(ValueError, match="module: expected no fully_shard inside sequence_parallel"):
+        sequence_parallel(sharded, mesh["time"])(piece)
+    trained(fully_shard(sharded, mesh=mesh["batch"]), mine, 1)
     pairs += zip(sharded.parameters(), trained(network(), x, 1).parameters(), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one.full_tensor(), other.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from tests.units import make
 
 
 def _train(rank: int, world: int) -> None:
-    model = _model()
+    for model in (_unit, _delays):
+        _train_one(rank, world, model)
+
+
+def _train_one(rank: int, world: int, make_model: Callable[[], torch.nn.Module]) -> None:
+    model = make_model()
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     for x in _batches():
@@ -23,7 +29,7 @@ def _train(rank: int, world: int) -> None:
         ddp(x[rank::world])[0].square().mean().backward()
         optimizer.step()
     if rank == 0:
-        alone = _model()
+        alone = make_model()
         optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
         for x in _batches():
             optimizer.zero_grad()
@@ -31,13 +37,18 @@ def _train(rank: int, world: int) -> None:
             optimizer.step()
         for (name, one), other in zip(model.named_parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
-        start = dict(_model().named_parameters())
+        start = dict(make_model().named_parameters())
         assert not any(torch.equal(start[name], p) for name, p in model.named_parameters())
 
 
-def _model() -> torch.nn.Module:
+def _unit() -> torch.nn.Module:
     torch.manual_seed(0)
     return mk.BMRU(5, 8, 2, epsilon=0.5, bidirectional=True)
+
+
+def _delays() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return mk.DelayConv(5, 20, 3, learn_sigma=True)
 
 
 def _batches() -> Tensor:

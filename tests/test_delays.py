@@ -13,7 +13,9 @@ from mru_kernels import delays
 pytestmark = pytest.mark.usefixtures("one_thread")  # the tensors are too small for two
 
 COUNT = 3
-forms = pytest.mark.parametrize("taps", [1, 6, 20], ids=["one", "conv1d", "fft"])  # 20 is above DIRECT_TAPS
+#: In float64, and in float32; see DIRECT_TAPS.
+forms = pytest.mark.parametrize("taps", [1, 6, 20], ids=["one", "conv1d", "fft"])
+forms_of_float32 = pytest.mark.parametrize("taps", [1, 20, 300], ids=["one", "conv1d", "fft"])
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -137,12 +139,22 @@ def test_chunks_and_steps_equal_the_pass(taps):
     close(*grads)
 
 
-def test_steps_of_conv1d_are_bit_equal_to_the_pass():
-    x, *parameters, past = [t.detach().float() for t in case(6, time=30)]
-    expected, _ = mk.delay_conv(x, *parameters, 6, past)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("taps", [6, 20, 256])
+@pytest.mark.parametrize("channels", [2, 5, 16])
+def test_steps_of_conv1d_are_bit_equal_to_the_pass(channels, taps, dtype):
+    x, *parameters, past = [t.detach().float() for t in case(taps, time=30, channels=channels)]
+    x, past = x.to(dtype), past.to(dtype)
+    expected, _ = mk.delay_conv(x, *parameters, taps, past)
+    state = past
     for t in range(30):
-        y, past = mk.delay_conv(x[:, t : t + 1], *parameters, 6, past)
+        y, state = mk.delay_conv(x[:, t : t + 1], *parameters, taps, state)
         assert torch.equal(y[:, 0], expected[:, t])
+    chunks = []
+    for chunk in x.split([7, 1, 22], 1):
+        y, past = mk.delay_conv(chunk, *parameters, taps, past)
+        chunks.append(y)
+    assert torch.equal(torch.cat(chunks, 1), expected)
 
 
 @forms
@@ -190,18 +202,58 @@ def test_empty_calls(taps):
 # ------------------------------------------------------------------------------------------------ dtypes and tools
 
 
-@forms
+def test_gradients_of_conv1d_by_hand_in_float64():
+    """Calls use them in float32 only."""
+    x, kernel = drawn(2, 3, 12).requires_grad_(), drawn(3, 5).requires_grad_()
+    assert torch.equal(delays._Direct.apply(x, kernel), delays._direct(x, kernel))
+    assert torch.autograd.gradcheck(delays._Direct.apply, (x, kernel))
+    assert torch.autograd.gradgradcheck(delays._Direct.apply, (x, kernel))
+
+
+@forms_of_float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_float32(taps, dtype):
+    x, weight, position, _, past = (t.detach().float() for t in case(taps, time=taps + 15))
+    leaves = [t.requires_grad_() for t in (x.to(dtype), weight, position, past.to(dtype))]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    g = torch.randn(x.shape).to(dtype)
+    results = [mk.delay_conv(x, w, p, 0.7, taps, past)[0] for x, w, p, past in (leaves, exact)]
+    got = torch.autograd.grad(results[0], leaves, g)
+    for one, other in zip(got, torch.autograd.grad(results[1], exact, g.double()), strict=True):
+        assert (one.double() - other).norm() <= 8 * torch.finfo(dtype).eps * other.norm()
+
+
+def test_derivatives_of_torch_func():
+    """Forward mode, and gradients under vmap, in float32."""
+    x, weight, position = (t.detach().float() for t in case(20)[:3])
+
+    def loss(weight, x):
+        return mk.delay_conv(x.unsqueeze(0), weight, position, 0.7, 20)[0].square().sum()
+
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        y, _ = mk.delay_conv(torch.autograd.forward_ad.make_dual(x, tangent), weight, position, 0.7, 20)
+        moved = torch.autograd.forward_ad.unpack_dual(y).tangent
+    expected, _ = mk.delay_conv(tangent, weight, position, 0.7, 20)  # linear in the input
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+    of_weight = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+    leaf = weight.clone().requires_grad_()
+    expected = torch.stack([torch.autograd.grad(loss(leaf, row), leaf)[0] for row in x])
+    torch.testing.assert_close(of_weight, expected, rtol=1e-4, atol=1e-4)
+
+
+@forms_of_float32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(taps, dtype):
-    x, *parameters, past = [t.detach() for t in case(taps)]
-    expected, _ = mk.delay_conv(x, *parameters, taps, past)
-    y, after = mk.delay_conv(x.to(dtype), *(p.float() for p in parameters), taps, past.to(dtype))
+    x, *parameters, past = [t.detach().float() for t in case(taps)]
+    expected, _ = mk.delay_conv(x.double(), *(p.double() for p in parameters), taps, past.double())
+    y, after = mk.delay_conv(x.to(dtype), *parameters, taps, past.to(dtype))
     assert (y.dtype, after.dtype) == (dtype, dtype)
     bound = 40 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), expected, rtol=bound, atol=bound)
 
 
-@forms
+@forms_of_float32
 def test_autocast(taps):
     x, *parameters, past = [t.detach().float() for t in case(taps)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -212,18 +264,19 @@ def test_autocast(taps):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("taps", [6, 20])
-def test_compile(taps, packed):
+@pytest.mark.parametrize(("taps", "dtype"), [(6, torch.float64), (20, torch.float64), (20, torch.float32)])
+def test_compile(taps, dtype, packed):
     torch._dynamo.reset()
     offset = torch.tensor([0, 4, 15]) if packed else None
-    x, *parameters, past = wanted = case(taps, 1 if packed else 2, sequences=2)
+    made = case(taps, 1 if packed else 2, sequences=2)
+    x, *parameters, past = wanted = [t.detach().to(dtype).requires_grad_() for t in made]
 
     def call():
         return mk.delay_conv(x, *parameters, taps, past, cu_seqlens=offset)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     results = [(*r, *torch.autograd.grad(sum(t.sum() for t in r), wanted)) for r in (compiled(), call())]
-    close(*results)
+    close(*results, tolerance=1e-12 if dtype == torch.float64 else 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

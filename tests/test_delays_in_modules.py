@@ -168,11 +168,13 @@ def test_compile(taps, resets):
 
 @taps_of_both_forms
 def test_export(taps):
-    module, time = network(taps, num_blocks=1), torch.export.Dim("time", min=2, max=4096)
-    program = torch.export.export(module, (drawn(2, 9, 3),), dynamic_shapes=({1: time},))
-    for steps in (4, TIME):
-        x = drawn(2, steps, 3)
-        close(program.module()(x), module(x))
+    time = torch.export.Dim("time", min=2, max=4096)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        module = network(taps, num_blocks=1, dtype=dtype)
+        program = torch.export.export(module, (drawn(2, 9, 3).to(dtype),), dynamic_shapes=({1: time},))
+        for steps in (4, TIME):
+            x = drawn(2, steps, 3).to(dtype)
+            close(program.module()(x), module(x), tolerance)
 
 
 @taps_of_both_forms
@@ -200,6 +202,35 @@ def test_copies_and_checkpoints():
     x = drawn(2, TIME, 3)
     for twin in (other, copy.deepcopy(module)):
         assert torch.equal(twin(x)[0], module(x)[0])
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+@pytest.mark.parametrize(("first_sigma", "is_learned"), [(4.0, True), (0.7, False)])
+def test_a_layer_learns_its_delays(first_sigma, is_learned):
+    """Sigma begins wide. Where it is narrow from the start, delays 4 steps away have no gradient."""
+    torch.manual_seed(0)
+    module, wanted, steps = mk.DelayConv(2, 16, 2), torch.tensor([[4.0], [12.0]]), 150
+    assert module.position[0].tolist() == [0.0, 8.0]
+    torch.nn.init.constant_(module.weight, 0.3)
+    optimizer = torch.optim.Adam([{"params": module.weight, "lr": 0.1}, {"params": module.position, "lr": 0.2}])
+    for step in range(steps):
+        module.sigma = first_sigma * (0.7 / first_sigma) ** min(1.0, 2.0 * step / steps)
+        x = torch.randn(4, 64, 2)
+        expected = torch.stack([x[:, 16 - int(d) : 64 - int(d), i] for i, d in enumerate(wanted)], -1)
+        error = (module(x)[0][:, 16:] - expected).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        module.clamp_positions()
+    distance = (module.position - wanted).abs().amin(1)
+    if is_learned:  # one bump of sigma 0.7 alone leaves an error of 0.2
+        assert distance.max() < 0.2
+        assert error < 0.3
+    else:
+        assert distance.min() > 2.0
+        assert error > 0.8
 
 
 # ------------------------------------------------------------------------------------------------ bad input

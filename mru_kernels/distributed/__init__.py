@@ -6,7 +6,7 @@ scans its segment from the resulting state. The backward pass composes the adjoi
 rank composes in the same order, so results are the same from run to run.
 
 Where a composed state leaves the range of its dtype, ranks scan their segments again, one after another, each from the
-state that left the segment before.
+state that left the segment before. A convolution gets the steps before its segment from the ranks to its left.
 
 `mru_kernels` imports this package when it is first used.
 """
@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..define import DefinedCell
-from ..nn import MRUBase
 from ..nn.wrappers import unwrapped
-from .modules import SequenceParallel
+from .modules import SPLIT, SequenceParallel
 from .ops import parallel_op, scans
 from .ranks import Group
 from .segments import Scan
@@ -30,16 +29,17 @@ from .segments import Scan
 __all__ = ["SequenceParallel", "sequence_parallel"]
 
 
-def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | Group | None = None) -> Any:
+def sequence_parallel(op_or_module: Scan | torch.nn.Module, mesh_or_group: DeviceMesh | Group | None = None) -> Any:
     """An op or a module whose time axis is split into one segment per rank.
 
     Args:
-        op_or_module: the scan of a cell, such as `bmru` or one that `define_cell` made, or a module of this package
-            with the interface of `torch.nn.GRU`, such as `BMRU`. `torch.compile` or DistributedDataParallel may wrap
-            the module.
+        op_or_module: the scan of a cell, such as `bmru` or one that `define_cell` made, or a module of this package:
+            one with the interface of `torch.nn.GRU`, such as `BMRU`, a `DelayConv`, an `MRUBlock`, or an `MRUNetwork`
+            without `pool`. A block has units of the first kind only. `torch.compile` or DistributedDataParallel may
+            wrap the module.
         mesh_or_group: the ranks, in the order of their segments: a process group, a one-dimensional DeviceMesh, or None
-            for the default group. Segments may differ in length and may be empty. Only one thread at a time may call
-            functions of one group.
+            for the default group. Segments may differ in length and may be empty; those of a block or network have at
+            least one step. Only one thread at a time may call functions of one group.
 
     Returns:
         For an op, a function of the same arguments. Streams are this rank's segment `[B, T_rank, D]`. All other
@@ -49,13 +49,14 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
         that are the same on every rank; sum them over the ranks.
 
         For a module, a `SequenceParallel` module of the same arguments, except PackedSequence. Its input and output are
-        this rank's segment; `hx` and `h_n` are those of the whole sequence. Gradients of parameters are summed over the
-        ranks, so DistributedDataParallel along the batch needs only its own group. Attributes set on it, such as
-        `epsilon`, are set on the module. `copy.deepcopy` shares the process group; pickle raises a TypeError.
+        this rank's segment; `hx` and `h_n`, or the state, are those of the whole sequence. Gradients of parameters are
+        summed over the ranks, so DistributedDataParallel along the batch needs only its own group. Attributes set on
+        it, such as `epsilon`, are set on the module. `copy.deepcopy` shares the process group; pickle raises a
+        TypeError.
 
         Every rank must make the same calls and backward passes in the same order. Ranks compare their calls. If one
         rank raises, all others raise too, and the next call works again. If one rank skips a call or a backward pass,
-        all ranks raise from then on; a new process group is needed. A call allows one backward pass; a second one
+        all ranks raise from then on; a new process group is needed. A scan allows one backward pass; a second one
         raises, also with `retain_graph=True`. Under `torch.compile` a call runs eagerly, between compiled graphs;
         `fullgraph=True` fails to compile.
 
@@ -76,7 +77,7 @@ def sequence_parallel(op_or_module: Scan | MRUBase, mesh_or_group: DeviceMesh | 
         >>> dist.destroy_process_group()
     """
     group = _group(mesh_or_group)
-    if isinstance(op_or_module, torch.nn.Module) and isinstance(unwrapped(op_or_module), MRUBase):
+    if isinstance(op_or_module, torch.nn.Module) and isinstance(unwrapped(op_or_module), SPLIT):
         return SequenceParallel(op_or_module, group)
     if not isinstance(op_or_module, DefinedCell) and op_or_module not in scans():
         names = ", ".join(op.__name__ for op in scans())

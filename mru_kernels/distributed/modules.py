@@ -8,10 +8,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
+from ..nn import DelayConv, MRUBase, MRUBlock, MRUNetwork
 from ..nn.wrappers import unwrapped
+from .halo import halo
 from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
 from .segments import Scan, scan_over_ranks
+
+SPLIT = (MRUBase, DelayConv, MRUBlock, MRUNetwork)  # modules that `sequence_parallel` takes
+
+
+def exchanges(module: torch.nn.Module) -> int:
+    """The number of scans and convolutions of a call. Raise unless all can be split over ranks."""
+    if isinstance(module, MRUNetwork):
+        if module.pool is not None:
+            raise ValueError(f"pool: expected None for a network over several ranks, got {module.pool!r}")
+        return sum(map(exchanges, module.blocks))
+    if isinstance(module, MRUBlock):
+        return (module.conv is not None) + sum(map(exchanges, module.units))
+    if isinstance(module, DelayConv):
+        return 1
+    if not isinstance(module, MRUBase):
+        raise TypeError(f"units: expected units of one scan over several ranks, got a {type(module).__name__}")
+    return module.num_layers * module.num_directions
 
 
 class SequenceParallel(torch.nn.Module):
@@ -33,13 +54,15 @@ class SequenceParallel(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, group: Group) -> None:
         super().__init__()
+        exchanges(unwrapped(module))
         self._ranks = Ranks(group)
         self.module = module
 
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, hx: Any = None, *, resets: Tensor | None = None) -> tuple[Tensor, Any]:
         """Run the module on this rank's segment of the input, and of the mask `resets`.
+
+        Args:
+            hx: the state of the whole sequence; for a DelayConv, block or network its tuple of tensors.
 
         Returns:
             This rank's segment of the output, and the final states of the whole sequence.
@@ -47,16 +70,26 @@ class SequenceParallel(torch.nn.Module):
         return self._eager(input, hx, resets)
 
     @torch.compiler.disable(reason=NOT_COMPILED)
-    def _eager(self, input: Tensor, hx: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _eager(self, input: Tensor, hx: Any, resets: Tensor | None) -> tuple[Tensor, Any]:
         inner: Any = unwrapped(self.module)
-        with CollectiveCall(self._ranks, scans=inner.num_layers * inner.num_directions) as call:
+        is_unit = isinstance(inner, MRUBase)
+        with CollectiveCall(self._ranks, scans=exchanges(inner)) as call:
             if not isinstance(input, Tensor):
                 raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-            if resets is not None and inner.bidirectional:  # the second direction needs the next rank's first reset
+            if (
+                resets is not None and is_unit and inner.bidirectional
+            ):  # its second direction needs the reset that follows
                 raise ValueError("resets: expected None for a bidirectional module over several ranks, got a mask")
             name = f"{type(inner).__name__}({inner.extra_repr()}), hx {describe(hx)}, resets {resets is not None}"
             options = {} if resets is None else {"resets": resets}
-            return self.module(input, hx, _parallel=_ParallelScans(call, name), **options)
+            parallel = _ParallelScans(call, name, sums=is_unit)
+            if is_unit:
+                return self.module(input, hx, _parallel=parallel, **options)
+            parameters = dict(self.module.named_parameters())
+            if any(isinstance(p, DTensor) for p in parameters.values()):
+                raise ValueError("module: expected no fully_shard inside sequence_parallel; wrap the result in it")
+            (parameters,) = parallel.summed([parameters])
+            return functional_call(self.module, parameters, (input, hx), {"_parallel": parallel, **options})
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -79,14 +112,22 @@ class SequenceParallel(torch.nn.Module):
 
 
 class _ParallelScans:
-    """The argument `_parallel` of a module's forward pass, which reads parameters and runs scans through it."""
+    """The argument `_parallel` of a module's forward pass, which reads parameters and runs scans through it.
 
-    def __init__(self, call: CollectiveCall, name: str) -> None:
+    `sums` is whether the gradients of a unit's parameters are summed over the ranks. A network's are summed as a whole.
+    """
+
+    def __init__(self, call: CollectiveCall, name: str, sums: bool) -> None:
         self._call = call
         self._name = name
+        self._sums = sums
+
+    def parameters(self, read: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The parameters of a unit, as its scans read them."""
+        return self.summed(read) if self._sums else read
 
     @torch.compiler.disable(reason=NOT_COMPILED)
-    def parameters(self, read: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def summed(self, read: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The same parameters; their gradients are summed over the ranks."""
         if not torch.is_grad_enabled():
             return read
@@ -112,6 +153,11 @@ class _ParallelScans:
         what = f"{self._name}, gates {describe(gates)}, initial_state {state}, reverse {reverse}"
         inputs = [gates, *per_channel.values()]
         return scan_over_ranks(self._call, what, scan, inputs, initial_state, None, reverse)
+
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def halo(self, input: Tensor, past: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The steps before this rank's segment of a convolution, and its last steps of the whole sequence."""
+        return halo(self._call, self._name, input, past, resets)
 
 
 class _SummedGradients(torch.autograd.Function):

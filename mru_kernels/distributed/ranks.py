@@ -138,6 +138,8 @@ def _gather(t: Tensor, group: Group) -> Tensor:
 
 def describe(value: Any) -> str:
     """A text of an argument, for `agreed`: dtype and shape of a tensor, with "T" for its time; else the value."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(describe, value))})"
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if not isinstance(value, Tensor):

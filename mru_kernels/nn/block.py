@@ -164,8 +164,9 @@ class MRUBlock(WithUnits):
         self.num_states = sum(per_unit) + (self.conv is not None)
 
     def forward(
-        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False,
+        _parallel: Any = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Run the block; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, resets)
@@ -178,28 +179,9 @@ class MRUBlock(WithUnits):
         if self.conv is not None and v.dtype in checks.HALF_DTYPES:
             # `cat` does not mix the two half precisions, also not under autocast
             v = v.to(checks.autocast_dtype(v.device) or v.dtype)
-        if isinstance(self.conv, DelayConv):
-            past = given.pop(0)
-            convolved, (last,) = self.conv(v, None if past is None else (past,), resets=resets)
+        if self.conv is not None:
+            v, last = self._convolved(v, given.pop(0), resets, _parallel)
             after.append(last)
-            v = F.silu(convolved)
-        elif self.conv is not None:
-            time_last = v.transpose(1, 2)
-            past = given.pop(0)
-            if past is None:
-                past = time_last.new_zeros((input.shape[0], self.width, self.conv_size - 1))
-            elif past.dtype != v.dtype:
-                raise TypeError(f"state: expected dtype {v.dtype} for tensor 0, got {past.dtype}")
-            padded = torch.cat([past, time_last], -1)
-            if resets is None:
-                convolved, last = self.conv(padded), padded[..., input.shape[1] :]
-            else:
-                convolved, last = convolved_in_episodes(padded, self.conv.weight[:, 0].to(padded.dtype), resets)
-                if self.conv.bias is not None:
-                    convolved = convolved + self.conv.bias.to(padded.dtype).unsqueeze(-1)
-            # A view would keep `padded` in memory. One layout for all T: torch.compile records one graph of a step.
-            after.append(last.clone(memory_format=torch.contiguous_format))
-            v = F.silu(convolved).transpose(1, 2)
         outputs = []
         for unit in self.units:
             if isinstance(unit, SEVERAL_STATES):
@@ -208,7 +190,9 @@ class MRUBlock(WithUnits):
                 after += states
             else:
                 before = given.pop(0)
-                options = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
+                options: dict[str, Any] = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
+                if _parallel is not None:
+                    options["_parallel"] = _parallel
                 hx = None if before is None else before.unsqueeze(0)
                 if _one_step and isinstance(unit, MRUBase):
                     options = {name: mask.squeeze(1) for name, mask in options.items()}
@@ -222,6 +206,31 @@ class MRUBlock(WithUnits):
         # A gate that changes sign with the input, like SiLU, gives what was stored long ago gradients of either sign.
         x = input + self.dropout(self.out(mixed * self.gate(u).sigmoid()))
         return x + self.dropout(self.mlp_out(F.glu(self.mlp_in(self.mlp_norm(x))))), tuple(after)
+
+    def _convolved(self, v: Tensor, past: Tensor | None, resets: Tensor | None, parallel: Any) -> tuple[Tensor, Tensor]:
+        """SiLU of the convolution of `v [B, T, width]`, and its last inputs, which the next call reads."""
+        if isinstance(self.conv, DelayConv):
+            state = None if past is None else (past,)
+            convolved, (last,) = self.conv(v, state, resets=resets, _parallel=parallel)
+            return F.silu(convolved), last
+        time_last = v.transpose(1, 2)
+        if past is None:
+            past = time_last.new_zeros((v.shape[0], self.width, self.conv_size - 1))
+        elif past.dtype != v.dtype:
+            raise TypeError(f"state: expected dtype {v.dtype} for tensor 0, got {past.dtype}")
+        last = None
+        if parallel is not None:
+            past, last = (t.transpose(1, 2) for t in parallel.halo(v, past.transpose(1, 2), resets))
+        padded = torch.cat([past, time_last], -1)
+        if resets is None:
+            convolved, own = self.conv(padded), padded[..., v.shape[1] :]
+        else:
+            convolved, own = convolved_in_episodes(padded, self.conv.weight[:, 0].to(padded.dtype), resets)
+            if self.conv.bias is not None:
+                convolved = convolved + self.conv.bias.to(padded.dtype).unsqueeze(-1)
+        # A view would keep `padded` in memory. One layout for all T: torch.compile records one graph of a step.
+        last = (own if last is None else last).clone(memory_format=torch.contiguous_format)
+        return F.silu(convolved).transpose(1, 2), last
 
     def _check_resets(self, resets: Tensor | None, input: Tensor) -> None:
         check_resets(resets, input, "[batch, time]")

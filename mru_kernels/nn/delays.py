@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,9 @@ class DelayConv(torch.nn.Module):
         return f"{self.channels}, taps={self.taps}, count={self.count}, sigma={self.initial_sigma}{learned}"
 
     def forward(
-        self, input: Tensor, state: Sequence[Tensor] | None = None, *, resets: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor]]:
+        self, input: Tensor, state: Sequence[Tensor] | None = None, *, resets: Tensor | None = None,
+        _parallel: Any = None,
+    ) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
         """Convolve; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, resets)
@@ -127,15 +129,19 @@ class DelayConv(torch.nn.Module):
             check_state_shapes(state, [(input.shape[0], self.taps - 1, self.channels)], input.device)
             if past.dtype != input.dtype:
                 raise TypeError(f"state: expected dtype {input.dtype} for tensor 0, got {past.dtype}")
-        past = past_or_zeros(past, input, self.taps)
+        past, after = past_or_zeros(past, input, self.taps), None
+        if _parallel is not None:
+            past, after = _parallel.halo(input, past, resets)
         kernel = delay_kernel(weight, self.position, self.sigma, self.taps)
         padded = torch.cat([past, input], 1)
         if resets is None or not input.shape[1]:
-            return convolve(padded, kernel), (padded[:, input.shape[1] :].clone(),)
+            return convolve(padded, kernel), (padded[:, input.shape[1] :].clone() if after is None else after,)
         dtype = compute_dtype(padded)
         exact = padded.to(checks.state_dtype(dtype)).transpose(1, 2)  # a sum of many taps in half precision is coarse
         output, last = convolved_in_episodes(exact, kernel.to(exact.dtype).flip(1), resets)
-        return output.transpose(1, 2).to(dtype), (last.transpose(1, 2).to(padded.dtype).contiguous(),)
+        if after is None:
+            after = last.transpose(1, 2).to(padded.dtype).contiguous()
+        return output.transpose(1, 2).to(dtype), (after,)
 
     @torch.no_grad()
     def step(

@@ -112,8 +112,9 @@ class MRUNetwork(WithUnits):
         self.head = torch.nn.Linear(width, output_size, **where)
 
     def forward(
-        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False,
+        _parallel: Any = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Run the network; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, resets)
@@ -128,7 +129,7 @@ class MRUNetwork(WithUnits):
         for block, count in zip(self.blocks, self._num_states, strict=True):
             first = len(after)
             own = None if state is None else state[first : first + count]
-            x, states = block(x, own, resets=resets, _one_step=_one_step)
+            x, states = block(x, own, resets=resets, _one_step=_one_step, _parallel=_parallel)
             after += states
         if self.pool == "last":
             x = x[:, -1]
