@@ -188,7 +188,7 @@ class _Chunks:
         missing = -self.time % self.size
         if missing:
             stream = torch.cat([stream, stream.new_zeros(stream.shape[0], missing, *stream.shape[2:])], 1)
-        return stream.unflatten(1, (-1, self.size)).movedim(3, 1)
+        return stream.unflatten(1, (-1, self.size)).movedim(3, 1).contiguous()
 
     def join(self, stream: Tensor) -> Tensor:
         """`[B, H, N, C, ...]` as `[B, T, H, ...]`."""
@@ -215,25 +215,30 @@ class _Chunks:
         # Squares of small gradients would underflow, so every right side is scaled.
         scale = q.abs().amax(-1, keepdim=True)
         scale = torch.where(scale == 0, 1.0, scale)
-        residual = q / scale
-        x, direction = torch.zeros_like(q), residual
+        # Three dimensions spare each product the work of `matmul` on its shapes.
+        residual, before, k, weights, enter = (s.flatten(0, 2) for s in (q / scale, kk, self.k, self.weights, self.enter))
+        regularizer = self.regularizer.expand(*q.shape[:3], 1, -1).flatten(0, 2)
+        x, direction = torch.zeros_like(residual), residual
         square = residual.square().sum(-1, keepdim=True)
         # Below the rounding of the dtype, p'Ap would underflow before the residual does.
         enough = max(options.tolerance, torch.finfo(q.dtype).eps) ** 2 * square
         taken = torch.zeros_like(square, dtype=torch.int64)
+        # On a GPU the host would wait for the device.
+        may_end = (options.tolerance > 0 or q.device.type == "cpu") and not torch.compiler.is_compiling()
         for _ in range(options.steps):
             done = square <= enough
-            if options.tolerance > 0 and not torch.compiler.is_compiling() and bool(done.all()):
+            if may_end and bool(done.all()):
                 break
             taken = taken + ~done
-            image = self.read(direction, kk, self.k) + self.regularizer * direction
+            image = torch.addcmul(regularizer * direction, enter, torch.bmm(direction, before))
+            image = torch.baddbmm(image, torch.bmm(direction, k.mT) * weights, k)
             length = torch.where(done, 0.0, square / (direction * image).sum(-1, keepdim=True))
-            x = x + length * direction
-            residual = residual - length * image
+            x = torch.addcmul(x, length, direction)
+            residual = torch.addcmul(residual, length, image, value=-1)
             new = residual.square().sum(-1, keepdim=True)
-            direction = torch.where(done, direction, residual + new / square * direction)
+            direction = torch.addcmul(residual, torch.where(done, 0.0, new / square), direction)
             square = new
-        return scale * x, taken.squeeze(-1)
+        return scale * x.view_as(q), taken.squeeze(-1).view(q.shape[:-1])
 
     def _direct(self, q: Tensor, kk: Tensor) -> Tensor:
         """Cholesky decompositions, for one chunk at a time, `[B, H, C, K, K]`."""
@@ -288,7 +293,8 @@ def _gradients(
     kks, kvs = chunks.borders(kk, kv)
     before_kk, before_kv = kks[:, :, :-1], kvs[:, :, :-1]
     e = chunks.cut(grad_output)
-    grad_x = chunks.enter * (e @ before_kv.mT) + ((e @ chunks.v.mT) * chunks.weights) @ chunks.k
+    ev, entered_x = e @ chunks.v.mT, e @ before_kv.mT
+    grad_x = chunks.enter * entered_x + (ev * chunks.weights) @ chunks.k
     f, _ = chunks.solve(grad_x, before_kk, options)
 
     add_kk, add_kv = -(chunks.enter * f).mT @ x, (chunks.enter * x).mT @ e
@@ -300,7 +306,7 @@ def _gradients(
     h, g = torch.stack(after_kk[::-1], 2), torch.stack(after_kv[::-1], 2)  # gradients of the states after each chunk
 
     ck, cv = chunks.k, chunks.v
-    xk, fk, ev = x @ ck.mT, f @ ck.mT, e @ cv.mT
+    xk, fk = x @ ck.mT, f @ ck.mT
     read = (xk * chunks.weights).mT
     later_v, later_k = cv @ g.mT + ck @ h, ck @ h.mT
     grad_v = chunks.write * (ck @ g) + read @ e
@@ -311,7 +317,7 @@ def _gradients(
     later = chunks.leave.squeeze(-1) * (ck * later_v).sum(-1)
     grad_beta = pair.sum(-2) + later
     weighted = pair * chunks.beta.unsqueeze(-2)
-    entered = (x * (e @ before_kv.mT)).sum(-1) - (f * (x @ before_kk)).sum(-1)
+    entered = (x * entered_x).sum(-1) - (f * (x @ before_kk)).sum(-1)
     grad_b = weighted.sum(-1) - weighted.sum(-2) - chunks.beta * later + chunks.enter.squeeze(-1) * entered
     left = (h * kks[:, :, 1:]).sum((-2, -1)) + (g * kvs[:, :, 1:]).sum((-2, -1))
     grad_b = torch.cat([grad_b[..., :-1], grad_b[..., -1:] + left.unsqueeze(-1)], -1)
