@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks
-from .mesa_checks import check_numbers, check_state, check_tensors
+from . import checks, mesa_fla
+from .mesa_checks import check_backend, check_numbers, check_state, check_tensors
+from .scalars import has_value
 
 State = tuple[Tensor, Tensor]
 
@@ -33,6 +34,7 @@ def mesa(
     solver: str = "cg",
     chunk_size: int = 64,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, State, Tensor]:
     """MesaNet's layer (arXiv 2506.05233), for all heads.
 
@@ -63,13 +65,19 @@ def mesa(
         chunk_size: number of steps C of a chunk. A larger one takes more operations and fewer states.
         cu_seqlens: offsets `[N + 1]` of packed sequences in streams with B = 1, int32 or int64. They are padded to
             the longest. On a GPU the call waits for their values.
+        backend: None or "torch" for torch's matrix products, or "fla" for the kernels of fla-core on a GPU. "fla"
+            takes bfloat16 and float16 streams, equal key and value sizes up to 128, solver="cg", tolerance=0 and
+            chunk_size=64. Its gradients are its own. Its first call for a device, dtype and key size is compared with
+            "torch". It has not yet been run on a GPU.
 
     Returns:
         The output `[B, T, H, V]` in the dtype of v, the final states in the state dtype, float64 for float64 streams
-        and float32 otherwise, and the iterations that every step took, int64 `[B, T, H]`, 0 with "direct".
+        and float32 otherwise, and the iterations that every step took, int64 `[B, T, H]`, 0 with "direct". "fla" always
+        takes all `steps`.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: "fla" is not installed, does not take such a call, or computes something else.
 
     Example::
 
@@ -81,6 +89,7 @@ def mesa(
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 16, 16]), torch.Size([2, 100, 4]))
     """
     check_numbers(steps, tolerance, solver, chunk_size)
+    check_backend(backend)
     sequences = check_tensors(q, k, v, decay, beta, regularizer, solver, cu_seqlens)
     dtype = checks.state_dtype(q.dtype)
     if initial_state is None:
@@ -92,13 +101,20 @@ def mesa(
     else:
         check_state(initial_state, q, v, sequences)
     kk, kv = (s.to(dtype) for s in initial_state)
+    if cu_seqlens is not None:
+        checks.offsets(cu_seqlens, q.shape[1])
+    if backend == "fla":
+        mesa_fla.check(q, v, tolerance, solver, chunk_size, cu_seqlens)
+    if 0 in (*q.shape, *v.shape, sequences):
+        return v.new_zeros(v.shape), (kk.clone(), kv.clone()), q.new_zeros(q.shape[:3], dtype=torch.int64)
+    if backend == "fla":
+        output, kk, kv = mesa_fla.run(mesa, (q, k, v, decay, beta, regularizer, kk, kv), steps, cu_seqlens)
+        return output, (kk, kv), torch.full(q.shape[:3], steps, device=q.device)
     streams: tuple[Tensor, ...] = (q, k, v, decay, beta)
     place = None
     if cu_seqlens is not None:
         place, time = _places(cu_seqlens, q.shape[1])
         streams = tuple(_spread(s, place, sequences, time) for s in streams)
-    if 0 in (*streams[0].shape, *v.shape):
-        return v.new_zeros(v.shape), (kk.clone(), kv.clone()), _no_steps(q)
     options = _Options(int(steps), float(tolerance), solver, int(chunk_size))
     output, kk, kv, taken, _ = _Mesa.apply(*(s.to(dtype) for s in (*streams, regularizer)), kk, kv, options)
     if place is not None:
@@ -216,7 +232,9 @@ class _Chunks:
         scale = q.abs().amax(-1, keepdim=True)
         scale = torch.where(scale == 0, 1.0, scale)
         # Three dimensions spare each product the work of `matmul` on its shapes.
-        residual, before, k, weights, enter = (s.flatten(0, 2) for s in (q / scale, kk, self.k, self.weights, self.enter))
+        residual, before, k, weights, enter = (
+            s.flatten(0, 2) for s in (q / scale, kk, self.k, self.weights, self.enter)
+        )
         regularizer = self.regularizer.expand(*q.shape[:3], 1, -1).flatten(0, 2)
         x, direction = torch.zeros_like(residual), residual
         square = residual.square().sum(-1, keepdim=True)
@@ -224,7 +242,8 @@ class _Chunks:
         enough = max(options.tolerance, torch.finfo(q.dtype).eps) ** 2 * square
         taken = torch.zeros_like(square, dtype=torch.int64)
         # On a GPU the host would wait for the device.
-        may_end = (options.tolerance > 0 or q.device.type == "cpu") and not torch.compiler.is_compiling()
+        may_end = options.tolerance > 0 or q.device.type == "cpu"
+        may_end = may_end and not torch.compiler.is_compiling() and has_value(q)
         for _ in range(options.steps):
             done = square <= enough
             if may_end and bool(done.all()):
@@ -332,7 +351,6 @@ def _gradients(
 
 def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, int]:
     """The place `[total]` of every packed step among `N x longest` padded ones, and the longest length."""
-    checks.offsets(cu_seqlens, total)
     starts = cu_seqlens.to(torch.int64)
     lengths = starts.diff()
     time = int(lengths.max()) if lengths.numel() else 0
@@ -345,10 +363,3 @@ def _spread(stream: Tensor, place: Tensor, sequences: int, time: int) -> Tensor:
     """Packed steps `[1, total, ...]` as `[N, longest, ...]`, with zeros behind shorter sequences."""
     padded = stream.new_zeros(sequences * time, *stream.shape[2:])
     return padded.index_copy(0, place, stream.squeeze(0)).unflatten(0, (sequences, time))
-
-
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _no_steps(q: Tensor) -> Tensor:
-    return q.new_zeros(q.shape[:3], dtype=torch.int64)

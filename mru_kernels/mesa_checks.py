@@ -9,6 +9,7 @@ from . import checks
 from .scalars import has_value
 
 SOLVERS = ("cg", "direct")
+BACKENDS = ("torch", "fla")
 MOST_DIRECT = 256  # key size of solver="direct", which makes a K x K matrix for every step
 
 
@@ -24,6 +25,13 @@ def check_numbers(steps: int, tolerance: float, solver: str, chunk_size: int) ->
         raise ValueError(f"tolerance: expected a number in [0, 1), got {tolerance}")
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
 def check_tensors(
