@@ -99,7 +99,7 @@ def mesa(
             q.new_zeros(sequences, q.shape[2], key, value, dtype=dtype),
         )
     else:
-        check_state(initial_state, q, v, sequences)
+        check_state("initial_state", initial_state, q, v, sequences)
     kk, kv = (s.to(dtype) for s in initial_state)
     if cu_seqlens is not None:
         checks.offsets(cu_seqlens, q.shape[1])
@@ -158,10 +158,10 @@ def mesa_step(
         >>> output.shape
         torch.Size([2, 4, 16])
     """
-    for name, stream in (("q", q), ("k", k), ("v", v)):
-        checks.tensor(name, stream, 3, "[batch, heads, size]")
-    for name, stream in (("decay", decay), ("beta", beta)):
-        checks.tensor(name, stream, 2, "[batch, heads]")
+    check_numbers(steps, tolerance, solver, chunk_size=1)
+    check_tensors(q, k, v, decay, beta, regularizer, solver, step=True)
+    if state is not None:
+        check_state("state", state, q, v, len(q))
     q, k, v, decay, beta = (s.unsqueeze(1) for s in (q, k, v, decay, beta))
     options: dict[str, Any] = {"steps": steps, "tolerance": tolerance, "solver": solver}
     output, state, taken = mesa(q, k, v, decay, beta, regularizer, state, chunk_size=1, **options)
