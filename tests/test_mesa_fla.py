@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
+from bench import mesa as bench
 from mru_kernels import mesa_fla
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the tensors are too small for two
@@ -188,6 +189,14 @@ def test_the_cpu_and_an_absent_fla(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(RuntimeError, match=r"^backend: 'fla' cannot run this call: it needs fla-core"):
         run(tensors, backend="fla")
+
+
+def test_the_bench_measures_it(fla, capsys, monkeypatch):
+    fla(stand_in)
+    monkeypatch.setattr(bench.timing.measure, "__defaults__", (0.0,))
+    assert bench.main(["--shape", "1,8,1", "--key-size", "3", "--steps", "2", "--fla"]) == 0
+    rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert rows[-1].split()[:3] == ["3", "fla,", "bfloat16"]
 
 
 def test_bad_names():
