@@ -55,21 +55,40 @@ def first(sequences: int, length: int, generator: torch.Generator) -> tuple[Tens
     return copy_first.show(copy_first.noise(sequences, length, generator), symbols), symbols
 
 
-def pairs(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs `[B, T, features]` and the value `[B]` of the key that the last step shows.
+def associations(
+    sequences: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    keys: int,
+    values: int,
+    pairs: int,
+    questions: int,
+    noise: float,
+) -> tuple[Tensor, Tensor]:
+    """Inputs `[B, T, features]` with `pairs` of a key and a value, and the values `[B, questions]` that are asked for.
 
-    The features are the keys, the values, a mark of pairs and a mark of the question.
+    The features are the keys, the values, a mark of pairs and a mark of questions. The last `questions` steps show keys
+    of different pairs. `noise` is the standard deviation of the noise on keys and values.
     """
-    x = NOISE * torch.randn(sequences, length, KEYS + VALUES + 2, generator=generator)
-    x[..., KEYS + VALUES :] = 0.0
+    x = noise * torch.randn(sequences, length, keys + values + 2, generator=generator)
+    x[..., keys + values :] = 0.0
     rows = torch.arange(sequences).unsqueeze(1)
-    keys = torch.rand(sequences, KEYS, generator=generator).argsort(1)[:, :PAIRS]
-    values = torch.randint(VALUES, (sequences, PAIRS), generator=generator)
-    steps = torch.rand(sequences, length - 1, generator=generator).argsort(1)[:, :PAIRS]
-    for feature in (keys, KEYS + values, torch.full_like(keys, KEYS + VALUES)):
+    key = torch.rand(sequences, keys, generator=generator).argsort(1)[:, :pairs]
+    value = torch.randint(values, (sequences, pairs), generator=generator)
+    steps = torch.rand(sequences, length - questions, generator=generator).argsort(1)[:, :pairs]
+    for feature in (key, keys + value, torch.full_like(key, keys + values)):
         x[rows, steps, feature] += 1.0
-    x[:, -1] += F.one_hot(keys[:, 0], x.shape[-1]) + F.one_hot(torch.tensor(KEYS + VALUES + 1), x.shape[-1])
-    return x, values[:, 0]
+    asked = F.one_hot(key[:, :questions], x.shape[-1]) + F.one_hot(torch.tensor(keys + values + 1), x.shape[-1])
+    x[:, length - questions :] += asked
+    return x, value[:, :questions]
+
+
+def pairs(sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs `[B, T, features]` and the value `[B]` of the key that the last step shows."""
+    sizes = {"keys": KEYS, "values": VALUES, "pairs": PAIRS, "questions": 1}
+    x, values = associations(sequences, length, generator, **sizes, noise=NOISE)
+    return x, values.squeeze(1)
 
 
 TASKS = {"first": (first, copy_first.SYMBOLS + 1, copy_first.SYMBOLS), "pairs": (pairs, KEYS + VALUES + 2, VALUES)}

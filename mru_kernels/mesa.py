@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks
-from .mesa_checks import check_numbers, check_state, check_tensors
+from . import checks, mesa_fla
+from .mesa_checks import check_backend, check_numbers, check_state, check_tensors
+from .scalars import has_value
 
 State = tuple[Tensor, Tensor]
 
@@ -33,6 +34,7 @@ def mesa(
     solver: str = "cg",
     chunk_size: int = 64,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, State, Tensor]:
     """MesaNet's layer (arXiv 2506.05233), for all heads.
 
@@ -63,13 +65,19 @@ def mesa(
         chunk_size: number of steps C of a chunk. A larger one takes more operations and fewer states.
         cu_seqlens: offsets `[N + 1]` of packed sequences in streams with B = 1, int32 or int64. They are padded to
             the longest. On a GPU the call waits for their values.
+        backend: None or "torch" for torch's matrix products, or "fla" for the kernels of fla-core on a GPU. "fla"
+            takes bfloat16 and float16 streams, equal key and value sizes up to 128, solver="cg", tolerance=0 and
+            chunk_size=64. Its gradients are its own. Its first call for a device, dtype and key size is compared with
+            "torch". It has not yet been run on a GPU.
 
     Returns:
         The output `[B, T, H, V]` in the dtype of v, the final states in the state dtype, float64 for float64 streams
-        and float32 otherwise, and the iterations that every step took, int64 `[B, T, H]`, 0 with "direct".
+        and float32 otherwise, and the iterations that every step took, int64 `[B, T, H]`, 0 with "direct". "fla" always
+        takes all `steps`.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: "fla" is not installed, does not take such a call, or computes something else.
 
     Example::
 
@@ -81,6 +89,7 @@ def mesa(
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 16, 16]), torch.Size([2, 100, 4]))
     """
     check_numbers(steps, tolerance, solver, chunk_size)
+    check_backend(backend)
     sequences = check_tensors(q, k, v, decay, beta, regularizer, solver, cu_seqlens)
     dtype = checks.state_dtype(q.dtype)
     if initial_state is None:
@@ -90,15 +99,22 @@ def mesa(
             q.new_zeros(sequences, q.shape[2], key, value, dtype=dtype),
         )
     else:
-        check_state(initial_state, q, v, sequences)
+        check_state("initial_state", initial_state, q, v, sequences)
     kk, kv = (s.to(dtype) for s in initial_state)
+    if cu_seqlens is not None:
+        checks.offsets(cu_seqlens, q.shape[1])
+    if backend == "fla":
+        mesa_fla.check(q, v, tolerance, solver, chunk_size, cu_seqlens)
+    if 0 in (*q.shape, *v.shape, sequences):
+        return v.new_zeros(v.shape), (kk.clone(), kv.clone()), q.new_zeros(q.shape[:3], dtype=torch.int64)
+    if backend == "fla":
+        output, kk, kv = mesa_fla.run(mesa, (q, k, v, decay, beta, regularizer, kk, kv), steps, cu_seqlens)
+        return output, (kk, kv), torch.full(q.shape[:3], steps, device=q.device)
     streams: tuple[Tensor, ...] = (q, k, v, decay, beta)
     place = None
     if cu_seqlens is not None:
         place, time = _places(cu_seqlens, q.shape[1])
         streams = tuple(_spread(s, place, sequences, time) for s in streams)
-    if 0 in (*streams[0].shape, *v.shape):
-        return v.new_zeros(v.shape), (kk.clone(), kv.clone()), _no_steps(q)
     options = _Options(int(steps), float(tolerance), solver, int(chunk_size))
     output, kk, kv, taken, _ = _Mesa.apply(*(s.to(dtype) for s in (*streams, regularizer)), kk, kv, options)
     if place is not None:
@@ -142,10 +158,10 @@ def mesa_step(
         >>> output.shape
         torch.Size([2, 4, 16])
     """
-    for name, stream in (("q", q), ("k", k), ("v", v)):
-        checks.tensor(name, stream, 3, "[batch, heads, size]")
-    for name, stream in (("decay", decay), ("beta", beta)):
-        checks.tensor(name, stream, 2, "[batch, heads]")
+    check_numbers(steps, tolerance, solver, chunk_size=1)
+    check_tensors(q, k, v, decay, beta, regularizer, solver, step=True)
+    if state is not None:
+        check_state("state", state, q, v, len(q))
     q, k, v, decay, beta = (s.unsqueeze(1) for s in (q, k, v, decay, beta))
     options: dict[str, Any] = {"steps": steps, "tolerance": tolerance, "solver": solver}
     output, state, taken = mesa(q, k, v, decay, beta, regularizer, state, chunk_size=1, **options)
@@ -188,7 +204,7 @@ class _Chunks:
         missing = -self.time % self.size
         if missing:
             stream = torch.cat([stream, stream.new_zeros(stream.shape[0], missing, *stream.shape[2:])], 1)
-        return stream.unflatten(1, (-1, self.size)).movedim(3, 1)
+        return stream.unflatten(1, (-1, self.size)).movedim(3, 1).contiguous()
 
     def join(self, stream: Tensor) -> Tensor:
         """`[B, H, N, C, ...]` as `[B, T, H, ...]`."""
@@ -215,25 +231,33 @@ class _Chunks:
         # Squares of small gradients would underflow, so every right side is scaled.
         scale = q.abs().amax(-1, keepdim=True)
         scale = torch.where(scale == 0, 1.0, scale)
-        residual = q / scale
-        x, direction = torch.zeros_like(q), residual
+        # Three dimensions spare each product the work of `matmul` on its shapes.
+        residual, before, k, weights, enter = (
+            s.flatten(0, 2) for s in (q / scale, kk, self.k, self.weights, self.enter)
+        )
+        regularizer = self.regularizer.expand(*q.shape[:3], 1, -1).flatten(0, 2)
+        x, direction = torch.zeros_like(residual), residual
         square = residual.square().sum(-1, keepdim=True)
         # Below the rounding of the dtype, p'Ap would underflow before the residual does.
         enough = max(options.tolerance, torch.finfo(q.dtype).eps) ** 2 * square
         taken = torch.zeros_like(square, dtype=torch.int64)
+        # On a GPU the host would wait for the device.
+        may_end = options.tolerance > 0 or q.device.type == "cpu"
+        may_end = may_end and not torch.compiler.is_compiling() and has_value(q)
         for _ in range(options.steps):
             done = square <= enough
-            if options.tolerance > 0 and not torch.compiler.is_compiling() and bool(done.all()):
+            if may_end and bool(done.all()):
                 break
             taken = taken + ~done
-            image = self.read(direction, kk, self.k) + self.regularizer * direction
+            image = torch.addcmul(regularizer * direction, enter, torch.bmm(direction, before))
+            image = torch.baddbmm(image, torch.bmm(direction, k.mT) * weights, k)
             length = torch.where(done, 0.0, square / (direction * image).sum(-1, keepdim=True))
-            x = x + length * direction
-            residual = residual - length * image
+            x = torch.addcmul(x, length, direction)
+            residual = torch.addcmul(residual, length, image, value=-1)
             new = residual.square().sum(-1, keepdim=True)
-            direction = torch.where(done, direction, residual + new / square * direction)
+            direction = torch.addcmul(residual, torch.where(done, 0.0, new / square), direction)
             square = new
-        return scale * x, taken.squeeze(-1)
+        return scale * x.view_as(q), taken.squeeze(-1).view(q.shape[:-1])
 
     def _direct(self, q: Tensor, kk: Tensor) -> Tensor:
         """Cholesky decompositions, for one chunk at a time, `[B, H, C, K, K]`."""
@@ -288,7 +312,8 @@ def _gradients(
     kks, kvs = chunks.borders(kk, kv)
     before_kk, before_kv = kks[:, :, :-1], kvs[:, :, :-1]
     e = chunks.cut(grad_output)
-    grad_x = chunks.enter * (e @ before_kv.mT) + ((e @ chunks.v.mT) * chunks.weights) @ chunks.k
+    ev, entered_x = e @ chunks.v.mT, e @ before_kv.mT
+    grad_x = chunks.enter * entered_x + (ev * chunks.weights) @ chunks.k
     f, _ = chunks.solve(grad_x, before_kk, options)
 
     add_kk, add_kv = -(chunks.enter * f).mT @ x, (chunks.enter * x).mT @ e
@@ -300,7 +325,7 @@ def _gradients(
     h, g = torch.stack(after_kk[::-1], 2), torch.stack(after_kv[::-1], 2)  # gradients of the states after each chunk
 
     ck, cv = chunks.k, chunks.v
-    xk, fk, ev = x @ ck.mT, f @ ck.mT, e @ cv.mT
+    xk, fk = x @ ck.mT, f @ ck.mT
     read = (xk * chunks.weights).mT
     later_v, later_k = cv @ g.mT + ck @ h, ck @ h.mT
     grad_v = chunks.write * (ck @ g) + read @ e
@@ -311,7 +336,7 @@ def _gradients(
     later = chunks.leave.squeeze(-1) * (ck * later_v).sum(-1)
     grad_beta = pair.sum(-2) + later
     weighted = pair * chunks.beta.unsqueeze(-2)
-    entered = (x * (e @ before_kv.mT)).sum(-1) - (f * (x @ before_kk)).sum(-1)
+    entered = (x * entered_x).sum(-1) - (f * (x @ before_kk)).sum(-1)
     grad_b = weighted.sum(-1) - weighted.sum(-2) - chunks.beta * later + chunks.enter.squeeze(-1) * entered
     left = (h * kks[:, :, 1:]).sum((-2, -1)) + (g * kvs[:, :, 1:]).sum((-2, -1))
     grad_b = torch.cat([grad_b[..., :-1], grad_b[..., -1:] + left.unsqueeze(-1)], -1)
@@ -326,7 +351,6 @@ def _gradients(
 
 def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, int]:
     """The place `[total]` of every packed step among `N x longest` padded ones, and the longest length."""
-    checks.offsets(cu_seqlens, total)
     starts = cu_seqlens.to(torch.int64)
     lengths = starts.diff()
     time = int(lengths.max()) if lengths.numel() else 0
@@ -339,10 +363,3 @@ def _spread(stream: Tensor, place: Tensor, sequences: int, time: int) -> Tensor:
     """Packed steps `[1, total, ...]` as `[N, longest, ...]`, with zeros behind shorter sequences."""
     padded = stream.new_zeros(sequences * time, *stream.shape[2:])
     return padded.index_copy(0, place, stream.squeeze(0)).unflatten(0, (sequences, time))
-
-
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _no_steps(q: Tensor) -> Tensor:
-    return q.new_zeros(q.shape[:3], dtype=torch.int64)

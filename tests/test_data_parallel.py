@@ -64,21 +64,30 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def _train_in_two_processes(rank, results):
-    module = make(mk.BMRU, 4, 6, 2, bidirectional=True, epsilon=0.5, dtype=torch.float64)
-    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    bmru = make(mk.BMRU, 4, 6, 2, bidirectional=True, epsilon=0.5, dtype=torch.float64)
+    mesa = make(mk.MesaNet, 4, 6, heads=2, chunk_size=8, dtype=torch.float64)
+    units = {"mesa": {"heads": 2, "chunk_size": 8}, "bmru": {}}
+    network = make(mk.MRUNetwork, 4, 3, width=6, num_blocks=1, units=units, conv_size=2, dtype=torch.float64)
     torch.manual_seed(7)
     x, hx = torch.randn(4, 33, 4, dtype=torch.float64), torch.randn(4, 4, 6, dtype=torch.float64)
     mine = slice(2 * rank, 2 * rank + 2)
-    for given in (None, hx):
+    _gradients_are_those_of_one_process(bmru, x, mine, hx, hx[:, mine])
+    for module in (mesa, network):
+        state = tuple(s.detach() for s in module(x[:, :5])[1])
+        _gradients_are_those_of_one_process(module, x, mine, state, tuple(s[mine] for s in state))
+    results.put(rank)
+
+
+def _gradients_are_those_of_one_process(module, x, mine, state, part):
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    for whole, own in ((None, None), (state, part)):
         module.zero_grad()
-        part = None if given is None else given[:, mine]
-        parallel(x[mine], part)[0].square().mean().backward()
+        parallel(x[mine], own)[0].square().mean().backward()
         got = [p.grad.clone() for p in module.parameters()]
         module.zero_grad()
-        module(x, given)[0].square().mean().backward()
+        module(x, whole)[0].square().mean().backward()
         for a, p in zip(got, module.parameters(), strict=True):
             torch.testing.assert_close(a, p.grad, rtol=1e-12, atol=1e-12)
-    results.put(rank)
 
 
 @pytest.mark.check

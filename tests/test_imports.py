@@ -17,7 +17,7 @@ LAYERS = [
     ["scalars"],
     ["backends"],
     ["checks"],
-    ["ops", "mesa_checks"],
+    ["ops", "mesa_checks", "mesa_fla"],
     ["cells", "delays", "mesa"],
     ["nn", "define"],
     ["blocks", "schedule", "streaming", "distributed", "export"],

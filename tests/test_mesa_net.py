@@ -17,6 +17,12 @@ def layer(dtype=torch.float64, **options) -> mk.MesaNet:
     return mk.MesaNet(3, 7, heads=2, dtype=dtype, **({"chunk_size": 4, "steps": 6} | options))
 
 
+def network(dtype=torch.float64, **options) -> mk.MRUNetwork:
+    torch.manual_seed(0)
+    units = {"mesa": {"heads": 2, "chunk_size": 4, "steps": 6} | options, "bmru": {}}
+    return mk.MRUNetwork(3, 2, width=4, num_blocks=1, units=units, conv_size=2, dtype=dtype)
+
+
 def random(*shape: int) -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(shape, dtype=torch.float64)
@@ -156,19 +162,35 @@ def test_the_solver_stays_exact_under_autocast():
     close(grad, torch.autograd.grad(right.sum(), q)[0], 0)
 
 
-def test_compiled_and_exported():
-    module, x = layer(steps=2, tolerance=1e-4), random(2, 5, 3)
+def test_a_network_under_autocast():
+    x = random(2, 9, 3)
+    exact = network()(x)[0]
+    module = network(torch.float32)
+    module.load_state_dict(network().state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, state = module(x.float())
+        module(x.float(), state)
+        module.step(x[:, 0].float(), state)
+    close(mixed.double(), exact, 0.1)
+    mixed.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("make", [layer, network])
+def test_compiled_and_exported(make):
+    module, x = make(steps=2, tolerance=1e-4), random(2, 5, 3)
     expected, state = module(x)
     compiled = copy.deepcopy(module)
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     output, same = run(x)
     close(output, expected)
     close(same, state)
+    close(run(x, state)[0], module(x, state)[0])
     output.sum().backward()
     expected.sum().backward()
     close([p.grad for p in compiled.parameters()], [p.grad for p in module.parameters()])
     exported = torch.export.export(module, (x,)).module()
-    close(exported(x)[0], expected)
+    close(exported(x), (expected, state))
 
 
 def test_copies_and_parameters():

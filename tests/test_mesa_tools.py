@@ -28,12 +28,3 @@ def test_the_table(capsys, monkeypatch):
     header, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert header.split("  ")[0] == "K"
     assert len(rows) == 3
-
-
-def test_fla_is_compared_before_it_is_used(monkeypatch):
-    tensors = mesa.inputs(1, 9, 1, 4, torch.device("cpu"))
-    monkeypatch.setattr(mesa, "fla", lambda *t, steps: mk.mesa(*t)[0] * 1.01)
-    assert mesa.check_fla(tensors, 30) == pytest.approx(0.01, rel=1e-3)
-    monkeypatch.setattr(mesa, "fla", lambda *t, steps: mk.mesa(*t)[0] * 1.1)
-    with pytest.raises(RuntimeError, match=r"^fla: expected a relative error below 3 %"):
-        mesa.check_fla(tensors, 30)

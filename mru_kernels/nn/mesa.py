@@ -13,7 +13,7 @@ from torch.fx import Proxy
 
 from .. import checks
 from ..mesa import mesa
-from ..mesa_checks import MOST_DIRECT, SOLVERS
+from ..mesa_checks import MOST_DIRECT, SOLVERS, check_backend
 from .arguments import (
     check_choice,
     check_input_dtype,
@@ -51,7 +51,7 @@ class MesaNet(torch.nn.Module):
         heads: number of heads.
         key_size, value_size: sizes per head; None for `hidden_size / heads`, rounded up.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
-        steps, tolerance, solver, chunk_size: as for `mru_kernels.mesa`.
+        steps, tolerance, solver, chunk_size, backend: as for `mru_kernels.mesa`.
         batch_first: whether input and output are `[B, T, E]` and `[B, T, D]` or have time first.
         device, dtype: of the parameters; float32, float64, bfloat16 or float16.
 
@@ -97,6 +97,7 @@ class MesaNet(torch.nn.Module):
         tolerance: float = 0.0,
         solver: str = "cg",
         chunk_size: int = 64,
+        backend: str | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -108,13 +109,14 @@ class MesaNet(torch.nn.Module):
         check_sizes(key_size=key_size, value_size=value_size)
         check_sizes(0, conv_size=conv_size)
         check_choice("solver", solver, SOLVERS)
+        check_backend(backend)
         if solver == "direct" and key_size > MOST_DIRECT:
             raise ValueError(f'key_size: expected at most {MOST_DIRECT} with solver="direct", got {key_size}')
         if dtype is not None and dtype not in checks.STREAM_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         self.input_size, self.hidden_size, self.heads = input_size, hidden_size, heads
         self.key_size, self.value_size, self.conv_size = key_size, value_size, conv_size
-        self.steps, self.solver, self.chunk_size = steps, solver, chunk_size
+        self.steps, self.solver, self.chunk_size, self.backend = steps, solver, chunk_size, backend
         self.tolerance = check_number("tolerance", tolerance, 0.0, 0.5)
         self.batch_first = checks.flag("batch_first", batch_first)
         self.taken: Tensor | None = None
@@ -159,7 +161,8 @@ class MesaNet(torch.nn.Module):
         if self.conv is not None:
             mixed, last = self._convolved(mixed, past)
             after = (last,)
-        keys = F.normalize(mixed.unflatten(-1, (2, self.heads, self.key_size)), dim=-1)
+        # autocast computes lengths in float32
+        keys = F.normalize(mixed.unflatten(-1, (2, self.heads, self.key_size)), dim=-1).to(mixed.dtype)
         q, k = keys[:, :, 0], keys[:, :, 1]
         v = self.values(x).unflatten(-1, (self.heads, self.value_size)).to(q.dtype)
         wide = checks.state_dtype(q.dtype)
@@ -167,8 +170,10 @@ class MesaNet(torch.nn.Module):
         beta = beta.sigmoid()
         decay = F.logsigmoid(gamma) + torch.log1p(-(1 - REPEATED) * beta.square())
         regularizer = LEAST_REGULARIZER + F.softplus(self.regularizer.to(wide))
-        options: dict[str, Any] = {"steps": self.steps, "tolerance": self.tolerance, "solver": self.solver}
-        read, states, taken = mesa(q, k, v, decay, beta, regularizer, before, chunk_size=self.chunk_size, **options)
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("steps", "tolerance", "solver", "chunk_size", "backend")
+        }
+        read, states, taken = mesa(q, k, v, decay, beta, regularizer, before, **options)
         if not torch.compiler.is_compiling():
             self.taken = taken
         y = self.out(self.norm(read.to(self.norm.weight.dtype)).flatten(-2))
