@@ -58,21 +58,27 @@ def have(command: str) -> None:
 class Compiled:
     """An exported program in an executable."""
 
-    def __init__(self, program: mk.export.CProgram, compiler: str = "gcc", options: tuple[str, ...] = (), token=False):
+    def __init__(
+        self,
+        program: mk.export.CProgram,
+        compiler: str = "gcc without optimisation",
+        options: tuple[str, ...] = (),
+        token=False,
+    ):
         command, *settings = COMPILERS[compiler]
-        have(command)
+        have(command)  # without optimisation gcc compiles fastest
         self.runner = [RUNNERS[compiler]] if compiler in RUNNERS else []
         for needed in self.runner:
             have(needed)
         folder = program.path.parent
-        main, objects = folder / f"{program.name}_main.c", folder / f"{program.name}.o"
+        main = folder / f"{program.name}_main.c"
         self.executable = folder / f"{program.name}_main"
         names = {"NAME": program.name.upper(), "name": program.name, "file": program.path.name}
         integer = {"kind": "unsigned", "count": 1, "argument": "input[0]"}
         floats = {"kind": "float", "count": f"{names['NAME']}_INPUT_SIZE", "argument": "input"}
         main.write_text(_MAIN.format(**names, **(integer if token else floats)))
-        subprocess.run([command, *WARNINGS, *settings, *options, "-c", program.path, "-o", objects], check=True)
-        subprocess.run([command, *settings, main, objects, "-o", self.executable, "-lm"], check=True)
+        files = [main, program.path, "-o", self.executable, "-lm"]
+        subprocess.run([command, *WARNINGS, *settings, *options, *files], check=True)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Steps from the initial state, of inputs `[T, features]` or tokens `[T]`: return values `[T]` and outputs."""
@@ -82,9 +88,9 @@ class Compiled:
         return words[:, 0], words[:, 1:].contiguous().view(torch.float32)
 
 
-def compiled(module: torch.nn.Module, folder: Path, compiler: str = "gcc", **settings) -> Compiled:
+def compiled(module: torch.nn.Module, folder: Path, **settings) -> Compiled:
     token = isinstance(module, mk.MRUNetwork) and module.tokens
-    return Compiled(mk.export.c(module, folder / "net.c", **settings), compiler, token=token)
+    return Compiled(mk.export.c(module, folder / "net.c", **settings), token=token)
 
 
 def steps(module: torch.nn.Module, inputs: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from .. import ops
 from ..backends import plain
 from .c_program import CProgram
 from .to_c import c
+from .to_nir import nir
 
-__all__ = ["CProgram", "c", "decompositions"]
+__all__ = ["CProgram", "c", "decompositions", "nir"]
 
 
 def decompositions() -> dict[Any, Callable]:

@@ -241,7 +241,7 @@ static float min_gru(float *state, float candidate, float update)
 
 
 def functions_of(statements: str) -> list[str]:
-    """The texts of the functions that statements call, and of those that these functions call, in order of definition."""
+    """The texts of the functions that statements call, and of those that these call, in order of definition."""
     needed: list[str] = []
     for name, text in reversed(FUNCTIONS.items()):
         if re.search(rf"\b{name}\(", statements + "".join(needed)):

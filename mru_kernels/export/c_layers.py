@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import torch
@@ -11,34 +11,28 @@ from torch import Tensor
 from .. import nn
 from ..delays import delay_kernel
 from .c_program import Program, literal
+from .stages import check_direction, check_kind, kind, stage_sizes
 
 UNITS: tuple[type, ...] = (nn.BMRU, nn.CMRU, nn.AlphaCMRU, nn.FirstQuadrantBMRU, nn.MinGRU)
-STAGES: tuple[type, ...] = (torch.nn.Linear, torch.nn.ReLU)
 
 
-def check(module: torch.nn.Module) -> None:
+def check(module: Any) -> None:
     """Raise unless a program can compute the steps of the module."""
-    if type(module) is torch.nn.Sequential:
-        for stage in module:
-            if type(stage) not in UNITS + STAGES:
-                names = ", ".join(cls.__name__ for cls in UNITS + STAGES)
-                raise TypeError(f"module: expected stages that are {names}, got {type(stage).__name__}")
-        if not any(type(stage) in UNITS for stage in module):
-            raise ValueError("module: expected a Sequential with at least one recurrent unit, got none")
-    elif type(module) is nn.MRUNetwork:
+    check_kind("a module", module, (*UNITS, nn.MRUNetwork, torch.nn.Sequential))
+    if isinstance(module, torch.nn.Sequential):
+        for stage in module.children():
+            check_kind("stages", stage, (*UNITS, torch.nn.Linear, torch.nn.ReLU))
+        if not any(isinstance(stage, UNITS) for stage in module.children()):
+            raise ValueError("module: expected a Sequential with a recurrent unit, got none")
+    elif isinstance(module, nn.MRUNetwork):
         if module.pool == "mean":
             raise ValueError('module: expected pool None or "last", got "mean", which is not known after one step')
-    elif type(module) not in UNITS:
-        names = ", ".join(cls.__name__ for cls in UNITS)
-        raise TypeError(f"module: expected {names}, MRUNetwork or Sequential, got {type(module).__name__}")
-    for name, unit in module.named_modules():
-        if isinstance(unit, nn.MRUBase) and unit.bidirectional:
-            raise ValueError(f"module: expected one direction, got a bidirectional {type(unit).__name__} {name}".rstrip())
-    for block in module.blocks if isinstance(module, nn.MRUNetwork) else []:
-        for unit in block.units:
-            if type(unit) not in UNITS:
-                names = ", ".join(cls.__name__ for cls in UNITS)
-                raise TypeError(f"module: expected units that are {names}, got {type(unit).__name__}")
+        units: list[Any] = [block.units for block in module.blocks.children()]
+        for unit in itertools.chain(*units):
+            check_kind("units", unit, UNITS)
+    for unit in module.modules():
+        if isinstance(unit, nn.MRUBase):
+            check_direction(unit)
 
 
 def add(program: Program, module: Any) -> tuple[str, dict[str, int], bool]:
@@ -47,14 +41,14 @@ def add(program: Program, module: Any) -> tuple[str, dict[str, int], bool]:
         _network(program, module)
         return _described(module), _sizes(module.input_size, module.head.out_features), module.tokens
     if isinstance(module, torch.nn.Sequential):
-        sizes = _stages(program, module)
-        return _described(module), sizes, False
+        return _described(module), _stages(program, module), False
     _unit(program, module, "", "input", "output")
     return _described(module), _sizes(module.input_size, module.hidden_size), False
 
 
 def _described(module: torch.nn.Module) -> str:
-    return f"{'an' if type(module).__name__[0] in 'AM' else 'a'} {type(module).__name__}"
+    name = kind(module).__name__
+    return f"an {name}" if name[0] in "AM" else f"a {name}"
 
 
 def _sizes(inputs: int, outputs: int) -> dict[str, int]:
@@ -131,7 +125,7 @@ def _state_after(
 
 def _stages(program: Program, stages: torch.nn.Sequential) -> dict[str, int]:
     """A Sequential of linear maps, ReLUs and units; the next stage reads the output of a unit. Returns its sizes."""
-    inputs, outputs = zip(*_stage_sizes(stages), strict=True)
+    inputs, outputs = zip(*stage_sizes(stages), strict=True)
     x = "input"
     for i, stage in enumerate(stages):
         y = "output" if i == len(stages) - 1 else program.buffer(f"x{i % 2}", outputs[i])
@@ -145,23 +139,6 @@ def _stages(program: Program, stages: torch.nn.Sequential) -> dict[str, int]:
             _unit(program, stage, f"stage{i}_", x, y)
         x = y
     return _sizes(inputs[0], outputs[-1])
-
-
-def _stage_sizes(stages: torch.nn.Sequential) -> Iterator[tuple[int, int]]:
-    """The numbers of input and output features of each stage."""
-    size = None
-    for i, stage in enumerate(stages):
-        if isinstance(stage, torch.nn.ReLU):
-            if size is None:
-                raise ValueError("module: expected a Sequential that begins with a Linear or a unit, got a ReLU")
-            yield size, size
-            continue
-        linear = isinstance(stage, torch.nn.Linear)
-        inputs, outputs = (stage.in_features, stage.out_features) if linear else (stage.input_size, stage.hidden_size)
-        if size not in (None, inputs):
-            raise ValueError(f"module: expected stage {i} to read {size} features, got {inputs}")
-        yield inputs, outputs
-        size = outputs
 
 
 def _network(program: Program, network: Any) -> None:

@@ -15,9 +15,11 @@ from .c_functions import GUARDS, MAPS, functions_of
 MARKER = "/* Written by mru_kernels.export.c"
 """How the first line of every file begins."""
 
+_MOST_PRODUCTS = (2**31 - 1) // 127**2  # of two int8 values, which an int32 can sum
+
 
 class CProgram(NamedTuple):
-    """A program that `c` has written: where it is, and what it costs. The comment at its beginning has the same numbers.
+    """A program that `c` has written: where it is, and what it costs, as the comment at its beginning also says.
 
     Attributes:
         path: the file.
@@ -79,6 +81,8 @@ class Program:
 
     def linear(self, name: str, weight: Tensor, bias: Tensor | None) -> str:
         """The map of a weight `[rows, inputs]` and a bias `[rows]` or None. Returns its name in C."""
+        if self.quantises and weight.shape[1] > _MOST_PRODUCTS:
+            raise ValueError(f"activations: expected float32 for a map of {weight.shape[1]} inputs, got int8")
         values = self.weight(name + "_weight", weight)
         values.append("NULL" if bias is None else self.table(name + "_bias", bias))
         self.tables.append(f"static const linear {name} = {{{', '.join(values)}, {weight.shape[1]}}};\n")
@@ -149,7 +153,8 @@ class Program:
         fields = [f"{kind} {field}[{size}];" for field, (kind, size) in self._sorted_fields()]
         body = "".join(self.tables)
         maps = MAPS["int8 x int8" if self.quantises else "int8" if self.int8 else "float32"]
-        includes = ["<stddef.h>", *["<stdint.h>"] * self.quantises, *["<math.h>"] * (self.libm_calls > 0)]
+        includes = ["<stddef.h>", *["<stdint.h>"] * self.quantises]
+        libm = "/* Of libm. */\nfloat expf(float);\nfloat sqrtf(float);\n" if self.libm_calls else ""
         hold = "/* A gate code: the step writes nothing. */\n#define HOLD 2\n" if "_gate(" in steps else ""
         operand = f"#define LARGEST_OPERAND {self.largest_operand}\n" if self.quantises else ""
         return "\n".join([
@@ -159,7 +164,7 @@ class Program:
             "typedef struct {\n" + textwrap.indent("\n".join(fields), "    ") + f"\n}} {name}_state;\n",
             f"void {name}_init({name}_state *state);\nint {name}_step({name}_state *state, {argument}, float *output);",
             f"\n#endif\n#ifndef {upper}_DECLARATIONS\n\n{GUARDS}",
-            hold + operand,
+            hold + libm + operand,
             maps,
             *functions_of(steps),
             body,

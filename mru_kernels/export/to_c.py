@@ -12,6 +12,7 @@ from ..nn.arguments import check_choice
 from ..nn.wrappers import unwrapped
 from . import c_layers
 from .c_program import MARKER, CProgram, Program
+from .stages import check_parameters
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def c(
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     module = unwrapped(module)
     c_layers.check(module)
-    _check_parameters(module)
+    check_parameters(module)
     path = Path(path)
     name = _checked_name(path, name)
     _check_ours(path)
@@ -88,16 +89,6 @@ def c(
     path.write_text(program.text(name, source, sizes, token), encoding="ascii")
     ram = program.state_bytes() + program.buffer_bytes()
     return CProgram(path, name, program.flash, ram, program.multiply_adds, program.comparisons, program.libm_calls)
-
-
-def _check_parameters(module: torch.nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise TypeError(f"module: expected float32 parameters, got {parameter.dtype} {name}")
-        if parameter.is_meta:
-            raise ValueError(f"module: expected parameters with values, got {name} on the meta device")
-        if not parameter.isfinite().all():
-            raise ValueError(f"module: expected finite parameters, got {name} with nan or inf")
 
 
 def _checked_name(path: Path, name: str | None) -> str:
