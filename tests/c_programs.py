@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,4 +101,6 @@ def steps(module: torch.nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
-FMA = ("-mfma",) if platform.machine() == "x86_64" else ()
+_FLAGS = Path("/proc/cpuinfo")
+#: The option that lets gcc use fused multiply-adds, on a machine that has them.
+FMA = ("-mfma",) if _FLAGS.exists() and " fma " in _FLAGS.read_text() else ()

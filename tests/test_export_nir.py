@@ -119,6 +119,12 @@ def test_linear_maps_and_units_in_turn():
     assert kinds == ["Input", "Affine", "Affine", *["Threshold"] * 3, "Delay", "Scale", "Linear", "Output"]
 
 
+def test_a_stage_may_occur_twice():
+    module, inputs = unit(4, 4), draw(100, 2, 4)
+    graph = mk.export.nir(torch.nn.Sequential(module, module))
+    assert torch.equal(interpreted(graph, inputs), steps(module, steps(module, inputs)))
+
+
 def test_a_linear_map_alone():
     module, inputs = torch.nn.Linear(3, 4), draw(5, 2, 3)
     with torch.no_grad():

@@ -115,13 +115,6 @@ static void add_rows(const linear *map, size_t count, const operand *x, float *y
         y[r] += row(map, r, x);
 }
 """,
-    "copy": """\
-static void copy(const float *x, size_t size, float *y)
-{
-    for (size_t i = 0; i < size; i++)
-        y[i] = x[i];
-}
-""",
     "add": """\
 static void add(const float *x, size_t size, float *y)
 {

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import nn
 from ..delays import delay_kernel
 from .c_program import Program, literal
-from .stages import check_direction, check_kind, kind, stage_sizes
+from .stages import check_direction, check_kind, stage_sizes
 
 UNITS: tuple[type, ...] = (nn.BMRU, nn.CMRU, nn.AlphaCMRU, nn.FirstQuadrantBMRU, nn.MinGRU)
 
@@ -35,20 +35,15 @@ def check(module: Any) -> None:
             check_direction(unit)
 
 
-def add(program: Program, module: Any) -> tuple[str, dict[str, int], bool]:
-    """Add all of a module. Returns what it is, the sizes of its input and output, and whether the input is a token."""
+def add(program: Program, module: Any) -> tuple[dict[str, int], bool]:
+    """Add all of a module. Returns the sizes of its input and output, and whether the input is a token."""
     if isinstance(module, nn.MRUNetwork):
         _network(program, module)
-        return _described(module), _sizes(module.input_size, module.head.out_features), module.tokens
+        return _sizes(module.input_size, module.head.out_features), module.tokens
     if isinstance(module, torch.nn.Sequential):
-        return _described(module), _stages(program, module), False
+        return _stages(program, module), False
     _unit(program, module, "", "input", "output")
-    return _described(module), _sizes(module.input_size, module.hidden_size), False
-
-
-def _described(module: torch.nn.Module) -> str:
-    name = kind(module).__name__
-    return f"an {name}" if name[0] in "AM" else f"a {name}"
+    return _sizes(module.input_size, module.hidden_size), False
 
 
 def _sizes(inputs: int, outputs: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ class CProgram(NamedTuple):
         multiply_adds: multiplications with an addition a step, in float32 or of integers. A product or sum alone
             counts as one.
         comparisons: comparisons a step, in gates and ReLUs.
-        libm_calls: calls of expf and sqrtf a step. At 0 the program needs no library.
+        libm_calls: calls of expf and sqrtf a step, at most. At 0 the program needs no library.
 
     Example::
 
@@ -189,7 +189,7 @@ class Program:
         bad = "token is not below the number of tokens" if token else "value of the input is not finite"
         given = "token" if token else "input"
         return f"""\
-{MARKER}: one step of {source} in C99.
+{MARKER}: the steps of {source} in C99.
 
    flash          {self.flash} bytes of parameters; the code comes on top
    RAM            {self.state_bytes()} bytes of state, {self.buffer_bytes()} bytes of buffers on the stack

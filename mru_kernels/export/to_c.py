@@ -12,7 +12,7 @@ from ..nn.arguments import check_choice
 from ..nn.wrappers import unwrapped
 from . import c_layers
 from .c_program import MARKER, CProgram, Program
-from .stages import check_parameters
+from .stages import check_parameters, kind
 
 
 @torch.no_grad()
@@ -85,8 +85,8 @@ def c(
     name = _checked_name(path, name)
     _check_ours(path)
     program = Program(weights, activations)
-    source, sizes, token = c_layers.add(program, module)
-    path.write_text(program.text(name, source, sizes, token), encoding="ascii")
+    sizes, token = c_layers.add(program, module)
+    path.write_text(program.text(name, kind(module).__name__, sizes, token), encoding="ascii")
     ram = program.state_bytes() + program.buffer_bytes()
     return CProgram(path, name, program.flash, ram, program.multiply_adds, program.comparisons, program.libm_calls)
 

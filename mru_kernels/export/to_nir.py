@@ -69,11 +69,11 @@ def nir(module: torch.nn.Module) -> NIRGraph:
         raise ImportError('nir: the package nir is not installed; pip install "mru_kernels[nir]"') from error
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
-    module = unwrapped(module)
-    stages: list[Any] = list(module.children()) if kind(module) is torch.nn.Sequential else [module]
+    inner: Any = unwrapped(module)
+    stages = list(inner) if kind(inner) is torch.nn.Sequential else [inner]
     for stage in stages:
         _check(stage)
-    check_parameters(module)
+    check_parameters(inner)
     sizes = stage_sizes(stages)
     graph = _Graph(ir, sizes[0][0])
     for i, stage in enumerate(stages):
