@@ -14,6 +14,7 @@ nir = pytest.importorskip("nir")
 nirtorch = pytest.importorskip("nirtorch")
 
 
+# the nodes of a graph for nirtorch
 class Threshold(torch.nn.Module):
     def __init__(self, node):
         super().__init__()
@@ -44,6 +45,7 @@ def delay(node):  # nirtorch reads the output of an edge that closes a loop one 
 
 
 NODES = {nir.Affine: affine, nir.Threshold: Threshold, nir.Scale: Scale, nir.Delay: delay}
+# end
 
 
 def unit(*sizes: int, **options) -> mk.FirstQuadrantBMRU:

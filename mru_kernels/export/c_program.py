@@ -19,17 +19,7 @@ _MOST_PRODUCTS = (2**31 - 1) // 127**2  # of two int8 values, which an int32 can
 
 
 class CProgram(NamedTuple):
-    """A program that `c` has written: where it is, and what it costs, as the comment at its beginning also says.
-
-    Attributes:
-        path: the file.
-        name: how its functions, types and macros begin.
-        flash: bytes of parameters. The code comes on top, with a size that depends on the compiler.
-        ram: bytes of one state and of the buffers that a step has on the stack.
-        multiply_adds: multiplications with an addition a step, in float32 or of integers. A product or sum alone
-            counts as one.
-        comparisons: comparisons a step, in gates and ReLUs.
-        libm_calls: calls of expf and sqrtf a step, at most. At 0 the program needs no library.
+    """A program that `c` has written: where it is, and what it costs. The comment at its beginning says the same.
 
     Example::
 
@@ -41,12 +31,19 @@ class CProgram(NamedTuple):
     """
 
     path: Path
+    """The file."""
     name: str
+    """How the names of its functions, types and macros begin."""
     flash: int
+    """Bytes of parameters. The code comes on top, with a size that depends on the compiler."""
     ram: int
+    """Bytes of one state and of the buffers that a step has on the stack."""
     multiply_adds: int
+    """Multiply-adds a step, of float32 or integers. A product or sum alone counts as one."""
     comparisons: int
+    """Comparisons a step, in gates, ReLUs and the rounding of activations."""
     libm_calls: int
+    """Calls of expf and sqrtf a step, at most. At 0 the program needs no library."""
 
 
 class Program:
