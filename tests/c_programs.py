@@ -1,9 +1,10 @@
-"""Compile exported C programs and run them on inputs."""
+"""Modules to export as C, their programs compiled, and runs of them."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mru_kernels as mk
+from tests.drawn import draw
 
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 
@@ -104,3 +106,26 @@ def steps(module: torch.nn.Module, inputs: Tensor) -> Tensor:
 _FLAGS = Path("/proc/cpuinfo")
 #: The option that lets gcc use fused multiply-adds, on a machine that has them.
 FMA = ("-mfma",) if _FLAGS.exists() and " fma " in _FLAGS.read_text() else ()
+
+
+NETWORKS = {
+    "BMRU": partial(mk.MRUNetwork, 6, 5, width=8, num_blocks=2),
+    "tokens": partial(mk.MRUNetwork, 6, 5, width=8, num_blocks=1, tokens=True, pool="last"),
+    "concatenated": partial(
+        mk.MRUNetwork, 6, 5, width=8, num_blocks=2, units=("bmru", "min_gru", "schmitt"), conv_size=3,
+        combine="concatenate",
+    ),
+    "sum": partial(mk.MRUNetwork, 6, 5, width=8, num_blocks=1, units=("cmru", "alpha_cmru"), hidden_size=7, mlp_size=5),
+    "delays": partial(mk.MRUNetwork, 6, 5, width=8, num_blocks=1, delay={"taps": 5, "count": 2}, dropout=0.5),
+    "one tap": partial(mk.MRUNetwork, 6, 5, width=8, num_blocks=1, units="min_gru", conv_size=1),
+    "MinGRU": partial(mk.MinGRU, 6, 9, 2, max_time_scale=20.0),
+}  # fmt: skip
+
+
+def network(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]().eval()
+
+
+def inputs_of(module: torch.nn.Module, count: int) -> torch.Tensor:
+    return torch.randint(6, (count,)) if getattr(module, "tokens", False) else draw(count, 6)
