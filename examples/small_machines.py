@@ -26,12 +26,12 @@ MODULES = {
 
 
 def code_bytes(program: mk.export.CProgram) -> int:
-    """The size of the machine code, without tables of parameters and without libm."""
+    """The size of the machine code and its constants, without parameters and without libraries."""
     file = program.path.with_suffix(".o")
     subprocess.run([*COMPILER, "-c", program.path, "-o", file], check=True)
     sections = subprocess.run(["arm-none-eabi-size", "-A", file], check=True, capture_output=True, text=True).stdout
-    rows = [line.split() for line in sections.splitlines() if line.startswith(".text")]
-    return sum(int(row[1]) for row in rows)
+    rows = [line.split() for line in sections.splitlines() if line.startswith((".text", ".rodata"))]
+    return sum(int(row[1]) for row in rows) - program.flash
 
 
 def rows(modules: dict, folder: Path) -> list[str]:

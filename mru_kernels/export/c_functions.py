@@ -79,7 +79,7 @@ static void quantise(const float *x, size_t size, operand *to)
     to->scale = largest / 127.0f;
     for (size_t i = 0; i < size; i++) {
         const float share = largest > 0.0f ? x[i] / largest * 127.0f : 0.0f;
-        to->value[i] = (signed char)(share >= 0.0f ? share + 0.5f : share - 0.5f);
+        to->value[i] = share >= 0.0f ? (signed char)(share + 0.5f) : share < 0.0f ? (signed char)(share - 0.5f) : 0;
     }
 }
 

@@ -67,52 +67,49 @@ def _layer(program: Program, unit: Any, p: dict[str, Tensor], label: str, x: str
     weight, bias = unit._gate_weights(p)
     gates = program.linear(f"{label}gates", weight, bias)
     operand = program.operand(x, weight.shape[1])
-    rows = [f"row(&{gates}, {f'{k * channels} + ' if k else ''}d, {operand})" for k in range(len(unit.gates))]
+    lines = []
+    for k, gate in enumerate(unit.gates):
+        lines.append(f"const float {gate} = row(&{gates}, {f'{k * channels} + ' if k else ''}d, {operand});")
     initial = p["initial_state"] if unit.learn_initial_state else weight.new_zeros(channels)
     if isinstance(unit, nn.MinGRU):
         program.count(3 * channels, channels, 3 * channels)
-        state = program.state(f"{label}s", initial)
-        program.loop(channels, [f"{h}[d] = min_gru(&{state}[d], {rows[0]}, {rows[1]});"])
-        return
-    code = _gate_code(program, unit, p, label, rows)
-    lines, s = _state_after(program, unit, initial, label, rows, code)
+        s = f"min_gru(&{program.state(f'{label}s', initial)}[d], candidate, update)"
+    else:
+        code = _gate_code(program, unit, p, label)
+        update, s = _state_after(program, unit, initial, label, code)
+        lines.append(f"const int code = {update};")
     if "alpha" in p and (p["alpha"] != 1.0).any():
         program.count(channels)
         s = f"{program.table(f'{label}alpha', p['alpha'])}[d] * ({s})"
     program.loop(channels, [*lines, f"{h}[d] = {s};"])
 
 
-def _gate_code(program: Program, unit: Any, p: dict[str, Tensor], label: str, rows: list[str]) -> str:
+def _gate_code(program: Program, unit: Any, p: dict[str, Tensor], label: str) -> str:
     """The expression of what a channel writes."""
     program.count(comparisons=3 * unit.hidden_size)
     if not isinstance(unit, nn.FirstQuadrantBMRU):
-        return f"bmru_gate({rows[0]}, {rows[1]})"
+        return "bmru_gate(candidate, threshold)"
     low = program.table(f"{label}low", p["low"])
     high = program.table(f"{label}high", p["low"] + p["width"].abs())
-    return f"schmitt_gate({rows[0]}, {low}[d], {high}[d])"
+    return f"schmitt_gate(candidate, {low}[d], {high}[d])"
 
 
-def _state_after(
-    program: Program, unit: Any, initial: Tensor, label: str, rows: list[str], code: str
-) -> tuple[list[str], str]:
-    """Statements that update a channel's state, and the expression of the state after them, a float."""
+def _state_after(program: Program, unit: Any, initial: Tensor, label: str, code: str) -> tuple[str, str]:
+    """The expressions of a channel's code, which says what it has written, and of its state after the step, a float."""
     lower = 0.0 if isinstance(unit, nn.FirstQuadrantBMRU) else -1.0
     value = f"code ? 1.0f : {literal(lower)}"
     amplitude = "amplitude" in unit.gates
     if unit.epsilon > 0.0 or amplitude:
         program.count(unit.hidden_size)
-        lines = [f"const int code = {code};"]
-        if amplitude:
-            lines.append(f"const float amplitude = {rows[2]};")
-            value = "code ? amplitude : -amplitude"
+        value = "code ? amplitude : -amplitude" if amplitude else value
         epsilon = torch.tensor(unit.epsilon, dtype=torch.float32).item()
-        return lines, f"level(&{program.state(f'{label}s', initial)}[d], code, {value}, {literal(epsilon)})"
+        return code, f"level(&{program.state(f'{label}s', initial)}[d], code, {value}, {literal(epsilon)})"
     bits = program.bits(f"{label}bits", initial == 1.0)
     if ((initial == 1.0) | (initial == lower)).all():
-        return [f"const int code = one_bit({bits}, d, {code});"], value
+        return f"one_bit({bits}, d, {code})", value
     written = program.bits(f"{label}written", torch.zeros_like(initial))
     first = program.table(f"{label}initial", initial)
-    return [f"const int code = two_bits({bits}, {written}, d, {code});"], f"code == HOLD ? {first}[d] : {value}"
+    return f"two_bits({bits}, {written}, d, {code})", f"code == HOLD ? {first}[d] : {value}"
 
 
 # ------------------------------------------------------------------------------------------------ networks

@@ -151,9 +151,13 @@ class Program:
         body = "".join(self.tables)
         maps = MAPS["int8 x int8" if self.quantises else "int8" if self.int8 else "float32"]
         includes = ["<stddef.h>", *["<stdint.h>"] * self.quantises]
-        libm = "/* Of libm. */\nfloat expf(float);\nfloat sqrtf(float);\n" if self.libm_calls else ""
-        hold = "/* A gate code: the step writes nothing. */\n#define HOLD 2\n" if "_gate(" in steps else ""
-        operand = f"#define LARGEST_OPERAND {self.largest_operand}\n" if self.quantises else ""
+        parts = []
+        if self.libm_calls:
+            parts.append("/* From libm. */\nfloat expf(float);\nfloat sqrtf(float);\n")
+        if "_gate(" in steps:
+            parts.append("/* What a gate returns where a step writes nothing. */\n#define HOLD 2\n")
+        if self.quantises:
+            parts.append(f"/* The most inputs of a map. */\n#define LARGEST_OPERAND {self.largest_operand}\n")
         return "\n".join([
             self._comment(name, source, token),
             f"#ifndef {upper}_H\n#define {upper}_H\n\n" + "".join(f"#include {file}\n" for file in includes),
@@ -161,7 +165,7 @@ class Program:
             "typedef struct {\n" + textwrap.indent("\n".join(fields), "    ") + f"\n}} {name}_state;\n",
             f"void {name}_init({name}_state *state);\nint {name}_step({name}_state *state, {argument}, float *output);",
             f"\n#endif\n#ifndef {upper}_DECLARATIONS\n\n{GUARDS}",
-            hold + libm + operand,
+            *parts,
             maps,
             *functions_of(steps),
             body,
@@ -213,7 +217,7 @@ def literal(value: float) -> str:
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.1f}f"
     mantissa, exponent = float(value).hex().split("p")
-    return f"{mantissa.rstrip('0')}p{exponent}f"
+    return f"{mantissa.rstrip('0').rstrip('.')}p{exponent}f"
 
 
 def _loop(index: str, size: int, lines: Iterable[str]) -> list[str]:
