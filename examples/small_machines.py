@@ -16,7 +16,7 @@ import mru_kernels as mk
 COMPILER = ["arm-none-eabi-gcc", "-std=c99", "-ffreestanding", "-Os", "-mthumb", "-mcpu=cortex-m0plus"]
 MODULES = {
     "`BMRU(3, 16)`": lambda: mk.BMRU(3, 16),
-    "`BMRU(3, 16)`, trained initial states": lambda: mk.BMRU(3, 16, learn_initial_state=False),
+    "`BMRU(3, 16, learn_initial_state=False)`": lambda: mk.BMRU(3, 16, learn_initial_state=False),
     "`BMRU(8, 64, 2)`": lambda: mk.BMRU(8, 64, 2),
     "`CMRU(8, 64, 2)`": lambda: mk.CMRU(8, 64, 2),
     "`FirstQuadrantBMRU(8, 64, 2)`": lambda: mk.FirstQuadrantBMRU(8, 64, 2),
