@@ -65,6 +65,8 @@ __all__ = [
     "linear_recurrence_step",
     "mesa",
     "mesa_step",
+    "mismatch",
+    "robustness",
     "schmitt",
     "schmitt_step",
     "stream",
@@ -72,12 +74,16 @@ __all__ = [
 
 if _typing.TYPE_CHECKING:
     from . import distributed, export
+    from .hardware import mismatch, robustness
 else:
+    _LATER = {"mismatch": "hardware", "robustness": "hardware"}  # by name, the module that has it
 
     def __getattr__(name):
-        """Import `distributed` and `export` when they are used: not every torch build has torch.distributed."""
+        """Import what few programs use when they use it; not every torch build has torch.distributed."""
         if name in ("distributed", "export"):
             return _importlib.import_module(f"{__name__}.{name}")
+        if name in _LATER:
+            return getattr(_importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

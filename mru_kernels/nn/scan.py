@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, ops
+from . import noise
 from .arguments import check_input_dtype
 from .parameters import UnitParameters
 
@@ -35,7 +36,8 @@ class UnitScan(UnitParameters):
 
     def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """All gates of one scan, `[*, gates * D]`, from one matrix product."""
-        return F.linear(x, *self._gate_weights(p))
+        gates = F.linear(x, *self._gate_weights(p))
+        return noise.added(self, gates) if noise.deviations else gates
 
     def _gate_weights(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The weight `[gates * D, features]` and bias `[gates * D]` of the map from a scan's input to its gates."""
