@@ -66,6 +66,7 @@ __all__ = [
     "mesa",
     "mesa_step",
     "mismatch",
+    "quantized",
     "robustness",
     "schmitt",
     "schmitt_step",
@@ -74,9 +75,9 @@ __all__ = [
 
 if _typing.TYPE_CHECKING:
     from . import distributed, export
-    from .hardware import mismatch, robustness
+    from .hardware import mismatch, quantized, robustness
 else:
-    _LATER = {"mismatch": "hardware", "robustness": "hardware"}  # by name, the module that has it
+    _LATER = dict.fromkeys(("mismatch", "quantized", "robustness"), "hardware")  # by name, the module that has it
 
     def __getattr__(name):
         """Import what few programs use when they use it; not every torch build has torch.distributed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from .nn import noise as threshold_noise
 from .nn.arguments import check_number, check_sizes
 from .nn.wrappers import unwrapped
 
-__all__ = ["Robustness", "mismatch", "robustness"]
+__all__ = ["Robustness", "mismatch", "quantized", "robustness"]
 
 DEVIATIONS = 3.0
 """Standard deviations in a mismatch: of a mismatch of 15 %, a standard deviation is 5 %."""
@@ -268,6 +269,50 @@ class _Mismatch:
     def __reduce__(self) -> Any:
         """A copy of the module gets hooks that do nothing."""
         return _Mismatch, (torch.nn.Module(), 0.0, 0.0, [])
+
+
+def quantized(module: torch.nn.Module, bits: int) -> torch.nn.Module:
+    """A copy of a trained module whose weights have the values that `bits` bits can represent.
+
+    Every floating parameter of at least two dimensions is quantised uniformly and symmetrically, with one scale for
+    each row `w`, its values at one index of the first dimension::
+
+        scale = max |w| / (2^(bits - 1) - 1)        w' = scale round(w / scale)
+
+    So 2 bits have the values -1, 0 and 1 times the scale. Parameters of one dimension keep their values: biases,
+    thresholds and other inputs per channel, initial states, norms. The copy computes in the dtype of the module. It has
+    the accuracy of a program with integer weights, not its speed or size; see `quantizable` and `mru_kernels.export`.
+
+    Args:
+        module: any module; it stays as it is.
+        bits: from 2 to 8.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example::
+
+        >>> unit = mk.BMRU(3, 8)
+        >>> mk.quantized(unit, 2).weight_ih_l0[0].unique().numel() <= 3
+        True
+        >>> error = mk.quantized(unit, 8).weight_ih_l0 - unit.weight_ih_l0
+        >>> bool((error.abs() <= 1.001 * unit.weight_ih_l0.abs().amax(1, keepdim=True) / 254).all())
+        True
+    """
+    _check_module(module)
+    check_sizes(bits=bits)
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits: expected an int from 2 to 8, got {bits}")
+    result = copy.deepcopy(module)
+    largest = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        for p in _floating(result):
+            if p.dim() >= 2 and p.numel():
+                rows = p.flatten(1).to(torch.promote_types(p.dtype, torch.float32))
+                scale = rows.abs().amax(1, keepdim=True) / largest
+                steps = torch.where(scale == 0.0, rows, rows / scale).round()  # a row of zeros stays
+                p.copy_((steps * scale).view_as(p))
+    return result
 
 
 def _floating(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -362,6 +362,47 @@ def test_noise_in_a_network_reaches_every_step():
     assert all(p.grad is not None for p in module.parameters())
 
 
+# ------------------------------------------------------------------------------------------------ quantised weights
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("make", [network, Tied, lambda: unit(mk.BMRU, dtype=torch.bfloat16)])
+def test_rows_are_quantised_to_the_nearest_level(bits, make):
+    module = make()
+    with torch.no_grad():
+        module.zeros = torch.nn.Parameter(torch.zeros(3, 4))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    result = mk.quantized(module, bits)
+    assert same(module, before)
+    levels = 2 ** (bits - 1) - 1
+    for name, p in result.named_parameters():
+        if p.dim() < 2:
+            assert torch.equal(p, before[name]), name
+            continue
+        for row, was in zip(p.detach().flatten(1).double(), before[name].flatten(1).double(), strict=True):
+            scale = was.abs().max() / levels
+            rounding = was.abs().max() * torch.finfo(p.dtype).eps
+            if scale > 0:
+                torch.testing.assert_close(row / scale, (row / scale).round(), atol=levels * 1e-2, rtol=0)
+            assert (row - was).abs().max() <= scale / 2 + rounding, name
+            assert len(row.unique()) <= 2 * levels + 1
+    assert result.zeros.eq(0).all()
+
+
+def test_a_quantised_copy_keeps_sharing_epsilon_and_runs():
+    module = Tied()
+    module.unit.epsilon = 0.25
+    result = mk.quantized(module, 4)
+    assert result.first.weight is result.second.weight
+    assert result.unit.epsilon == 0.25
+    x = torch.randn(2, 9, 4)
+    assert not torch.equal(result.first(x), module.first(x))
+    assert result(x)[0].shape == (2, 9, 4)
+    again = mk.quantized(result, 4)
+    for a, b in zip(again.parameters(), result.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -381,6 +422,10 @@ def test_noise_in_a_network_reaches_every_step():
         (lambda m: mk.robustness(m, float, (-0.1,)), ValueError, "mismatch: expected a finite number"),
         (lambda m: mk.robustness(m, float, trials=0), ValueError, "trials: expected a positive int"),
         (lambda m: mk.robustness(m, float, seed=0.5), TypeError, "seed: expected an int, got float"),
+        (lambda m: mk.quantized(None, 8), TypeError, "module: expected a torch.nn.Module, got NoneType"),
+        (lambda m: mk.quantized(m, 1), ValueError, "bits: expected an int from 2 to 8, got 1"),
+        (lambda m: mk.quantized(m, 9), ValueError, "bits: expected an int from 2 to 8, got 9"),
+        (lambda m: mk.quantized(m, 4.0), TypeError, "bits: expected an int, got float"),
         (lambda m: mk.mismatch("m", 0.1), TypeError, "module: expected a torch.nn.Module, got str"),
         (lambda m: mk.mismatch(m, "0.1"), TypeError, "mismatch: expected a float"),
         (lambda m: mk.mismatch(m, -0.1), ValueError, "mismatch: expected a finite number"),
