@@ -66,6 +66,7 @@ __all__ = [
     "mesa",
     "mesa_step",
     "mismatch",
+    "quantizable",
     "quantized",
     "robustness",
     "schmitt",
@@ -76,8 +77,14 @@ __all__ = [
 if _typing.TYPE_CHECKING:
     from . import distributed, export
     from .hardware import mismatch, quantized, robustness
+    from .nn.projections import quantizable
 else:
-    _LATER = dict.fromkeys(("mismatch", "quantized", "robustness"), "hardware")  # by name, the module that has it
+    _LATER = {  # by name, the module that has it
+        "mismatch": "hardware",
+        "quantizable": "nn.projections",
+        "quantized": "hardware",
+        "robustness": "hardware",
+    }
 
     def __getattr__(name):
         """Import what few programs use when they use it; not every torch build has torch.distributed."""

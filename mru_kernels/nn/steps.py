@@ -87,7 +87,7 @@ class UnitSteps(UnitScan):
     ) -> tuple[Tensor, Tensor]:
         parameters = self._parameters_by_scan()
         self._check_shape(input, (2,), "[batch, features]")
-        self._check_match(input, parameters[0]["weight_ih"])
+        self._check_match(input, parameters[0])
         check_resets(resets, input, "[batch]")
         batch = input.shape[0]
         if state_indices is None:
