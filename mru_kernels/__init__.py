@@ -72,18 +72,21 @@ __all__ = [
     "schmitt",
     "schmitt_step",
     "stream",
+    "write_rates",
 ]
 
 if _typing.TYPE_CHECKING:
     from . import distributed, export
     from .hardware import mismatch, quantized, robustness
     from .nn.projections import quantizable
+    from .writes import write_rates
 else:
     _LATER = {  # by name, the module that has it
         "mismatch": "hardware",
         "quantizable": "nn.projections",
         "quantized": "hardware",
         "robustness": "hardware",
+        "write_rates": "writes",
     }
 
     def __getattr__(name):

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from mru_kernels import blocks, distributed, export, hardware, nn, schedule, streaming
+from mru_kernels import blocks, distributed, export, hardware, nn, schedule, streaming, writes
 
-MODULES = (mk, nn, blocks, schedule, streaming, distributed, export, hardware)
+MODULES = (mk, nn, blocks, schedule, streaming, distributed, export, hardware, writes)
 
 #: Modules for use within the package only.
 INTERNAL = ("mru_kernels.backends", "mru_kernels.ops", "mru_kernels.torch_private")

@@ -46,17 +46,6 @@ def test_training_lowers_the_loss_and_takes_epsilon_from_1_to_0_by_half_of_the_s
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("unit", [mk.BMRU, mk.CMRU, mk.AlphaCMRU])
-def test_write_rates_count_the_writes_of_a_channel(unit):
-    module = unit(2, 3)
-    with torch.no_grad():
-        module.weight_ih_l0.zero_()
-        module.weight_ih_l0[0, 0] = 1.0  # candidates of the channels: x_0, 1 and 0.5; thresholds: 0.75
-        module.bias_ih_l0[:6] = torch.tensor([0.0, 1.0, 0.5, 0.75, 0.75, 0.75])
-    x = torch.tensor([[0.0, 1.0, -1.0, 0.75], [0.0, -0.75, 0.5, 0.0]]).unsqueeze(-1).repeat(1, 1, 2)
-    assert common.write_rates(module, x).tolist() == [0.5, 1.0, 0.0]
-
-
 def test_table_and_spread():
     assert common.spread([0.5]) == "50.0"
     assert common.spread([0.5, 0.7]) == "60.0 ± 14.1"
