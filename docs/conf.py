@@ -43,6 +43,7 @@ napoleon_custom_sections = ["Call", "A schedule of epsilon", "Several processes"
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", torch_inventory())}
 nitpick_ignore_regex = [
     ("py:.*", r"mru_kernels\..*"),  # private bases and aliases, which have no entry
+    ("py:.*", r"(pathlib\.)?Path|os\.PathLike|NIRGraph"),
     ("py:.*", r"collections\.abc\..*"),
     ("py:.*", r"torch\.distributed\.distributed_c10d\..*"),
 ]

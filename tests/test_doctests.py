@@ -16,6 +16,9 @@ from mru_kernels import blocks, distributed, export, hardware, nn, schedule, str
 
 MODULES = (mk, nn, blocks, schedule, streaming, distributed, export, hardware, writes)
 
+#: The package that an example needs.
+NEEDS = {"nir": "nir"}
+
 #: Modules for use within the package only.
 INTERNAL = ("mru_kernels.backends", "mru_kernels.ops", "mru_kernels.torch_private")
 
@@ -47,6 +50,8 @@ def test_has_an_example(name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     example = doctest.DocTestParser().get_doctest(EXAMPLES[name], {"torch": torch, "mk": mk}, name, None, None)
     torch.manual_seed(0)
     report: list[str] = []

@@ -1,4 +1,4 @@
-"""Exported programs without the ops of this package, for exporters that support only torch's ops."""
+"""Modules in other forms: programs of torch's ops only, C, and NIR."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 from .. import ops
 from ..backends import plain
+from .c_program import CProgram
+from .to_c import c
+from .to_nir import nir
 
-__all__ = ["decompositions"]
+__all__ = ["CProgram", "c", "decompositions", "nir"]
 
 
 def decompositions() -> dict[Any, Callable]:
