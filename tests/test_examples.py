@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -388,13 +389,24 @@ def test_the_model_kept_is_one_after_epsilon_is_0(monkeypatch):
     assert [unit.epsilon for unit in model.units] == [0.0, 0.0]
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 def test_small_machine(tmp_path):
     units = ["first-quadrant BMRU", "LRU"]
     options = ["--steps", "4", "--units", *units, "--trials", "1", "--out", str(tmp_path)]
     small_machine.main([*SMALL, *options])
-    header, _, *rows = page(tmp_path, "small_machine")[:4]
+    header, _, *rows = (lines := page(tmp_path, "small_machine"))[:4]
     columns = ["exact", "5 %", "10 %", "15 %", *(f"{bits} bits" for bits in range(8, 1, -1))]
     assert header.strip("| ").split(" | ")[2:] == columns
     for name, row in zip(units, rows, strict=True):
         assert row.startswith(f"| {name} |")
         assert all(0 <= float(cell) <= 100 for cell in row.strip("| ").split(" | ")[2:])
+    _, _, float32, int8 = (line.strip("| ").split(" | ") for line in lines[7:])
+    assert (float32[0], float32[-1]) == ("float32", "360")
+    assert int8[0] == "int8"
+    assert 2 * int(int8[1].replace(",", "")) < int(float32[1].replace(",", ""))
+
+
+def test_small_machine_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_machine.shutil, "which", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="cc: expected a C compiler"):
+        small_machine.in_c(small_machine.Model(small_machine.IN_C), tmp_path, "int8", torch.zeros(1, 64, 1))
