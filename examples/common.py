@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -96,13 +95,6 @@ def positions(steps: int, features: int) -> Tensor:
 def epsilon_schedule(model: nn.Module, steps: int) -> mk.EpsilonSchedule:
     """Lower epsilon from 1 to 0 in the first half of the steps. The second half trains the unit as it is used."""
     return mk.EpsilonSchedule(model, max(1, steps // 2))
-
-
-def write_rates(unit: mk.BMRU, x: Tensor) -> Tensor:
-    """Share of steps at which each channel writes, `[D]`, for the unit's input `x [B, T, input_size]`."""
-    gates = F.linear(x, unit.weight_ih_l0, unit.bias_ih_l0)
-    candidate, threshold = gates.split(unit.hidden_size, dim=-1)[:2]
-    return (candidate.abs() >= threshold.abs()).float().mean(dim=(0, 1))
 
 
 def parameters(model: nn.Module) -> int:

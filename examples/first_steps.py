@@ -60,19 +60,9 @@ def draw(sequences: int, length: int, generator: torch.Generator) -> tuple[Tenso
     return x, symbols[:, 0]
 
 
-@torch.no_grad()
 def write_rate(model: nn.Module, x: Tensor) -> float:
     """The mean write rate over all channels of all units."""
-    rates: list[Tensor] = []
-    hooks = [
-        unit.register_forward_pre_hook(lambda unit, inputs: rates.append(common.write_rates(unit, inputs[0])))
-        for unit in model.modules()
-        if isinstance(unit, mk.BMRU)
-    ]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(rates).mean().item()
+    return torch.cat([layer.rate for layer in mk.write_rates(model, x).layers]).mean().item()
 
 
 def run(name: str, seed: int, arguments: argparse.Namespace) -> list[tuple[float, float, float, float]]:

@@ -71,20 +71,37 @@ __all__ = [
     "linear_recurrence_step",
     "mesa",
     "mesa_step",
+    "mismatch",
+    "quantizable",
+    "quantized",
+    "robustness",
     "schmitt",
     "schmitt_step",
     "sign",
     "stream",
+    "write_rates",
 ]
 
 if _typing.TYPE_CHECKING:
     from . import distributed, export
+    from .hardware import mismatch, quantized, robustness
+    from .nn.projections import quantizable
+    from .writes import write_rates
 else:
+    _LATER = {  # by name, the module that has it
+        "mismatch": "hardware",
+        "quantizable": "nn.projections",
+        "quantized": "hardware",
+        "robustness": "hardware",
+        "write_rates": "writes",
+    }
 
     def __getattr__(name):
-        """Import `distributed` and `export` when they are used: not every torch build has torch.distributed."""
+        """Import what few programs use when they use it; not every torch build has torch.distributed."""
         if name in ("distributed", "export"):
             return _importlib.import_module(f"{__name__}.{name}")
+        if name in _LATER:
+            return getattr(_importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

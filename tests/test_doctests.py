@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from mru_kernels import blocks, define, distributed, export, nn, schedule, streaming
+from mru_kernels import blocks, define, distributed, export, hardware, nn, schedule, streaming, writes
 
-MODULES = (mk, nn, blocks, define, schedule, streaming, distributed, export)
+MODULES = (mk, nn, blocks, define, schedule, streaming, distributed, export, hardware, writes)
 
 #: The package that an example needs.
 NEEDS = {"nir": "nir"}

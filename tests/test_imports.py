@@ -20,12 +20,13 @@ LAYERS = [
     ["ops", "mesa_checks", "mesa_fla"],
     ["cells", "delays", "mesa"],
     ["nn", "define"],
-    ["blocks", "schedule", "streaming", "distributed", "export"],
+    ["blocks", "schedule", "streaming", "distributed", "export", "hardware", "writes"],
 ]
 PARTS = [part for layer in LAYERS for part in layer]
 
 #: Modules that `import mru_kernels` does not import.
-LEFT_OUT = {"python_ref", "bench", "examples", "tests", "mru_kernels.distributed", "mru_kernels.export"}
+LEFT_OUT = {"python_ref", "bench", "examples", "tests"}
+LEFT_OUT |= {f"mru_kernels.{part}" for part in ("distributed", "export", "hardware", "nn.projections", "writes")}
 
 #: Parts of torch that take long to import. `import mru_kernels` imports none that `import torch` has not imported.
 HEAVY = ("_dynamo", "_inductor", "onnx", "distributed", "fx.experimental", "_export", "testing", "utils.cpp_extension")

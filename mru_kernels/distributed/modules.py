@@ -131,6 +131,8 @@ class _ParallelScans:
         """The same parameters; their gradients are summed over the ranks."""
         if not torch.is_grad_enabled():
             return read
+        if any("projection" in p for p in read):
+            raise TypeError("module: expected a unit with its own parameters, to train it, got one of `quantizable`")
         summed = iter(_SummedGradients.apply(self._call.ranks.group, *(t for p in read for t in p.values())))
         return [{name: next(summed) for name in p} for p in read]
 

@@ -107,7 +107,7 @@ class MRUBase(UnitSteps):
             raise ValueError("return_boundaries: expected False for a module whose chunk_size is None, got True")
         order = "[batch, time, features]" if self.batch_first else "[time, batch, features]"
         self._check_shape(input, (2, 3), f"{order} or [time, features]")
-        self._check_match(input, parameters[0]["weight_ih"])
+        self._check_match(input, parameters[0])
         if input.dim() == 2:
             self._check_hx(hx, input, batch=())
             check_resets(resets, input, "[time]")
@@ -130,7 +130,7 @@ class MRUBase(UnitSteps):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         parameters = self._parameters_by_scan()
         self._check_shape(data, (2,), "packed data [total, features]")
-        self._check_match(data, parameters[0]["weight_ih"])
+        self._check_match(data, parameters[0])
         order, cu_seqlens = _by_sequence(batch_sizes)
         order, cu_seqlens = order.to(data.device), cu_seqlens.to(data.device)
         sequences = cu_seqlens.shape[0] - 1

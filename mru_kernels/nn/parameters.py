@@ -96,7 +96,10 @@ class UnitParameters(torch.nn.Module):
         return shapes
 
     def _parameters_by_scan(self) -> list[dict[str, Any]]:
-        """The parameters of every scan by name. A call reads each once, since a parametrization computes it."""
+        """The parameters of every scan by name. A call reads each once, since a parametrization computes it.
+
+        `quantizable` replaces weight and bias by a module, "projection".
+        """
         own = self._parameters  # `getattr` of a module is slow; it finds what a parametrization computes
         return [
             {name: own[full] if full in own else getattr(self, full) for name, full in names}
@@ -114,6 +117,8 @@ class UnitParameters(torch.nn.Module):
 
         A gate's bias is constant where `gates` gives its value, else drawn as in `nn.Linear`.
         """
+        if "projection" in dict(self._names_by_scan[0]):
+            raise RuntimeError("reset_parameters: expected a unit with its own parameters, got one of `quantizable`")
         for _, suffix in self._scans():
             weight: Tensor = getattr(self, "weight_ih" + suffix)
             bound = 1.0 / math.sqrt(weight.shape[1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, ops
+from . import noise
 from .arguments import check_input_dtype
 from .parameters import UnitParameters
 
@@ -35,14 +37,27 @@ class UnitScan(UnitParameters):
 
     def _project(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         """All gates of one scan, `[*, gates * D]`, from one matrix product."""
-        return F.linear(x, *self._gate_weights(p))
+        module: Any = p.get("projection")
+        if module is None:
+            gates = F.linear(x, *self._gate_weights(p))
+        else:
+            gates = module(x) if "bias_ih" not in p else module(x) + self._bias(p)
+        return noise.added(self, gates) if noise.deviations else gates
 
     def _gate_weights(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The weight `[gates * D, features]` and bias `[gates * D]` of the map from a scan's input to its gates."""
+        module: Any = p.get("projection")
+        if module is None:
+            return p["weight_ih"], self._bias(p)
+        if not isinstance(module.weight, Tensor):
+            raise TypeError(f"module: expected a unit with floating weights, got {type(module).__name__}")
+        return module.weight, module.bias if "bias_ih" not in p else self._bias(p)
+
+    def _bias(self, p: dict[str, Tensor]) -> Tensor | None:
         bias = p.get("bias_ih")
         if bias is not None and self._gates_without_bias:
             bias = F.pad(bias, (self._gates_without_bias * self.hidden_size, 0))
-        return p["weight_ih"], bias
+        return bias
 
     def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors `[D]` that `_scan` gets by name. Complex states need complex ones."""
@@ -86,7 +101,11 @@ class UnitScan(UnitParameters):
         if input.shape[-1] != self.input_size:
             raise ValueError(f"input: expected {self.input_size} features, got shape {list(input.shape)}")
 
-    def _check_match(self, input: Tensor, weight: Tensor) -> None:
+    def _check_match(self, input: Tensor, p: dict[str, Tensor]) -> None:
+        module: Any = p.get("projection")
+        weight = p["weight_ih"] if module is None else module.weight
+        if not isinstance(weight, Tensor):
+            return  # a quantised module, which checks its input
         self._check_dtype(weight.dtype)  # `Module.to` may have changed it
         if input.device != weight.device:
             raise ValueError(f"input: expected the module's device {weight.device}, got {input.device}")

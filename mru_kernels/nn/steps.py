@@ -101,7 +101,7 @@ class UnitSteps(UnitScan):
         self, input: Tensor, hx: Tensor | None, resets: Tensor | None, state_indices: Tensor | None
     ) -> None:
         self._check_shape(input, (2,), "[batch, features]")
-        self._check_match(input, self._parameters_by_scan()[0]["weight_ih"])
+        self._check_match(input, self._parameters_by_scan()[0])
         check_resets(resets, input, "[batch]")
         if state_indices is None:
             self._check_hx(hx, input, batch=(input.shape[0],))

@@ -201,7 +201,7 @@ def check_all(traces: object, units: Mapping[str, MRUBase]) -> None:
     expected: dict[str, tuple[Tensor, torch.dtype]] = {}
     for path, unit in units.items():
         for layer, p in enumerate(unit._parameters_by_scan()):
-            dtype = unit._state_dtypes(p["weight_ih"].dtype)[-1]
+            dtype = unit._state_dtypes(unit._gate_weights(p)[0].dtype)[-1]
             past = depends_on(unit, p, unit._vectors(p))
             expected |= {full_name(path, name, layer): (t, dtype) for name, t in past.items()}
     if traces.keys() != expected.keys():

@@ -77,6 +77,10 @@ class WriteOrHold(MRUBase):
     def _accumulates(self) -> bool:
         return self.epsilon > 0.0
 
+    def _writes(self, gates: Tensor, **per_channel: Tensor) -> Tensor:
+        """The steps at which each channel writes, bool `[B, T, D]`, for the arguments of `_scan`."""
+        raise NotImplementedError
+
     def get_extra_state(self) -> Tensor:
         return self._epsilon  # not a copy: torch.distributed.checkpoint loads into the tensors of a `state_dict`
 
@@ -189,6 +193,10 @@ class BMRU(WriteOrHold, names=("bmru",)):
     gates = {"candidate": None, "threshold": 1.0}
     per_channel = {"alpha": 1.0}
     initial_state_values = (-1.0, 1.0)
+
+    def _writes(self, gates, **per_channel):
+        candidate, threshold, *_ = gates.chunk(len(self.gates), -1)
+        return candidate.abs() >= threshold.abs()
 
     def _scan(self, gates, initial_state, **options):
         return bmru_packed(
@@ -303,6 +311,10 @@ class FirstQuadrantBMRU(WriteOrHold, names=("first_quadrant_bmru", "schmitt")):
             getattr(self, "weight_ih" + suffix).abs_()
             for name, mean in means.items():
                 getattr(self, name + suffix).uniform_(0.8 * mean, 1.2 * mean)
+
+    def _writes(self, gates, **per_channel):
+        candidate, low = F.relu(gates), per_channel["low"]
+        return (candidate < low) | (candidate >= low + per_channel["width"].abs())
 
     def _scan(self, gates, initial_state, **options):
         low = options.pop("low")
