@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if points:
                 axes.plot([p for p, _ in points], [abs(w) for _, w in points], "o", markersize=4, alpha=0.5, label=name)
         axes.set(xlabel="delay in steps", ylabel="size of its weight", xlim=(-1, TAPS))
-        axes.set_title(f'learned delays of task "scales", all channels of {arguments.seeds} seeds')
+        axes.set_title('learned delays of task "scales", all channels and seeds')
         axes.legend(fontsize=8)
 
     common.finish("delays", text, plot, arguments.out)
