@@ -1,4 +1,4 @@
-"""Graphs of pointwise operations on one step's inputs, and their printing as C++.
+"""Graphs of pointwise operations on one step's inputs, and their printing in a language.
 
 A node is an input, a constant or an operation on earlier nodes. Equal nodes are one.
 """
@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-#: Operations on numbers as C++ expressions of their operands; csrc/functions.h has the functions.
-NUMBERS = {
-    "add": "{} + {}",
-    "subtract": "{} - {}",
-    "multiply": "{} * {}",
-    "divide": "{} / {}",
-    "negative": "-{}",
-    "absolute": "Lanes<V>::abs({})",
-    "where": "{} ? {} : {}",
-    "maximum": "maximum({}, {})",
-    "minimum": "minimum({}, {})",
-    "power": "power({}, {})",
+#: Functions of numbers that csrc/functions.h and backends/triton/functions.py have under these names.
+FUNCTIONS = {
     **{
         name: name + "({})"
         for name in ("square_root", "exponential", "exponential_minus_1", "logarithm", "logarithm_of_1_plus", "sine",
                      "cosine", "tanh", "sigmoid", "error_function")
     },
+    **{name: name + "({}, {})" for name in ("maximum", "minimum", "power")},
 }  # fmt: skip
+#: Operations on numbers that all languages write alike.
+ARITHMETIC = {"add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}"}
 #: The same for operations whose result is a mask, true or false.
 MASKS = {
     "equal": "{} == {}",
@@ -55,8 +48,8 @@ _OF_CONSTANTS: dict[str, Callable[..., float]] = {
 class Node:
     """A node: `operation` on the nodes numbered `operands`.
 
-    An input has the operation "input" and the text `name`, which C++ code reads it by. A constant has "constant" and
-    a value.
+    An input has the operation "input" and the text `name`, which printed code reads it by. A constant has "constant"
+    and a value.
     """
 
     operation: str
@@ -120,6 +113,10 @@ class Graph:
         """The inputs that the results need, by name."""
         return {self.nodes[i].name for i in self.reached(results) if self.nodes[i].operation == "input"}
 
+    def renamed(self, names: Mapping[str, str]) -> Graph:
+        """The same graph, whose inputs have other names."""
+        return Graph([replace(n, name=names.get(n.name, n.name)) if n.operation == "input" else n for n in self.nodes])
+
     def _of_choice(self, operation: str, operands: Sequence[int]) -> int | None:
         """An operation on one of two constants and on constants: again one of two. None for other operands."""
         choices = [i for i in operands if self._is_choice(i)]
@@ -156,25 +153,36 @@ class Graph:
         return None
 
 
-def statements(graph: Graph, results: Sequence[int]) -> tuple[list[str], list[str]]:
-    """C++ statements that compute the results, and an expression for each result."""
+@dataclass(frozen=True)
+class Language:
+    """How a language writes a graph.
+
+    Attributes:
+        operations: expressions for the operations that are not in FUNCTIONS, ARITHMETIC and MASKS.
+        constant: the expression for a value.
+        number, mask: the statements that give a name to an expression of either kind.
+    """
+
+    operations: Mapping[str, str]
+    constant: Callable[[float], str]
+    number: str
+    mask: str
+
+    def expression(self, operation: str) -> str:
+        return next(t[operation] for t in (self.operations, FUNCTIONS, ARITHMETIC, MASKS) if operation in t)
+
+
+def statements(graph: Graph, results: Sequence[int], language: Language) -> tuple[list[str], list[str]]:
+    """Statements that compute the results, and an expression for each result."""
     lines, names = [], {}
     for i in graph.reached(results):
         node = graph.nodes[i]
         if node.operation == "input":
             names[i] = node.name
         elif node.operation == "constant":
-            names[i] = f"splat<V>({_literal(node.value)})"
+            names[i] = language.constant(node.value)
         else:
-            expression = (NUMBERS | MASKS)[node.operation].format(*(names[o] for o in node.operands))
+            expression = language.expression(node.operation).format(*(names[o] for o in node.operands))
             names[i] = f"v{i}"
-            lines.append(f"const {'auto' if node.is_mask else 'V'} v{i} = {expression};")
+            lines.append((language.mask if node.is_mask else language.number).format(names[i], expression))
     return lines, [names[i] for i in results]
-
-
-def _literal(value: float) -> str:
-    if math.isnan(value):
-        return 'S(__builtin_nan(""))'
-    if math.isinf(value):
-        return f"S({'-' * (value < 0)}__builtin_inf())"
-    return f"S({value.hex()})"
