@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels of a defined cell, from the package's own sources, into a cache, and loads its Triton module.
+"""Compiles the CPU kernels of a defined cell from the package's own sources, and loads its Triton module, in a cache.
 
 The key of a library is the content of all that it is made from: sources, flags, compiler, torch and instruction set.
 A library is built in a folder of its own and then renamed, so processes that build the same one do not meet.

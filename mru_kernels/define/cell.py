@@ -20,8 +20,8 @@ from ..ops.entry import resolve
 from ..scalars import EPSILON, Scalar
 from .build import library, module
 from .comparison import Comparison, compare
-from .gates import Affine, Write
 from .cpp import header
+from .gates import Affine, Write
 from .trace import Functions, parameters, trace
 from .triton_page import page
 

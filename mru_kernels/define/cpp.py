@@ -27,9 +27,7 @@ CPP = Language(
 )
 
 
-def header(
-    name: str, program: Program, kinds: Sequence[str], scalars: Mapping[str, tuple[float, float]]
-) -> str:
+def header(name: str, program: Program, kinds: Sequence[str], scalars: Mapping[str, tuple[float, float]]) -> str:
     """The text of csrc/cells/<name>.h.
 
     Args:

@@ -64,9 +64,15 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes, each after its operands."""
+    """Nodes, each after its operands.
+
+    Attributes:
+        selects: whether a product with -1, 0 or 1, which a mask chooses, becomes a choice. It then is 0 for a factor 0
+            and an infinite one. So it is in gradients only: those of the package's own cells are choices.
+    """
 
     nodes: list[Node] = field(default_factory=list)
+    selects: bool = False
     _numbers: dict[object, int] = field(default_factory=dict)
 
     def input(self, name: str) -> int:
@@ -86,16 +92,26 @@ class Graph:
             for one, other in (operands, operands[::-1]):
                 if self._is(one, 1.0):
                     return other
+                if self.selects and self._is_signs(one):
+                    return self._times_signs(one, other)
+        if operation == "negative" and nodes[0].operation == "negative":
+            return nodes[0].operands[0]
         if operation == "subtract" and self._is(operands[1], 0.0) and math.copysign(1, nodes[1].value) > 0:
             return operands[0]
         if operation == "divide" and self._is(operands[1], 1.0):
             return operands[0]
-        if operation == "where" and operands[1] == operands[2]:
-            return operands[1]
+        if operation == "where":
+            mask, one, other = operands
+            if one == other:
+                return one
+            if nodes[0].operation == "not":
+                return self.add("where", nodes[0].operands[0], other, one)
         if operation in ("not_equal", "equal"):  # a mask that has become zeros and ones is that mask
-            mask = self._mask_of(operands[0])
-            if mask is not None and self._is(operands[1], float(operation == "equal")):
-                return mask
+            found = self._mask_of(operands[0])
+            if found is not None and self._is(operands[1], float(operation == "equal")):
+                return found
+            if found is not None and self._is(operands[1], float(operation == "not_equal")):
+                return self.add("not", found)
         return self._number(Node(operation, operands))
 
     def reached(self, results: Iterable[int]) -> list[int]:
@@ -132,6 +148,20 @@ class Graph:
     def _is_choice(self, number: int) -> bool:
         node = self.nodes[number]
         return node.operation == "where" and all(self._is_constant(i) for i in node.operands[1:])
+
+    def _is_signs(self, number: int) -> bool:
+        """Whether a node is a choice from -1, 0 and 1."""
+        node = self.nodes[number]
+        if node.operation == "where":
+            return all(map(self._is_signs, node.operands[1:]))
+        return node.operation == "constant" and node.value in (-1.0, 0.0, 1.0)
+
+    def _times_signs(self, signs: int, x: int) -> int:
+        node = self.nodes[signs]
+        if node.operation == "where":
+            mask, *branches = node.operands
+            return self.add("where", mask, *(self._times_signs(branch, x) for branch in branches))
+        return signs if node.value == 0 else x if node.value > 0 else self.add("negative", x)
 
     def _number(self, node: Node) -> int:
         # 0.0 == -0.0 and nan != nan, so a constant is known by its bits.

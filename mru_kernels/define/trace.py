@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cells.write_or_hold import Select
 from .gates import Affine, Write
 from .graph import Graph
 from .recording import DTYPE, SHAPE, Recorder, gradients
@@ -107,6 +108,8 @@ def trace(functions: Functions) -> Program:
             recorder.function = functions.output
             output = _number_or_tensor(recorder, "the output", functions.outputs(after, named))
             results, cotangents = [step, output], [lambda_, g]
+        recorder.graph.selects = True
+        if output is not None:
             (of_after,) = gradients([output], [g], [after])
             cotangent = m if of_after is None else m + of_after
         grads = gradients(results, cotangents, list(x.values()))
@@ -134,9 +137,8 @@ def _any_nan(graph: Graph, numbers: Sequence[int]) -> int:
 
 def _written(write: Tensor, value: Tensor | float, s: Tensor, epsilon: Tensor) -> Tensor:
     """The state after a step that writes or holds, whose derivatives are those of the cell."""
-    if write.dtype == torch.bool:
-        return torch.where(write, value + epsilon * s, s)
-    return write * (value + epsilon * s) + (1 - write) * s
+    written = value + epsilon * torch.where(epsilon == 0, 0.0, s)
+    return torch.where(write, written, s) if write.dtype == torch.bool else Select.apply(write, written, s)
 
 
 def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:

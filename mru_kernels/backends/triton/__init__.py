@@ -18,6 +18,7 @@ from .tuning import CHUNK_SIZES, adjoint_segment, ceil_div, segment
 
 __all__ = ["CHUNK_SIZES", "adjoint_segment", "backward_segment", "forward_segment", "load", "segment"]
 
+
 def load() -> None:
     """Register `mru::*.triton`. Raises ImportError if Triton is not installed."""
     from . import ops
