@@ -19,6 +19,8 @@ SHAPE = (2, 3)  # of the tensors that a gate is run on
 DTYPE = torch.float64
 
 _CREATIONS = ("zeros_like", "ones_like", "full_like", "scalar_tensor", "lift_fresh")
+#: Operations in place that torch's gradients of clamp and maximum run, on tensors of their own.
+_OF_GRADIENTS = ("logical_and_", "masked_fill_")
 
 
 class Recorder(TorchDispatchMode):
@@ -56,7 +58,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if func._schema.is_mutable:
+        if name in _OF_GRADIENTS and self.graph.selects:
+            name = name[:-1]
+        elif func._schema.is_mutable:
             self.refuse("no operation in place", name)
         if name == "_local_scalar_dense":
             self.refuse("no branch on values (use torch.where)", "the value of a tensor")

@@ -10,9 +10,12 @@ from .trace import EPSILON, Program
 
 
 def _constant(value: float) -> str:
-    """In the state dtype: a bare number could become a float32."""
-    number = repr(value) if math.isfinite(value) else f'float("{value}")'
-    return f"tl.full((), {number}, STATE)"
+    return _block(repr(value) if math.isfinite(value) else f'float("{value}")')
+
+
+def _block(number: str) -> str:
+    """A block in the state dtype: a bare number could become a float32, and the interpreter mixes up masks of scalars."""
+    return f"tl.full(x[0].shape, {number}, STATE)"
 
 
 TRITON = Language(
@@ -26,8 +29,8 @@ TRITON = Language(
 
 def page(name: str, program: Program) -> str:
     """The text of backends/triton/cells/<name>.py."""
-    in_code = {f"p[{i}]": f"p[{i + program.writes}]" for i in range(program.scalars)} | {EPSILON: "p[0]"}
-    graph = program.graph.renamed(in_code)
+    in_code = {f"p[{i}]": _block(f"p[{i + program.writes}]") for i in range(program.scalars)}
+    graph = program.graph.renamed(in_code | {EPSILON: _block("p[0]")})
     options = ["output=output, cotangent=cotangent"] if program.output is not None else []
     options += ["recompute=recompute, rules=WRITE_OR_HOLD"] if program.writes else []
     options += [f"adjoint_sees_state={program.adjoint_sees_state}"]
@@ -92,8 +95,8 @@ def _of_output(graph: Graph, program: Program) -> list[str]:
 
 def _vjp(graph: Graph, program: Program) -> list[str]:
     of_output = "sum_of_both" if program.output is None else "cotangent"
-    grads = "".join("{}, " for _ in program.grads)
+    grads = ", ".join("{}" for _ in program.grads)
     return _function(
         "vjp(x, s, after, g, m, p)", graph, program.grads, f"lambda_ = {of_output}(x, s, after, g, m, p)",
-        f"return pull(x, lambda_, p), ({grads})",
+        f"return pull(x, lambda_, p), ({grads},)",
     )  # fmt: skip
