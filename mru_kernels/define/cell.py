@@ -40,9 +40,11 @@ def define_cell(
 ) -> DefinedCell:
     """Make a scan of a recurrence whose step one function states.
 
-    The function is recorded once, with its gradient by torch's autograd. The CPU kernels are the package's own. They
-    are compiled at the first call, with g++ or CXX, and kept in $XDG_CACHE_HOME or ~/.cache, in the folder
-    `mru_kernels`. On other devices the cell runs with `backend="torch"`.
+    The function is recorded once, with its gradient by torch's autograd. The kernels are the package's own. Those for
+    the CPU are compiled at the first call, with g++ or CXX, and kept in $XDG_CACHE_HOME or ~/.cache, in the folder
+    `mru_kernels`. So is the source of the Triton kernels, for CUDA and ROCm devices. These have been compiled for
+    several devices and run under Triton's interpreter; they are not yet run on a GPU. There are no kernels for the
+    backend "cuda". On other devices the cell runs with `backend="torch"`.
 
     Args:
         name: of the op, `mru::<name>`: a lower-case identifier that no other cell has.
@@ -245,9 +247,8 @@ class DefinedCell:
         first_scalar = 1 if writes else 0
 
         def named(x, p) -> dict[str, Any]:
-            return dict(zip(functions.inputs, x, strict=True)) | dict(
-                zip(functions.scalars, p[first_scalar:], strict=True)
-            )
+            scalars = p[first_scalar : first_scalar + len(functions.scalars)]  # a reset state may follow
+            return dict(zip(functions.inputs, x, strict=True)) | dict(zip(functions.scalars, scalars, strict=True))
 
         def gates(x, p):
             first, second = functions.gates(named(x, p))

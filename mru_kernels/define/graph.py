@@ -101,7 +101,7 @@ class Graph:
         if operation == "divide" and self._is(operands[1], 1.0):
             return operands[0]
         if operation == "where":
-            mask, one, other = operands
+            _, one, other = operands
             if one == other:
                 return one
             if nodes[0].operation == "not":

@@ -14,7 +14,7 @@ def _constant(value: float) -> str:
 
 
 def _block(number: str) -> str:
-    """A block in the state dtype: a bare number could become a float32, and the interpreter mixes up masks of scalars."""
+    """A block in the state dtype. A bare number may become a float32; and the interpreter fails at masks of scalars."""
     return f"tl.full(x[0].shape, {number}, STATE)"
 
 
