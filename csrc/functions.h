@@ -19,25 +19,18 @@ MRU_EACH_LANE(logarithm, __builtin_logf, __builtin_log)
 MRU_EACH_LANE(logarithm_of_1_plus, __builtin_log1pf, __builtin_log1p)
 MRU_EACH_LANE(sine, __builtin_sinf, __builtin_sin)
 MRU_EACH_LANE(cosine, __builtin_cosf, __builtin_cos)
-MRU_EACH_LANE(arctangent, __builtin_atanf, __builtin_atan)
 MRU_EACH_LANE(error_function, __builtin_erff, __builtin_erf)
 MRU_EACH_LANE(square_root, __builtin_sqrtf, __builtin_sqrt)
 #undef MRU_EACH_LANE
 
-#define MRU_EACH_PAIR(name, of_float, of_double)                            \
-  template <class V>                                                        \
-  MRU_INLINE V name(V x, V y) {                                             \
-    int i = 0;                                                              \
-    return Lanes<V>::each(x, [&](auto a) {                                  \
-      if constexpr (sizeof(a) == sizeof(float)) return of_float(a, y[i++]); \
-      else return of_double(a, y[i++]);                                     \
-    });                                                                     \
-  }
-MRU_EACH_PAIR(power, __builtin_powf, __builtin_pow)
-MRU_EACH_PAIR(hypotenuse, __builtin_hypotf, __builtin_hypot)
-MRU_EACH_PAIR(arctangent_2, __builtin_atan2f, __builtin_atan2)
-#undef MRU_EACH_PAIR
-
+template <class V>
+MRU_INLINE V power(V x, V y) {
+  int i = 0;
+  return Lanes<V>::each(x, [&](auto a) {
+    if constexpr (sizeof(a) == sizeof(float)) return __builtin_powf(a, y[i++]);
+    else return __builtin_pow(a, y[i++]);
+  });
+}
 template <class V>
 MRU_INLINE V maximum(V x, V y) {
   return (x > y) | (x != x) ? x : y;

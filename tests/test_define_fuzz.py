@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mru_kernels as mk
 from mru_kernels.define import build
-from mru_kernels.define.source import header
+from mru_kernels.define.cpp import header
 from mru_kernels.define.trace import Functions, trace
 
 GATES = 200
@@ -26,7 +26,7 @@ INPUTS = ("x", "y", "z")
 
 UNARY: list[Callable[[Tensor], Tensor]] = [
     torch.neg, torch.abs, torch.tanh, torch.sigmoid, torch.sin, torch.cos, torch.relu, torch.square, torch.erf,
-    torch.sign, torch.atan, torch.nn.functional.silu, torch.nn.functional.softplus, torch.nn.functional.gelu,
+    torch.sign, torch.nn.functional.silu, torch.nn.functional.softplus, torch.nn.functional.gelu,
     torch.nn.functional.leaky_relu, torch.nn.functional.elu, torch.nn.functional.hardtanh, mk.heaviside, mk.sign,
     lambda t: (-t.square()).exp(), lambda t: (1 + t.square()).log(), lambda t: (1 + t.square()).sqrt(),
     lambda t: t.square().log1p(), lambda t: (1 + t.square()).rsqrt(), lambda t: (1 + t.square()).reciprocal(),
@@ -37,9 +37,9 @@ UNARY: list[Callable[[Tensor], Tensor]] = [
 ]  # fmt: skip
 BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, lambda a, b: a / (1 + b.square()),
-    lambda a, b: torch.where(a >= b, a, 2 * b), lambda a, b: torch.lerp(a, b, 0.3), torch.hypot, torch.logaddexp,
+    lambda a, b: torch.where(a >= b, a, 2 * b), lambda a, b: torch.lerp(a, b, 0.3), torch.logaddexp,
     lambda a, b: mk.heaviside(a, threshold=b, surrogate="fast_sigmoid"), lambda a, b: torch.add(a, b, alpha=0.5),
-    lambda a, b: torch.atan2(a, b), lambda a, b: a * b.detach(), lambda a, b: (1 + a.square()) ** b.tanh(),
+    lambda a, b: a.sigmoid() * b, lambda a, b: a * b.detach(), lambda a, b: (1 + a.square()) ** b.tanh(),
 ]  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def program(folder: Path, gates: list[Callable]) -> ctypes.CDLL:
     """A library with `gate_<i>(in, out)` for each gate, on rows of LANES doubles."""
     page = []
     for i, gate in enumerate(gates):
-        text = header(f"gate_{i}", trace(Functions(gate, None, INPUTS, ())), ("stream",) * 3, INPUTS, {})
+        text = header(f"gate_{i}", trace(Functions(gate, None, INPUTS, ())), ("stream",) * 3, {})
         page.append(f"namespace of_{i} {{ using namespace mru; {body(text)} }}")
         call = f"run<of_{i}::Defined<double>>(in, out);"
         page.append(f'extern "C" void gate_{i}(const double* in, double* out) {{ {call} }}')

@@ -112,9 +112,9 @@ def _warn_of_plain() -> None:
 
 
 @cache
-def _resolve(name: str | None, device: torch.device) -> str:
+def _resolve(name: str | None, device: torch.device, names: tuple[str, ...]) -> str:
     if name is None:
-        reasons = available_backends(device)
+        reasons = {n: r for n, r in available_backends(device).items() if n in names or TABLE[n].plain or not names}
         if any(device.type in row.device_types for row in TABLE.values()):
             reasons |= {row.name: "runs if it is named" for row in TABLE.values() if row.plain}
         for candidate, reason in reasons.items():
@@ -127,30 +127,34 @@ def _resolve(name: str | None, device: torch.device) -> str:
     if name not in TABLE:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, TABLE))}, got {name!r}")
     reason = why_not(name, device)
+    if names and not (name in names or TABLE[name].plain):
+        reason = f"the cell has kernels for {', '.join(names)} only; backend='torch' runs anywhere"
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run this call: {reason}")
     return name
 
 
 @private.assume_constant_result
-def _resolved(name: str | None, device: torch.device) -> str:
+def _resolved(name: str | None, device: torch.device, names: tuple[str, ...]) -> str:
     if name is not None and not isinstance(name, str):
         raise TypeError(f"backend: expected None or a name, got {type(name).__name__}")
-    return _resolve(name or _CHOSEN, device)
+    return _resolve(name or _CHOSEN, device, names)
 
 
-def resolve(name: str | None, device: torch.device) -> Backend:
+def resolve(name: str | None, device: torch.device, names: tuple[str, ...] = ()) -> Backend:
     """The backend that a call runs on: `name`, else `MRU_BACKEND`; if neither is given, the first that can run.
+
+    With `names`, it is one of these or plain torch: a cell may have kernels for some backends only.
 
     Raises:
         ValueError: `name` is not a backend.
         RuntimeError: the backend cannot run on `device`, with the reason.
     """
-    return TABLE[_resolved(name, device)]
+    return TABLE[_resolved(name, device, names)]
 
 
-def resolve_fake(name: str | None, device: torch.device) -> Backend | None:
+def resolve_fake(name: str | None, device: torch.device, names: tuple[str, ...]) -> Backend | None:
     """`resolve` for fake tensors, which need neither the device nor its kernels; None if `resolve` decides."""
     name = name or _CHOSEN
-    rows = (row for row in TABLE.values() if device.type in row.device_types)
+    rows = (row for row in TABLE.values() if device.type in row.device_types and row.name in names)
     return next((row for row in rows if name in (None, row.name)), None)

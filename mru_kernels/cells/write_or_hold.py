@@ -51,7 +51,7 @@ def _times_slope(t: Tensor, x: Tensor, y: Tensor, scale: float) -> Tensor:
     return t * gain / (((x - y) * bend).square() + tie)
 
 
-class _Select(torch.autograd.Function):
+class Select(torch.autograd.Function):
     """`z one + (1 - z) zero` for z in {0, 1}, computed by a select, with the derivatives of the formula."""
 
     generate_vmap_rule = True
@@ -71,7 +71,7 @@ class _Select(torch.autograd.Function):
         return grad * (one - zero), grad.masked_fill(z == 0, 0), grad.masked_fill(z == 1, 0)
 
 
-class _SelectWithTangent(_Select):
+class _SelectWithTangent(Select):
     @staticmethod
     def jvp(ctx, dz, d_one, d_zero):
         with private.enable_forward_gradients(True):
@@ -110,7 +110,7 @@ def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     """The state after a step, `[B, D]`, from its gate and value, the state before, and the scalars."""
     z, v = gates
-    return _function(_Select, _SelectWithTangent).apply(z, v + _kept(s, p[0]), s)
+    return _function(Select, _SelectWithTangent).apply(z, v + _kept(s, p[0]), s)
 
 
 def output(x: Inputs, s: Tensor, p: Sequence[float | Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels of a defined cell, from the package's own sources, into a cache.
+"""Compiles the CPU kernels of a defined cell from the package's own sources, and loads its Triton module, in a cache.
 
 The key of a library is the content of all that it is made from: sources, flags, compiler, torch and instruction set.
 A library is built in a folder of its own and then renamed, so processes that build the same one do not meet.
@@ -7,6 +7,7 @@ A library is built in a folder of its own and then renamed, so processes that bu
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import runpy
 import shlex
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -36,6 +38,19 @@ def library(name: str, header: str) -> Path:
     return folder / "cell.so"
 
 
+def module(name: str, text: str) -> ModuleType:
+    """The module `text` with the Triton functions of a cell, as a file of the cache: Triton reads their source."""
+    import triton  # may be missing
+
+    folder = _cached(f"{name}-{_hash(text, triton.__version__)}", lambda made: _write(made / "cell.py", text))
+    spec = importlib.util.spec_from_file_location(f"mru_kernels_cell_{name}", folder / "cell.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
 def csrc() -> Path:
     """The package's C++ sources: in the package if it is installed, else in the repository."""
     installed = Path(__file__).parents[1] / "csrc"
@@ -45,6 +60,10 @@ def csrc() -> Path:
 def cache_folder() -> Path:
     """Where libraries are kept: in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mru_kernels"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def _build(folder: Path, name: str, header: str) -> None:
@@ -112,11 +131,15 @@ def _for_this_process(name: str, build: Callable[[Path], None], error: OSError) 
 
 def _key(header: str) -> str:
     """A hash of what a library is made from, `header` included."""
+    sources = sorted(p for p in csrc().rglob("*") if p.suffix in (".h", ".cpp", ".py"))
+    contents = [path.name.encode() + path.read_bytes() for path in sources]
+    return _hash(*contents, header, _version_of_compiler(), torch.__version__, cpu.isa())
+
+
+def _hash(*parts: str | bytes) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in csrc().rglob("*") if p.suffix in (".h", ".cpp", ".py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    for text in (header, _version_of_compiler(), torch.__version__, cpu.isa()):
-        digest.update(text.encode() + b"\0")
+    for part in parts:
+        digest.update((part.encode() if isinstance(part, str) else part) + b"\0")
     return digest.hexdigest()[:20]
 
 

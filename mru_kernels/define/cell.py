@@ -19,11 +19,12 @@ from ..cells import write_or_hold
 from ..cells.call import call, step
 from ..ops.entry import resolve
 from ..scalars import EPSILON, Scalar
-from .build import library
+from .build import library, module
 from .comparison import Comparison, compare
+from .cpp import header
 from .gates import Affine, Write
-from .source import header
 from .trace import Functions, parameters, trace
+from .triton_page import page
 
 _MOST_INPUTS, _MOST_SCALARS = 4, 2  # kMaxInputs and kMaxScalars of csrc/scan.h
 _RESERVED = {"state", "initial_state", "epsilon", "reverse", "cu_seqlens", "resets", "reset_state", "chunk_size",
@@ -40,9 +41,11 @@ def define_cell(
 ) -> DefinedCell:
     """Make a scan of a recurrence whose step one function states.
 
-    The function is recorded once, with its gradient by torch's autograd. The CPU kernels are the package's own. They
-    are compiled at the first call, with g++ or CXX, and kept in $XDG_CACHE_HOME or ~/.cache, in the folder
-    `mru_kernels`. On other devices the cell runs with `backend="torch"`.
+    The function is recorded once, with its gradient by torch's autograd. The kernels are the package's own. Those for
+    the CPU are compiled at the first call, with g++ or CXX, and kept in $XDG_CACHE_HOME or ~/.cache, in the folder
+    `mru_kernels`. So is the source of the Triton kernels, for CUDA and ROCm devices. These have been compiled for
+    several devices and run under Triton's interpreter; they are not yet run on a GPU. There are no kernels for the
+    backend "cuda". On other devices the cell runs with `backend="torch"`.
 
     Args:
         name: of the op, `mru::<name>`: a lower-case identifier that no other cell has.
@@ -230,24 +233,28 @@ class DefinedCell:
         )
         first = arrays[0]
         checks.tensor(self.inputs[0], first, rank, "[batch, time, channels]" if rank == 3 else "[batch, channels]")
-        _prepare(self.name, kinds, resolve(backend, first).name)
-        return self._cells[kinds]
+        _add(self.name, kinds)
+        cell = _defined[self.name]._cells[kinds]
+        _load(self.name, kinds, resolve(cell, backend, first).name)
+        return cell
 
     def _load(self, kinds: tuple[str, ...], backend: str) -> None:
-        """Add the cell for inputs of these kinds, and load its kernels, unless that is done."""
-        if kinds not in self._cells:
-            self._cells[kinds] = self._add(kinds)
-        if backend not in ("cpu", "torch"):
-            raise RuntimeError(
-                f"backend: {backend!r} cannot run this call: {self.name} has kernels for the CPU only; backend='torch'"
-                " runs anywhere"
-            )
-        name = self._cells[kinds].name
-        if backend == "cpu" and name not in _loaded:
-            torch.ops.load_library(str(library(name, self._header(name, kinds))))
-            _loaded.add(name)
+        """Load the kernels of a backend for inputs of these kinds, unless that is done."""
+        cell = self._cells[kinds]
+        if (cell.name, backend) in _loaded or backend not in _BACKENDS:
+            return
+        if backend == "cpu":
+            torch.ops.load_library(str(library(cell.name, self._header(cell.name, kinds))))
+        elif backends.load_error(backend) is None:  # meta tensors need none
+            from ..backends.triton.ops import add
 
-    def _add(self, kinds: tuple[str, ...]) -> ops.Cell:
+            add(cell, module(self.name, page(self.name, self._program)).CELL)
+        _loaded.add((cell.name, backend))
+
+    def _add(self, kinds: tuple[str, ...]) -> None:
+        """Add the cell for inputs of these kinds, unless that is done."""
+        if kinds in self._cells:
+            return
         names = [name for name, kind in zip(self.inputs, kinds, strict=True) if kind == "channel"]
         cell = ops.Cell(
             name="_of_".join([self.name, *(["_".join(names)] if names else [])]),
@@ -255,10 +262,10 @@ class DefinedCell:
             scalars=(*((EPSILON,) if self._program.writes else ()), *(Scalar(name, *_ANY) for name in self.scalars)),
             plain=self._plain(),
         )
-        return ops.add_cell(cell, only=("cpu",))
+        self._cells[kinds] = ops.add_cell(cell, only=_BACKENDS)
 
     def _header(self, name: str, kinds: tuple[str, ...]) -> str:
-        return header(name, self._program, kinds, self.inputs, dict.fromkeys(self.scalars, _ANY))
+        return header(name, self._program, kinds, dict.fromkeys(self.scalars, _ANY))
 
     def _plain(self) -> ops.Plain:
         """The cell in plain torch."""
@@ -266,9 +273,8 @@ class DefinedCell:
         first_scalar = 1 if writes else 0
 
         def named(x, p) -> dict[str, Any]:
-            return dict(zip(functions.inputs, x, strict=True)) | dict(
-                zip(functions.scalars, p[first_scalar:], strict=True)
-            )
+            scalars = p[first_scalar : first_scalar + len(functions.scalars)]  # a reset state may follow
+            return dict(zip(functions.inputs, x, strict=True)) | dict(zip(functions.scalars, scalars, strict=True))
 
         def gates(x, p):
             first, second = functions.gates(named(x, p))
@@ -290,13 +296,21 @@ class DefinedCell:
 
 
 _ANY = (-1.7976931348623157e308, 1.7976931348623157e308)
+_BACKENDS = ("cpu", "triton")  # that have kernels of defined cells
 _defined: dict[str, DefinedCell] = {}
-_loaded: set[str] = set()
+_loaded: set[tuple[str, str]] = set()
 _lock = threading.Lock()
 
 
 @private.assume_constant_result
-def _prepare(name: str, kinds: tuple[str, ...], backend: str) -> bool:
+def _add(name: str, kinds: tuple[str, ...]) -> bool:
+    with _lock:
+        _defined[name]._add(kinds)
+    return True
+
+
+@private.assume_constant_result
+def _load(name: str, kinds: tuple[str, ...], backend: str) -> bool:
     with _lock:
         _defined[name]._load(kinds, backend)
     return True

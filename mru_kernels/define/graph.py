@@ -1,4 +1,4 @@
-"""Graphs of pointwise operations on one step's inputs, and their printing as C++.
+"""Graphs of pointwise operations on one step's inputs, and their printing in a language.
 
 A node is an input, a constant or an operation on earlier nodes. Equal nodes are one.
 """
@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-#: Operations on numbers as C++ expressions of their operands; csrc/functions.h has the functions.
-NUMBERS = {
-    "add": "{} + {}",
-    "subtract": "{} - {}",
-    "multiply": "{} * {}",
-    "divide": "{} / {}",
-    "negative": "-{}",
-    "absolute": "Lanes<V>::abs({})",
-    "where": "{} ? {} : {}",
-    "maximum": "maximum({}, {})",
-    "minimum": "minimum({}, {})",
-    **{name: name + "({}, {})" for name in ("power", "hypotenuse", "arctangent_2")},
+#: Functions of numbers that csrc/functions.h and backends/triton/functions.py have under these names.
+FUNCTIONS = {
     **{
         name: name + "({})"
         for name in ("square_root", "exponential", "exponential_minus_1", "logarithm", "logarithm_of_1_plus", "sine",
-                     "cosine", "tanh", "sigmoid", "error_function", "arctangent")
+                     "cosine", "tanh", "sigmoid", "error_function")
     },
+    **{name: name + "({}, {})" for name in ("maximum", "minimum", "power")},
 }  # fmt: skip
+#: Operations on numbers that all languages write alike.
+ARITHMETIC = {"add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}"}
 #: The same for operations whose result is a mask, true or false.
 MASKS = {
     "equal": "{} == {}",
@@ -55,8 +48,8 @@ _OF_CONSTANTS: dict[str, Callable[..., float]] = {
 class Node:
     """A node: `operation` on the nodes numbered `operands`.
 
-    An input has the operation "input" and the text `name`, which C++ code reads it by. A constant has "constant" and
-    a value.
+    An input has the operation "input" and the text `name`, which printed code reads it by. A constant has "constant"
+    and a value.
     """
 
     operation: str
@@ -71,9 +64,15 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes, each after its operands."""
+    """Nodes, each after its operands.
+
+    Attributes:
+        selects: whether a product with -1, 0 or 1, which a mask chooses, becomes a choice. It then is 0 for a factor 0
+            and an infinite one. So it is in gradients only: those of the package's own cells are choices.
+    """
 
     nodes: list[Node] = field(default_factory=list)
+    selects: bool = False
     _numbers: dict[object, int] = field(default_factory=dict)
 
     def input(self, name: str) -> int:
@@ -93,16 +92,26 @@ class Graph:
             for one, other in (operands, operands[::-1]):
                 if self._is(one, 1.0):
                     return other
+                if self.selects and self._is_signs(one):
+                    return self._times_signs(one, other)
+        if operation == "negative" and nodes[0].operation == "negative":
+            return nodes[0].operands[0]
         if operation == "subtract" and self._is(operands[1], 0.0) and math.copysign(1, nodes[1].value) > 0:
             return operands[0]
         if operation == "divide" and self._is(operands[1], 1.0):
             return operands[0]
-        if operation == "where" and operands[1] == operands[2]:
-            return operands[1]
+        if operation == "where":
+            _, one, other = operands
+            if one == other:
+                return one
+            if nodes[0].operation == "not":
+                return self.add("where", nodes[0].operands[0], other, one)
         if operation in ("not_equal", "equal"):  # a mask that has become zeros and ones is that mask
-            mask = self._mask_of(operands[0])
-            if mask is not None and self._is(operands[1], float(operation == "equal")):
-                return mask
+            found = self._mask_of(operands[0])
+            if found is not None and self._is(operands[1], float(operation == "equal")):
+                return found
+            if found is not None and self._is(operands[1], float(operation == "not_equal")):
+                return self.add("not", found)
         return self._number(Node(operation, operands))
 
     def reached(self, results: Iterable[int]) -> list[int]:
@@ -120,6 +129,10 @@ class Graph:
         """The inputs that the results need, by name."""
         return {self.nodes[i].name for i in self.reached(results) if self.nodes[i].operation == "input"}
 
+    def renamed(self, names: Mapping[str, str]) -> Graph:
+        """The same graph, whose inputs have other names."""
+        return Graph([replace(n, name=names.get(n.name, n.name)) if n.operation == "input" else n for n in self.nodes])
+
     def _of_choice(self, operation: str, operands: Sequence[int]) -> int | None:
         """An operation on one of two constants and on constants: again one of two. None for other operands."""
         choices = [i for i in operands if self._is_choice(i)]
@@ -135,6 +148,20 @@ class Graph:
     def _is_choice(self, number: int) -> bool:
         node = self.nodes[number]
         return node.operation == "where" and all(self._is_constant(i) for i in node.operands[1:])
+
+    def _is_signs(self, number: int) -> bool:
+        """Whether a node is a choice from -1, 0 and 1."""
+        node = self.nodes[number]
+        if node.operation == "where":
+            return all(map(self._is_signs, node.operands[1:]))
+        return node.operation == "constant" and node.value in (-1.0, 0.0, 1.0)
+
+    def _times_signs(self, signs: int, x: int) -> int:
+        node = self.nodes[signs]
+        if node.operation == "where":
+            mask, *branches = node.operands
+            return self.add("where", mask, *(self._times_signs(branch, x) for branch in branches))
+        return signs if node.value == 0 else x if node.value > 0 else self.add("negative", x)
 
     def _number(self, node: Node) -> int:
         # 0.0 == -0.0 and nan != nan, so a constant is known by its bits.
@@ -156,25 +183,36 @@ class Graph:
         return None
 
 
-def statements(graph: Graph, results: Sequence[int]) -> tuple[list[str], list[str]]:
-    """C++ statements that compute the results, and an expression for each result."""
+@dataclass(frozen=True)
+class Language:
+    """How a language writes a graph.
+
+    Attributes:
+        operations: expressions for the operations that are not in FUNCTIONS, ARITHMETIC and MASKS.
+        constant: the expression for a value.
+        number, mask: the statements that give a name to an expression of either kind.
+    """
+
+    operations: Mapping[str, str]
+    constant: Callable[[float], str]
+    number: str
+    mask: str
+
+    def expression(self, operation: str) -> str:
+        return next(t[operation] for t in (self.operations, FUNCTIONS, ARITHMETIC, MASKS) if operation in t)
+
+
+def statements(graph: Graph, results: Sequence[int], language: Language) -> tuple[list[str], list[str]]:
+    """Statements that compute the results, and an expression for each result."""
     lines, names = [], {}
     for i in graph.reached(results):
         node = graph.nodes[i]
         if node.operation == "input":
             names[i] = node.name
         elif node.operation == "constant":
-            names[i] = f"splat<V>({_literal(node.value)})"
+            names[i] = language.constant(node.value)
         else:
-            expression = (NUMBERS | MASKS)[node.operation].format(*(names[o] for o in node.operands))
+            expression = language.expression(node.operation).format(*(names[o] for o in node.operands))
             names[i] = f"v{i}"
-            lines.append(f"const {'auto' if node.is_mask else 'V'} v{i} = {expression};")
+            lines.append((language.mask if node.is_mask else language.number).format(names[i], expression))
     return lines, [names[i] for i in results]
-
-
-def _literal(value: float) -> str:
-    if math.isnan(value):
-        return 'S(__builtin_nan(""))'
-    if math.isinf(value):
-        return f"S({'-' * (value < 0)}__builtin_inf())"
-    return f"S({value.hex()})"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cells.write_or_hold import Select
 from .gates import Affine, Write
 from .graph import Graph
 from .recording import DTYPE, SHAPE, Recorder, gradients
@@ -45,33 +47,36 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def of_user(name: str) -> str:
-    """The graph's name of an input or scalar, which differs from all names of its own."""
-    return f"user's {name}"
-
-
 @dataclass(frozen=True)
 class Program:
-    """A cell as nodes of one graph.
+    """A cell as nodes of one graph, over the inputs named below.
 
-    Inputs of the graph: the cell's inputs and scalars, see `of_user`; `epsilon`; `s`, the state before a step; `after`,
-    the state after it; `g` = dL/dh; `m` = dL/ds' through the next step; `lambda_` = dL/ds'.
+    Inputs of the graph: `x[i]` and `p[i]`, the cell's inputs and its scalars without epsilon; `epsilon`; `s`, the state
+    before a step; `after`, the state after it; `g` = dL/dh; `m` = dL/ds' through the next step; `lambda_` = dL/ds'.
 
     Attributes:
+        scalars: how many there are, without epsilon.
         writes: whether the gate is a `Write`.
         first, second: factor and offset, or whether the step writes (a mask) and what.
+        nan: whether an input of a gate that writes is NaN, a mask.
         output: h. It and the next two may be None where h is the state.
         cotangent: dL/ds'.
         grads: dL/dx for each input x.
     """
 
     graph: Graph
+    scalars: int
     writes: bool
     first: int
     second: int
+    nan: int
     output: int | None
     cotangent: int | None
     grads: tuple[int, ...]
+
+    @property
+    def adjoint_sees_state(self) -> bool:
+        return self.cotangent is not None and "after" in self.graph.inputs([self.cotangent])
 
 
 def trace(functions: Functions) -> Program:
@@ -86,8 +91,8 @@ def trace(functions: Functions) -> Program:
     def leaf(name: str, shape: tuple[int, ...] = SHAPE) -> Tensor:
         return recorder.leaf(name, torch.full(shape, 0.5, dtype=DTYPE))
 
-    x = {name: leaf(of_user(name)).requires_grad_() for name in functions.inputs}
-    named = x | {name: leaf(of_user(name), ()) for name in functions.scalars}
+    x = {name: leaf(f"x[{i}]").requires_grad_() for i, name in enumerate(functions.inputs)}
+    named = x | {name: leaf(f"p[{i}]", ()) for i, name in enumerate(functions.scalars)}
     s, after, g, m, lambda_, epsilon = (leaf(n) for n in ("s", "after", "g", "m", "lambda_", EPSILON))
     after.requires_grad_()
     with torch.enable_grad(), recorder:
@@ -103,6 +108,8 @@ def trace(functions: Functions) -> Program:
             recorder.function = functions.output
             output = _number_or_tensor(recorder, "the output", functions.outputs(after, named))
             results, cotangents = [step, output], [lambda_, g]
+        recorder.graph.selects = True
+        if output is not None:
             (of_after,) = gradients([output], [g], [after])
             cotangent = m if of_after is None else m + of_after
         grads = gradients(results, cotangents, list(x.values()))
@@ -111,9 +118,11 @@ def trace(functions: Functions) -> Program:
     graph = recorder.graph
     program = Program(
         graph=graph,
+        scalars=len(functions.scalars),
         writes=writes,
         first=recorder.node(first),
         second=recorder.node(second),
+        nan=_any_nan(graph, [recorder.node(x[name]) for name in parameters(functions.gate) if name in x]),
         output=None if output is None else recorder.node(output),
         cotangent=None if cotangent is None else recorder.node(cotangent),
         grads=tuple(graph.constant(0.0) if t is None else recorder.node(t) for t in grads),
@@ -122,11 +131,14 @@ def trace(functions: Functions) -> Program:
     return program
 
 
+def _any_nan(graph: Graph, numbers: Sequence[int]) -> int:
+    return reduce(lambda a, b: graph.add("or", a, b), (graph.add("not_equal", i, i) for i in numbers))
+
+
 def _written(write: Tensor, value: Tensor | float, s: Tensor, epsilon: Tensor) -> Tensor:
     """The state after a step that writes or holds, whose derivatives are those of the cell."""
-    if write.dtype == torch.bool:
-        return torch.where(write, value + epsilon * s, s)
-    return write * (value + epsilon * s) + (1 - write) * s
+    written = value + epsilon * torch.where(epsilon == 0, 0.0, s)
+    return torch.where(write, written, s) if write.dtype == torch.bool else Select.apply(write, written, s)
 
 
 def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:
@@ -145,8 +157,10 @@ def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:
 
 def _refuse_unused(functions: Functions, program: Program) -> None:
     used = program.graph.inputs(n for n in (program.first, program.second, program.output) if n is not None)
-    for name in (*functions.inputs, *functions.scalars):
-        if of_user(name) not in used:
+    in_graph = [(f"{of}[{i}]", name) for of, names in (("x", functions.inputs), ("p", functions.scalars))
+                for i, name in enumerate(names)]  # fmt: skip
+    for node, name in in_graph:
+        if node not in used:
             raise ValueError(f"{name}: expected an argument that a result depends on, got one that none does")
     if functions.output is not None and "after" not in used:
         raise ValueError("state: expected an output that depends on it, got one that does not")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from ..nn import DelayConv, MRUBase, MRUBlock, MRUNetwork
@@ -86,6 +85,8 @@ class SequenceParallel(torch.nn.Module):
             if is_unit:
                 return self.module(input, hx, _parallel=parallel, **options)
             parameters = dict(self.module.named_parameters())
+            from torch.distributed.tensor import DTensor  # not in every build of torch
+
             if any(isinstance(p, DTensor) for p in parameters.values()):
                 raise ValueError("module: expected no fully_shard inside sequence_parallel; wrap the result in it")
             (parameters,) = parallel.summed([parameters])

@@ -66,7 +66,7 @@ def scan(
         `[B, floor((T - 1) / chunk), D]`.
     """
     first = inputs[0]
-    row = resolve(backend, first)
+    row = resolve(cell, backend, first)
     chunk = checks.chunk_size(chunk_size) or backends.CHUNK
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row)
@@ -136,7 +136,7 @@ def step(
     cell: Cell, inputs: Sequence[Tensor], given: int, packed: int, numbers: Sequence[float], state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`scan` of one step without gradients. Streams are `[B, D]`, and so are h and the state after the step."""
-    row = resolve(None, state)
+    row = resolve(cell, None, state)
     if row.plain:
         return row.module.step(cell, inputs, given, packed, numbers, state)
     op = cell.step[row.name]
@@ -149,7 +149,7 @@ def step_slots(
     state_indices: Tensor,
 ) -> Tensor:  # fmt: skip
     """`step` on states in slots `[slots, D]`: row `state_indices[b]` is updated in place. Returns h `[B, D]`."""
-    row = resolve(None, state)
+    row = resolve(cell, None, state)
     if row.plain:
         return row.module.step_slots(cell, inputs, given, packed, numbers, state, state_indices)
     op = cell.step_slots[row.name]
@@ -161,12 +161,15 @@ def step_slots(
     return h
 
 
-def resolve(name: str | None, first: Tensor) -> backends.Backend:
+def resolve(cell: Cell, name: str | None, first: Tensor) -> backends.Backend:
     """The backend of a call. A fake tensor has one even if its device is absent."""
     try:
-        return backends.resolve(name, first.device)
+        row = backends.resolve(name, first.device)
+        if row.name in cell.forward or row.plain:
+            return row
+        return backends.resolve(name, first.device, tuple(cell.forward))
     except RuntimeError:
-        row = backends.resolve_fake(name, first.device) if private.is_fake(first) else None
-        if row is None:
+        fake = backends.resolve_fake(name, first.device, tuple(cell.forward)) if private.is_fake(first) else None
+        if fake is None:
             raise
-        return row
+        return fake

@@ -12,22 +12,18 @@ and once more for an epsilon of 0; never for sizes.
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from .tuning import CHUNK_SIZES, adjoint_segment, ceil_div, segment
 
 __all__ = ["CHUNK_SIZES", "adjoint_segment", "backward_segment", "forward_segment", "load", "segment"]
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 
 def load() -> None:
     """Register `mru::*.triton`. Raises ImportError if Triton is not installed."""
     from . import ops
 
-    ops.register(("CUDA", "CPU") if _INTERPRETED else ("CUDA",))
+    ops.register()
 
 
 def forward_segment(given: int, sizes: tuple[int, int, int], itemsize: int, device: torch.device) -> int:

@@ -12,7 +12,7 @@ functions are those of csrc/cell.h, compiled by Triton, on blocks in the state d
     output(x, s, after, p)            h
     push(x, m, p)                     a m, where s' = a s + b
     pull(x, m, p)                     conj(a) m
-    cotangent(x, s, after, g, m)      dL/ds', where g = dL/dh, and m = dL/ds' through the next step
+    cotangent(x, s, after, g, m, p)   dL/ds', where g = dL/dh, and m = dL/ds' through the next step
     vjp(x, s, after, g, m, p)         dL/ds, and the tuple of the gradients of x, given or not
     enter(x, s)                       the state that enters a sequence; only inputs per channel may be read
 """
@@ -90,7 +90,7 @@ def state_after(x, s, after, p):
 
 
 @triton.jit
-def sum_of_both(x, s, after, g, m):
+def sum_of_both(x, s, after, g, m, p):
     return g + m
 
 
@@ -110,8 +110,14 @@ def cell(
     )  # fmt: skip
 
 
+#: The cells that have no file in the folder `cells`, by name.
+DEFINED: dict[str, Implementation] = {}
+
+
 def find(name: str) -> Implementation | None:
     """The cell of that name; None if this backend does not have it."""
+    if name in DEFINED:
+        return DEFINED[name]
     module = f"{__package__}.cells.{name}"
     try:
         return importlib.import_module(module).CELL

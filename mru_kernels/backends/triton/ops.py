@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ... import checks, ops
 from .. import CHUNK
 from .. import triton as backend
-from .cell import find
+from .cell import DEFINED, Implementation, find
 from .kernels.arguments import Saved
 from .launch import Call, real
 from .tuning import CHUNK_SIZES, ceil_div, tile
@@ -18,16 +19,29 @@ from .tuning import CHUNK_SIZES, ceil_div, tile
 _library = torch.library.Library("mru", "IMPL")
 
 
-def register(keys: tuple[str, ...]) -> None:
-    """Register the ops of every cell that Triton has, for these dispatch keys."""
+_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
+
+
+def register() -> None:
+    """Register the ops of every cell that Triton has."""
     for cell in ops.CELLS.values():
         if find(cell.name) is not None:
-            for key in keys:
-                _library.impl(f"{cell.name}.triton", partial(forward, cell), key)
-                _library.impl(f"{cell.name}_backward.triton", partial(backward, cell), key)
-                _library.impl(f"{cell.name}_step.triton", partial(step, cell), key)
-                _library.impl(f"{cell.name}_step_slots.triton", partial(step_slots, cell), key)
-                _library.impl(f"{cell.name}_map.triton", partial(compose, cell), key)
+            _register(cell)
+
+
+def add(cell: ops.Cell, implementation: Implementation) -> None:
+    """Register the ops of a cell that is no file of the folder `cells`."""
+    DEFINED[cell.name] = implementation
+    _register(cell)
+
+
+def _register(cell: ops.Cell) -> None:
+    for key in _KEYS:
+        _library.impl(f"{cell.name}.triton", partial(forward, cell), key)
+        _library.impl(f"{cell.name}_backward.triton", partial(backward, cell), key)
+        _library.impl(f"{cell.name}_step.triton", partial(step, cell), key)
+        _library.impl(f"{cell.name}_step_slots.triton", partial(step_slots, cell), key)
+        _library.impl(f"{cell.name}_map.triton", partial(compose, cell), key)
 
 
 def _check(

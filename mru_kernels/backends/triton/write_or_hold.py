@@ -57,7 +57,7 @@ def output(x, s, after, p):
 
 
 @triton.jit
-def cotangent(x, s, after, g, m):
+def cotangent(x, s, after, g, m, p):
     return tl.fma(x[len(x) - 1], g, m)
 
 

@@ -66,7 +66,7 @@ def pull(x, m, p):
 def vjp(x, s, after, g, m, p):
     candidate, threshold, amplitude, _ = x
     epsilon, bend, tie, gain = p
-    lam = cotangent(x, s, after, g, m)
+    lam = cotangent(x, s, after, g, m, p)
     sign = tl.where(candidate >= 0, 1.0, -1.0).to(s.dtype)  # not as in `written`, whose predicates would stay alive
     passed = tl.where(writes(x), lam, 0.0)
     dcandidate = slope(candidate, bend, tie) * (passed * (gain + gain)) * amplitude

@@ -6,17 +6,7 @@ import triton
 import triton.language as tl
 
 from ..cell import Implementation, cell
-
-
-@triton.jit
-def tanh(s):
-    """A quotient of polynomials where 1 - exp(-2 |s|) would cancel."""
-    q = s * s
-    over = ((q + 378.0) * q + 17325.0) * q + 135135.0
-    under = ((28.0 * q + 3150.0) * q + 62370.0) * q + 135135.0
-    rest = tl.exp(-2.0 * tl.abs(s))
-    large = (1.0 - rest) / (1.0 + rest)
-    return tl.where(tl.abs(s) < 0.5, s * (over / under), tl.where(s < 0, -large, large))
+from ..functions import tanh
 
 
 @triton.jit
@@ -37,14 +27,14 @@ def pull(x, m, p):
 
 
 @triton.jit
-def cotangent(x, s, after, g, m):
+def cotangent(x, s, after, g, m, p):
     h = tanh(after)
     return tl.fma(1.0 - h * h, g, m)
 
 
 @triton.jit
 def vjp(x, s, after, g, m, p):
-    lam = cotangent(x, s, after, g, m)
+    lam = cotangent(x, s, after, g, m, p)
     return pull(x, lam, p), (lam, lam * s)
 
 

@@ -67,7 +67,7 @@ def pull(x, m, p):
 def vjp(x, s, after, g, m, p):
     candidate, low, high, _ = x
     epsilon, bend, tie, gain = p
-    lam = cotangent(x, s, after, g, m)
+    lam = cotangent(x, s, after, g, m, p)
     gained = lam * gain
     dhold = gained * ((1.0 - epsilon) * s - written(x))
     passed = tl.where(writes(x), gained, 0.0)

@@ -59,12 +59,12 @@ def adjoint_word(c, map_, writes, late, mask, opened, first, MASKED: tl.constexp
         if MASKED or not c.form.codes or left > j:  # always true: ptxas does not sink the loads below a branch
             for i in tl.static_range(TILE - 1, -1, -1):
                 if c.form.codes:
-                    lam = c.cell.cotangent(inputs_per_channel(opened.inputs, c.form), 0.0, 0.0, grads[0][i], m)
+                    lam = c.cell.cotangent(inputs_per_channel(opened.inputs, c.form), 0.0, 0.0, grads[0][i], m, c.p)
                     before = c.cell.codes.pull(word, j + i, lam, c.p)
                     product = factor
                 else:
                     x = inputs_at(opened.inputs, tile, c.form, i)
-                    before = c.cell.pull(x, c.cell.cotangent(x, 0.0, 0.0, grads[0][i], m), c.p)
+                    before = c.cell.pull(x, c.cell.cotangent(x, 0.0, 0.0, grads[0][i], m, c.p), c.p)
                     product = c.cell.pull(x, factor, c.p)
                 before = where_reset(c, resets, j + i, 0.0, before)
                 if MASKED:

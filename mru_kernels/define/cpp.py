@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from .graph import Graph, Node, statements
-from .trace import EPSILON, Program, of_user
+from .graph import Graph, Language, statements
+from .trace import EPSILON, Program
 
 
-def header(
-    name: str, program: Program, kinds: Sequence[str], inputs: Sequence[str], scalars: Mapping[str, tuple[float, float]]
-) -> str:
+def _constant(value: float) -> str:
+    if math.isnan(value):
+        number = '__builtin_nan("")'
+    elif math.isinf(value):
+        number = f"{'-' * (value < 0)}__builtin_inf()"
+    else:
+        number = value.hex()
+    return f"splat<V>(S({number}))"
+
+
+CPP = Language(
+    {"divide": "{} / {}", "negative": "-{}", "absolute": "Lanes<V>::abs({})", "where": "{} ? {} : {}"},
+    _constant,
+    number="const V {} = {};",
+    mask="const auto {} = {};",
+)
+
+
+def header(name: str, program: Program, kinds: Sequence[str], scalars: Mapping[str, tuple[float, float]]) -> str:
     """The text of csrc/cells/<name>.h.
 
     Args:
         kinds: "stream" or "channel" for each input.
-        inputs: their names.
         scalars: the least and greatest value of each scalar by name, without epsilon.
     """
-    # Names of the user's could be words of C++.
-    in_code = {of_user(n): f"x[{i}]" for i, n in enumerate(inputs)}
-    in_code |= {of_user(n): f"splat<V>(p{i})" for i, n in enumerate(scalars)}
-    graph = Graph([node if node.operation != "input" else _renamed(node, in_code) for node in program.graph.nodes])
+    in_code = {f"p[{i}]": f"splat<V>(p{i})" for i in range(len(scalars))} | {EPSILON: "splat<V>(this->epsilon)"}
+    graph = program.graph.renamed(in_code)
     first_scalar = 1 if program.writes else 0
     base = f"WriteOrHold<{_CLASS}<S>, S>" if program.writes else "CellBase"
     construct = [f"p{i}(S(scalars[{i + first_scalar}]))" for i in range(len(scalars))]
     if program.writes:
         construct = ["Base(S(scalars[0]))", *construct]
-    sees_state = program.cotangent is not None and "after" in program.graph.inputs([program.cotangent])
+    sees_state = program.adjoint_sees_state
     ranges = ([(EPSILON, (0.0, 1.0))] if program.writes else []) + list(scalars.items())
     table = ", ".join(f'{{"{n}", {least.hex()}, {most.hex()}}}' for n, (least, most) in ranges)
     lines = [
@@ -70,15 +83,9 @@ _CLASS = "Defined"
 _KINDS = {"stream": "kStream", "channel": "kChannel"}
 
 
-def _renamed(node: Node, in_code: Mapping[str, str]) -> Node:
-    if node.name == EPSILON:
-        return replace(node, name="splat<V>(this->epsilon)")
-    return replace(node, name=in_code.get(node.name, node.name))
-
-
 def _function(signature: str, graph: Graph, results: Sequence[int], last: str) -> list[str]:
     """A function template; `last` is its last statement, with {} for each result."""
-    body, names = statements(graph, results)
+    body, names = statements(graph, results, CPP)
     return ["  template <class V>", f"  MRU_INLINE {signature} {{", *(f"    {line}" for line in body),
             *(f"    {line}" for line in last.format(*names).splitlines()), "  }"]  # fmt: skip
 
@@ -93,12 +100,10 @@ def _affine(graph: Graph, program: Program) -> list[str]:
 
 
 def _write(graph: Graph, program: Program) -> list[str]:
-    read = sorted(n for n in graph.inputs([program.first, program.second]) if n.startswith("x["))
-    nan = " | ".join(f"({n} != {n})" for n in read)
     return [
         *_function("auto writes(const V* x) const", graph, [program.first], "return {};"),
         *_function("V written(const V* x) const", graph, [program.second], "return {};"),
-        *_function("auto has_nan(const V* x) const", graph, [], f"return {nan};"),
+        *_function("auto has_nan(const V* x) const", graph, [program.nan], "return {};"),
     ]
 
 

@@ -1,0 +1,126 @@
+"""Defined cells under Triton's interpreter. Run by test_define_triton.py, where TRITON_INTERPRET=1 is set in time."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+import mru_kernels as mk
+from bench.errors import same_values
+from mru_kernels.define import cell as definitions
+from mru_kernels.define.comparison import LIMITS
+from mru_kernels.define.triton_page import page
+from tests import calls
+from tests.triton_defined import CELLS, bistable, latch, leaky
+
+# The cell, the inputs that come per channel, and options.
+CASES = [
+    ("min_gru", (), {}),
+    ("min_gru", ("update",), {"reverse": True}),
+    ("bistable", ("alpha",), {"epsilon": 0.0}),
+    ("bistable", ("threshold", "alpha"), {"epsilon": 0.5, "reverse": True}),
+    ("leaky", ("decay",), {"gain": -0.3}),
+    ("latch", (), {"epsilon": 0.0}),
+    ("latch", ("reset",), {"epsilon": 0.5}),
+    ("functions", (), {}),
+]
+PACKED = torch.tensor([0, 5, 5, 97, 150])
+
+
+def drawn(scan, channels, dtype=torch.float64, batch=1, time=150):
+    generator = torch.Generator().manual_seed(len(channels))
+    sizes = [(5,) if name in channels else (batch, time, 5) for name in scan.inputs]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def results(scan, inputs, backend, **options):
+    """h, the final state and the gradients of the inputs and of the initial state."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    n = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else 1
+    state = torch.linspace(-2, 2, 5 * n, dtype=torch.float64).view(n, 5)
+    initial_state = state.to(mk.checks.state_dtype(inputs[0].dtype)).requires_grad_()
+    h, final = scan(*leaves, initial_state=initial_state, backend=backend, **options)
+    cotangents = [torch.linspace(-1, 1, t.numel(), dtype=torch.float64).view(t.shape).to(t.dtype) for t in (h, final)]
+    grads = torch.autograd.grad([h, final], [*leaves, initial_state], cotangents, materialize_grads=True)
+    return [h, final, *grads]
+
+
+def assert_close(got, expected, limit):
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        error = ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        assert error <= limit, i
+
+
+@pytest.mark.parametrize("segment", [0, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "channels", "options"), CASES, ids=str)
+def test_equals_the_definition(name, channels, options, dtype, segment):
+    scan = CELLS[name]
+    inputs = drawn(scan, channels, dtype)
+    with calls.segments("triton", segment):
+        got = results(scan, inputs, "triton", **options)
+    expected = results(scan, [t.double() for t in inputs], "torch", **options)
+    assert_close(got, expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("name", ["min_gru", "latch"])
+def test_packed_sequences_and_resets(name):
+    scan = CELLS[name]
+    inputs = drawn(scan, ())
+    resets = torch.rand(1, 150, generator=torch.Generator().manual_seed(0)) < 0.1
+    for options in ({"cu_seqlens": PACKED}, {"resets": resets, "reset_state": torch.ones(1, 5, dtype=torch.float64)}):
+        expected = results(scan, inputs, "torch", **options)
+        for segment in (0, 64):
+            with calls.segments("triton", segment):
+                assert_close(results(scan, inputs, "triton", **options), expected, LIMITS[torch.float64])
+
+
+@pytest.mark.parametrize(("name", "channels"), [("leaky", ("decay",)), ("bistable", ("alpha",))])
+def test_equals_the_cpu_kernels(name, channels):
+    inputs = drawn(CELLS[name], channels, batch=2)
+    options = {"initial_state": torch.ones(2, 5, dtype=torch.float64)}
+    h, state = CELLS[name](*inputs, backend="triton", **options)
+    expected_h, expected_state = CELLS[name](*inputs, backend="cpu", **options)
+    assert_close([h, state], [expected_h, expected_state], LIMITS[torch.float64])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_bistable_is_bmru(dtype, epsilon):
+    """Bit for bit, with ties, zeros, NaN and infinities; so is the gradient of alpha, which sums up h."""
+    candidate, threshold, alpha = drawn(CELLS["bistable"], ("alpha",), dtype, batch=2)
+    threshold[:, 3:20] = candidate[:, 3:20]
+    candidate[:, 30], threshold[:, 31] = 0, -0.0
+    candidate[0, 60, 0], threshold[0, 70, 1], candidate[0, 80, 2] = math.nan, math.nan, -math.inf
+    got = CELLS["bistable"](candidate, threshold, alpha, epsilon=epsilon, backend="triton")
+    expected = mk.bmru(candidate, threshold, alpha=alpha, epsilon=epsilon, backend="cpu")
+    assert all(same_values(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def swapped_gradients(text: str) -> str:
+    return re.sub(r"\((v\d+), (v\d+),\)", r"(\2, \1,)", text)
+
+
+FAULTS = {
+    "gradients of another order": (bistable, None, {}, swapped_gradients),
+    "a write that keeps the state": (bistable, None, {}, lambda t: t.replace("scaled(m, p[0])", "m")),
+    "constants in float32": (latch, None, {"on": 1.0}, lambda t: t.replace(", STATE)", ", tl.float32)")),
+    "another scalar": (leaky, None, {"gain": 0.7}, lambda t: t.replace("p[0]", "0.5")),
+    "an adjoint of another state": (
+        latch, lambda state: (0.3 * state).sigmoid(), {"on": 1.0}, lambda t: t.replace("after * ", "s * "),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_caught(monkeypatch, name):
+    gate, output, scalars, fault = FAULTS[name]
+    scan = mk.define_cell("fault_" + "_".join(name.split()), gate, output=output, scalars=scalars)
+    assert fault(page("of", scan._program)) != page("of", scan._program)
+    monkeypatch.setattr(definitions, "page", lambda *arguments: fault(page(*arguments)))
+    inputs = drawn(scan, ())
+    with pytest.raises(AssertionError):
+        assert_close(results(scan, inputs, "triton"), results(scan, inputs, "torch"), LIMITS[torch.float64])
