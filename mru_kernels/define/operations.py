@@ -142,6 +142,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "scalar_tensor": _itself,
     "_to_copy": to_number,
     "to": to_number,
+    "real": _itself,
     "detach": _itself,
     "alias": _itself,
     "clone": _itself,
