@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
 
 class Affine(NamedTuple):
     """A step that is affine in the state: `s_t = factor s_{t-1} + offset`.
-
-    Attributes:
-        factor, offset: tensors in the shape of the gate's inputs, or numbers.
 
     Example::
 
@@ -19,8 +16,10 @@ class Affine(NamedTuple):
         ...     return mk.Affine(decay, (1 - decay) * input)
     """
 
-    factor: Tensor | float
-    offset: Tensor | float
+    factor: torch.Tensor | float
+    """A tensor in the shape of the gate's inputs, or a number."""
+    offset: torch.Tensor | float
+    """A tensor in the shape of the gate's inputs, or a number."""
 
 
 class Write(NamedTuple):
@@ -28,16 +27,13 @@ class Write(NamedTuple):
 
     A NaN in an input of the gate, and a NaN value, make the state NaN. A NaN state stays NaN.
 
-    Attributes:
-        write: whether the step writes: a bool tensor, whose choice has no gradient, or one of zeros and ones with a
-            surrogate derivative, as `heaviside` returns.
-        value: what it writes, a tensor or a number.
-
     Example::
 
         >>> def latch(set, reset):
         ...     return mk.Write(mk.heaviside(torch.maximum(set, reset)), mk.heaviside(set - reset))
     """
 
-    write: Tensor
-    value: Tensor | float
+    write: torch.Tensor
+    """Whether the step writes: a mask, whose choice has no gradient, or zeros and ones as `heaviside` returns them."""
+    value: torch.Tensor | float
+    """What it writes: a tensor in the shape of the gate's inputs, or a number."""
