@@ -34,6 +34,6 @@ class Write(NamedTuple):
     """
 
     write: torch.Tensor
-    """Whether the step writes: a mask, whose choice has no gradient, or zeros and ones as `heaviside` returns them."""
+    """A mask of the steps that write, whose choice has no gradient, or zeros and ones as `heaviside` returns them."""
     value: torch.Tensor | float
-    """What it writes: a tensor in the shape of the gate's inputs, or a number."""
+    """A tensor in the shape of the gate's inputs, or a number. It is what the step writes."""
