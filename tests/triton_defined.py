@@ -40,7 +40,8 @@ def functions(input, x):
 
 CELLS = {
     "min_gru": mk.define_cell("of_triton_min_gru", min_gru),
-    "bistable": mk.define_cell("of_triton_bistable", bistable, output=lambda state, alpha: alpha * state),
+    "bistable": mk.define_cell("of_triton_bistable", bistable),
+    "scaled": mk.define_cell("of_triton_scaled", bistable, output=lambda state, alpha: alpha * state),
     "leaky": mk.define_cell(
         "of_triton_leaky", leaky, output=lambda state, gain: (gain * state).tanh(), scalars={"gain": 0.7}
     ),
