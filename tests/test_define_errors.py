@@ -56,6 +56,10 @@ def casts(x, a):
     return mk.Affine(a, x.float())
 
 
+def chooses_an_inexact_number(x, a):
+    return mk.Affine(a, torch.where(x > 0, 0.1, 0.2))
+
+
 def lacks_an_operation(x, a):
     return mk.Affine(a, torch.special.bessel_j0(x))
 
@@ -69,6 +73,7 @@ WHAT_A_GATE_MUST_NOT_DO = [
     (reshapes, "transpose"),
     (casts, "the dtype of its arguments"),
     (lacks_an_operation, "bessel_j0"),
+    (chooses_an_inexact_number, "the dtype of its arguments, got where to torch.float32"),
 ]
 
 
@@ -115,6 +120,11 @@ def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
 def test_definitions_are_checked(arguments, error, message):
     with pytest.raises(error, match=message):
         mk.define_cell(**{"name": "refused", "gate": affine} | arguments)
+
+
+def test_a_choice_of_small_numbers_is_recorded():
+    cell = mk.define_cell("chooses", lambda x, a: mk.Affine(a, torch.where(x > 0, 1.0, -0.5)))
+    assert "? splat<V>(S(0x1.0000000000000p+0)) : splat<V>(S(-0x1.0000000000000p-1))" in cell.source
 
 
 def test_a_name_is_given_once():

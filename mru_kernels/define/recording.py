@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if result.shape not in (SHAPE, ()):
             self.refuse("pointwise operations", f"{name}, whose result has another shape")
-        if result.dtype not in (DTYPE, torch.bool) and name not in _CREATIONS:
+        if result.dtype not in (DTYPE, torch.bool) and not (name in _CREATIONS or self._chooses_numbers(name, args)):
             self.refuse("the dtype of its arguments", f"{name} to {result.dtype}")
         if name == "lift_fresh":  # torch.tensor(number)
             self._know(result, self.graph.constant(result.item()))
@@ -92,6 +92,12 @@ class Recorder(TorchDispatchMode):
             self.refuse("pointwise operations that C++ has", f"{name} with {kwargs}")
         self._know(result, made)
         return result
+
+    def _chooses_numbers(self, name: str, args) -> bool:
+        """Whether this is `torch.where(mask, 1.0, -1.0)`, of numbers that are exact in any dtype that torch chooses."""
+        nodes = [self.graph.nodes[self.node(v)] for v in args[1:]] if name == "where" else []
+        exact = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+        return bool(nodes) and all(node.operation == "constant" and node.value in exact for node in nodes)
 
     def _operands(self, name: str, args, dtype: torch.dtype) -> list[int]:
         """The nodes of the arguments by position. Where numbers are expected, masks become zeros and ones."""
