@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
         ({"name": 3}, TypeError, "name: expected a str, got int"),
         ({"name": "Capital"}, ValueError, "name: expected a lower-case identifier"),
         ({"name": "lambda"}, ValueError, "name: expected a lower-case identifier"),
+        ({"name": "double"}, ValueError, "name: expected a lower-case identifier"),
         ({"name": "bmru"}, ValueError, "name: expected a new name, got 'bmru'"),
         ({"gate": 3}, TypeError, "gate: expected a function, got int"),
         ({"gate": lambda: mk.Affine(1.0, 1.0)}, ValueError, "gate: expected 1 to 4 inputs, got 0"),
@@ -112,7 +114,7 @@ def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
         (
             {"gate": lambda x, a, b: mk.Write(x > a, b), "scalars": {"a": 1.0, "b": 1.0}},
             ValueError,
-            "scalars: expected at most 1 beside epsilon, got 2",
+            "scalars: expected at most 1, as epsilon is one too, got 2",
         ),
         ({"scalars": {"x": 1.0, "a": 1.0, "k": 1.0}}, ValueError, "gate: expected 1 to 4 inputs, got 0"),
     ],
@@ -127,6 +129,11 @@ def test_a_choice_of_small_numbers_is_recorded():
     assert "? splat<V>(S(0x1.0000000000000p+0)) : splat<V>(S(-0x1.0000000000000p-1))" in cell.source
 
 
+def test_a_callable_without_a_name_is_refused_by_its_type():
+    with pytest.raises(ValueError, match="partial: expected pointwise operations that kernels have, got transpose$"):
+        mk.define_cell("refused", functools.partial(reshapes))
+
+
 def test_a_name_is_given_once():
     first = mk.define_cell("named_once", affine)
     assert mk.define_cell("named_once", affine) is first  # a notebook runs its cells again
@@ -139,6 +146,14 @@ def test_copies_are_the_cell_itself():
     assert copy.deepcopy(cell) is pickle.loads(pickle.dumps(cell)) is copy.copy(cell) is cell
     with pytest.raises(RuntimeError, match="expected the cell 'missing' to be defined first"):
         pickle.loads(pickle.dumps(cell).replace(b"copied", b"missing").replace(b"\x8c\x06missing", b"\x8c\x07missing"))
+
+
+def test_each_choice_of_inputs_per_channel_is_a_cell_of_its_own():
+    cell = mk.define_cell("many_kinds", lambda x, a, b, a_b: mk.Affine(a * b, x + a_b))
+    x, v = torch.ones(1, 2, 3), torch.ones(3)
+    for inputs in ((x, v, v, x), (x, x, x, v), (x, x, x, x)):
+        cell(*inputs, backend="torch")
+    assert len({made.name for made in cell._cells.values()}) == 3
 
 
 def test_calls_are_checked():

@@ -363,7 +363,7 @@ def test_recall(tmp_path):
 # ------------------------------------------------------------------------------------------------ small_machine
 
 
-def test_the_images_of_small_machines_are_apart_and_not_negative():
+def test_the_images_of_the_small_machine_are_apart_and_not_negative():
     parts = small_machine.data()
     assert [len(classes) for _, classes in parts.values()] == [1149, 288, 360]
     images = torch.cat([pixels for pixels, _ in parts.values()]).flatten(1)

@@ -10,7 +10,7 @@ import torch
 
 import mru_kernels as mk
 from docs import tables
-from examples import small_machines
+from examples import c_sizes
 from tests.c_programs import COMPILERS, FMA, NETWORKS, Compiled, have, inputs_of, network
 from tests.units import make
 
@@ -86,7 +86,7 @@ def test_the_table_of_the_page(tmp_path):
     if not version.startswith("12.2"):
         pytest.skip("the table has the sizes of version 12.2")
     torch.manual_seed(0)
-    rows = small_machines.rows(small_machines.MODULES, tmp_path)
+    rows = c_sizes.rows(c_sizes.MODULES, tmp_path)
     assert "\n".join(rows) in (tables.ROOT / "docs/small-machines.md").read_text()
 
 

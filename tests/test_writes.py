@@ -1,4 +1,4 @@
-"""`write_rates`: which channels of which units write, how often and how long they hold."""
+"""`write_rates`: how often each channel of a unit writes, and how long it holds."""
 
 from __future__ import annotations
 

@@ -29,6 +29,13 @@ from .triton_page import page
 _MOST_INPUTS, _MOST_SCALARS = 4, 2  # kMaxInputs and kMaxScalars of csrc/scan.h
 _RESERVED = {"state", "initial_state", "epsilon", "reverse", "cu_seqlens", "resets", "reset_state", "chunk_size",
              "return_boundaries", "backend", "state_indices", "self"}  # fmt: skip
+#: Lower-case words without an underscore that a name must not be in C++, in addition to Python's.
+_WORDS_OF_CPP = frozenset(
+    "alignas alignof asm auto bitand bitor bool case catch char class compl concept const consteval constexpr constinit"
+    " decltype default delete do double enum explicit export extern float friend goto inline int long mutable namespace"
+    " new noexcept nullptr operator private protected public register requires short signed sizeof static struct switch"
+    " template this throw true false typedef typeid typename union unsigned using virtual void volatile xor".split()  # noqa: SIM905
+)
 
 
 def define_cell(
@@ -133,7 +140,10 @@ class DefinedCell:
         self._functions = functions
         self._program = trace(functions)
         if self._program.writes and len(scalars) >= _MOST_SCALARS:
-            raise ValueError(f"scalars: expected at most {_MOST_SCALARS - 1} beside epsilon, got {len(scalars)}")
+            raise ValueError(
+                f"scalars: expected at most {_MOST_SCALARS - 1}, as epsilon is one too, got {len(scalars)}"
+            )
+        self._numbers = ({"epsilon": 0.0} if self._program.writes else {}) | self.scalars
         self._cells: dict[tuple[str, ...], ops.Cell] = {}
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
@@ -169,7 +179,19 @@ class DefinedCell:
     def step(
         self, *inputs: Tensor, state: Tensor, state_indices: Tensor | None = None, **named: Any
     ) -> tuple[Tensor, Tensor]:
-        """One step, for streaming inference: streams `[B, D]`, states as for `mru_kernels.bmru_step`."""
+        """One step without gradients, for streaming inference.
+
+        Args:
+            inputs: as for a call, streams `[B, D]`.
+            state, state_indices: `[B, D]`, or slots `[slots, D]` and int32 or int64 `[B]`, as for `bmru_step`.
+            named: inputs by name, epsilon where the gate writes, and the scalars.
+
+        Returns:
+            h `[B, D]` and the state after the step, as `bmru_step`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as a call, and as `bmru_step`.
+        """
         arrays, numbers = self._arguments(inputs, named)
         return step(self._cell(arrays, None, 2), arrays, numbers, state, state_indices)
 
@@ -201,9 +223,8 @@ class DefinedCell:
         kinds, empty = inspect.Parameter, inspect.Parameter.empty
         own = inspect.signature(DefinedCell.__call__).parameters.values()
         options = [p for p in own if p.kind is kinds.KEYWORD_ONLY]
-        numbers = ({"epsilon": 0.0} if self._program.writes else {}) | self.scalars
         listed = [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=empty) for name in self.inputs]
-        listed += [kinds(name, kinds.KEYWORD_ONLY, default=value) for name, value in numbers.items()]
+        listed += [kinds(name, kinds.KEYWORD_ONLY, default=value) for name, value in self._numbers.items()]
         return inspect.Signature([*listed, *options])
 
     def _arguments(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -212,7 +233,7 @@ class DefinedCell:
             expected = f"expected at most {len(self.inputs)} positional arguments ({', '.join(self.inputs)})"
             raise TypeError(f"{self.name}: {expected}, got {len(inputs)}")
         arrays = dict(zip(self.inputs, inputs, strict=False))
-        numbers = ({"epsilon": 0.0} if self._program.writes else {}) | self.scalars
+        numbers = dict(self._numbers)
         for name, value in named.items():
             if name in arrays or name not in (*self.inputs, *numbers):
                 known = ", ".join((*self.inputs, *numbers))
@@ -255,9 +276,9 @@ class DefinedCell:
         """Add the cell for inputs of these kinds, unless that is done."""
         if kinds in self._cells:
             return
-        names = [name for name, kind in zip(self.inputs, kinds, strict=True) if kind == "channel"]
+        mask = sum(1 << i for i, kind in enumerate(kinds) if kind == "channel")
         cell = ops.Cell(
-            name="_of_".join([self.name, *(["_".join(names)] if names else [])]),
+            name=f"{self.name}__{mask}" if mask else self.name,  # no user's name has two underscores
             inputs=tuple(ops.Input(name, kind) for name, kind in zip(self.inputs, kinds, strict=True)),
             scalars=(*((EPSILON,) if self._program.writes else ()), *(Scalar(name, *_ANY) for name in self.scalars)),
             plain=self._plain(),
@@ -360,7 +381,7 @@ def _checked_scalars(scalars: Mapping[str, float] | None) -> dict[str, float]:
 def _check_names(name: str, inputs: list[str], of_gate: tuple[str, ...], scalars: Mapping[str, float]) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or name in _WORDS_OF_CPP:
         raise ValueError(f"name: expected a lower-case identifier such as 'my_gru', got {name!r}")
     if not 1 <= len(inputs) <= _MOST_INPUTS:
         raise ValueError(f"gate: expected 1 to {_MOST_INPUTS} inputs, got {len(inputs)}")

@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
 
     def refuse(self, expected: str, got: str) -> NoReturn:
         """Raise an error that names the line of the user's function."""
-        raise ValueError(f"{self.function.__name__}: expected {expected}, got {got}{self._line()}")
+        raise ValueError(f"{name_of(self.function)}: expected {expected}, got {got}{self._line()}")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,7 +73,7 @@ class Recorder(TorchDispatchMode):
         if name not in RULES:
             decomposition = _decomposition(func)
             if decomposition is None:
-                self.refuse("pointwise operations that C++ has", name)
+                self.refuse("pointwise operations that kernels have", name)
             self._decompositions += 1
             with self:
                 result = decomposition(*args, **kwargs)
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
             return result
         made = RULES[name](self.graph, *self._operands(name, args, result.dtype), **self._options(func, args, kwargs))
         if made is None:
-            self.refuse("pointwise operations that C++ has", f"{name} with {kwargs}")
+            self.refuse("pointwise operations that kernels have", f"{name} with {kwargs}")
         self._know(result, made)
         return result
 
@@ -124,7 +124,7 @@ class Recorder(TorchDispatchMode):
     def _line(self) -> str:
         frame = self._frame()
         if frame is None:
-            return ", in its gradient"
+            return ", in its gradient" if hasattr(self.function, "__code__") else ""
         line = linecache.getline(*frame).strip()
         return f", in `{line}` ({frame[0]}:{frame[1]})"
 
@@ -135,6 +135,11 @@ class Recorder(TorchDispatchMode):
             if frame.f_code is code:
                 return frame.f_code.co_filename, number
         return None
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function in errors; a callable object may have none."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _decomposition(func: Any) -> Callable[..., Any] | None:

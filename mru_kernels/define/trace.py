@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cells.write_or_hold import Select
 from .gates import Affine, Write
 from .graph import Graph
-from .recording import DTYPE, SHAPE, Recorder, gradients
+from .recording import DTYPE, SHAPE, Recorder, gradients, name_of
 
 EPSILON = "epsilon"  # the scalar of gates that write
 
@@ -98,7 +98,7 @@ def trace(functions: Functions) -> Program:
     with torch.enable_grad(), recorder:
         gate = functions.gates(named)
         if not isinstance(gate, (Affine, Write)):
-            raise TypeError(f"{functions.gate.__name__}: expected mk.Affine or mk.Write, got {type(gate).__name__}")
+            raise TypeError(f"{name_of(functions.gate)}: expected mk.Affine or mk.Write, got {type(gate).__name__}")
         first, second = (_number_or_tensor(recorder, *field) for field in gate._asdict().items())
         writes = isinstance(gate, Write)
         step = _written(first, second, s, epsilon) if writes else first * s + second
@@ -143,7 +143,7 @@ def _written(write: Tensor, value: Tensor | float, s: Tensor, epsilon: Tensor) -
 
 def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:
     """A result of the user's functions, checked."""
-    of = recorder.function.__name__
+    of = name_of(recorder.function)
     is_mask = isinstance(value, Tensor) and value.dtype == torch.bool
     if isinstance(value, Tensor) and (is_mask <= (name == "write")):
         if value.shape != SHAPE and value.shape != ():

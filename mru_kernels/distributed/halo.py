@@ -82,7 +82,7 @@ def _lines(past: Tensor, sent: Tensor, goes_on: Tensor, counts: list[int]) -> li
 
     Args:
         past: `[B, K, D]`, before the first segment.
-        sent: `[ranks, B, K, D]`, the last steps of each segment, of which only the last `counts` exist.
+        sent: `[ranks, B, K, D]`, the last steps of each segment; only the last `counts` of them exist.
         goes_on: bool `[ranks, B, 1, D]`, whether no episode begins in the segment.
     """
     lines = [past]

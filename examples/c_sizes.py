@@ -1,4 +1,4 @@
-"""The sizes of exported C programs on a 32-bit microcontroller: `python -m examples.small_machines`.
+"""The sizes of exported C programs on a 32-bit microcontroller: `python -m examples.c_sizes`.
 
 Needs arm-none-eabi-gcc. Prints the table of docs/small-machines.md.
 """
