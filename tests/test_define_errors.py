@@ -130,7 +130,7 @@ def test_a_choice_of_small_numbers_is_recorded():
 
 
 def test_a_callable_without_a_name_is_refused_by_its_type():
-    with pytest.raises(ValueError, match="partial: expected pointwise operations that kernels have, got transpose$"):
+    with pytest.raises(ValueError, match=r"partial: expected pointwise operations that kernels have, got transpose$"):
         mk.define_cell("refused", functools.partial(reshapes))
 
 

@@ -30,12 +30,12 @@ _MOST_INPUTS, _MOST_SCALARS = 4, 2  # kMaxInputs and kMaxScalars of csrc/scan.h
 _RESERVED = {"state", "initial_state", "epsilon", "reverse", "cu_seqlens", "resets", "reset_state", "chunk_size",
              "return_boundaries", "backend", "state_indices", "self"}  # fmt: skip
 #: Lower-case words without an underscore that a name must not be in C++, in addition to Python's.
-_WORDS_OF_CPP = frozenset(
-    "alignas alignof asm auto bitand bitor bool case catch char class compl concept const consteval constexpr constinit"
-    " decltype default delete do double enum explicit export extern float friend goto inline int long mutable namespace"
-    " new noexcept nullptr operator private protected public register requires short signed sizeof static struct switch"
-    " template this throw true false typedef typeid typename union unsigned using virtual void volatile xor".split()  # noqa: SIM905
-)
+_WORDS_OF_CPP = """
+    alignas alignof asm auto bitand bitor bool case catch char class compl concept const consteval constexpr constinit
+    decltype default delete do double enum explicit export extern float friend goto inline int long mutable namespace
+    new noexcept nullptr operator private protected public register requires short signed sizeof static struct switch
+    template this throw true false typedef typeid typename union unsigned using virtual void volatile xor
+""".split()  # noqa: SIM905
 
 
 def define_cell(

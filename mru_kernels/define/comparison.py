@@ -11,21 +11,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .cell import DefinedCell
 
-#: The most that a result may differ from the float64 loop, relative to its largest value, by the dtype of the streams.
+#: The most that a result may differ from the float64 loop, relative to its largest value, by its dtype.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A result of a call: its name, the dtype of the streams, the greatest error relative to its largest value."""
+    """A result of a call: its name, the dtype of the streams, its greatest error and the most allowed.
+
+    Errors are relative to the largest value.
+    """
 
     result: str
     dtype: torch.dtype
     error: float
-
-    @property
-    def limit(self) -> float:
-        return LIMITS[self.dtype]
+    limit: float
 
     @property
     def passes(self) -> bool:
@@ -61,7 +61,7 @@ def compare(cell: DefinedCell, tensors: list[Tensor], options: dict[str, Any]) -
         theirs = _results(cell, [t.double() for t in rounded], "torch", options)
         for (name, a), b in zip(ours.items(), theirs.values(), strict=True):
             scale = b.abs().max().item() or 1.0
-            rows.append(Row(name, dtype, ((a.double() - b).abs().max() / scale).item()))
+            rows.append(Row(name, dtype, ((a.double() - b).abs().max() / scale).item(), LIMITS[a.dtype]))
     return Comparison(cell.name, tuple(rows))
 
 
