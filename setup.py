@@ -99,17 +99,24 @@ def choose_cuda():
 
 
 def gencode_flags():
-    """Flags for TORCH_CUDA_ARCH_LIST: sm_XY code for each X.Y, PTX too for X.Y+PTX."""
-    flags = []
+    """Flags for TORCH_CUDA_ARCH_LIST: sm_XY code for each X.Y, PTX too for X.Y+PTX.
+
+    Code for 8.Y and 9.Y is assembled from one PTX, that of the lowest of them, because making PTX takes most of nvcc's
+    time and the binaries are the same. Those for 10.0 differ from its own PTX.
+    """
+    flags, shared = [], []
     for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 10.0+PTX, got {entry!r}")
         arch = match[1] + match[2] + match[3]
-        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if int(match[1]) in (8, 9) and not match[3]:
+            shared.append(int(arch))
+        else:
+            flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
         if match[4]:
             flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return flags
+    return flags + [f"-gencode=arch=compute_{min(shared)},code=sm_{arch}" for arch in shared]
 
 
 def quoted(path):
