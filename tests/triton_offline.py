@@ -76,7 +76,8 @@ class Variant:
     def reads(self):
         from mru_kernels.backends.triton.tuning import Reads
 
-        return Reads(DTYPES[self.element], len(self.streams), len(self.per_channel), self.codes, self.resets)
+        counts = len(self.streams), len(self.per_channel)
+        return Reads(DTYPES[self.element], *counts, self.codes, self.resets, self.spec.composes)
 
     @property
     def tile(self) -> int:
@@ -177,6 +178,8 @@ def _of_cell(cell: ops.Cell, dtype: str) -> Iterator[Variant]:
         form = Variant("", cell.name, dtype=dtype, streams=streams)
         yield replace(form, kernel="forward")
         yield replace(form, kernel="backward")
+        if not cell.composes:
+            continue
         yield replace(form, kernel="summarize", codes=codes)
         if codes:
             yield replace(form, kernel="backward", codes=True)
