@@ -149,7 +149,8 @@ def _wide(value: Any) -> Any:
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    """A current and a membrane, in the dtype of the states."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         came = f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"{name}: expected a pair of current and membrane, got {came}")
-    return value[0], value[1]
+    return _wide(value[0]), _wide(value[1])
