@@ -81,10 +81,9 @@ def synaptic(
         "reverse": reverse, "cu_seqlens": cu_seqlens, "resets": resets, "chunk_size": chunk_size, "backend": backend
     }  # fmt: skip
     with torch.autocast(input.device.type, enabled=False) if half else nullcontext():
-        vectors = _wide(alpha), _wide(beta), _wide(threshold)
-        currents, current = leaky(_wide(input), vectors[0], first[0], reset_state=start[0], **scan)
+        currents, current = leaky(input, alpha, first[0], reset_state=start[0], **scan)
         fired, voltage = lif(
-            currents, *vectors[1:], first[1], reset_state=start[1], reset=reset, tie=tie, surrogate=surrogate,
+            currents, _wide(beta), _wide(threshold), first[1], reset_state=start[1], reset=reset, tie=tie, surrogate=surrogate,
             surrogate_scale=surrogate_scale, detach_reset=detach_reset, membrane=membrane, **scan,
         )  # fmt: skip
     state = (current, voltage)
@@ -138,9 +137,11 @@ def synaptic_step(
 def leaky(input: Tensor, decay: Tensor, initial_state: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """The states `[B, T, D]` of a leaky integrator and the last one, with the rounding of a loop over time.
 
-    `linear_recurrence` may scan parts of time in parallel, which rounds otherwise.
+    `linear_recurrence` may scan parts of time in parallel, which rounds otherwise. Both results have the state dtype.
     """
-    return lif(input, decay, decay.detach(), initial_state, reset="none", membrane="only", **options)
+    decay = _wide(decay)
+    unused = decay.detach()  # the threshold
+    return lif(_wide(input), decay, unused, _wide(initial_state), reset="none", membrane="only", **options)
 
 
 def _wide(value: Any) -> Any:

@@ -132,7 +132,7 @@ class Neuron(torch.nn.Module):
     def _vector(self, name: str, features: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> Tensor:
         """A value for every neuron, `[D]`: the one of this name, or `value`."""
         value = getattr(self, name) if value is None else value
-        if value.dim() == 0 or not value.is_floating_point():
+        if value.dim() == 0 or value.dtype not in (torch.float32, torch.float64):
             value = value.to(checks.state_dtype(dtype))
         try:
             return value.expand(features).flatten()
@@ -582,6 +582,8 @@ class Alpha(Neuron):
         exc, exc_final = leaky(current, alpha, states[0])
         inh, inh_final = leaky(-current, beta, states[1])
         mem = tau * (exc + inh)
-        threshold = self._vector("threshold", features, dtype)
+        threshold = self._vector("threshold", features, mem.dtype)
         spikes, mem_final = lif(mem, torch.zeros_like(threshold), threshold, **self._spiking())
-        return (spikes, exc, inh, mem) if membrane else (spikes, exc_final, inh_final, mem_final)
+        if membrane:
+            return tuple(record.to(dtype) for record in (spikes, exc, inh, mem))
+        return spikes.to(dtype), exc_final, inh_final, mem_final
