@@ -90,6 +90,7 @@ def check(found: dict[str, Subject], x: Tensor) -> None:
     """Raise unless the spikes of every subject are those of `mk.lif`, and its gradient is close."""
     g = torch.randn_like(x)
     for name, subject in found.items():
+        subject.run(x)  # without a gradient: a compiled step compiles
         results = []
         for run in (subject.run, partial(ours, beta=subject.beta, **subject.options)):
             leaf = x.clone().requires_grad_()
