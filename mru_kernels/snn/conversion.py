@@ -31,6 +31,14 @@ def from_snntorch(module: torch.nn.Module) -> Any:
             Alpha.
         ValueError: `module` contains no neuron of snnTorch, or one with an option that has no counterpart; the message
             names the neuron and the option.
+
+    Example::
+
+        >>> import snntorch
+        >>> lif = mk.snn.from_snntorch(snntorch.Leaky(beta=0.9, learn_beta=True))
+        >>> spk, mem = lif(torch.randn(100, 8, 64))
+        >>> spk.shape
+        torch.Size([100, 8, 64])
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")

@@ -71,10 +71,11 @@ class Neuron(torch.nn.Module):
         self._note_ones(name)
 
     def _note_ones(self, *names: str) -> None:
-        """Note which values are 1 and stay so. A call that looked at them would wait for a GPU."""
+        """Note which buffers are 1. A call that looked at them would wait for a GPU."""
         for name in names:
             value = getattr(self, name)
-            is_one = not value.requires_grad and has_value(value) and bool((value == 1).all())
+            is_fixed = not isinstance(value, torch.nn.Parameter)
+            is_one = is_fixed and has_value(value) and bool((value == 1).all())
             (self._ones.add if is_one else self._ones.discard)(name)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
