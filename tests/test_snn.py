@@ -120,6 +120,16 @@ def test_half_precision(name, dtype):
     assert neuron(x)[0].dtype == dtype
 
 
+@all_neurons
+def test_a_membrane_equal_to_the_threshold_does_not_spike(name):
+    neuron, x = MAKE[name](), drawn(4)
+    *_, mem = neuron(x)
+    neuron.threshold = mem[0].max()
+    spikes, *_, again = neuron(x[:1])
+    assert again.max() == neuron.threshold > 0
+    assert not spikes.any()
+
+
 def test_the_reset_may_change_at_any_time():
     neuron, x = snn.Leaky(0.9), drawn(4)
     neuron.reset_mechanism = "zero"
