@@ -123,9 +123,10 @@ def test_half_precision(name, dtype):
 @all_neurons
 def test_a_membrane_equal_to_the_threshold_does_not_spike(name):
     neuron, x = MAKE[name](), drawn(4)
+    x = x[: 2 if name == "Alpha" else 1]  # its membrane is 0 in the first step
     *_, mem = neuron(x)
-    neuron.threshold = mem[0].max()
-    spikes, *_, again = neuron(x[:1])
+    neuron.threshold = mem.max()
+    spikes, *_, again = neuron(x)
     assert again.max() == neuron.threshold > 0
     assert not spikes.any()
 
