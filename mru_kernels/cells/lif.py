@@ -20,7 +20,7 @@ from .write_or_hold import select
 RESETS = ("none", "subtract", "subtract_decayed", "zero", "zero_input")
 
 
-class _Mode(NamedTuple):
+class Mode(NamedTuple):
     """How a call works. The kernels get its number: that of a row in the table of all modes."""
 
     reset: str
@@ -31,9 +31,13 @@ class _Mode(NamedTuple):
 
 
 _FLAG = (False, True)
-_MODES = [_Mode(r, t, s, d, m) for m, d, s, t, r in product(_FLAG, _FLAG, SURROGATES, _FLAG, RESETS)]
+_MODES = [Mode(r, t, s, d, m) for m, d, s, t, r in product(_FLAG, _FLAG, SURROGATES, _FLAG, RESETS)]
 _NUMBERS = {mode: float(number) for number, mode in enumerate(_MODES)}
 _MODE = Scalar("mode", 0.0, len(_MODES) - 1.0)
+
+
+def mode_of(number: float) -> Mode:
+    return _MODES[int(number)]
 
 
 def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
@@ -43,7 +47,7 @@ def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
 
 def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # noqa: N803
     input, beta, threshold = gates
-    mode = _MODES[int(p[0])]
+    mode = mode_of(p[0])
     zero = torch.zeros_like(U)
     if mode.detach_reset:
         fired = spikes.fires(U, threshold, mode.tie)
@@ -70,8 +74,13 @@ def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # 
 
 
 def _output(x: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # noqa: N803
-    mode = _MODES[int(p[0])]
+    mode = mode_of(p[0])
     return U if mode.membrane else spikes.emitted(U, x[2], mode.tie, mode.surrogate, p[1])
+
+
+def _numbers_of_states(numbers: Sequence[float]) -> list[float]:
+    mode, scale = numbers
+    return [_NUMBERS[mode_of(mode)._replace(membrane=True)], scale]
 
 
 CELL = ops.add_cell(
@@ -80,8 +89,8 @@ CELL = ops.add_cell(
         inputs=(ops.Input("input"), ops.Input("beta", "channel"), ops.Input("threshold", "channel")),
         scalars=(_MODE, SURROGATE_SCALE),
         plain=ops.Plain(_step, _gates, _output),
-    ),
-    only=(),
+        numbers_of_states=_numbers_of_states,
+    )
 )
 
 

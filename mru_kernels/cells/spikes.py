@@ -19,17 +19,17 @@ def _atan(x: Tensor, k: float) -> Tensor:
 
 
 def _fast_sigmoid(x: Tensor, k: float) -> Tensor:
-    return (1 + _scale(k, x) * x.abs()).square().reciprocal()
+    return (1 + normal(k, x.dtype) * x.abs()).square().reciprocal()
 
 
 def _sigmoid(x: Tensor, k: float) -> Tensor:
-    k = _scale(k, x)
+    k = normal(k, x.dtype)
     e = (-k * x.abs()).exp()
     return k * (e / (1 + e).square())
 
 
 def _triangle(x: Tensor, k: float) -> Tensor:
-    k = _scale(k, x)
+    k = normal(k, x.dtype)
     return k * (1 - k * x.abs()).clamp(min=0)
 
 
@@ -37,9 +37,9 @@ def _straight_through(x: Tensor, k: float) -> Tensor:
     return torch.ones_like(x)
 
 
-def _scale(k: float, x: Tensor) -> float:
-    """The steepness as a normal number of the dtype of x, so that its product with infinity is infinite."""
-    finfo = torch.finfo(x.dtype)
+def normal(k: float, dtype: torch.dtype) -> float:
+    """The steepness as a normal number of a dtype, so that its product with infinity is infinite."""
+    finfo = torch.finfo(dtype)
     return min(max(k, finfo.tiny), finfo.max)
 
 

@@ -67,6 +67,8 @@ class Cell:
         without_codes: inputs with which a step does not fit one.
         dtypes: of its streams.
         plain: the cell in plain torch; without it the backend "torch" lacks the cell.
+        numbers_of_states: (numbers) -> those with which h is the state. Given for a cell whose step is no affine map of
+            the state, so that steps do not compose: time is not cut.
         forward, backward, step, step_slots, map: the ops of each backend.
     """
 
@@ -77,11 +79,17 @@ class Cell:
     without_codes: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
     plain: Plain | None = None
+    numbers_of_states: Callable[[Sequence[float]], list[float]] | None = None
     forward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     step: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     step_slots: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     map: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def composes(self) -> bool:
+        """Whether steps compose as affine maps of the state."""
+        return self.numbers_of_states is None
 
     @cached_property
     def scheduled(self) -> tuple[Scalar, ...]:

@@ -58,7 +58,8 @@ def forward(
     _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment)
     results = ops.allocate(cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
     codes = results[3] if save else ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)
-    spare, segment = ops.spare_rows(segment), backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
+    spare = ops.spare_rows(segment)
+    segment = backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens)) if cell.composes else 0
     if save and spare > 0:
         results[2][-spare:].zero_()
         codes[-spare if segment > 0 else 0 :].zero_()
@@ -109,6 +110,8 @@ def compose(
     cell: ops.Cell, inputs, given, packed, numbers, cu_seqlens, resets, reset_state, reverse, segment
 ) -> tuple[Tensor, Tensor]:
     """The op `mru::<cell>_map`."""
+    if not cell.composes:
+        raise RuntimeError("map: expected a cell whose steps compose; those of this one do not")
     _check(cell, inputs, given, packed, numbers, None, cu_seqlens, resets, reset_state, CHUNK, segment)
     time = inputs[0].shape[1]
     segment = backend.forward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
@@ -158,7 +161,7 @@ def backward(
         ops.checkpoint_rows(first, chunk, segment),
         ops.code_rows(cell, inputs, given, cu_seqlens, segment),
     )
-    segment = backend.backward_segment(segment, *_sizes(inputs, packed, cu_seqlens))
+    segment = backend.backward_segment(segment, *_sizes(inputs, packed, cu_seqlens)) if cell.composes else 0
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
     if grad_checkpoints is not None:
