@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "resets": ("resets", "times of calls with resets against those without"),
     "define": ("define", "times of defined cells against cells by hand and composed ones"),
     "delays": ("delays", "times of the forms of delay_conv"),
+    "spiking": ("spiking", "times of spiking neurons against snnTorch and SpikingJelly"),
     "mesa": ("mesa", "time and memory of mesa against a loop over steps"),
     "online": ("online", "gradients of streams: errors and costs"),
     "blocks": ("blocks", "memory and time of training in blocks of time"),
@@ -35,6 +36,7 @@ _TIMED = (
     "resets",
     "define",
     "delays",
+    "spiking",
     "mesa",
     "online",
 )  # commands that run with the allocator pinned

@@ -25,6 +25,7 @@ from .mesa import mesa, mesa_step
 from .nn import (
     BMRU,
     CMRU,
+    LIF,
     LRU,
     AlphaCMRU,
     DelayConv,
@@ -38,11 +39,13 @@ from .nn import (
 )
 from .schedule import EpsilonSchedule
 from .streaming import stream
+from .synaptic import synaptic, synaptic_step
 
 __version__ = _version("mru_kernels")
 __all__ = [
     "BMRU",
     "CMRU",
+    "LIF",
     "LRU",
     "Affine",
     "AlphaCMRU",
@@ -81,12 +84,15 @@ __all__ = [
     "schmitt",
     "schmitt_step",
     "sign",
+    "snn",
     "stream",
+    "synaptic",
+    "synaptic_step",
     "write_rates",
 ]
 
 if _typing.TYPE_CHECKING:
-    from . import distributed, export
+    from . import distributed, export, snn
     from .hardware import mismatch, quantized, robustness
     from .nn.projections import quantizable
     from .writes import write_rates
@@ -101,7 +107,7 @@ else:
 
     def __getattr__(name):
         """Import what few programs use when they use it; not every torch build has torch.distributed."""
-        if name in ("distributed", "export"):
+        if name in ("distributed", "export", "snn"):
             return _importlib.import_module(f"{__name__}.{name}")
         if name in _LATER:
             return getattr(_importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

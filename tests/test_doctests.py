@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from mru_kernels import blocks, define, distributed, export, hardware, nn, schedule, streaming, writes
+from mru_kernels import blocks, define, distributed, export, hardware, nn, schedule, snn, streaming, writes
 
-MODULES = (mk, nn, blocks, define, schedule, streaming, distributed, export, hardware, writes)
+MODULES = (mk, nn, blocks, define, schedule, streaming, distributed, export, hardware, snn, writes)
 
 #: The package that an example needs.
-NEEDS = {"nir": "nir"}
+NEEDS = {"nir": "nir", "from_snntorch": "snntorch"}
 
 #: Modules for use within the package only.
 INTERNAL = ("mru_kernels.backends", "mru_kernels.ops", "mru_kernels.torch_private")

@@ -79,7 +79,7 @@ def hx_warnings(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 def test_an_accumulating_state_in_half_precision_warns(cls, epsilon):
     module, x = unit(cls, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()
-    accumulates = cls in (mk.MinGRU, mk.MinLSTM) or epsilon > 0
+    accumulates = cls in (mk.MinGRU, mk.MinLSTM, mk.LIF) or epsilon > 0
     if hasattr(module, "epsilon"):
         module.epsilon = epsilon
     half = torch.ones(2, 2, 6, dtype=torch.bfloat16)

@@ -19,14 +19,14 @@ LAYERS = [
     ["checks"],
     ["ops", "mesa_checks", "mesa_fla"],
     ["cells", "delays", "mesa"],
-    ["nn", "define"],
-    ["blocks", "schedule", "streaming", "distributed", "export", "hardware", "writes"],
+    ["nn", "define", "synaptic"],
+    ["blocks", "schedule", "streaming", "distributed", "export", "hardware", "snn", "writes"],
 ]
 PARTS = [part for layer in LAYERS for part in layer]
 
 #: Modules that `import mru_kernels` does not import.
 LEFT_OUT = {"python_ref", "bench", "examples", "tests"}
-LEFT_OUT |= {f"mru_kernels.{part}" for part in ("distributed", "export", "hardware", "nn.projections", "writes")}
+LEFT_OUT |= {f"mru_kernels.{part}" for part in ("distributed", "export", "hardware", "nn.projections", "snn", "writes")}
 
 #: Parts of torch that take long to import. `import mru_kernels` imports none that `import torch` has not imported.
 HEAVY = ("_dynamo", "_inductor", "onnx", "distributed", "fx.experimental", "_export", "testing", "utils.cpp_extension")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # the tensors are too small 
 
 UNITS = {
     "bmru": mk.BMRU, "cmru": mk.CMRU, "alpha_cmru": mk.AlphaCMRU, "schmitt": mk.FirstQuadrantBMRU, "min_gru": mk.MinGRU,
-    "min_lstm": mk.MinLSTM, "lru": mk.LRU,
+    "min_lstm": mk.MinLSTM, "lif": mk.LIF, "lru": mk.LRU,
 }  # fmt: skip
 MODES = ("gated", "residual", "sparse", "average")
 FEATURES, CHANNELS, SEGMENT, STEPS = 5, 4, 4, 22

@@ -273,6 +273,16 @@ OWN = {
     mk.FirstQuadrantBMRU: WRITE_OR_HOLD,
     mk.MinGRU: {"bias", "max_time_scale"},
     mk.MinLSTM: {"bias", "max_time_scale"},
+    mk.LIF: {
+        "bias",
+        "beta",
+        "threshold",
+        "reset",
+        "tie",
+        "surrogate",
+        "surrogate_scale",
+        "detach_reset",
+    },
     mk.LRU: {"r_min", "r_max", "max_phase"},
 }
 

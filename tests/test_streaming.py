@@ -24,7 +24,10 @@ def _module(kind: str) -> torch.nn.Module:
     return getattr(mk, kind)(5, 8, 2, **where)
 
 
-@pytest.mark.parametrize("kind", ["BMRU", "AlphaCMRU", "FirstQuadrantBMRU", "MinLSTM", "LRU", "block", "network"])
+KINDS = ["BMRU", "AlphaCMRU", "FirstQuadrantBMRU", "MinLSTM", "LIF", "LRU", "block", "network"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_equal_the_whole(kind):
     module = _module(kind)
     x = torch.randn(3, sum(CUTS), 5, dtype=torch.float64)

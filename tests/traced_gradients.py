@@ -19,6 +19,8 @@ KINDS: dict[str, tuple[type, dict]] = {
     "FirstQuadrantBMRU, epsilon 0.5": (mk.FirstQuadrantBMRU, {"epsilon": 0.5, "bias": False}),
     "MinGRU": (mk.MinGRU, {"bias": False}),
     "MinLSTM": (mk.MinLSTM, {"chunk_size": None}),
+    "LIF": (mk.LIF, {"threshold": 0.5}),
+    "LIF, zero, not detached": (mk.LIF, {"threshold": 0.5, "reset": "zero", "detach_reset": False}),
     "LRU": (mk.LRU, {}),
 }
 Gradients = dict[str, Tensor]

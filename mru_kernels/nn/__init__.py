@@ -11,11 +11,13 @@ from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .network import MRUNetwork
+from .spiking import LIF
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
 __all__ = [
     "BMRU",
     "CMRU",
+    "LIF",
     "LRU",
     "UNITS",
     "AlphaCMRU",
