@@ -17,6 +17,7 @@ from .blocks import blocked
 from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
+from .cells.resonate import resonate, resonate_step
 from .cells.schmitt import schmitt, schmitt_step
 from .define import Affine, DefinedCell, Write, define_cell, heaviside, sign
 from .delays import delay_conv
@@ -25,6 +26,7 @@ from .nn import (
     BMRU,
     CMRU,
     LRU,
+    PRF,
     AlphaCMRU,
     DelayConv,
     FirstQuadrantBMRU,
@@ -43,6 +45,7 @@ __all__ = [
     "BMRU",
     "CMRU",
     "LRU",
+    "PRF",
     "Affine",
     "AlphaCMRU",
     "DefinedCell",
@@ -74,6 +77,8 @@ __all__ = [
     "mismatch",
     "quantizable",
     "quantized",
+    "resonate",
+    "resonate_step",
     "robustness",
     "schmitt",
     "schmitt_step",

@@ -33,6 +33,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float64, *COMPLEX_DTYPES) else torch.float32
 
 
+def complex_dtype(real: torch.dtype) -> torch.dtype:
+    """The complex dtype whose parts have dtype `real`; torch.compile does not trace `dtype.to_complex`."""
+    return torch.complex128 if real == torch.float64 else torch.complex64
+
+
 def _names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 

@@ -11,12 +11,14 @@ from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .network import MRUNetwork
+from .resonate import PRF
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
 __all__ = [
     "BMRU",
     "CMRU",
     "LRU",
+    "PRF",
     "UNITS",
     "AlphaCMRU",
     "DelayConv",
