@@ -229,12 +229,8 @@ def test_vmap_and_forward_mode():
     torch.testing.assert_close(tangent.sum(), (grad * leaves[0]).sum())
 
 
-ARGUMENTS = {
-    "input": torch.randn(2, 5, 3),
-    "decay": torch.ones(3) + 0j,
-    "gain": torch.ones(3),
-    "threshold": torch.ones(3),
-}
+ONES = torch.ones(3)
+ARGUMENTS = {"input": torch.randn(2, 5, 3), "decay": ONES + 0j, "gain": ONES, "threshold": ONES}
 
 
 @pytest.mark.parametrize(

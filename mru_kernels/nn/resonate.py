@@ -122,11 +122,10 @@ class PRF(MRUBase, names=("prf",)):
         }
 
     def _scan(self, gates, initial_state, **options):
-        per_channel = [options.pop(name) for name in ("decay", "gain", "threshold")]
-        return resonate(gates, *per_channel, initial_state, **options)
+        return resonate(gates, initial_state=initial_state, **options)
 
-    def _step(self, gates, state, state_indices, *, decay, gain, threshold):
-        return resonate_step(gates, decay, gain, threshold, state, state_indices=state_indices)
+    def _step(self, gates, state, state_indices, **per_channel):
+        return resonate_step(gates, state=state, state_indices=state_indices, **per_channel)
 
     def _output(self, h: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         return h * p["alpha"].to(h.dtype) if self.amplitude else h
