@@ -78,22 +78,13 @@ def resonate(
         >>> spikes.shape, state.shape, state.dtype
         (torch.Size([8, 100, 64]), torch.Size([8, 64]), torch.complex64)
     """
-    checks.flag("tie", tie)
-    checks.flag("membrane", membrane)
-    _check_surrogate(surrogate, surrogate_scale)
-    first, update = _update(input, decay, gain, threshold, 3)
-    states = {"initial_state": initial_state, "reset_state": reset_state}
-    for name, state in states.items():
-        _check_dtype(name, state, update.dtype)
-    u, *others = linear_recurrence(
-        decay, update, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state,
-        chunk_size=chunk_size, return_boundaries=return_boundaries, backend=backend,
-    )  # fmt: skip
-    v = u.real - threshold.to(u.real.dtype)
-    fired = spikes(v, tie, surrogate_scale).to(first)
-    return ((fired, u.real.to(first)) if membrane else fired, *others)
-
-
+    number = _mode(tie, surrogate, checks.flag("membrane", membrane))
+    if membrane and isinstance(input, Tensor) and input.dtype in checks.STREAM_DTYPES:
+        # Spikes are decided before a membrane is rounded to half precision.
+        dtype = checks.autocast_dtype(input.device) if input.dtype != torch.float64 else None
+        dtype, input = dtype or input.dtype, input.to(checks.state_dtype(input.dtype))
+    with torch.autocast(...):
+        pass
 def resonate_step(
     input: Tensor,
     decay: Tensor,

@@ -92,7 +92,7 @@ def step_slots(cell: ops.Cell, inputs, given, packed, numbers, state, state_indi
     streams = ops.as_streams(inputs)
     _check(cell, streams, given, packed, numbers, None, None, None, None, CHUNK, 0)
     first = ops.first_stream(streams, packed)
-    checks.slots(state, state_indices, first.squeeze(1))
+    checks.slots(state, state_indices, first.squeeze(1), cell.state_dtype(first.dtype))
     if state.device.type == "cpu":
         checks.slot_values(state_indices, state.shape[0])
     h = first.new_zeros(first.shape)  # the kernel writes no row of a sequence that it skips
