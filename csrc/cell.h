@@ -18,6 +18,8 @@
 //   enter(x, s)                  the state that enters a sequence; only inputs per channel may be read
 //
 //   kAdjointSeesState            whether `cotangent` depends on s or `after`
+//   kComposes                    whether a step is an affine map of the state, which composes with others. If not, time is
+//                                not cut, `pull` is pull(x, s, m), and kAdjointSeesState is true
 //   kAlpha                       the input per channel that scales the output, h = alpha s'; -1: there is none
 //   kCodes                       whether a step fits a write code of 2 bits (maps/write_or_hold.h); then also
 //     kFirstValue, kSecondValue  the two values that a step may write
@@ -52,7 +54,7 @@ constexpr Scalar positive(const char* name) { return {name, 5e-324, 1.7976931348
 
 // The defaults of a cell: h is the state after the step.
 struct CellBase {
-  static constexpr bool kAdjointSeesState = false, kCodes = false, kOverwrites = false;
+  static constexpr bool kAdjointSeesState = false, kComposes = true, kCodes = false, kOverwrites = false;
   static constexpr int kAlpha = -1;
 
   template <class V>
@@ -68,6 +70,13 @@ struct CellBase {
     return s;
   }
 };
+
+// `pull` of any cell, where the state is known.
+template <class Cell, class V>
+MRU_INLINE V pull_at(const Cell& cell, const V* x, V s, V m) {
+  if constexpr (Cell::kComposes) return cell.pull(x, m);
+  else return cell.pull(x, s, m);
+}
 
 // A declaration derives from this with itself as `Self`: masks over its kInputs, bit i for input i.
 template <class Self>

@@ -66,6 +66,7 @@ struct Lanes {
   using Int = int;
   static MRU_INLINE V splat(Scalar a) { return a; }
   static MRU_INLINE V abs(V x) { return std::fabs(x); }
+  static MRU_INLINE V exp(V x) { return std::exp(x); }
   static MRU_INLINE V tanh(V x) { return std::tanh(x); }
   static MRU_INLINE V turned(V v, V x) {
 #ifdef __CUDA_ARCH__  // a GPU compares and selects at half the rate of other instructions

@@ -16,6 +16,7 @@ from .backends import available_backends
 from .blocks import blocked
 from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
+from .cells.lif import lif, lif_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
 from .cells.resonate import resonate, resonate_step
 from .cells.schmitt import schmitt, schmitt_step
@@ -70,6 +71,8 @@ __all__ = [
     "heaviside",
     "leaky_integrator",
     "leaky_integrator_step",
+    "lif",
+    "lif_step",
     "linear_recurrence",
     "linear_recurrence_step",
     "mesa",

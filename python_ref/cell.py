@@ -29,6 +29,7 @@ class Steps(NamedTuple):
         s: s_t.
         lambda_: dL/ds_t.
         grad_h: dL/dh_t.
+        exact: s_{t-1} and s_t themselves, where `s_before` and `s` may be sums of terms: they decide.
     """
 
     gates: tuple[Tensor, ...]
@@ -36,6 +37,22 @@ class Steps(NamedTuple):
     s: Tensor
     lambda_: Tensor
     grad_h: Tensor
+    exact: tuple[Tensor, Tensor]
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dtype):
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _rounded(dtype: torch.dtype) -> Term:
+    """Rounds to `dtype`, without an effect on gradients."""
+    return lambda x: _Rounded.apply(x, dtype)
 
 
 def _identity(s: Tensor, **_: Any) -> Tensor:
@@ -53,6 +70,11 @@ def _resets(
     mask = torch.zeros(shape[:2], dtype=torch.bool, device=like.device) if resets is None else resets
     state = torch.zeros_like(like) if reset_state is None else reset_state.to(like.dtype).expand_as(like)
     return mask.unsqueeze(-1), state
+
+
+def _state_dtype(stream: Tensor) -> torch.dtype:
+    """The dtype of the states of real streams."""
+    return torch.float64 if stream.dtype == torch.float64 else torch.float32
 
 
 def _boundaries(s: Tensor, reverse: bool, cu_seqlens: Tensor | None, every: int) -> Tensor:
@@ -78,10 +100,12 @@ class Cell:
         optional: names of the tensors that may be absent.
         scalars: the defaults of its numbers, by name.
         gates: (**inputs) -> a tuple of `[B, T, D]` or `[D]`: what the steps need and no state decides.
-        step: (s, *gates, **scalars) -> the next state, all `[B, D]`.
+        step: (s, *gates, rounded, **scalars) -> the next state, all `[B, D]`. `rounded` rounds to the state dtype.
+        step_of_terms: (s, sums, gates, terms, **scalars) -> the sum of the absolute values of what the next state
+            adds up, from s, the sums for s, the gates, and their absolute values. None: `step` gives it.
         output: (s `[B, T, D]`, **inputs) -> h `[B, T, D]`.
         slope: (s `[B, T, D]`, **inputs) -> dh_t/ds_t `[B, T, D]`.
-        decay: (*gates, **scalars) -> ds_t/ds_{t-1} `[B, T, D]`.
+        decay: (*gates, steps, term, **inputs) -> ds_t/ds_{t-1} `[B, T, D]`; of `steps`, lambda and G are not known.
         gradients: (steps, term, **inputs) -> by the name of each input, its gradient at every step, `[B, T, D]`. Each
             addend of a sum passes through `term`.
         affine: (**inputs) -> (a, w) with s_t = a_t s_{t-1} + w_t, for other packages' scans, with autograd's gradients;
@@ -95,6 +119,8 @@ class Cell:
             ones, and results for real tensors are real parts.
         settle: (call) -> the tensors of a drawn call that change so that no output hangs on rounding, by name. `call`
             has all its arguments by name. None: no output does.
+        rounds: whether the state decides what a step does. Then every backend rounds each operation of a step alike,
+            and the forward pass is the same everywhere.
         unit: name of the module of `mru_kernels` that is timed next to the op; None: there is none.
     """
 
@@ -106,7 +132,7 @@ class Cell:
     gradients: Callable[..., dict[str, Tensor]]
     draw: Callable[[Draw, Mapping[str, Any]], dict[str, Tensor]]
     optional: tuple[str, ...] = ()
-    scalars: dict[str, float] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
     output: Callable[..., Tensor] = _identity
     slope: Callable[..., Tensor] = _one
     affine: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -114,6 +140,8 @@ class Cell:
     dtypes: dict[str, torch.dtype] = field(default_factory=lambda: DTYPES)
     complex_state: bool = False
     settle: Callable[[Mapping[str, Any]], dict[str, Tensor]] | None = None
+    step_of_terms: Callable[..., Tensor] | None = None
+    rounds: bool = False
     unit: str | None = None
 
     def __call__(
@@ -127,6 +155,7 @@ class Cell:
         chunk_size: int = 64,
         return_boundaries: bool = False,
         dtype: torch.dtype = torch.float64,
+        state: torch.dtype | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, ...]:
         """Scan the cell over time, one step after the other. Nothing is validated.
@@ -142,6 +171,7 @@ class Cell:
             return_boundaries: whether to return the states after every `chunk_size` steps too.
             dtype: of the arithmetic and the results: float64 makes it the reference, float32 the plain loop that error
                 limits refer to. Complex tensors are computed in its complex counterpart.
+            state: the dtype that a cell rounds to which `rounds`; None: that of states for the streams given.
             arguments: the optional inputs and the scalars, by name.
 
         Returns:
@@ -153,6 +183,8 @@ class Cell:
             {"initial_state": initial_state, **arguments, **dict(zip(names, tensors, strict=False))}, cu_seqlens, dtype
         )
         tensors_, scalars = self._split(x)
+        given = (*tensors, *(t for t in arguments.values() if isinstance(t, Tensor)))
+        rounded = _rounded(state or _state_dtype(next(t for t in given if t.dim() == 3)))
         mask, reset_state = _resets(resets, reset_state, initial_state, shape)
 
         def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -163,7 +195,7 @@ class Cell:
             after_reset = states[1].unsqueeze(1).expand_as(streams[0])
 
             def step(s: Tensor, reset: Tensor, after_reset: Tensor, *row: Tensor) -> Tensor:
-                return self.step(torch.where(reset, after_reset, s), *row, **scalars)
+                return self.step(torch.where(reset, after_reset, s), *row, rounded=rounded, **scalars)
 
             s, final_state = scan(step, [mask, after_reset, *gates], states[0])
             return [self.output(s, **given), s], [final_state]
@@ -214,6 +246,7 @@ class Cell:
         mask, s_reset = _resets(resets, reset_state, s_0, shape)
         like = grad_h.to(s_0.dtype)
         streams = [torch.ones_like(like) if t is None else t.expand(shape) for t in tensors.values()]
+        rounded = _rounded(_state_dtype(grad_h))
         at = positions(shape[1], reverse, cu_seqlens, chunk_size) if return_boundaries else []
         joins = torch.zeros_like(like)  # dL/ds from the boundaries
         for row, t in at if grad_boundaries is not None else []:
@@ -222,7 +255,7 @@ class Cell:
         def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             *over_time, mask, joins, G = streams  # noqa: N806 as in the equations
             given = dict(zip(tensors, over_time, strict=True))
-            return self._adjoint(given, scalars, mask, joins, G, *states, term)
+            return self._adjoint(given, scalars, mask, joins, G, *states, term, rounded)
 
         states = [s_0, s_reset, grad_final.to(s_0.dtype)]
         results, states = over_sequences(one, [*streams, mask, joins, like], states, reverse, cu_seqlens)
@@ -237,13 +270,13 @@ class Cell:
         given_states = {"initial_state": (initial_state, ds_0), "reset_state": (reset_state, d_reset)}
         return found | {name: grad for name, (state, grad) in given_states.items() if state is not None}
 
-    def _adjoint(self, tensors, scalars, mask, joins, G, s_0, s_reset, F, term):  # noqa: N803 as in the equations
+    def _adjoint(self, tensors, scalars, mask, joins, G, s_0, s_reset, F, term, rounded):  # noqa: N803 as in the equations
         """`adjoint` of one batch of sequences in scan order: ([h, s, a gradient an input], [s_T, ds_0, ds_reset])."""
         x = {**tensors, **scalars}
-        gates, s_before, s, s_last, h, slope = self._scan(x, scalars, mask, G, s_0, s_reset, term)
+        steps, s_last, h, slope = self._scan(x, scalars, mask, G, s_0, s_reset, term, rounded)
         G, from_right, lambdas = term(G), term(F), []  # noqa: N806
         of_reset = torch.zeros_like(from_right)
-        decay = self.decay(*gates, **scalars)
+        decay = self.decay(*steps.gates, steps=steps, term=term, **x)
         for a_t, g_t, joins_t, reset in zip(
             *(reversed(x.unbind(1)) for x in (decay, slope.conj() * G, term(joins), mask)), strict=True
         ):
@@ -252,8 +285,8 @@ class Cell:
             of_reset = of_reset + torch.where(reset, from_right, 0)
             from_right = torch.where(reset, 0, from_right)
         lambda_ = torch.stack(lambdas[::-1], 1) if lambdas else torch.empty_like(G)
-        grads = self.gradients(Steps(gates, s_before, s, lambda_, G), term, **x)
-        return [h, s, *(grads[name] for name in tensors)], [s_last, from_right, of_reset]
+        grads = self.gradients(steps._replace(lambda_=lambda_, grad_h=G), term, **x)
+        return [h, steps.s, *(grads[name] for name in tensors)], [s_last, from_right, of_reset]
 
     @torch.no_grad()
     def tangent(
@@ -285,6 +318,7 @@ class Cell:
         streams = [like if t is None else t.expand(shape) for t in tensors.values()]
         changes = [like * tangents[name].to(s_0.dtype) if name in tangents else 0 * like for name in tensors]
         mask, s_reset = _resets(resets, reset_state, s_0, shape)
+        rounded = _rounded(_state_dtype(next(t for t in arguments.values() if isinstance(t, Tensor) and t.dim() == 3)))
         of_states = [
             tangents.get(name, torch.zeros_like(s_0)).to(s_0.dtype) for name in ("initial_state", "reset_state")
         ]
@@ -294,12 +328,12 @@ class Cell:
             s_0, s_reset, ds_0, ds_reset = states
             values, dx = streams[: len(tensors)], [term(t) for t in streams[len(tensors) :]]
             x = {**dict(zip(tensors, values, strict=True)), **scalars}
-            gates, s_before, s, _, _, slope = self._scan(x, scalars, mask, values[0], s_0, s_reset, term)
-            ones, zeros = torch.ones_like(s), torch.zeros_like(s)
-            of_state = self.gradients(Steps(gates, s_before, s, ones, zeros), term, **x)
-            of_output = self.gradients(Steps(gates, s_before, s, zeros, ones), term, **x)
+            steps, _, _, slope = self._scan(x, scalars, mask, values[0], s_0, s_reset, term, rounded)
+            ones, zeros = torch.ones_like(steps.s), torch.zeros_like(steps.s)
+            of_state = self.gradients(steps._replace(lambda_=ones, grad_h=zeros), term, **x)
+            of_output = self.gradients(steps._replace(lambda_=zeros, grad_h=ones), term, **x)
             source = sum(of_state[name].conj() * t for name, t in zip(tensors, dx, strict=True))
-            decay = self.decay(*gates, **scalars)
+            decay = self.decay(*steps.gates, steps=steps, term=term, **x)
             after_reset = term(ds_reset)
             ds, d_last = scan(
                 lambda ds, reset, a, b: a * torch.where(reset, after_reset, ds) + b, [mask, decay, source], term(ds_0)
@@ -313,24 +347,39 @@ class Cell:
         )
         return (dh, d_final, *((_boundaries(ds, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
 
-    def _scan(self, x, scalars, mask, like, s_0, s_reset, term):
-        """Of a batch of sequences in scan order: gates, s before and after each step, s_T, h, dh/ds, or their terms."""
+    def _scan(self, x, scalars, mask, like, s_0, s_reset, term, rounded):
+        """Of a batch of sequences in scan order, or their terms: steps without gradients, s_T, h, dh/ds."""
         batch = like.shape[0]
         exact = [g.expand_as(like) for g in self.gates(**x)]
         # The states, and below them in the same batch the sums of their terms.
         after_reset = torch.cat([s_reset, term(s_reset)])
+
+        def step(both: Tensor, reset: Tensor, *row: Tensor) -> Tensor:
+            both = torch.where(reset, after_reset, both)
+            if term is itself or self.step_of_terms is None:
+                return self.step(both, *row, rounded=rounded, **scalars)
+            s, sums = both.tensor_split(2)
+            gates, terms = zip(*(g.tensor_split(2) for g in row), strict=True)
+            after = self.step(s, *gates, rounded=rounded, **scalars)
+            return torch.cat([after, self.step_of_terms(s, sums, gates, terms, **scalars)])
+
         both, final = scan(
-            lambda s, reset, *row: self.step(torch.where(reset, after_reset, s), *row, **scalars),
+            step,
             [torch.cat([mask, mask]), *(torch.cat([g, term(g)]) for g in exact)],
             torch.cat([s_0, term(s_0)]),
         )
-        value, s, s_0, s_last = both[:batch], term(both[batch:]), term(s_0), term(final[len(s_0) :])
-        s_before = torch.cat([s_0.unsqueeze(1), s], 1)[:, :-1] if s.shape[1] else s
-        s_before = torch.where(mask, term(s_reset).unsqueeze(1), s_before)
+
+        def before(s: Tensor, first: Tensor, after_reset: Tensor) -> Tensor:
+            found = torch.cat([first.unsqueeze(1), s], 1)[:, :-1] if s.shape[1] else s
+            return torch.where(mask, after_reset.unsqueeze(1), found)
+
+        value, s, s_last = both[:batch], term(both[batch:]), term(final[len(s_0) :])
         h, slope = self.output(value, **x), term(self.slope(value, **x))
         if term is not itself:
-            h = term(h) + slope * (s - term(value))
-        return tuple(term(g) for g in exact), s_before, s, s_last, h, slope
+            h = term(h) + torch.where(slope == 0, 0, slope * (s - term(value)))  # an infinite state may have no slope
+        states = before(s, term(s_0), term(s_reset)), s
+        of_exact = before(value, s_0, s_reset), value
+        return Steps(tuple(term(g) for g in exact), *states, s, s, of_exact), s_last, h, slope
 
     def _arguments(
         self, given: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype
@@ -342,7 +391,7 @@ class Cell:
         for name in (*self.inputs, *self.optional):
             x[name] = None if given.get(name) is None else given[name].to(dtype)
         for name, default in self.scalars.items():
-            x[name] = float(given.get(name, default))
+            x[name] = type(default)(given.get(name, default))
         unknown = given.keys() - x.keys() - {"initial_state"}
         if unknown:
             raise TypeError(f"{self.name}: expected some of {', '.join(x)}, got {', '.join(sorted(unknown))}")
@@ -357,7 +406,7 @@ class Cell:
         state = stream if stream == torch.float64 or stream.is_complex else torch.float32
         return state.to_complex() if self.complex_state else state
 
-    def _split(self, x: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    def _split(self, x: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tensors, absent ones included, and scalars."""
         tensors = {name: x[name] for name in (*self.inputs, *self.optional)}
         return tensors, {name: x[name] for name in self.scalars}

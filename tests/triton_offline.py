@@ -76,7 +76,8 @@ class Variant:
     def reads(self):
         from mru_kernels.backends.triton.tuning import Reads
 
-        return Reads(DTYPES[self.element], len(self.streams), len(self.per_channel), self.codes, self.resets)
+        counts = len(self.streams), len(self.per_channel)
+        return Reads(DTYPES[self.element], *counts, self.codes, self.resets, self.spec.composes)
 
     @property
     def tile(self) -> int:

@@ -2,28 +2,29 @@
 //
 //   u' = a u + delta x    h = H(Re u' - V), or Re u'        inputs: x, a, delta, V
 //
-// The state is complex, all else but a is real. H(0) is 1 if ties fire, else 0. A NaN of Re u' - V is one of h.
+// The state and a are complex, all else is real.
 #pragma once
 #include "../cell.h"
-#include "../surrogate.h"
+#include "../spike.h"
 
 namespace mru {
 
 template <class S>
 struct Resonate : CellBase {
   static constexpr bool kAdjointSeesState = true;
-  using Real = typename RealOf<S>::type;
 
-  Surrogate<Real> surrogate;
-  bool ties_fire, emits_membrane;
+  bool membrane;  // whether h is Re u'
+  Spike<typename RealOf<S>::type> spike;
 
-  // scalars: surrogate_scale; mode, whose bit 0 is set if ties fire, and bit 1 if h is Re u'
-  MRU_INLINE explicit Resonate(const double* scalars)
-      : surrogate(scalars[0]), ties_fire((int(scalars[1]) & 1) != 0), emits_membrane((int(scalars[1]) & 2) != 0) {}
+  // scalars: the number of a mode (mru_kernels/cells/resonate.py), surrogate_scale
+  MRU_INLINE explicit Resonate(const double* scalars) : Resonate(int(scalars[0]), scalars[1]) {}
+  MRU_INLINE Resonate(int mode, double steepness)
+      : membrane(mode / 10), spike(SlopeOf(mode / 2 % 5), mode % 2, steepness) {}
 
   template <class V>
   MRU_INLINE V step(const V* x, V s) const {
-    return x[1] * s + V(x[2].re * x[0].re);
+    const V turned = x[1] * s;
+    return {turned.re + x[2].re * x[0].re, turned.im};
   }
   template <class V>
   MRU_INLINE V recompute(const V* x, V s) const {
@@ -31,23 +32,11 @@ struct Resonate : CellBase {
   }
   template <class V>
   MRU_INLINE V output(const V* x, V, V after) const {
-    if (emits_membrane) return after;
-    const auto v = after.re - x[3].re;
-    using R = typename RealOf<V>::type;
-    const R zero = splat<R>(0), one = splat<R>(1);
-    const R above = v > zero ? one : v - v;  // NaN stays, and infinity fires
-    return V(v == zero ? splat<R>(ties_fire ? 1 : 0) : (v < zero ? zero : above));
+    return membrane ? after : V(spike.emit(after.re, x[3].re));
   }
   template <class V>
   MRU_INLINE V pull(const V* x, V m) const {
     return conj(x[1]) * m;
-  }
-  // The gradient of Re u' that comes from h.
-  template <class V>
-  MRU_INLINE auto of_output(const V* x, V after, V g) const {
-    using R = typename RealOf<V>::type;
-    if (emits_membrane) return g.re;
-    return R(g.re * splat<R>(surrogate.gain) * step_slope(after.re - x[3].re, surrogate));
   }
   template <class V>
   MRU_INLINE V cotangent(const V* x, V, V after, V g, V m) const {
@@ -56,20 +45,32 @@ struct Resonate : CellBase {
   template <class V>
   MRU_INLINE V vjp(const V* x, V s, V after, V g, V m, V* dx) const {
     using R = typename RealOf<V>::type;
-    const R q = of_output(x, after, g);
+    const R q = of_output(x, after, g), zero{};
     const V lambda{m.re + q, m.im};
     dx[0] = V(x[2].re * lambda.re);
     dx[1] = lambda * conj(s);
     dx[2] = V(x[0].re * lambda.re);
-    dx[3] = V(emits_membrane ? splat<R>(0) : -q);
+    dx[3] = V(membrane ? zero : -q);
     return pull(x, lambda);
+  }
+  // A NaN threshold makes its channel NaN.
+  template <class V>
+  MRU_INLINE V enter(const V* x, V s) const {
+    return {x[3].re == x[3].re ? s.re : x[3].re, s.im};
+  }
+
+ private:
+  // What g, the gradient of h, gives to that of Re u'.
+  template <class V>
+  MRU_INLINE auto of_output(const V* x, V after, V g) const {
+    return membrane ? g.re : spike.times_slope(g.re, after.re, x[3].re);
   }
 };
 
 namespace cells {
 struct resonate : Declaration<resonate> {
   static constexpr InputKind kInputs[] = {kStream, kComplexChannel, kChannel, kChannel};
-  static constexpr Scalar kScalars[] = {positive("surrogate_scale"), {"mode", 0, 3}};
+  static constexpr Scalar kScalars[] = {{"mode", 0, 19}, positive("surrogate_scale")};
   static constexpr bool kComplex = false;
   template <class E>
   using State = Complex<typename StateOf<E>::type>;

@@ -230,6 +230,7 @@ class BackwardTile {
  private:
   // The maps of the thread's steps to shared memory: of s; of m too, unless it needs the states.
   __device__ __forceinline__ void reduce() {
+    if constexpr (!Cell::kComposes) return;
     States a = all<F>(1), u = all<F>(0), m = all<F>(0);
 #pragma unroll
     for (int t = 0; t < kSteps<F>; ++t)
@@ -237,7 +238,7 @@ class BackwardTile {
         [[maybe_unused]] const Elements grad = room_.staged(part_.tile, kGrad, t);
         agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
           u.at[w] = cell_.recompute(x, u.at[w]);
-          a.at[w] = cell_.pull(x, a.at[w]);
+          a.at[w] = pull_at(cell_, x, S(0), a.at[w]);
           if constexpr (!kSeesState) {
             const S of_grad = cell_.cotangent(x, S(0), S(0), S(widen(grad, w)), S(0));
             m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);  // what reaches the left end
@@ -291,7 +292,7 @@ class BackwardTile {
     if (!agent_.inside || !part_.has(0) || !has_boundary(part_.position)) return m;
     return add<F>(m, boundary_grad<F>(agent_.call.scan, agent_.call.plan, agent_.span, part_.position, agent_.d));
   }
-  // The offsets of the maps of m, from the states. Their factors are in shared memory already.
+  // The offsets of the maps of m, from the states. Their factors are in shared memory already, if these need no state.
   __device__ __forceinline__ void reduce_adjoint() const {
     States a = all<F>(1), m = all<F>(0);
 #pragma unroll
@@ -300,10 +301,11 @@ class BackwardTile {
         const Elements grad = room_.staged(part_.tile, kGrad, t);
         agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
           const S of_grad = cell_.cotangent(x, states_[t].at[w], states_[t + 1].at[w], S(widen(grad, w)), S(0));
-          a.at[w] = cell_.pull(x, a.at[w]);
+          a.at[w] = pull_at(cell_, x, states_[t].at[w], a.at[w]);
           m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);
         });
       }
+    if constexpr (!Cell::kComposes) room_.own(0) = a;
     room_.own(2) = joined(m);
   }
 
@@ -325,9 +327,11 @@ class BackwardTile {
     if constexpr (kSelects) {
       walk(factors, values, room_.channels, int(blockDim.y), start);
     } else {
-      walk_or_scan<false>(factors, values, room_.channels, int(blockDim.y), start, [&](S s) {
+      const auto scan = [&](S s) {
         return column(c, d).scan_steps(room_.row(1), 1, s, [&](int, const S* x, S s) { return cell_.recompute(x, s); });
-      });
+      };
+      if constexpr (!Cell::kComposes) scan(start);
+      else walk_or_scan<false>(factors, values, room_.channels, int(blockDim.y), start, scan);
     }
   }
   __device__ __forceinline__ void walk_adjoint(int c, int64_t d) const {
@@ -339,7 +343,7 @@ class BackwardTile {
           return of.scan_steps(room_.row(2), -1, m, [&](int step, const S* x, S m) {
             S before = 0, after = 0;
             if constexpr (kSeesState) states_at(of, step, before, after);
-            const S left = cell_.pull(x, cell_.cotangent(x, before, after, of.element(step, kGrad), m));
+            const S left = pull_at(cell_, x, before, cell_.cotangent(x, before, after, of.element(step, kGrad), m));
             const int64_t position = part_.begin + step;
             if (!has_boundary(position)) return left;
             const auto& call = agent_.call;

@@ -87,6 +87,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
   // The thread's steps as one map, to shared memory.
   template <bool kOverwrites, class Part>
   __device__ __forceinline__ void reduce(const Part& part, const Cell& cell, bool& copies) const {
+    if constexpr (!Cell::kComposes) return;
     typename F::States a = all<F>(1), u = all<F>(0);
     if constexpr (kOverwrites && Cell::kCodes) {
       auto last = Of::none(), squared = Of::all_of(0);
@@ -104,7 +105,7 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
       if (!copies && part.has(t))
         this->for_channels(part.tile, t, [&](int w, const S* x) {
           u.at[w] = cell.step(x, u.at[w]);
-          a.at[w] = conj(cell.pull(x, conj(a.at[w])));
+          a.at[w] = conj(pull_at(cell, x, S(0), conj(a.at[w])));
         });
     room.own(0) = a, room.own(1) = u;
   }
@@ -118,9 +119,11 @@ class ForwardAgent : public TileAgent<F, F::kStreams, 2, 1> {
       carried = walk(factors, values, room.channels, int(blockDim.y), carried);
     } else {
       const Column<F, Base> column{*this, part.tile, part.begin, c, d};
-      carried = walk_or_scan<false>(factors, values, room.channels, int(blockDim.y), carried, [&](S s) {
+      const auto scan = [&](S s) {
         return column.scan_steps(room.row(1), 1, s, [&](int, const S* x, S s) { return cell.step(x, s); });
-      });
+      };
+      if constexpr (!Cell::kComposes) carried = scan(carried);
+      else carried = walk_or_scan<false>(factors, values, room.channels, int(blockDim.y), carried, scan);
     }
   }
 

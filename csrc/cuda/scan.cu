@@ -86,6 +86,7 @@ class Op {
   const char* map(S* factor, S* offset);
 
  private:
+  static constexpr bool kComposes = F::Cell::kComposes;
   // Registers bear 16 bytes of states in `backward`.
   using Narrow = typename F::template With<std::min<int>(F::W, 16 / sizeof(S))>;
 
@@ -155,6 +156,7 @@ class Op {
     return Plan(uncut, direction < 0);
   }
   void clear(void* rows, int64_t count) { launch_.copy_rows(rows, nullptr, count * scan_.channels * sizeof(S)); }
+  void forward_cut();
   void summarize_backward();
   void reduce_sums();
 
@@ -170,17 +172,23 @@ template <class F>
 const char* Op<F>::forward() {
   mark();
   if (scan_.offsets && scan_.checkpoints) clear(scan_.checkpoints, scan_.batch * scan_.checkpoint_rows);
-  if (!plan_.is_cut()) {
+  if (!kComposes || !plan_.is_cut()) {
     forward_tiles(plan_);
     return launch_.result();
   }
+  if constexpr (kComposes) forward_cut();
+  return launch_.result();
+}
+
+// Forward, with time cut.
+template <class F>
+void Op<F>::forward_cut() {
   if (scan_.offsets) launch_.copy_rows(scan_.final_state, scan_.initial, scan_.sequences * scan_.channels * sizeof(S));
   summarize_segments(Heads::kBegin);
   carry_over(1);
   if constexpr (F::Cell::kCodes) over_segments(expand<F>);
   else forward_tiles(plan_);
   if (checks_) forward_tiles(check_segments(1), work_.again);
-  return launch_.result();
 }
 
 // The maps of m of the segments.
@@ -207,7 +215,7 @@ const char* Op<F>::backward() {
       launch_.copy_rows(scan_.grad_initial, scan_.grad_final, scan_.sequences * scan_.channels * sizeof(S));
       if (scan_.grad_reset_state) clear(scan_.grad_reset_state, scan_.sequences);
     }
-    summarize_backward();
+    if constexpr (kComposes) summarize_backward();
     carry_over(-1);
   }
   backward_tiles(plan_, work_);
@@ -275,7 +283,10 @@ const char* launch_map(const Scan& scan, void* factor, void* offset, void* works
 }
 template <class C>
 constexpr Kernels kernels_of() {
+  using S = typename C::template State<T>;
   if constexpr (RealOf<T>::is_complex && !C::kComplex) return {};
+  else if constexpr (!C::template Cell<S, C::all()>::kComposes)
+    return {&launch_forward<C>, &launch_backward<C>, nullptr};
   else return {&launch_forward<C>, &launch_backward<C>, &launch_map<C>};
 }
 

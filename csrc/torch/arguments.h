@@ -29,6 +29,7 @@ struct CellInfo {
   bool is_complex;       // whether the cell accepts complex streams
   bool complex_state;    // whether states are complex though streams are real
   unsigned complex_inputs;
+  bool composes;         // whether its steps compose (Cell::kComposes), so that time may be cut
   bool (*takes)(unsigned given, unsigned per_channel);
   bool (*has_codes)(unsigned given, unsigned per_channel);
 };
@@ -38,8 +39,10 @@ bool has_codes(unsigned given, unsigned per_channel) {
                       []<unsigned kGiven, unsigned>() { return C::template Cell<float, kGiven>::kCodes; });
 }
 template <class C>
-constexpr CellInfo info_of = {C::inputs(), C::scalars(), C::kScalars, C::kComplex, C::has_complex_state(),
-                                   C::complex_inputs(), &C::takes, &has_codes<C>};
+constexpr CellInfo info_of = {
+    C::inputs(), C::scalars(), C::kScalars, C::kComplex, C::has_complex_state(), C::complex_inputs(),
+    C::template Cell<float, C::all()>::kComposes, &C::takes, &has_codes<C>,
+};
 
 // The facts of a backend that the binding uses.
 struct BackendInfo {
@@ -72,7 +75,7 @@ class BoundArguments {
     scan.reverse = arguments.reverse, scan.chunk = arguments.chunk;
     MRU_EXPECT(scan.chunk > 0 && scan.chunk <= backend.most_chunk && scan.chunk % kEventsPerWord == 0,
                "chunk: expected a positive multiple of 16 up to ", backend.most_chunk, ", got ", scan.chunk);
-    scan.segment = segment_of(backend, arguments.segment);
+    scan.segment = cell.composes ? segment_of(backend, arguments.segment) : 0;
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
     scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
     // Packing write codes pays off only with segments, which read the inputs twice.

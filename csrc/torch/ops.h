@@ -145,6 +145,7 @@ template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                                OptionalTensor cu_seqlens, OptionalTensor resets, OptionalTensor reset_state,
                                bool reverse, int64_t segment) {
+  MRU_EXPECT(info_of<C>.composes, "map: expected a cell whose steps compose; those of this one do not");
   const OptionalTensor none;
   BoundArguments bound(info_of<C>, Backend::kInfo,
                        {inputs, given, packed, numbers, none, cu_seqlens, resets, reset_state, reverse,

@@ -2,16 +2,77 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from .linear_recurrence import linear_recurrence, linear_recurrence_step
+from .. import backends, checks, ops
+from ..scalars import SURROGATE_SCALE, Scalar
+from . import spikes
+from .call import call, step
+from .spikes import SURROGATES
 
-SURROGATES = ("atan",)
+
+class Mode(NamedTuple):
+    """How a call works. The kernels get its number: that of a row in the table of all modes."""
+
+    tie: bool
+    surrogate: str
+    membrane: bool  # h is the membrane
+
+
+_FLAG = (False, True)
+_MODES = [Mode(tie, surrogate, membrane) for membrane, surrogate, tie in product(_FLAG, SURROGATES, _FLAG)]
+_NUMBERS = {mode: float(number) for number, mode in enumerate(_MODES)}
+
+
+def mode_of(number: float) -> Mode:
+    return _MODES[int(number)]
+
+
+def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
+    input, decay, gain, threshold = x
+    # A NaN threshold is one of the state.
+    return torch.where(threshold.isnan(), threshold, decay), gain * input
+
+
+def _step(gates: Sequence[Tensor], u: Tensor, p: Sequence[float]) -> Tensor:
+    decay, update = gates
+    return decay * u + update
+
+
+def _output(x: Sequence[Tensor], u: Tensor, p: Sequence[float]) -> Tensor:
+    mode = mode_of(p[0])
+    return u.real if mode.membrane else spikes.emitted(u.real, x[3].real, mode.tie, mode.surrogate, p[1])
+
+
+CELL = ops.add_cell(
+    ops.Cell(
+        name="resonate",
+        inputs=(
+            ops.Input("input"),
+            ops.Input("decay", "channel", complex=True),
+            ops.Input("gain", "channel"),
+            ops.Input("threshold", "channel"),
+        ),
+        scalars=(Scalar("mode", 0.0, len(_MODES) - 1.0), SURROGATE_SCALE),
+        complex_state=True,
+        plain=ops.Plain(_step, _gates, _output),
+    )
+)
+
+
+def _number(tie: bool, surrogate: str, membrane: bool) -> float:
+    """The number of a mode; otherwise raise an error that names the argument."""
+    checks.flag("tie", tie)
+    try:
+        return _NUMBERS[tie, surrogate, membrane]
+    except (KeyError, TypeError):
+        spikes.check_surrogate(surrogate)
+        raise
 
 
 def resonate(
@@ -24,7 +85,7 @@ def resonate(
     tie: bool = True,
     surrogate: str = "atan",
     surrogate_scale: float = 1.0,
-    membrane: bool = False,
+    membrane: bool | str = False,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
     resets: Tensor | None = None,
@@ -50,9 +111,11 @@ def resonate(
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the dtype of
             `decay`; zeros if None.
         tie: whether a neuron at its threshold fires.
-        surrogate: the derivative of H at v: "atan", k / (1 + (pi k v)^2).
-        surrogate_scale: k > 0 of the derivative.
-        membrane: whether to return the membranes Re u_t too.
+        surrogate: the derivative of H, by name: "atan", "fast_sigmoid", "sigmoid", "triangle" or "straight_through"; see
+            `lif`.
+        surrogate_scale: k > 0 of the surrogate derivative.
+        membrane: whether to return the membranes Re u_t too. Then the scan runs twice, once for each output. With
+            "only" the output is the membranes in place of the spikes, at the cost of one scan.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
         resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in
@@ -64,8 +127,8 @@ def resonate(
 
     Returns:
         The spikes `[B, T, D]`, 0 or 1 in the input's dtype, and the final state `[B, D]` (`[N, D]`) in the dtype of
-        `decay`. With `membrane` the first result is a pair, spikes and membranes, both with gradients. Under autocast
-        streams are cast to the autocast dtype. With `return_boundaries` a third result, as for `linear_recurrence`.
+        `decay`. With `membrane=True` the first is `(spikes, membranes)`, both `[B, T, D]` in the input's dtype, with
+        gradients. Layouts are those of `bmru`. With `return_boundaries` a third result, as for `linear_recurrence`.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -78,13 +141,23 @@ def resonate(
         >>> spikes.shape, state.shape, state.dtype
         (torch.Size([8, 100, 64]), torch.Size([8, 64]), torch.complex64)
     """
-    number = _mode(tie, surrogate, checks.flag("membrane", membrane))
-    if membrane and isinstance(input, Tensor) and input.dtype in checks.STREAM_DTYPES:
-        # Spikes are decided before a membrane is rounded to half precision.
-        dtype = checks.autocast_dtype(input.device) if input.dtype != torch.float64 else None
-        dtype, input = dtype or input.dtype, input.to(checks.state_dtype(input.dtype))
-    with torch.autocast(...):
-        pass
+    if not isinstance(membrane, bool) and membrane != "only":
+        raise ValueError(f"membrane: expected a bool or 'only', got {membrane!r}")
+
+    def scan(membrane: bool) -> tuple[Tensor, ...]:
+        return call(
+            CELL, (input, decay, gain, threshold), (_number(tie, surrogate, membrane), surrogate_scale), initial_state,
+            reverse=reverse, cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+            return_boundaries=return_boundaries, backend=backend,
+        )  # fmt: skip
+
+    results = scan(membrane == "only")
+    if membrane is not True:
+        return results
+    membranes, *_ = scan(True)
+    return (results[0], membranes), *results[1:]
+
+
 def resonate_step(
     input: Tensor,
     decay: Tensor,
@@ -118,55 +191,4 @@ def resonate_step(
         >>> spikes.shape
         torch.Size([8, 64])
     """
-    checks.flag("tie", tie)
-    first, update = _update(input, decay, gain, threshold, 2)
-    _check_dtype("state", state, update.dtype)
-    u, after = linear_recurrence_step(decay, update, state, state_indices=state_indices)
-    fired = spikes(u.real - threshold.to(u.real.dtype), tie).to(first)
-    if state_indices is not None:  # u of a skipped sequence is 0
-        fired = fired.masked_fill((state_indices < 0).unsqueeze(1), 0)
-    return fired, after
-
-
-def spikes(v: Tensor, tie: bool = True, scale: float = 1.0) -> Tensor:
-    """H(v), NaN where v is NaN, with the derivative scale / (1 + (pi scale v)^2)."""
-    fired = torch.where(v.isnan(), v.detach(), ((v >= 0) if tie else (v > 0)).to(v.dtype))
-    # A function with that derivative, less its value. torch.compile traces no autograd.Function with a `jvp`.
-    smooth = (math.pi * scale * v).atan() / math.pi
-    return fired + (smooth - smooth.detach())
-
-
-def _update(input: Tensor, decay: Tensor, gain: Tensor, threshold: Tensor, rank: int) -> tuple[torch.dtype, Tensor]:
-    """The dtype of the streams, and the complex update of the recurrence."""
-    checks.tensor("input", input, rank, "[batch, time, channels]" if rank == 3 else "[batch, channels]")
-    dtype = input.dtype
-    if dtype not in checks.STREAM_DTYPES:
-        raise TypeError(f"input: expected a floating dtype, got {dtype}")
-    if dtype != torch.float64:
-        dtype = checks.autocast_dtype(input.device) or dtype
-    real = checks.state_dtype(dtype)
-    for name, value in (("gain", gain), ("threshold", threshold), ("decay", decay)):
-        checks.tensor(name, value, 1, "[channels]")
-        if value.shape[0] != input.shape[-1]:
-            raise ValueError(f"{name}: expected shape [{input.shape[-1]}] [channels], got {list(value.shape)}")
-        if value.device != input.device:
-            raise ValueError(f"{name}: expected the input's device {input.device}, got {value.device}")
-        if name == "decay":
-            _check_dtype(name, value, checks.complex_dtype(real))
-        elif value.dtype not in (input.dtype, real, torch.float32):
-            raise TypeError(f"{name}: expected dtype {input.dtype} or {real}, got {value.dtype}")
-    return dtype, (gain.to(real) * input.to(dtype).to(real)).to(checks.complex_dtype(real))
-
-
-def _check_dtype(name: str, value: Tensor | None, dtype: torch.dtype) -> None:
-    if isinstance(value, Tensor) and value.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
-
-
-def _check_surrogate(surrogate: str, scale: float) -> None:
-    if surrogate not in SURROGATES:
-        raise ValueError(f"surrogate: expected one of {', '.join(SURROGATES)}, got {surrogate!r}")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"surrogate_scale: expected a float, got {type(scale).__name__}")
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"surrogate_scale: expected a positive finite number, got {scale}")
+    return step(CELL, (input, decay, gain, threshold), (_number(tie, "atan", False), 1.0), state, state_indices)

@@ -84,6 +84,11 @@ def _function(compiled: Any, eager: Any) -> Any:
     return compiled if torch.compiler.is_compiling() else eager
 
 
+def select(z: Tensor, one: Tensor, zero: Tensor) -> Tensor:
+    """`one` where z is 1, `zero` where it is 0, with the derivatives of `z one + (1 - z) zero`."""
+    return _function(Select, _SelectWithTangent).apply(z, one, zero)
+
+
 def unit_step(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """1 where x >= y, else 0. `scale` is that of the surrogate derivative."""
     return _function(_UnitStep, _UnitStepWithTangent).apply(x, y, scale)
@@ -110,7 +115,7 @@ def _kept(s: Tensor, epsilon: float | Tensor) -> Tensor:
 def step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     """The state after a step, `[B, D]`, from its gate and value, the state before, and the scalars."""
     z, v = gates
-    return _function(Select, _SelectWithTangent).apply(z, v + _kept(s, p[0]), s)
+    return select(z, v + _kept(s, p[0]), s)
 
 
 def output(x: Inputs, s: Tensor, p: Sequence[float | Tensor]) -> Tensor:

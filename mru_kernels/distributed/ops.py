@@ -38,6 +38,8 @@ def parallel_op(op: Scan, group: Group) -> Scan:
             resets = arguments.pop("resets")
             if arguments.pop("return_boundaries"):
                 raise ValueError("return_boundaries: expected False for a sequence over several ranks, got True")
+            if arguments.get("membrane") is True:
+                raise ValueError("membrane: expected False or 'only' for a sequence over several ranks, got True")
             reverse = checks.flag("reverse", arguments.pop("reverse", False))
             names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() > 0]
 

@@ -144,7 +144,8 @@ class _Segment(torch.autograd.Function):
 
         (entry, h, final), last = _chain(call.ranks, order, maps, state, run)
         ctx.graph = (leaves, entry, h, final)
-        ctx.ranks, ctx.order, ctx.factors = call.ranks, order, maps[:, 0].conj()
+        ctx.ranks, ctx.order = call.ranks, order
+        ctx.factors = maps[:, 0].conj() if maps.any() else None  # all 0 where steps do not compose
         ctx.name, ctx.what = f"backward pass of {call.name}", what
         return h.detach(), last
 
@@ -159,7 +160,10 @@ class _Segment(torch.autograd.Function):
 
             def own_map() -> Tensor:
                 (adjoint,) = torch.autograd.grad(h, entry, grad_h, retain_graph=True)
-                return torch.stack([adjoint, grad_final])
+                if ctx.factors is not None:
+                    return torch.stack([adjoint, grad_final])
+                (factor,) = torch.autograd.grad(final, entry, torch.ones_like(final), retain_graph=True)
+                return torch.stack([adjoint, grad_final, factor])
 
             def run(of_final: Tensor) -> tuple[list[Tensor], Tensor]:
                 ends = (grad_h, of_final)
@@ -167,11 +171,12 @@ class _Segment(torch.autograd.Function):
                 return grads, adjoint
 
             with call.agreed(ctx.what, 0):
-                every = ctx.ranks.gather(own_map, grad_final.expand(2, *grad_final.shape))
+                every = ctx.ranks.gather(own_map, grad_final.expand(2 + (ctx.factors is None), *grad_final.shape))
                 of_final = every[0, 1]
                 for grad in every[1:, 1]:
                     of_final = of_final + grad
-                maps = torch.stack([ctx.factors, every[:, 0]], 1)
+                factors = every[:, 2] if ctx.factors is None else ctx.factors
+                maps = torch.stack([factors, every[:, 0]], 1)
                 grads, of_state = _chain(ctx.ranks, ctx.order[::-1], maps, of_final, run)
         given = iter(grads)
         if ctx.ranks.rank != ctx.order[0]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
-from ..cells.resonate import spikes
+from ..cells import spikes
 from .arguments import (
     check_choice,
     check_input_dtype,
@@ -222,7 +222,7 @@ class MRUBlock(WithUnits):
     def _inside(self, u: Tensor) -> Tensor:
         """What the last map of the MLP reads."""
         if self.mlp == "spiking":
-            return self.alpha * spikes(u - 1.0)
+            return self.alpha * spikes.emitted(u, torch.ones_like(u), True, "atan", 1.0)
         return F.glu(self.mlp_in(u))
 
     def _convolved(self, v: Tensor, past: Tensor | None, resets: Tensor | None, parallel: Any) -> tuple[Tensor, Tensor]:

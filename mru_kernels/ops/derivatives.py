@@ -86,20 +86,35 @@ def tangent_of_gradient(
 
 
 def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, ...]:
-    """`tangent` of any cell whose step is affine in the state."""
+    """`tangent` of any cell."""
     x, enters = _by_input(cell, call, _values(cell, call))
     dx, d_enters = _by_input(cell, call, tangents)
     steps = _Steps(cell, backend, call, x)
     zeros = steps.like.new_zeros(steps.like.shape)
-    *_, decay = steps.slopes_of_state(zeros)
-    scan = _LinearScan(backend, call, decay, decay.dtype)
-    states = scan.before(scan(steps.after(zeros), enters)[0], enters)
-    *of_state, _ = steps.slopes_of_state(states)
+    if cell.numbers_of_states is None:
+        *_, decay = steps.slopes_of_state(zeros)
+        scan = _LinearScan(backend, call, decay, decay.dtype)
+        states = scan.before(scan(steps.after(zeros), enters)[0], enters)
+        *of_state, _ = steps.slopes_of_state(states)
+    else:
+        states = _LinearScan(backend, call, zeros, zeros.dtype).before(_states(cell, backend, call, x), enters)
+        *of_state, decay = steps.slopes_of_state(states)
+        scan = _LinearScan(backend, call, decay, decay.dtype)
     *of_output, through = steps.slopes_of_output(states)
     dx = [t for t, value in zip(dx, x, strict=True) if value is not None]
     d_states, *others = scan(scan.sum(zeros, *map(_times, dx, of_state)), d_enters, save=call["save"])
     dh = scan.sum(zeros, scan.before(d_states, d_enters) * through, *map(_times, dx, of_output))
     return (dh.real if cell.complex_state else dh), *others
+
+
+def _states(cell: Cell, backend: str, call: Call, x: Tensors) -> Tensor:
+    """The states after all steps `[B, T, D]`, in the state dtype, of a cell that does not compose."""
+    assert cell.numbers_of_states is not None
+    inputs = [t.to(state_dtype(x[0].dtype)) for t in x if t is not None]
+    inputs += call["inputs"][len(call["inputs"]) - len(cell.scheduled) :]
+    numbers = cell.numbers_of_states(call["numbers"])
+    own = {"inputs": inputs, "packed": 0, "numbers": numbers, "save": False}
+    return cell.forward[backend](*(call | own).values())[0]
 
 
 class Enters(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backends, checks
 from .. import torch_private as private
 from .autograd import Scan, differentiable_inputs, raise_as_torch, requires_grad
-from .layout import allocate
+from .layout import allocate, sequences_of
 from .spec import Cell
 
 SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
@@ -29,7 +29,10 @@ _wanted = _Wanted()
 
 @contextmanager
 def as_maps() -> Iterator[None]:
-    """A context in which `scan` returns the map of each whole sequence, (factor, offset), both `[N, D]`."""
+    """A context in which `scan` returns the map of each whole sequence, (factor, offset), both `[N, D]`.
+
+    Those of a cell that does not compose are zeros, a guess: it has no such map.
+    """
     before, _wanted.maps = _wanted.maps, True
     try:
         yield
@@ -77,6 +80,10 @@ def scan(
         return row.module.scan(
             cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, every
         )
+    if _wanted.maps and not cell.composes:
+        states = (sequences_of(inputs, cu_seqlens), first.shape[-1] // (packed.bit_count() or 1))
+        zeros = first.new_zeros(states, dtype=checks.state_dtype(first.dtype))
+        return zeros, zeros
     if _wanted.maps:
         with private.BelowAutograd():
             return cell.map[row.name](inputs, given, packed, numbers, cu_seqlens, resets, reset_state, reverse, SEGMENT)

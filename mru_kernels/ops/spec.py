@@ -70,6 +70,8 @@ class Cell:
         dtypes: of its streams.
         complex_state: whether states are complex though streams are real.
         plain: the cell in plain torch; without it the backend "torch" lacks the cell.
+        numbers_of_states: (numbers) -> those with which h is the state. Given for a cell whose step is no affine map of
+            the state, so that steps do not compose: time is not cut.
         forward, backward, step, step_slots, map: the ops of each backend.
     """
 
@@ -81,11 +83,17 @@ class Cell:
     dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
     complex_state: bool = False
     plain: Plain | None = None
+    numbers_of_states: Callable[[Sequence[float]], list[float]] | None = None
     forward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     backward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     step: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     step_slots: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
     map: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def composes(self) -> bool:
+        """Whether steps compose as affine maps of the state."""
+        return self.numbers_of_states is None
 
     def state_dtype(self, stream: torch.dtype) -> torch.dtype:
         """The dtype of states for streams of a dtype."""

@@ -22,6 +22,17 @@ constexpr auto forward_if_codes() {
 }
 
 template <class F>
+constexpr decltype(Kernels::summarize) summarize_if_composes() {
+  if constexpr (F::Cell::kComposes) return &summarize<F>;
+  else return nullptr;
+}
+template <class F>
+constexpr decltype(Kernels::summarize_adjoint) summarize_adjoint_if_composes() {
+  if constexpr (F::Cell::kComposes) return &summarize_adjoint<F>;
+  else return nullptr;
+}
+
+template <class F>
 constexpr Kernels table = {.inputs = F::kInputs,
                            .channels = F::kPerChannel,
                            .adjoint_sees_state = F::Cell::kAdjointSeesState,
@@ -29,8 +40,8 @@ constexpr Kernels table = {.inputs = F::kInputs,
                            .forward = &forward<F, Codes::kNone>,
                            .forward_from_codes = forward_if_codes<F, Codes::kRead>(),
                            .forward_to_codes = forward_if_codes<F, Codes::kPack>(),
-                           .summarize = &summarize<F>,
-                           .summarize_adjoint = &summarize_adjoint<F>,
+                           .summarize = summarize_if_composes<F>(),
+                           .summarize_adjoint = summarize_adjoint_if_composes<F>(),
                            .backward = &backward<F>,
                            .take = &MapRows<F>::take,
                            .reduce = &reduce<F>,

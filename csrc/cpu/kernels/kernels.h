@@ -32,6 +32,7 @@ struct Kernels {
   void (*forward_from_codes)(const Scan&, const Segment&, int64_t d0, int64_t d1, void* carry);
   void (*forward_to_codes)(const Scan&, const Segment&, int64_t d0, int64_t d1, void* carry);
 
+  // The next two are null for a cell that does not compose (cell.h): its segments are whole sequences.
   // `map` becomes: map, then the segment as one map of the state. Packs the codes if scan.events is given. `late`: a row
   // in the real dtype of the state (`recent` of maps/cut.h), or null: not wanted.
   void (*summarize)(const Scan&, const Segment&, int64_t d0, int64_t d1, MapRow map, void* late);

@@ -11,7 +11,7 @@ functions are those of csrc/cell.h, compiled by Triton, on blocks in the state d
     recompute(x, s, p)                the same where nothing is NaN, which is all that gradients need
     output(x, s, after, p)            h
     push(x, m, p)                     a m, where s' = a s + b
-    pull(x, m, p)                     conj(a) m
+    pull(x, m, p)                     conj(a) m; not called if steps do not compose, as time is not cut then
     cotangent(x, s, after, g, m, p)   dL/ds', where g = dL/dh, and m = dL/ds' through the next step
     vjp(x, s, after, g, m, p)         dL/ds, and the tuple of the gradients of x, given or not
     enter(x, s)                       the state that enters a sequence; only inputs per channel may be read

@@ -13,8 +13,13 @@ def slope(x, bend, tie):
     The caller multiplies the gradient by `gain` first: a slope alone may leave the range where the product does not.
     """
     y = x * bend
-    y = y * y + tie
-    if x.dtype == tl.float64:
+    return reciprocal(y * y + tie)
+
+
+@triton.jit
+def reciprocal(y):
+    """1 / y for y > 0."""
+    if y.dtype == tl.float64:
         result = 1.0 / y
     else:
         root = tl.rsqrt(y)  # one instruction, where a division takes several

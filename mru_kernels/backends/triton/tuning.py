@@ -71,13 +71,14 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class Reads(NamedTuple):
-    """What decides how many registers a kernel needs for a step."""
+    """What decides how a kernel is compiled: mostly how many registers it needs for a step."""
 
     dtype: torch.dtype  # of the streams; of their parts if they are complex
     streams: int
     per_channel: int = 0  # inputs per channel, but for optional ones
     codes: bool = False
     resets: bool = False
+    composes: bool = True  # whether the cell's steps do; if not, the last bit of a state may decide a step
 
     @property
     def is_single(self) -> bool:
@@ -106,8 +107,13 @@ _REGISTERS_WITH_MORE = 168  # of `forward` and `summarize` with resets, and of c
 
 
 def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> dict:
-    """The compiler's options. In the forward pass a fused multiply-add would round differently from the CPU."""
-    common = {"num_warps": 1, "enable_fp_fusion": kernel in ("summarize_adjoint", "backward")}
+    """The compiler's options.
+
+    In the forward pass a fused multiply-add would round differently from the CPU. Where the last bit of a state
+    decides, the backward pass must recompute the same states.
+    """
+    fuses = kernel in ("summarize_adjoint", "backward") and reads.composes
+    common = {"num_warps": 1, "enable_fp_fusion": fuses}
     if amd or kernel not in _REGISTERS:
         return common
     limits = _REGISTERS[kernel][reads.codes]
