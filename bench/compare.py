@@ -101,7 +101,7 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
     """
     reference_op = CELLS[call.cell]
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # so gradients are wide
-    state = errors.state_dtype(call.stream.dtype)
+    state = reference_op.state_dtype(call.stream.dtype)
     reference = results_of(wide, partial(reference_op, state=state) if reference_op.rounds else reference_op)
     given = call.tensors | call.settings | grads_of(call)
     terms = reference_op.adjoint(**given, term=abs)
@@ -132,7 +132,7 @@ def is_exact(call: Call) -> bool:
         amplitude="amplitude" in call.tensors,
         states=[t for name in ("initial_state", "reset_state") if (t := call.tensors.get(name)) is not None],
         time=call.stream.shape[1],
-        state=errors.state_dtype(call.stream.dtype),
+        state=CELLS[call.cell].state_dtype(call.stream.dtype).to_real(),
     )
 
 

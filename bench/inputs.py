@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import state_dtype
 from .reference import CELLS, python_ref
 
 DTYPES: dict[str, torch.dtype] = python_ref.DTYPES
@@ -68,7 +67,7 @@ class Case:
     def build(self) -> Call:
         """Draw the inputs, on the CPU."""
         cell = CELLS[self.cell]
-        draw = python_ref.Draw(self.shape, self.dtype, self.options, self.seed)
+        draw = python_ref.Draw(self.shape, self.dtype, self.options, self.seed, cell.complex_state)
         tensors = cell.draw(draw, self.options)
         if self.options["initial_state"] != "none":
             tensors["initial_state"] = draw.initial_state(self.options["initial_state"])
@@ -83,6 +82,8 @@ class Case:
             tensors["reset_state"] = draw.initial_state("real")
         if self.options["boundaries"]:
             settings |= {"return_boundaries": True, "chunk_size": CHUNK_SIZE}
+        if cell.settle is not None:
+            tensors |= cell.settle(tensors | settings)
         return call(self.cell, tensors, settings, label=self.label(), generator=draw.generator)
 
 
@@ -148,15 +149,15 @@ def call(
     stream = next(iter(tensors.values()))
     cu_seqlens = settings.get("cu_seqlens")
     sequences = stream.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if stream.is_complex():
-        normal = partial(normal, dtype=torch.complex64)
-    grad_h = normal(stream.shape)
+    dtype = CELLS[cell].state_dtype(stream.dtype)
+    of_streams, normal = normal, partial(normal, dtype=torch.complex64) if dtype.is_complex else normal
+    grad_h = (normal if stream.is_complex() else of_streams)(stream.shape)
     grad_final = normal((sequences, stream.shape[2]))
     grad_boundaries = None
     if settings.get("return_boundaries"):
         batch, time, channels = stream.shape
         grad_boundaries = normal((batch, max(time - 1, 0) // settings["chunk_size"], channels))
-    state = {"device": stream.device, "dtype": state_dtype(stream.dtype)}
+    state = {"device": stream.device, "dtype": dtype}
     return Call(
         cell,
         tensors,

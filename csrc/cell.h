@@ -5,7 +5,8 @@
 // A cell is a struct over S, the scalar type of the state, and a struct `cells::<name>`, its declaration. Its functions are
 // templates over a value type V: S itself (CUDA) or a vector of it (CPU), see lanes.h. `x` are the inputs at one step, in
 // the order of kInputs, and `s` is the state before it. An optional input that is not given is 1 if it comes per channel;
-// as a stream it must not be read.
+// as a stream it must not be read. Where the state is complex and the streams are real, an input that is real has the
+// imaginary part 0, and of h and the gradients of such inputs only the real part is stored.
 //
 //   Cell(scalars)                the scalars in the order of mru_kernels/cells/<name>.py
 //   step(x, s)                   the state after; exact, with the NaN rules of the cell
@@ -29,16 +30,19 @@
 //     overwrites()               whether every write does: factors are 0 or 1, and a forward pass only copies values
 //     overwriting()              the same cell; the compiler knows that its overwrites() is true
 #pragma once
+#include "elements.h"
 #include "lanes.h"
 #include "scan.h"
 
 namespace mru {
 
-// How an array input comes: as a stream [B, T, D], as one value per channel [D], or as either.
+// How an array input comes: as a stream [B, T, D], as one value per channel [D], or as either. complex: as one complex value
+// per channel, though the streams are real.
 struct InputKind {
-  bool stream, channel, optional = false;
+  bool stream, channel, optional = false, complex = false;
 };
 constexpr InputKind kStream{true, false}, kChannel{false, true}, kEither{true, true};
+constexpr InputKind kComplexChannel{false, true, false, true};
 constexpr InputKind optional(InputKind kind) { return {kind.stream, kind.channel, true}; }
 
 // A scalar of a cell and the range of its values.
@@ -77,6 +81,9 @@ MRU_INLINE V pull_at(const Cell& cell, const V* x, V s, V m) {
 // A declaration derives from this with itself as `Self`: masks over its kInputs, bit i for input i.
 template <class Self>
 struct Declaration {
+  // The type of a state for streams of elements E.
+  template <class E>
+  using State = typename StateOf<E>::type;
   static constexpr int inputs() { return sizeof(Self::kInputs) / sizeof(InputKind); }
   static constexpr Scalar kScalars[1] = {};  // none, unless `Self` has some
   static constexpr int scalars() { return Self::kScalars[0].name ? sizeof(Self::kScalars) / sizeof(Scalar) : 0; }
@@ -98,6 +105,10 @@ struct Declaration {
   static constexpr unsigned channels() {
     return mask([](InputKind k) { return !k.stream; });
   }
+  static constexpr unsigned complex_inputs() {
+    return mask([](InputKind k) { return k.complex; });
+  }
+  static constexpr bool has_complex_state() { return RealOf<typename Self::template State<float>>::is_complex; }
   static constexpr unsigned all() { return (1u << inputs()) - 1; }
 
   // Whether the cell takes these inputs: those given, and those of them that come per channel.

@@ -5,7 +5,8 @@
 //   scan position                   0 is the first step scanned: time 0, or the last time step if `reverse`
 //   chunk                           steps between two checkpoints, which are saved states
 //   segment                         steps that are scanned in parallel with other segments; 0: time is not cut
-//   state dtype                     float for fp32, bf16 and fp16 streams, else the dtype of the streams
+//   state dtype                     float for fp32, bf16 and fp16 streams, else the dtype of the streams; its complex
+//                                   counterpart where a cell has complex states under real streams
 #pragma once
 #include <cstdint>
 
@@ -19,7 +20,7 @@ enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kComplex64, kComplex
 
 constexpr bool is_complex(Dtype dtype) { return dtype == Dtype::kComplex64 || dtype == Dtype::kComplex128; }
 
-// Bytes of an element of a stream, and of a state.
+// Bytes of an element of a stream or a state.
 constexpr int64_t element_bytes(Dtype dtype) {
   switch (dtype) {
     case Dtype::kBFloat16:
@@ -31,7 +32,6 @@ constexpr int64_t element_bytes(Dtype dtype) {
   }
   return 0;
 }
-constexpr int64_t state_bytes(Dtype dtype) { return element_bytes(dtype) < 4 ? 4 : element_bytes(dtype); }
 
 struct Stream {
   void* data = nullptr;
@@ -45,7 +45,7 @@ struct Input {
 };
 
 struct Scan {
-  Dtype dtype;
+  Dtype dtype, state;                // of the streams; of the states
   Input in[kMaxInputs];              // in the order of the cell's kInputs
   double scalars[kMaxScalars] = {};  // in the order of the cell's scalars
 

@@ -18,6 +18,7 @@ from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.lif import lif, lif_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
+from .cells.resonate import resonate, resonate_step
 from .cells.schmitt import schmitt, schmitt_step
 from .define import Affine, DefinedCell, Write, define_cell, heaviside, sign
 from .delays import delay_conv
@@ -27,6 +28,7 @@ from .nn import (
     CMRU,
     LIF,
     LRU,
+    PRF,
     AlphaCMRU,
     DelayConv,
     FirstQuadrantBMRU,
@@ -47,6 +49,7 @@ __all__ = [
     "CMRU",
     "LIF",
     "LRU",
+    "PRF",
     "Affine",
     "AlphaCMRU",
     "DefinedCell",
@@ -80,6 +83,8 @@ __all__ = [
     "mismatch",
     "quantizable",
     "quantized",
+    "resonate",
+    "resonate_step",
     "robustness",
     "schmitt",
     "schmitt_step",

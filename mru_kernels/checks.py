@@ -8,7 +8,7 @@ the kernels clamp the offsets.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import ParamSpec
 
@@ -31,6 +31,11 @@ _CHECK = os.environ.get("MRU_CHECK") == "1"
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for streams of `dtype`."""
     return dtype if dtype in (torch.float64, *COMPLEX_DTYPES) else torch.float32
+
+
+def complex_dtype(real: torch.dtype) -> torch.dtype:
+    """The complex dtype whose parts have dtype `real`; torch.compile does not trace `dtype.to_complex`."""
+    return torch.complex128 if real == torch.float64 else torch.complex64
 
 
 def _names(dtypes) -> str:
@@ -82,10 +87,16 @@ def streams(named: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> Non
             raise ValueError(f"{name}: expected {first_name}'s device {device}, got {value.device}")
 
 
-def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """Raise unless a per-channel input or a state fits the stream `first`: shape, dtype and device."""
-    allowed = dict.fromkeys((first.dtype, state_dtype(first.dtype)))
-    if not first.is_complex():
+def like(
+    name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letters: str, of_complex: bool = False
+) -> None:
+    """Raise unless a per-channel input or a state fits the stream `first`: shape, dtype and device.
+
+    With `of_complex` it is complex though the stream is real.
+    """
+    state = state_dtype(first.dtype)
+    allowed = dict.fromkeys((complex_dtype(state),) if of_complex else (first.dtype, state))
+    if not (first.is_complex() or of_complex):
         allowed[torch.float32] = None
     tensor(name, value, len(shape), letters)
     if value.shape != shape:
@@ -99,6 +110,7 @@ def like(name: str, value: Tensor, first: Tensor, shape: tuple[int, ...], letter
 def arguments(
     named: Mapping[str, Tensor], channel: Mapping[str, Tensor], states: Mapping[str, Tensor | None],
     offset: Tensor | None, reset: Tensor | None, gates: int = 0, dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
+    of_complex: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Raise unless the tensors of a call fit together.
 
@@ -108,6 +120,8 @@ def arguments(
         states: by name: "initial_state", "reset_state" or both; None for one that is absent.
         offset, reset: `cu_seqlens` and `resets`.
         gates: how many streams lie side by side in the first one; 0: it is one stream.
+        dtypes: of the streams.
+        of_complex: names of inputs per channel and states that are complex though the streams are real.
     """
     streams(named, dtypes)
     (name, first), *_ = named.items()
@@ -117,27 +131,30 @@ def arguments(
             raise ValueError(f"{name}: expected a last dimension that {gates} divides, got shape {list(first.shape)}")
         channels //= gates
     for name, value in channel.items():
-        like(name, value, first, (channels,), "[channels]")
+        like(name, value, first, (channels,), "[channels]", name in of_complex)
     if offset is not None:
         cu_seqlens(offset, first)
         sequences = offset.shape[0] - 1
     for name, state in states.items():
         if state is not None:
-            like(name, state, first, (sequences, channels), "[sequences, channels]")
+            like(name, state, first, (sequences, channels), "[sequences, channels]", name in of_complex)
     if reset is not None:
         resets(reset, first)
     elif states.get("reset_state") is not None:
         raise ValueError("reset_state: expected resets with it, got None")
 
 
-def slots(state: Tensor, state_indices: Tensor, first: Tensor) -> None:
-    """Raise unless these are states `[slots, D]` and indices `[B]` for a stream `first [B, D]`. Reads no values."""
+def slots(state: Tensor, state_indices: Tensor, first: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless these are states `[slots, D]` in `dtype` and indices `[B]` for a stream `first [B, D]`.
+
+    Reads no values.
+    """
     channels = first.shape[1]
     tensor("state", state, 2, "[slots, channels]")
     if state.shape[1] != channels:
         raise ValueError(f"state: expected shape [slots, {channels}], got {list(state.shape)}")
-    if state.dtype != state_dtype(first.dtype):
-        raise TypeError(f"state: expected the state dtype {state_dtype(first.dtype)}, got {state.dtype}")
+    if state.dtype != dtype:
+        raise TypeError(f"state: expected the state dtype {dtype}, got {state.dtype}")
     if not state.is_contiguous():
         raise ValueError(f"state: expected a contiguous tensor, got strides {list(state.stride())}")
     if state.device != first.device:

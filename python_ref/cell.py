@@ -115,6 +115,10 @@ class Cell:
             default. An input that may be `[D]` or a stream has the values "stream" and "channel", an optional one
             False and True, a scalar some of its values.
         dtypes: of its streams, by short names.
+        complex_state: whether states are complex though streams are real. Then all tensors are computed as complex
+            ones, and results for real tensors are real parts.
+        settle: (call) -> the tensors of a drawn call that change so that no output hangs on rounding, by name. `call`
+            has all its arguments by name. None: no output does.
         rounds: whether the state decides what a step does. Then every backend rounds each operation of a step alike,
             and the forward pass is the same everywhere.
         unit: name of the module of `mru_kernels` that is timed next to the op; None: there is none.
@@ -134,6 +138,8 @@ class Cell:
     affine: Callable[..., tuple[Tensor, Tensor]] | None = None
     factors: dict[str, tuple] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=lambda: DTYPES)
+    complex_state: bool = False
+    settle: Callable[[Mapping[str, Any]], dict[str, Tensor]] | None = None
     step_of_terms: Callable[..., Tensor] | None = None
     rounds: bool = False
     unit: str | None = None
@@ -259,6 +265,7 @@ class Cell:
             found["boundaries"] = _boundaries(s, reverse, cu_seqlens, chunk_size)
         for name, grad in zip(tensors, grads, strict=True):
             if name in given:
+                grad = grad if given[name].is_complex() else grad.real
                 found[name] = grad.sum((0, 1)) if given[name].dim() == 1 else grad
         given_states = {"initial_state": (initial_state, ds_0), "reset_state": (reset_state, d_reset)}
         return found | {name: grad for name, (state, grad) in given_states.items() if state is not None}
@@ -332,6 +339,7 @@ class Cell:
                 lambda ds, reset, a, b: a * torch.where(reset, after_reset, ds) + b, [mask, decay, source], term(ds_0)
             )
             dh = slope * ds + sum(of_output[n].conj() * t for n, t in zip(tensors, dx, strict=True))
+            dh = dh.real if self.complex_state else dh
             return [dh, ds], [d_last]
 
         (dh, ds), (d_final,) = over_sequences(
@@ -378,7 +386,7 @@ class Cell:
     ) -> tuple[dict[str, Any], Tensor, torch.Size]:
         """Inputs and scalars by name, the initial state, and the shape of a stream; all tensors in `dtype`."""
         stream = next(x for x in given.values() if isinstance(x, Tensor) and x.dim() == 3)
-        dtype = dtype.to_complex() if stream.is_complex() else dtype
+        dtype = dtype.to_complex() if stream.is_complex() or self.complex_state else dtype
         x: dict[str, Any] = {}
         for name in (*self.inputs, *self.optional):
             x[name] = None if given.get(name) is None else given[name].to(dtype)
@@ -392,6 +400,11 @@ class Cell:
             sequences = stream.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             state = stream.new_zeros(sequences, stream.shape[2])
         return x, state.to(dtype), stream.shape
+
+    def state_dtype(self, stream: torch.dtype) -> torch.dtype:
+        """The dtype of states for streams of a dtype."""
+        state = stream if stream == torch.float64 or stream.is_complex else torch.float32
+        return state.to_complex() if self.complex_state else state
 
     def _split(self, x: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tensors, absent ones included, and scalars."""

@@ -21,14 +21,24 @@ class Draw:
         options: by name: "batch" ("packed" or a number), "initial_state" ("none", "integer" or "real"), "parameters"
             ("float32" or "as streams"), "nonfinite" (whether some values are NaN or infinite).
         seed: of the generator.
+        complex_state: whether states are complex though streams are real.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, options: Mapping[str, Any], seed: int):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        options: Mapping[str, Any],
+        seed: int,
+        complex_state: bool = False,
+    ):
         self.shape, self.dtype, self.nonfinite = shape, dtype, options["nonfinite"]
         self.generator = torch.Generator().manual_seed(seed)
         self.cu_seqlens = self._offsets() if options["batch"] == "packed" else None
         as_streams = options["parameters"] == "as streams" or dtype.is_complex
         self.parameter_dtype = dtype if as_streams else torch.float32
+        self.complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+        self.complex_state = complex_state
 
     def _offsets(self) -> Tensor:
         time = self.shape[1]
@@ -61,10 +71,18 @@ class Draw:
         """Values `[D]` in the dtype of the case's parameters; if asked for, a NaN in one of many channels."""
         return self._finish(x, self.parameter_dtype, nan=x.numel() >= 8)
 
+    def complex_parameter(self, x: Tensor) -> Tensor:
+        """Complex values `[D]` of a cell whose states alone are complex; NaN as for `parameter`."""
+        return self._finish(x, self.complex_dtype, nan=x.numel() >= 8)
+
     def initial_state(self, kind: str) -> Tensor:
         """An initial state `[B, D]`, `[N, D]` of packed sequences; `kind` is "integer" or "real"."""
         sequences = self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
         x = self.normal((sequences, self.shape[2]), deviation=2.0)
+        if self.complex_state:
+            x = torch.complex(x, self.normal(x.shape, deviation=2.0))
+            x = torch.view_as_complex(torch.view_as_real(x).round()) if kind == "integer" else x
+            return self._finish(x, self.complex_dtype)
         return self._finish(self._turned(x.round() if kind == "integer" else x), self.parameter_dtype)
 
     def resets(self) -> Tensor:

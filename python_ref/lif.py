@@ -45,7 +45,7 @@ def slope_of_spike(v: Tensor, surrogate: str, surrogate_scale: float) -> Tensor:
     return SLOPES[surrogate](v, surrogate_scale)
 
 
-class _Spike(torch.autograd.Function):
+class Spike(torch.autograd.Function):
     @staticmethod
     def forward(ctx, U, theta, tie, surrogate, scale):  # noqa: N803 as in the equations
         ctx.save_for_backward(U, theta)
@@ -73,7 +73,7 @@ def step(
     U: Tensor, input: Tensor, beta: Tensor, threshold: Tensor, *,  # noqa: N803
     rounded: Term, reset: str, tie: bool, surrogate: str, surrogate_scale: float, detach_reset: bool, **_: Any,
 ) -> Tensor:  # fmt: skip
-    S = _Spike.apply(U, threshold, tie, surrogate, surrogate_scale)  # noqa: N806
+    S = Spike.apply(U, threshold, tie, surrogate, surrogate_scale)  # noqa: N806
     S = S.detach() if detach_reset else S  # noqa: N806
     zero = torch.zeros_like(U)
     fall = select(S, threshold, zero)  # theta S
@@ -146,7 +146,7 @@ def gradients(steps: Steps, term: Term, **x: Any) -> dict[str, Tensor]:
 def output(s: Tensor, *, threshold, tie, membrane, surrogate, surrogate_scale, **_: Any) -> Tensor:
     if membrane:
         return s
-    S = _Spike.apply(s, threshold.expand_as(s), tie, surrogate, surrogate_scale)  # noqa: N806
+    S = Spike.apply(s, threshold.expand_as(s), tie, surrogate, surrogate_scale)  # noqa: N806
     return S.masked_fill(s.isnan(), math.nan)
 
 

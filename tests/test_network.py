@@ -107,6 +107,7 @@ def test_a_unit_class_registers_its_names(monkeypatch):
 @pytest.mark.parametrize("name", UNITS)
 def test_every_unit_has_its_options_and_gradients(name):
     options = {"lru": {"r_max": 0.5}, "min_gru": {"max_time_scale": 9.0}, "gru": {"bias": False}}
+    options["prf"] = {"threshold": 0.0}
     module = network({name: options.get(name, {})}, conv_size=3)
     output, state = module(random(2, 17, 5))
     assert output.shape == (2, 17, 3)

@@ -317,7 +317,7 @@ def test_no_sequence_at_all(backend, device, data):
         streams = {name: t[..., :0] for name, t in streams.items()}
         channel = {name: t[:0] for name, t in channel.items()}
         states = (1, 0)
-    initial_state = torch.ones(states, dtype=errors.state_dtype(call.stream.dtype))
+    initial_state = torch.ones(states, dtype=inputs.CELLS[call.cell].state_dtype(call.stream.dtype))
     tensors = streams | channel | {"initial_state": initial_state}
     if "resets" in others:
         others["resets"] = torch.ones(next(iter(streams.values())).shape[:2], dtype=torch.bool)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mru_kernels as mk
 from bench import inputs
-from mru_kernels import backends, checks, ops
+from mru_kernels import backends, ops
 from tests import raw
 from tests.calls import CELLS, assert_same_bits, cases, step_settings
 from tests.drawn import assert_close
@@ -28,7 +28,8 @@ def of_step(call: inputs.Call) -> dict[str, Any]:
 def assert_slots_equal_separate_states(call: inputs.Call, indices: list[int], count: int, dtype: torch.dtype) -> None:
     """A step in slots against a step of each sequence on its own state. Other slots stay as they are."""
     step, arguments, first = getattr(mk, f"{call.cell}_step"), of_step(call), call.stream[:, 0]
-    before = torch.randn(count, first.shape[1], dtype=torch.float64).to(checks.state_dtype(first.dtype))
+    state = inputs.CELLS[call.cell].state_dtype(first.dtype)
+    before = torch.randn(count, first.shape[1], dtype=torch.complex128 if state.is_complex else torch.float64).to(state)
     slots, expected = before.clone().to(first.device), before.clone().to(first.device)
     expected_h = torch.zeros_like(first)
     for b, slot in enumerate(indices):

@@ -10,7 +10,7 @@ CutMaps::CutMaps(const Scan& scan, const Kernels& kernels, const Segments& segme
       segments(segments),
       direction(direction),
       maps(scan, segments.count()),
-      late(scan, segments.count(), state_bytes(scan) / (is_complex(scan.dtype) ? 2 : 1)),
+      late(scan, segments.count(), state_bytes(scan) / (is_complex(scan.state) ? 2 : 1)),
       entry(scan, segments.count()),
       exit(scan, segments.count()) {}
 

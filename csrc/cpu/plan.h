@@ -16,7 +16,7 @@ constexpr int64_t kBlockBytes = 4096;         // of one row of a block: wider bl
 constexpr int64_t kLeastBlockBytes = 256;     // of a block that is narrower for the sake of the threads
 constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
 
-inline int64_t state_bytes(const Scan& scan) { return mru::state_bytes(scan.dtype); }
+inline int64_t state_bytes(const Scan& scan) { return element_bytes(scan.state); }
 inline bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.channels < kSerialElements; }
 
 // Raises unless the offsets of packed sequences rise from 0 to T.

@@ -240,7 +240,7 @@ class BackwardTile {
           u.at[w] = cell_.recompute(x, u.at[w]);
           a.at[w] = pull_at(cell_, x, S(0), a.at[w]);
           if constexpr (!kSeesState) {
-            const S of_grad = cell_.cotangent(x, S(0), S(0), widen(grad, w), S(0));
+            const S of_grad = cell_.cotangent(x, S(0), S(0), S(widen(grad, w)), S(0));
             m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);  // what reaches the left end
           }
         });
@@ -300,7 +300,7 @@ class BackwardTile {
       if (part_.has(t)) {
         const Elements grad = room_.staged(part_.tile, kGrad, t);
         agent_.for_channels(part_.tile, t, [&](int w, const S* x) {
-          const S of_grad = cell_.cotangent(x, states_[t].at[w], states_[t + 1].at[w], widen(grad, w), S(0));
+          const S of_grad = cell_.cotangent(x, states_[t].at[w], states_[t + 1].at[w], S(widen(grad, w)), S(0));
           a.at[w] = pull_at(cell_, x, states_[t].at[w], a.at[w]);
           m.at[w] = Affine<S>{a.at[w], m.at[w]}.apply_finite(of_grad);
         });

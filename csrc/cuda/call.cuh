@@ -20,7 +20,7 @@ namespace mru::cuda {
 template <class C, class T_, int W_, unsigned kGiven, unsigned kChannels>
 struct Form {
   using T = T_;
-  using S = typename StateOf<T>::type;
+  using S = typename C::template State<T>;
   using Cell = typename C::template Cell<S, kGiven>;
   using States = Vector<S, W_>;
   template <int kWidth>

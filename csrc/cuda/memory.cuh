@@ -299,10 +299,15 @@ __device__ __forceinline__ V read_again(const V& v) {
   return bits_as<V>(read_word_again(reinterpret_cast<const Word*>(&v)));
 }
 
-// State values as elements of a stream, rounded once.
+// State values as elements of a stream, rounded once; of complex states under real streams the real parts.
 template <class T, int N, class S>
 __device__ __forceinline__ Vector<T, N> narrow(const Vector<S, N>& x) {
-  if constexpr (sizeof(T) == sizeof(S)) {
+  if constexpr (RealOf<S>::is_complex && !RealOf<T>::is_complex) {
+    Vector<typename RealOf<S>::type, N> parts;
+#pragma unroll
+    for (int i = 0; i < N; ++i) parts.at[i] = x.at[i].re;
+    return narrow<T>(parts);
+  } else if constexpr (sizeof(T) == sizeof(S)) {
     return bits_as<Vector<T, N>>(x);
   } else if constexpr (N == 1) {
     return {{T{uint16_t(narrow_pair(T{}, x.at[0], 0.f))}}};

@@ -69,7 +69,7 @@ struct Plan {
     if (scan.segment > 0) row_segments = std::max<int64_t>(1, (scan.time + scan.segment - 1) / scan.segment);
     segments = is_cut() ? scan.batch * row_segments : scan.sequences;
     row_divisor = Divisor(row_segments), chunk_divisor = Divisor(scan.chunk);
-    state_size_ = state_bytes(scan.dtype);
+    state_size_ = element_bytes(scan.state);
     states_bytes = aligned(segments * scan.channels * state_size_);
     if (scan.resets) reset_groups = (scan.time + kResetGroup - 1) / kResetGroup;
     resets_bytes_ = aligned(scan.batch * reset_groups * kResetWords * int64_t(sizeof(uint32_t)));

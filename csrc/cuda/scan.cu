@@ -17,8 +17,9 @@ struct Element {
   using complex128 = Complex<double>;
 };
 using T = Element::MRU_ELEMENT;
-using S = StateOf<T>::type;
-constexpr int kVectorWidth = 16 / sizeof(T);
+// Channels of a thread: 16 bytes of a stream, but not more than 32 of states.
+template <class C>
+constexpr int kVectorWidth = std::min<int>(16 / sizeof(T), 32 / sizeof(typename C::template State<T>));
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -69,6 +70,8 @@ class Launcher {
 // One call of an op: its launches, in order.
 template <class F>
 class Op {
+  using S = typename F::S;
+
  public:
   Op(const Scan& scan, bool backward, void* workspace, void* stream)
       : scan_(scan),
@@ -237,7 +240,7 @@ void Op<F>::reduce_sums() {
 }
 
 template <class F>
-const char* Op<F>::map(S* factor, S* offset) {
+const char* Op<F>::map(typename F::S* factor, typename F::S* offset) {
   mark();
   work_.late = nullptr;
   if (!plan_.is_cut()) work_.factor = factor, work_.offset = offset;
@@ -257,7 +260,8 @@ const char* with_form_and_width(const Scan& scan, Each each) {
     per_channel |= unsigned(scan.in[i].channel != nullptr) << i;
   }
   return with_form<C>(given, per_channel, [&]<unsigned kGiven, unsigned kChannels>() {
-    if (moves_words(scan, kVectorWidth)) return each.template operator()<Form<C, T, kVectorWidth, kGiven, kChannels>>();
+    constexpr int kWidth = kVectorWidth<C>;
+    if (moves_words(scan, kWidth)) return each.template operator()<Form<C, T, kWidth, kGiven, kChannels>>();
     return each.template operator()<Form<C, T, 1, kGiven, kChannels>>();
   });
 }
@@ -273,12 +277,14 @@ const char* launch_backward(const Scan& scan, void* workspace, void* stream) {
 template <class C>
 const char* launch_map(const Scan& scan, void* factor, void* offset, void* workspace, void* stream) {
   return with_form_and_width<C>(scan, [&]<class F>() {
+    using S = typename F::S;
     return Op<F>(scan, false, workspace, stream).map(static_cast<S*>(factor), static_cast<S*>(offset));
   });
 }
 template <class C>
 constexpr Kernels kernels_of() {
-  if constexpr (RealOf<S>::is_complex && !C::kComplex) return {};
+  using S = typename C::template State<T>;
+  if constexpr (RealOf<T>::is_complex && !C::kComplex) return {};
   else if constexpr (!C::template Cell<S, C::all()>::kComposes)
     return {&launch_forward<C>, &launch_backward<C>, nullptr};
   else return {&launch_forward<C>, &launch_backward<C>, &launch_map<C>};

@@ -69,7 +69,7 @@ struct Simt {
   }
 
  private:
-  static int64_t row_bytes(const Scan& scan) { return scan.channels * mru::state_bytes(scan.dtype); }
+  static int64_t row_bytes(const Scan& scan) { return scan.channels * mru::element_bytes(scan.state); }
 };
 
 std::map<std::string, std::array<uint64_t, 2>> traffic() {

@@ -27,6 +27,8 @@ struct CellInfo {
   int inputs, scalars;
   const Scalar* scalar;  // [scalars]
   bool is_complex;       // whether the cell accepts complex streams
+  bool complex_state;    // whether states are complex though streams are real
+  unsigned complex_inputs;
   bool composes;         // whether its steps compose (Cell::kComposes), so that time may be cut
   bool (*takes)(unsigned given, unsigned per_channel);
   bool (*has_codes)(unsigned given, unsigned per_channel);
@@ -38,8 +40,8 @@ bool has_codes(unsigned given, unsigned per_channel) {
 }
 template <class C>
 constexpr CellInfo info_of = {
-    C::inputs(), C::scalars(),  C::kScalars, C::kComplex, C::template Cell<float, C::all()>::kComposes,
-    &C::takes,   &has_codes<C>,
+    C::inputs(), C::scalars(), C::kScalars, C::kComplex, C::has_complex_state(), C::complex_inputs(),
+    C::template Cell<float, C::all()>::kComposes, &C::takes, &has_codes<C>,
 };
 
 // The facts of a backend that the binding uses.
@@ -66,7 +68,7 @@ class BoundArguments {
     MRU_EXPECT(!arguments.inputs.empty(), "inputs: expected at least one tensor");
     kept_.reserve(4 * kMaxInputs);
     streams.reserve(kMaxInputs);
-    bind_first(arguments);
+    bind_first(cell, arguments);
     bind_inputs(cell, arguments);
     bind_scalars(cell, arguments);
     bind_sequences(arguments);
@@ -105,7 +107,7 @@ class BoundArguments {
   Tensor sequence_states(const Tensor& t, const char* name) const {
     MRU_EXPECT(t.dim() == 2 && t.size(0) == scan.sequences && t.size(1) == scan.channels, name, ": expected [",
                scan.sequences, ", ", scan.channels, "]");
-    return parameter(t, name);
+    return parameter(t, name, /*of_state=*/true);
   }
   // The data of a tensor [rows, D] that the forward pass saved, checked.
   void* saved(const Tensor& t, int64_t rows, ScalarType as, const char* name) {
@@ -114,10 +116,15 @@ class BoundArguments {
     expect_device(t, name);
     return const_cast<void*>(keep(torch::stable::contiguous(t)));
   }
-  void expect_like(const Tensor& t, const char* name) const {
+  // `of_state`: whether it is a state, or like one; else it is real where the streams are.
+  void expect_like(const Tensor& t, const char* name, bool of_state = false) const {
     expect_device(t, name);
     const ScalarType own = t.scalar_type();
-    MRU_EXPECT(own == type || own == state || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
+    if (of_state && state != real_state_) {
+      MRU_EXPECT(own == state, name, ": expected the state dtype, which is complex");
+      return;
+    }
+    MRU_EXPECT(own == type || own == real_state_ || (own == ScalarType::Float && !is_complex(scan.dtype)), name,
                ": expected the streams' dtype, the state dtype or, for real streams, float32");
   }
 
@@ -148,7 +155,7 @@ class BoundArguments {
   static double size(int64_t n) { return double(std::max<int64_t>(n, 1)); }  // strides are products of other sizes
 
   // Binds inputs[0], the first stream or several streams side by side. It sets the sizes, dtype and device of the call.
-  void bind_first(const Arguments& arguments) {
+  void bind_first(const CellInfo& cell, const Arguments& arguments) {
     const Tensor& t = arguments.inputs[0];
     device_type_ = device_type(t), device_index_ = t.get_device_index();
     MRU_EXPECT(t.dim() == arguments.rank, "inputs[0]: expected ",
@@ -162,8 +169,9 @@ class BoundArguments {
     else streams.push_back(unit_channels(t));
     const Tensor& first = streams[0];
     type = first.scalar_type();
-    state = state_type(type);
-    scan.dtype = dtype_of(type);
+    real_state_ = state_type(type);
+    state = cell.complex_state ? complex_type(real_state_) : real_state_;
+    scan.dtype = dtype_of(type), scan.state = dtype_of(state);
     scan.batch = first.size(0), scan.time = arguments.rank == 3 ? first.size(1) : 1;
     scan.channels = arguments.rank == 3 ? first.size(2) : all / std::max<int64_t>(gates, 1);
     MRU_EXPECT(size(scan.batch) * size(scan.time) * size(scan.channels) <= double(kMostElements),
@@ -188,7 +196,7 @@ class BoundArguments {
       if ((arguments.given >> i & 1) == 0) continue;
       given |= 1u << i;
       if (i == 0 || (arguments.packed >> i & 1) != 0) place[i] = 0, stream[i] = gates++;
-      else bind_own(i, arguments);
+      else bind_own(i, cell.complex_inputs >> i & 1, arguments);
       if (stream[i] >= 0) scan.in[i].stream = nth_stream(stream[i]);
     }
     MRU_EXPECT(cell.takes(given, per_channel) && (!is_complex(scan.dtype) || cell.is_complex),
@@ -196,7 +204,7 @@ class BoundArguments {
   }
 
   // Binds input i, the next tensor of `inputs`: a stream [B, T, D] or a per-channel input [D].
-  void bind_own(int i, const Arguments& arguments) {
+  void bind_own(int i, bool is_complex, const Arguments& arguments) {
     MRU_EXPECT(next_ < int64_t(arguments.inputs.size()), "inputs: expected a tensor for each input of the mask ",
                arguments.given, ", got ", arguments.inputs.size());
     place[i] = int(next_);
@@ -205,7 +213,7 @@ class BoundArguments {
     if (t.dim() == 1) {
       MRU_EXPECT(t.size(0) == scan.channels, "inputs[", place[i], "]: expected [", scan.channels, "], got [", t.size(0),
                  "]");
-      scan.in[i].channel = keep(parameter(t, "inputs"));
+      scan.in[i].channel = keep(parameter(t, "inputs", is_complex));
       per_channel |= 1u << i;
       return;
     }
@@ -268,14 +276,15 @@ class BoundArguments {
     MRU_EXPECT(device_type(t) == device_type_ && t.get_device_index() == device_index_, name,
                ": expected the streams' device");
   }
-  Tensor parameter(const Tensor& t, const char* name) const {
-    expect_like(t, name);
+  Tensor parameter(const Tensor& t, const char* name, bool of_state) const {
+    expect_like(t, name, of_state);
     return as_state(t, state);
   }
 
   int32_t device_type_, device_index_;
   int64_t next_ = 1;  // position of the next tensor of `inputs`
   int64_t spare_rows_ = 0;
+  ScalarType real_state_;  // the state dtype, or that of its parts where only the state is complex
   Tensors kept_;
 };
 

@@ -99,9 +99,7 @@ Tensors backward(Tensor grad_h, Tensor grad_final, OptionalTensor grad_checkpoin
   Backend::template backward<C>(scan, grad_h);
 
   // Of the states, those that are given have a gradient, in their own dtype.
-  const auto own_dtype = [](Tensor grad, const Tensor& like) {
-    return grad.scalar_type() == like.scalar_type() ? grad : torch::stable::to(grad, like.scalar_type());
-  };
+  const auto own_dtype = [](Tensor grad, const Tensor& like) { return converted(grad, like.scalar_type()); };
   Tensors results;
   const size_t arrays = grads.size() - (reset_state ? 2 : 1);
   for (size_t i = 0; i < arrays; ++i) results.push_back(own_dtype(grads[i], inputs[i]));

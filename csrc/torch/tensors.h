@@ -37,6 +37,7 @@ namespace mru {
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -55,6 +56,11 @@ inline ScalarType state_type(ScalarType type) {
   const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
   return half ? ScalarType::Float : type;
 }
+
+inline ScalarType complex_type(ScalarType real) {
+  return real == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
+}
+inline bool is_complex(ScalarType type) { return type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble; }
 
 inline Dtype dtype_of(ScalarType type) {
   switch (type) {
@@ -79,6 +85,16 @@ inline Tensor unit_channels(const Tensor& t) {
 inline Tensor as_state(const Tensor& t, ScalarType type) {
   if (t.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(t, type));
   return t.is_contiguous() ? t : torch::stable::contiguous(t);  // a call of torch costs as much as a short scan
+}
+
+// `t` in a dtype; of a complex tensor, a real dtype takes the real part.
+inline Tensor converted(Tensor t, ScalarType type) {
+  if (is_complex(t.scalar_type()) && !is_complex(type)) {
+    std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::real", "", stack.data()))
+    t = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+  }
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
 inline int32_t device_type(const Tensor& t) {

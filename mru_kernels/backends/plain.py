@@ -50,7 +50,7 @@ def scan(
         ops.check_numbers(cell, inputs, numbers, CHUNK, 0, CHUNK_SIZES)
     inputs = [_with_dense_gradient(t) if t.dim() == 3 else t for t in inputs]
     first = ops.first_stream(inputs, packed)
-    state = ops.state_dtype(first.dtype)
+    state = cell.state_dtype(first.dtype)
     arrays = ops.arrays(cell, inputs, given, packed)
     x = [None if t is None else t.to(state).expand(first.shape) for t in arrays]
     scheduled = inputs[len(inputs) - len(cell.scheduled) :]
@@ -89,7 +89,7 @@ def step_slots(cell: ops.Cell, inputs, given, packed, numbers, state, state_indi
     """
     streams = ops.as_streams(inputs)
     first = ops.first_stream(streams, packed).squeeze(1)
-    checks.slots(state, state_indices, first)
+    checks.slots(state, state_indices, first, cell.state_dtype(first.dtype))
 
     def run(before: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         h, after = step(cell, inputs, given, packed, numbers, before[0])

@@ -117,10 +117,10 @@ def _check_step(cell: ops.Cell, arrays, scalars, state, state_indices: Tensor | 
         others = [("state", state), *others]
     for name, value in others:
         if name == "state" or not _is_per_channel(cell, name, value):
-            checks.like(name, value, first, (batch, width), "[batch, channels]")
+            checks.like(name, value, first, (batch, width), "[batch, channels]", name in cell.complex_names)
     _check(cell, _as_scan(cell, arrays), None, packed=packed)
     if state_indices is not None:
-        checks.slots(state, state_indices, first[:, :width])
+        checks.slots(state, state_indices, first[:, :width], cell.state_dtype(first.dtype))
         if state.device.type == "cpu" and not torch.compiler.is_compiling() and has_value(state_indices):
             checks.slot_values(state_indices, state.shape[0])
     for scalar, number in zip(cell.scalars, scalars, strict=True):
@@ -186,7 +186,8 @@ def _check(cell: ops.Cell, arrays, initial_state, cu_seqlens=None, resets=None, 
             raise ValueError("reset_state: expected resets with it, got None")
     else:
         states["reset_state"] = reset_state
-    checks.arguments(streams, channel, states, cu_seqlens, resets, packed.bit_count(), cell.dtypes)
+    gates = packed.bit_count()
+    checks.arguments(streams, channel, states, cu_seqlens, resets, gates, cell.dtypes, cell.complex_names)
     if cu_seqlens is not None:
         checks.offsets(cu_seqlens, next(iter(named.values())).shape[1])
 

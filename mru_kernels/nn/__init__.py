@@ -11,6 +11,7 @@ from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .network import MRUNetwork
+from .resonate import PRF
 from .spiking import LIF
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
@@ -19,6 +20,7 @@ __all__ = [
     "CMRU",
     "LIF",
     "LRU",
+    "PRF",
     "UNITS",
     "AlphaCMRU",
     "DelayConv",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
+from ..cells import spikes
 from .arguments import (
     check_choice,
     check_input_dtype,
@@ -74,13 +75,16 @@ class MRUBlock(WithUnits):
         units: the recurrent units: a name, a sequence of names, or a mapping from names to further arguments of that
             unit, such as `{"bmru": {}, "min_gru": {"max_time_scale": 1000}}`. Each has one layer and one direction. The
             names are "bmru", "cmru", "alpha_cmru", "first_quadrant_bmru" or "schmitt", "min_gru", "min_lstm", "lru",
-            "mesa" for `MesaNet`, and "gru" for `torch.nn.GRU`.
+            "prf", "mesa" for `MesaNet`, and "gru" for `torch.nn.GRU`.
         hidden_size: number of channels of each unit; `width` if None.
         combine: "sum" or "concatenate", how to combine the outputs of the units.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
         delay: arguments of a `DelayConv` that replaces the convolution, such as `{"taps": 128, "count": 8}`; None for
             none. With the unit "min_gru" the mixer is that of mGRADE (arXiv 2507.01829).
         mlp_size: number of channels inside the MLP; twice `width` if None.
+        mlp: "glu", or "spiking" for the spiking block of PRF (arXiv 2410.03530): then the last line above is
+            `x = x + W_2 (alpha H(RMSNorm(x) - 1))`, with the unit step H, whose derivative is replaced by
+            1 / (1 + (pi v)^2), and alpha `[width]`, which is trained from 1 on. It takes no `mlp_size`.
         cache: arguments of a `MemoryCache` around every unit, such as `{"segment": 64}`; None for no cache.
         dropout: probability of dropout at the end of each branch.
         device, dtype: of the parameters; the units restrict the dtype.
@@ -118,6 +122,7 @@ class MRUBlock(WithUnits):
         conv_size: int = 0,
         delay: Mapping[str, Any] | None = None,
         mlp_size: int | None = None,
+        mlp: str = "glu",
         cache: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -126,10 +131,13 @@ class MRUBlock(WithUnits):
         super().__init__()
         check_sizes(width=width)
         hidden_size = width if hidden_size is None else hidden_size
-        mlp_size = 2 * width if mlp_size is None else mlp_size
+        if mlp == "spiking" and mlp_size is not None:
+            raise ValueError(f'mlp_size: expected None with mlp="spiking", whose size is the width, got {mlp_size}')
+        mlp_size = (width if mlp == "spiking" else 2 * width) if mlp_size is None else mlp_size
         check_sizes(hidden_size=hidden_size, mlp_size=mlp_size)
         check_sizes(0, conv_size=conv_size)
         check_choice("combine", combine, ("sum", "concatenate"))
+        check_choice("mlp", mlp, ("glu", "spiking"))
         for name, value in (("cache", cache), ("delay", delay)):
             if not (value is None or isinstance(value, Mapping)):
                 raise TypeError(f"{name}: expected a mapping of arguments or None, got {type(value).__name__}")
@@ -141,6 +149,7 @@ class MRUBlock(WithUnits):
         self.combine = combine
         self.conv_size = conv_size
         self.delay = delay
+        self.mlp = mlp
         self.cache = cache
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         mixed = hidden_size * (len(named) if combine == "concatenate" else 1)
@@ -157,7 +166,10 @@ class MRUBlock(WithUnits):
         self.gate = torch.nn.Linear(width, mixed, bias=False, **where)
         self.out = torch.nn.Linear(mixed, width, bias=False, **where)
         self.mlp_norm = torch.nn.RMSNorm(width, **where)
-        self.mlp_in = torch.nn.Linear(width, 2 * mlp_size, **where)
+        if mlp == "spiking":
+            self.alpha = torch.nn.Parameter(torch.ones(width, **where))
+        else:
+            self.mlp_in = torch.nn.Linear(width, 2 * mlp_size, **where)
         self.mlp_out = torch.nn.Linear(mlp_size, width, **where)
         self.dropout = torch.nn.Dropout(dropout)
         per_unit = [unit.num_states if isinstance(unit, SEVERAL_STATES) else 1 for unit in self.units]
@@ -205,7 +217,13 @@ class MRUBlock(WithUnits):
         mixed = torch.cat(outputs, -1) if self.combine == "concatenate" else sum(outputs[1:], start=outputs[0])
         # A gate that changes sign with the input, like SiLU, gives what was stored long ago gradients of either sign.
         x = input + self.dropout(self.out(mixed * self.gate(u).sigmoid()))
-        return x + self.dropout(self.mlp_out(F.glu(self.mlp_in(self.mlp_norm(x))))), tuple(after)
+        return x + self.dropout(self.mlp_out(self._inside(self.mlp_norm(x)))), tuple(after)
+
+    def _inside(self, u: Tensor) -> Tensor:
+        """What the last map of the MLP reads."""
+        if self.mlp == "spiking":
+            return self.alpha * spikes.emitted(u, torch.ones_like(u), True, "atan", 1.0)
+        return F.glu(self.mlp_in(u))
 
     def _convolved(self, v: Tensor, past: Tensor | None, resets: Tensor | None, parallel: Any) -> tuple[Tensor, Tensor]:
         """SiLU of the convolution of `v [B, T, width]`, and its last inputs, which the next call reads."""

@@ -37,7 +37,7 @@ class MRUNetwork(WithUnits):
         output_size: number of features of the output.
         width: number of features of the residual stream.
         num_blocks: number of `MRUBlock`s.
-        units, hidden_size, combine, conv_size, delay, mlp_size, cache, dropout: arguments of every `MRUBlock`.
+        units, hidden_size, combine, conv_size, delay, mlp_size, mlp, cache, dropout: arguments of every `MRUBlock`.
         tokens: whether the input is token numbers, which an embedding maps, or features, which a linear map maps.
         pool: None for an output at every step, "last" for one output at the last step, "mean" for one output of the
             mean over all steps of a call.
@@ -82,6 +82,7 @@ class MRUNetwork(WithUnits):
         conv_size: int = 0,
         delay: Mapping[str, Any] | None = None,
         mlp_size: int | None = None,
+        mlp: str = "glu",
         cache: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         tokens: bool = False,
@@ -102,7 +103,7 @@ class MRUNetwork(WithUnits):
         blocks = [
             MRUBlock(
                 width, units, hidden_size=hidden_size, combine=combine, conv_size=conv_size, delay=delay,
-                mlp_size=mlp_size, cache=cache, dropout=dropout, **where,
+                mlp_size=mlp_size, mlp=mlp, cache=cache, dropout=dropout, **where,
             )
             for _ in range(num_blocks)
         ]  # fmt: skip

@@ -28,6 +28,9 @@ class UnitParameters(torch.nn.Module):
     output_only: ClassVar[tuple[str, ...]] = ()
     """The names in `per_channel` that change the output and not the state."""
 
+    has_traces: ClassVar[bool] = True
+    """Whether gates and inputs per channel are complex if the state is, as `stream(gradient="traces")` needs."""
+
     initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
     """The two values from which a learned initial state is drawn."""
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import torch_private as private
-from ..checks import state_dtype
 from .batching import BACKWARD_NAMES, FORWARD_NAMES
 from .derivatives import LINEAR, tangent, tangent_of_gradient
 from .layout import allocate_backward, first_stream, sequences_of
@@ -149,7 +148,7 @@ class Scan(torch.autograd.Function):
                 grad_h = first.new_zeros(first.shape)
             if grad_final is None:
                 states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
-                grad_final = first.new_zeros(states, dtype=state_dtype(first.dtype))
+                grad_final = first.new_zeros(states, dtype=cell.state_dtype(first.dtype))
         try:
             grads = cell.backward[backend](grad_h, grad_final, grad_checkpoints, *call, *(saved or (None, None)))
         except RuntimeError as error:

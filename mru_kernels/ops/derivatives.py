@@ -90,20 +90,21 @@ def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[T
     x, enters = _by_input(cell, call, _values(cell, call))
     dx, d_enters = _by_input(cell, call, tangents)
     steps = _Steps(cell, backend, call, x)
-    zeros, ones = steps.like.new_zeros(steps.like.shape), steps.like.new_ones(steps.like.shape)
+    zeros = steps.like.new_zeros(steps.like.shape)
     if cell.numbers_of_states is None:
-        *_, decay = steps.slopes(zeros, zeros, ones)
+        *_, decay = steps.slopes_of_state(zeros)
         scan = _LinearScan(backend, call, decay, decay.dtype)
         states = scan.before(scan(steps.after(zeros), enters)[0], enters)
-        *of_state, _ = steps.slopes(states, zeros, ones)
+        *of_state, _ = steps.slopes_of_state(states)
     else:
         states = _LinearScan(backend, call, zeros, zeros.dtype).before(_states(cell, backend, call, x), enters)
-        *of_state, decay = steps.slopes(states, zeros, ones)
+        *of_state, decay = steps.slopes_of_state(states)
         scan = _LinearScan(backend, call, decay, decay.dtype)
-    *of_output, through = steps.slopes(states, ones, zeros)
+    *of_output, through = steps.slopes_of_output(states)
     dx = [t for t, value in zip(dx, x, strict=True) if value is not None]
     d_states, *others = scan(scan.sum(zeros, *map(_times, dx, of_state)), d_enters, save=call["save"])
-    return scan.sum(zeros, scan.before(d_states, d_enters) * through, *map(_times, dx, of_output)), *others
+    dh = scan.sum(zeros, scan.before(d_states, d_enters) * through, *map(_times, dx, of_output))
+    return (dh.real if cell.complex_state else dh), *others
 
 
 def _states(cell: Cell, backend: str, call: Call, x: Tensors) -> Tensor:
@@ -131,12 +132,12 @@ class _Steps:
 
     def __init__(self, cell: Cell, backend: str, call: Call, x: Tensors):
         self.cell, self.backend = cell, backend
-        state = state_dtype(x[0].dtype)
+        real, state = state_dtype(x[0].dtype), cell.state_dtype(x[0].dtype)
         self.like = x[0].to(state)
         inputs = []
         for spec, t in zip(cell.inputs, x, strict=True):
             if t is not None:
-                t = t.to(state).expand(self.like.shape)
+                t = t.to(state if spec.complex else real).expand(self.like.shape)
                 inputs.append(t.reshape(-1) if spec.kind == "channel" else t.reshape(1, 1, -1))
         inputs += call["inputs"][len(call["inputs"]) - len(cell.scheduled) :]
         self.call = {"inputs": inputs, "packed": 0, "reverse": False, "segment": 0, "save": False}
@@ -148,12 +149,27 @@ class _Steps:
         _, after = self.cell.forward[self.backend](*call.values())
         return after.reshape(states.shape)
 
-    def slopes(self, states: Tensor, of_output: Tensor, of_state: Tensor) -> list[Tensor]:
-        """The derivatives of `of_output` h + `of_state` s by each input and by the state before, all `[B, T, D]`."""
+    def slopes_of_state(self, before: Tensor) -> list[Tensor]:
+        """The derivatives of the state after a step by each input and by the state before it, all `[B, T, D]`."""
+        zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
+        slopes = self._gradients(before, zeros, ones)
+        if not self.cell.complex_state:
+            return slopes
+        # The gradient of a real input is the real part of its conjugate slope, times that of the state.
+        turned = self._gradients(before, zeros, 1j * ones)
+        return [a.conj() if a.is_complex() else torch.complex(a, b) for a, b in zip(slopes, turned, strict=True)]
+
+    def slopes_of_output(self, before: Tensor) -> list[Tensor]:
+        """The same for h. Of complex numbers, h is the real part of slope times change."""
+        return [t.conj() for t in self._gradients(before, before.new_ones(before.shape), before.new_zeros(before.shape))]
+
+    def _gradients(self, before: Tensor, of_output: Tensor, of_state: Tensor) -> list[Tensor]:
+        """The gradients of `of_output` h + `of_state` s, as `slopes_of_state` orders them."""
         call = dict.fromkeys(BACKWARD_NAMES) | {name: t for name, t in self.call.items() if name in BACKWARD_NAMES}
+        of_output = of_output.real if self.cell.complex_state else of_output
         call |= {"grad_h": of_output.reshape(1, 1, -1), "grad_final": of_state.reshape(1, -1)}
-        call |= {"initial_state": states.reshape(1, -1)}
-        return [t.reshape(states.shape) for t in self.cell.backward[self.backend](*call.values())]
+        call |= {"initial_state": before.reshape(1, -1)}
+        return [t.reshape(before.shape) for t in self.cell.backward[self.backend](*call.values())]
 
 
 class _LinearScan:

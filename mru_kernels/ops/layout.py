@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import state_dtype
 from ..torch_private import is_fake
 from .spec import Cell
 
@@ -104,11 +103,11 @@ def allocate(
     """Uninitialised results of the forward op: h, the final state and, with `save`, checkpoints and write codes."""
     first = first_stream(inputs, packed)
     states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
-    results = [dense_like(first), first.new_empty(states, dtype=state_dtype(first.dtype))]
+    results = [dense_like(first), first.new_empty(states, dtype=cell.state_dtype(first.dtype))]
     if not save:
         return results
     kept = (checkpoint_rows(first, chunk, segment), first.shape[-1])
-    checkpoints = first.new_empty(kept, dtype=state_dtype(first.dtype))
+    checkpoints = first.new_empty(kept, dtype=cell.state_dtype(first.dtype))
     return [*results, checkpoints, allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)]
 
 
@@ -169,16 +168,19 @@ def check(
     if len(inputs) != expected:
         raise ValueError(f"inputs: expected {expected} tensors for the masks {given} and {packed}, got {len(inputs)}")
     streams, channel = {"inputs[0]": inputs[0]}, dict[str, Tensor]()
+    of_complex = set(cell.complex_names)
     for i, (spec, place) in enumerate(zip(cell.inputs, places(cell, given, packed), strict=False)):
         per_channel = spec.kind == "channel" or (spec.kind == "either" and place and inputs[place].dim() == 1)
         if place == 0 and spec.kind == "channel":
             raise ValueError(f"packed: expected streams, got {spec.name} among them, which comes per channel")
         if place:
             (channel if per_channel else streams)[f"inputs[{place}]"] = inputs[place]
+        if place and spec.complex:
+            of_complex.add(f"inputs[{place}]")
         if i > 0 and packed and place and not per_channel:
             raise ValueError(f"packed: expected every stream side by side, got {spec.name} apart")
     states = {"initial_state": initial_state, "reset_state": reset_state}
-    checks.arguments(streams, channel, states, cu_seqlens, resets, packed.bit_count(), cell.dtypes)
+    checks.arguments(streams, channel, states, cu_seqlens, resets, packed.bit_count(), cell.dtypes, of_complex)
 
 
 def check_numbers(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..checks import state_dtype
 from .autograd import differentiable, gradient, never_differentiated, not_differentiable, raise_no_derivative
 from .batching import BACKWARD_NAMES, FORWARD_NAMES, fold_into_channels, fold_legacy_batch
 from .layout import allocate, allocate_backward, as_streams, check, check_numbers, first_stream, sequences_of
@@ -81,7 +80,7 @@ def _register_fakes(cell: Cell, backend: str) -> None:
     def states(inputs, packed, cu_seqlens) -> Tensor:
         first = first_stream(inputs, packed)
         sizes = (sequences_of(inputs, cu_seqlens), first.shape[-1])
-        return first.new_empty(sizes, dtype=state_dtype(first.dtype))
+        return first.new_empty(sizes, dtype=cell.state_dtype(first.dtype))
 
     def check_step(inputs, given, packed, numbers, state) -> Tensor:
         """The first stream `[B, D]` of a step."""
@@ -112,12 +111,12 @@ def _register_fakes(cell: Cell, backend: str) -> None:
     @torch.library.register_fake(f"mru::{cell.name}_step.{backend}", lib=_library)
     def _(inputs, given, packed, numbers, state):
         first = check_step(inputs, given, packed, numbers, state)
-        return first.new_empty(first.shape), first.new_empty(first.shape, dtype=state_dtype(first.dtype))
+        return first.new_empty(first.shape), first.new_empty(first.shape, dtype=cell.state_dtype(first.dtype))
 
     @torch.library.register_fake(f"mru::{cell.name}_step_slots.{backend}", lib=_library)
     def _(inputs, given, packed, numbers, state, state_indices):
         first = check_step(inputs, given, packed, numbers, None)
-        checks.slots(state, state_indices, first)
+        checks.slots(state, state_indices, first, cell.state_dtype(first.dtype))
         return first.new_empty(first.shape)
 
     @torch.library.register_fake(f"mru::{cell.name}_map.{backend}", lib=_library)

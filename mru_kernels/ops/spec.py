@@ -22,11 +22,13 @@ class Input:
         name: of the argument of the public function.
         kind: "stream", `[B, T, D]`; "channel", one value per channel `[D]`; or "either".
         optional: whether it may be absent; then it is 1.
+        complex: whether it is complex though the streams are real.
     """
 
     name: str
     kind: str = "stream"
     optional: bool = False
+    complex: bool = False
 
 
 def _all_inputs(x: Sequence[Tensor | None], p: Sequence[float | Tensor]) -> Sequence[Tensor]:
@@ -42,7 +44,7 @@ class Plain:
     """A cell in plain torch, which the backend "torch" loops over.
 
     `x` is the list of the inputs `[B, T, D]` in the cell's order, None for one that is absent. `p` is the list of the
-    scalars; one that is traced is a 0-dim tensor. Tensors have the state dtype.
+    scalars; one that is traced is a 0-dim tensor. Tensors have the state dtype, but h is real where streams are.
 
     Attributes:
         step: (gates, s, p) -> the state after one step, from its gates and the state before, all `[B, D]`.
@@ -66,6 +68,7 @@ class Cell:
         codes: whether a step fits a write code of 2 bits (hold, one of two writes, NaN).
         without_codes: inputs with which a step does not fit one.
         dtypes: of its streams.
+        complex_state: whether states are complex though streams are real.
         plain: the cell in plain torch; without it the backend "torch" lacks the cell.
         numbers_of_states: (numbers) -> those with which h is the state. Given for a cell whose step is no affine map of
             the state, so that steps do not compose: time is not cut.
@@ -78,6 +81,7 @@ class Cell:
     codes: bool = False
     without_codes: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = checks.STREAM_DTYPES
+    complex_state: bool = False
     plain: Plain | None = None
     numbers_of_states: Callable[[Sequence[float]], list[float]] | None = None
     forward: dict[str, OpOverload] = field(default_factory=dict, repr=False, compare=False)
@@ -90,6 +94,17 @@ class Cell:
     def composes(self) -> bool:
         """Whether steps compose as affine maps of the state."""
         return self.numbers_of_states is None
+
+    def state_dtype(self, stream: torch.dtype) -> torch.dtype:
+        """The dtype of states for streams of a dtype."""
+        state = checks.state_dtype(stream)
+        return checks.complex_dtype(state) if self.complex_state else state
+
+    @cached_property
+    def complex_names(self) -> frozenset[str]:
+        """The names of inputs and states that are complex though the streams are real."""
+        states = ("initial_state", "reset_state", "state") if self.complex_state else ()
+        return frozenset((*states, *(i.name for i in self.inputs if i.complex)))
 
     @cached_property
     def scheduled(self) -> tuple[Scalar, ...]:

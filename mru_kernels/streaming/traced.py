@@ -72,7 +72,7 @@ def _check_eager(module: torch.nn.Module) -> None:
 def _check_units(module: torch.nn.Module) -> None:
     """Raise unless every unit in the blocks of `module` can have traces."""
     for part in module.modules():
-        if isinstance(part, SEVERAL_STATES):
+        if isinstance(part, SEVERAL_STATES) or (isinstance(part, MRUBase) and not part.has_traces):
             kind = type(part).__name__
             raise TypeError(f'module: expected no {kind} with gradient="traces", got one, which has no traces')
     for block in module.modules():

@@ -20,7 +20,7 @@ constexpr int64_t kRowsAhead = 4;     // rows that are prefetched; hardware pref
 template <class C, class Element, unsigned kGiven, unsigned kChannels>
 struct Form {
   using T = Element;
-  using S = typename StateOf<T>::type;
+  using S = typename C::template State<T>;
   using Real = typename RealOf<S>::type;
   using Cell = typename C::template Cell<S, kGiven>;
   static constexpr int kLanes = kVectorBytes / sizeof(Real);

@@ -348,5 +348,11 @@ MRU_INLINE void store(L lanes, T* p, Vector<typename StateOf<T>::type, L::kLanes
     store_raw(lanes, p, narrow_bits<N>(Half<N, T>::narrow(v)));
   }
 }
+// The same for a complex v and real elements, which take its real part.
+template <class L, class T>
+  requires(!RealOf<T>::is_complex)
+MRU_INLINE void store(L lanes, T* p, Complex<Vector<typename StateOf<T>::type, L::kLanes>> v) {
+  store(lanes, p, v.re);
+}
 
 }  // namespace mru

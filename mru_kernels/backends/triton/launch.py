@@ -33,6 +33,8 @@ class Call:
     """A call of an op: its tensors as kernels take them.
 
     Attributes:
+        parts: real numbers of a channel in states.
+        doubled: whether it has one in streams and two in states.
         arrays: the cell's inputs, `[B, T, D]`, or `[D]` in the state dtype, or None; complex ones as real.
         segments: how many segments there is room for, those of all sequences together.
         codes: whether the call packs write codes.
@@ -48,14 +50,16 @@ class Call:
         arrays = ops.arrays(cell, inputs, given, packed)
         implementation = find(cell.name)
         assert implementation is not None
-        self.parts = 2 if inputs[0].is_complex() else 1
+        self.doubled = cell.complex_state
+        self.parts = 2 if self.doubled or inputs[0].is_complex() else 1
         functions = implementation.complex if self.parts == 2 else implementation.real
         assert functions is not None
         self.functions = functions
         self.first = real(arrays[0])  # type: ignore[arg-type]
         self.state = ops.state_dtype(self.first.dtype)
         self.arrays = [None if t is None else real(t) if t.dim() == 3 else self.vector(t) for t in arrays]
-        self.time, self.channels = self.first.shape[1:]
+        self.time, width = self.first.shape[1:]
+        self.channels = 2 * width if self.doubled else width
         self.packed = cu_seqlens is not None
         self.sequences = ops.sequences_of(inputs, cu_seqlens)
         self.split = segment > 0
@@ -63,7 +67,7 @@ class Call:
         self.segments = self._count_segments(segment)
         self.reads = self._reads(cell, resets is not None)
         self.aligned = self._is_aligned(grad_h)
-        self.align = VECTOR_BYTES // self.first.element_size() if self.aligned else self.parts
+        self.align = VECTOR_BYTES // self.first.element_size() if self.aligned else 1 if self.doubled else self.parts
         self.p = implementation.scalars(ops.scalars(cell, inputs, numbers), self.state)
         self.overwrites = implementation.overwrites(self.p)
         self.nothing = self.rows(0)  # stands in for missing tensors; flags keep kernels from reading it
@@ -100,7 +104,7 @@ class Call:
         element = self.first.element_size()
         vector = VECTOR_BYTES // element
         streams = [t for t in (*self.arrays, grad_h) if t is not None and t.dim() == 3]
-        sizes = [self.channels, *(t.data_ptr() // element for t in streams), *(n for t in streams for n in strides(t))]
+        sizes = [self.first.shape[2], *(t.data_ptr() // element for t in streams), *(n for t in streams for n in strides(t))]
         return all(n % vector == 0 for n in sizes)
 
     def _arguments(
@@ -110,7 +114,7 @@ class Call:
         absent = sum(1 << i for i, s in enumerate(cell.inputs) if s.kind != "channel" and not given >> i & 1)
         channels = ((1 << len(self.arrays)) - 1) & ~streams & ~absent
         given_resets = (resets is not None, grad_checkpoints is not None)
-        form = (streams, channels, self.codes, self.overwrites, *given_resets, chunk)
+        form = (streams, channels, self.codes, self.overwrites, *given_resets, chunk, self.doubled)
         return {
             "cell": self.functions,
             "rules": self.functions.rules,
@@ -129,6 +133,8 @@ class Call:
 
     def vector(self, t: Tensor) -> Tensor:
         """A tensor `[D]` or `[N, D]` in the state dtype."""
+        if self.doubled and not t.is_complex():
+            t = torch.complex(t.to(self.state), torch.zeros_like(t, dtype=self.state))
         return real(t).to(self.state).contiguous()
 
     def rows(self, count: int) -> Tensor:
@@ -201,10 +207,12 @@ class Call:
         elif not self.functions.adjoint_sees_state.value:
             self.launch("summarize_adjoint", self.segments, **own, maps=maps, lates=lates)
         else:
-            # The adjoint has the factors of the state, which is real here. Its offsets are what `backward` passes on
-            # from 0; the gradients that this writes are overwritten.
+            # The adjoint has the conjugate factors of the state. Its offsets are what `backward` passes on from 0; the
+            # gradients that this writes are overwritten.
             form = self.arguments["form"]._replace(boundaries=tl.constexpr(False))  # not read: no variant of its own
             self.launch("summarize", self.segments, **own, form=form, maps=maps, lates=lates)
+            if self.parts == 2:
+                maps.factor[:, 1::2].neg_()
             zeros = self.rows(self.segments).zero_()
             self.launch(name, self.segments, **own | {enters: zeros, leaves: maps.offset, "lates": lates})
         return maps

@@ -93,7 +93,7 @@ def step_slots(cell: ops.Cell, inputs, given, packed, numbers, state, state_indi
     streams = ops.as_streams(inputs)
     _check(cell, streams, given, packed, numbers, None, None, None, None, CHUNK, 0)
     first = ops.first_stream(streams, packed)
-    checks.slots(state, state_indices, first.squeeze(1))
+    checks.slots(state, state_indices, first.squeeze(1), cell.state_dtype(first.dtype))
     if state.device.type == "cpu":
         checks.slot_values(state_indices, state.shape[0])
     h = first.new_zeros(first.shape)  # the kernel writes no row of a sequence that it skips
@@ -120,7 +120,7 @@ def compose(
         cell, inputs, given, packed, numbers, None, cu_seqlens, resets, reset_state, reverse, CHUNK, segment
     )  # fmt: skip
     codes = ops.allocate_codes(cell, inputs, given, packed, cu_seqlens, segment)
-    factor, offset = (_as_states(t, inputs[0]) for t in call.compose(codes))
+    factor, offset = (_as_states(t, call.parts) for t in call.compose(codes))
     if resets is not None:
         factor.masked_fill_(_has_reset(resets, cu_seqlens).unsqueeze(-1), 0)
     return factor, offset
@@ -134,9 +134,9 @@ def _has_reset(resets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return before[cu_seqlens.clamp(0, resets.shape[1]).long()].diff() > 0
 
 
-def _as_states(t: Tensor, first: Tensor) -> Tensor:
-    """Rows of real numbers as states for streams like `first`."""
-    return torch.view_as_complex(t.unflatten(-1, (-1, 2))) if first.is_complex() else t
+def _as_states(t: Tensor, parts: int) -> Tensor:
+    """Rows of real numbers as states of as many parts."""
+    return torch.view_as_complex(t.unflatten(-1, (-1, 2))) if parts == 2 else t
 
 
 def backward(
@@ -149,7 +149,8 @@ def backward(
     channels //= packed.bit_count() or 1
     sequences = ops.sequences_of(inputs, cu_seqlens)
     checks.like("grad_h", grad_h, first, (batch, time, channels), "[batch, time, channels]")
-    checks.like("grad_final", grad_final, first, (sequences, channels), "[sequences, channels]")
+    sizes = (sequences, channels)
+    checks.like("grad_final", grad_final, first, sizes, "[sequences, channels]", cell.complex_state)
     if checkpoints is None and events is None:
         again = (
             inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment
@@ -165,7 +166,7 @@ def backward(
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
     if grad_checkpoints is not None:
-        _check_rows("grad_checkpoints", grad_checkpoints, (rows[0], channels), checks.state_dtype(first.dtype), first)
+        _check_rows("grad_checkpoints", grad_checkpoints, (rows[0], channels), cell.state_dtype(first.dtype), first)
         grad_checkpoints = real(grad_checkpoints).contiguous()
     call = Call(
         cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment,
@@ -194,7 +195,8 @@ def backward(
     call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=grad_final)
     for t, place in zip(grads, ops.places(cell, given, packed), strict=False):
         if t is not None and place is not None and t.dim() == 2:
-            written[place].copy_(t.sum(0, dtype=torch.float64))  # in a fixed order
+            total = t.sum(0, dtype=torch.float64)  # in a fixed order
+            written[place].copy_(total[::2] if written[place].shape < total.shape else total)
     if to_initial is not None and in_place is None:
         to_initial.copy_(grad_initial)
     if reset_state is not None:

@@ -140,7 +140,7 @@ def summarize_adjoint_segment(c, inputs, codes, grad_h, grad_checkpoints, maps, 
     STATE: tl.constexpr = maps.factor.dtype.element_ty
     at = c.at
     opened_inputs = open_inputs(inputs, c.scan, at, c.form, c.block, STATE)
-    opened = Opened(opened_inputs, (open_stream(grad_h, c.scan, at, c.block),), codes, grad_checkpoints)
+    opened = Opened(opened_inputs, (open_stream(grad_h, c.scan, at, c.form, c.block),), codes, grad_checkpoints)
     map_ = identity(c.cell.rules, at.d, STATE)
     whole = at.begin + (at.end - at.begin) // WORD * WORD
     if c.form.overwrites:

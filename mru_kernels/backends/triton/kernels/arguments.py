@@ -25,6 +25,7 @@ class Form(NamedTuple):
     resets: Any  # whether the state is reset before some steps
     boundaries: Any  # whether the checkpoints have a gradient
     chunk: Any  # steps between two checkpoints
+    doubled: Any = tl.constexpr(False)  # whether a channel has two parts in states and one in streams
 
 
 class Block(NamedTuple):
@@ -36,7 +37,10 @@ class Block(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A tensor `[B, T, D]` with strides in units of `align` elements; or `[D]`, whose strides are not read."""
+    """A tensor `[B, T, D]` with strides in units of `align` elements; or `[D]`, whose strides are not read.
+
+    With form.doubled D is half of that of states, and each element belongs to two neighbours of a block.
+    """
 
     data: Any
     batch: Any

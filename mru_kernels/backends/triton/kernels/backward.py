@@ -14,7 +14,6 @@ from .place import WORD, checkpoint_row, hidden, left_of, place, program, sums_r
 from .resets import bits_of, load_mask, load_state, where_reset
 from .rows import (
     KEPT,
-    STREAMED,
     USUAL,
     get,
     get_whole,
@@ -26,6 +25,7 @@ from .rows import (
     open_inputs,
     open_stream,
     put,
+    put_row,
     repeated,
     row_at,
     when,
@@ -119,7 +119,7 @@ def put_gradients(c, dx, rows, sums, opened, i, left, MASKED: tl.constexpr):
     for k in tl.static_range(len(opened.inputs)):
         if c.form.streams >> k & 1:
             mask = when(i < left, c.at.mask) if MASKED else c.at.mask
-            tl.store(rows[k], dx[k], mask=mask, eviction_policy=STREAMED)
+            put_row(rows[k], c, dx[k], mask)
             totals = totals + (sums[k],)
         elif c.form.channels >> k & 1:
             totals = totals + (sums[k] + (tl.where(i < left, dx[k], 0.0) if MASKED else dx[k]),)
@@ -282,7 +282,7 @@ def backward(
     if works(scan, segment):
         at = place(scan, block, segment, b)
         opened_inputs = open_inputs(inputs, scan, at, form, block, STATE)
-        opened_grad_h = open_stream(grad_h, scan, at, block)
+        opened_grad_h = open_stream(grad_h, scan, at, form, block)
         opened = Opened(opened_inputs, (opened_grad_h,), open_grads(grads, scan, at, form, block))
         p = scalars_of(scalars, form, STATE)
         backward_segment(

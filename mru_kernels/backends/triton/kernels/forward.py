@@ -10,7 +10,6 @@ from .context import Context
 from .place import WORD, checkpoint_row, hidden, left_of, place, program, word_row, works
 from .resets import bits_of, load_mask, load_state, where_reset
 from .rows import (
-    STREAMED,
     get,
     get_whole,
     inputs_at,
@@ -19,6 +18,7 @@ from .rows import (
     open_inputs,
     open_stream,
     put,
+    put_row,
     row_at,
     when,
 )
@@ -79,7 +79,7 @@ def forward_word(c, s, word, resets, reset_state, opened, opened_h, first, MASKE
             else:
                 s = after
             mask = when(j + i < left, c.at.mask) if MASKED else c.at.mask
-            tl.store(row, c.cell.output(x, before, s, c.p), mask=mask, eviction_policy=STREAMED)
+            put_row(row, c, c.cell.output(x, before, s, c.p), mask)
             row += opened_h[1]
         if c.form.codes:
             word = word >> (2 * c.block.tile)
@@ -94,7 +94,7 @@ def forward_segment(c, inputs, initial, entries, codes, h, final_state, checkpoi
     at = c.at
     scan = c.scan
     opened = open_inputs(inputs, scan, at, c.form, c.block, final_state.dtype.element_ty)
-    opened_h = open_stream(h, scan, at, c.block)
+    opened_h = open_stream(h, scan, at, c.form, c.block)
     if scan.segment_size != 0:
         s = get(entries, at.segment, at, at.mask, 0.0)
     else:

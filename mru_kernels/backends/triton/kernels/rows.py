@@ -48,13 +48,22 @@ def grad_of_boundary(c, grads, step):
 
 
 @triton.jit
-def open_stream(stream, scan, at, block):
+def open_stream(stream, scan, at, form, block):
     """A stream, opened."""
+    first = at.first // 2 if form.doubled else at.first
     time = size(stream.time) * block.align
     t = tl.where(scan.reverse != 0, scan.time - 1 - at.start, at.start)
-    row = stream.data + (at.batch * (size(stream.batch) * block.align) + t * time + at.first)
+    row = stream.data + (at.batch * (size(stream.batch) * block.align) + t * time + first)
     row = tl.multiple_of(row, block.align * (stream.data.dtype.element_ty.primitive_bitwidth // 8))  # bytes
-    return row + at.d, tl.where(scan.reverse != 0, -time, time)
+    return row + (at.d // 2 if form.doubled else at.d), tl.where(scan.reverse != 0, -time, time)
+
+
+@triton.jit
+def put_row(row, c, value, mask):
+    """Store the row of a stream; with form.doubled the first of two neighbours."""
+    if c.form.doubled:
+        mask = when(c.at.d % 2 == 0, mask)
+    tl.store(row, value, mask=mask, eviction_policy=STREAMED)
 
 
 @triton.jit
@@ -63,7 +72,7 @@ def open_inputs(inputs, scan, at, form, block, STATE: tl.constexpr):
     opened = ()
     for i in tl.static_range(len(inputs)):
         if form.streams >> i & 1:
-            opened = opened + (open_stream(inputs[i], scan, at, block),)
+            opened = opened + (open_stream(inputs[i], scan, at, form, block),)
         elif form.channels >> i & 1:
             given = when((scan.given >> i & 1) != 0, at.d >= 0)
             value = tl.load(inputs[i].data + at.first + at.d, mask=given, other=1.0)
@@ -79,7 +88,7 @@ def open_grads(grads, scan, at, form, block):
     opened = ()
     for i in tl.static_range(len(grads)):
         if form.streams >> i & 1:
-            opened = opened + (open_stream(grads[i], scan, at, block),)
+            opened = opened + (open_stream(grads[i], scan, at, form, block),)
         else:
             opened = opened + ((0, 0),)
     return opened
