@@ -65,7 +65,8 @@ def _loop(score, value, decay, bonus, state: Tensor, reverse: bool, chunk: int) 
     """Return y `[B, T, D]` and the final state of sequences that all have T steps."""
     heads, time = score.shape[-1], score.shape[1]
     if time == 0 or heads == 0:
-        return value + score.sum() * 0, state.clone()
+        mean, high, low = split_state(state, heads)
+        return value + score.sum() * 0, join_state(mean, high + (low - low.detach()), low.detach())
     past, outputs = _open(state, heads), []
     bonus = None if bonus is None else bonus.unsqueeze(-1)
     for position in range(time):
