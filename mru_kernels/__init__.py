@@ -40,6 +40,7 @@ from .nn import (
     MRUNetwork,
 )
 from .schedule import EpsilonSchedule
+from .softmax import softmax_recurrence, softmax_recurrence_step, wkv, wkv_step
 from .streaming import stream
 from .synaptic import synaptic, synaptic_step
 
@@ -90,9 +91,13 @@ __all__ = [
     "schmitt_step",
     "sign",
     "snn",
+    "softmax_recurrence",
+    "softmax_recurrence_step",
     "stream",
     "synaptic",
     "synaptic_step",
+    "wkv",
+    "wkv_step",
     "write_rates",
 ]
 
