@@ -29,7 +29,7 @@ def segment(sequences: int, steps: int, channels: int, itemsize: int, device: to
     Sequences are scanned whole if they alone give each multiprocessor `_WHOLE` programs. Else time is cut so that it
     gets about `_WARPS`.
     """
-    multiprocessors = _multiprocessors(device)
+    multiprocessors = multiprocessors_of(device)
     programs = sequences * _blocks(channels, itemsize)  # if time were not cut
     if programs == 0 or programs >= _WHOLE * multiprocessors or steps < _LEAST * sequences:
         return 0
@@ -42,7 +42,7 @@ def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, de
     All programs take about as long, so the last round of them should leave few multiprocessors idle. Of a few numbers
     of rounds it takes the fastest, counted in steps.
     """
-    at_once = _BACKWARD_WARPS[itemsize] * _multiprocessors(device)
+    at_once = _BACKWARD_WARPS[itemsize] * multiprocessors_of(device)
     programs = sequences * _blocks(channels, max(itemsize, 4))  # by the bytes of states
     length = ceil_div(steps, sequences)
     lengths: dict[int, int] = {}
@@ -57,7 +57,7 @@ def _blocks(channels: int, itemsize: int) -> int:
     return ceil_div(channels * itemsize, LANES * VECTOR_BYTES)
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors_of(device: torch.device) -> int:
     if device.type != "cuda" or not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return _MULTIPROCESSORS_ELSEWHERE
     return torch.cuda.get_device_properties(device).multi_processor_count
