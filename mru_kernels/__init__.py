@@ -36,6 +36,7 @@ from .nn import (
     MRUNetwork,
 )
 from .schedule import EpsilonSchedule
+from .softmax import softmax_recurrence, softmax_recurrence_step, wkv, wkv_step
 from .streaming import stream
 
 __version__ = _version("mru_kernels")
@@ -78,7 +79,11 @@ __all__ = [
     "schmitt",
     "schmitt_step",
     "sign",
+    "softmax_recurrence",
+    "softmax_recurrence_step",
     "stream",
+    "wkv",
+    "wkv_step",
     "write_rates",
 ]
 
