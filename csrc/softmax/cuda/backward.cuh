@@ -10,7 +10,7 @@
 
 namespace mru::softmax::cuda {
 
-constexpr int kBackwardThreads = int(kWarp);
+constexpr int kBackwardThreads = int(kWarp), kBackwardBlocks = 8;  // of a block; blocks of a multiprocessor, at least
 constexpr int kCarryAdjointThreads = 128, kAddThreads = 256;
 
 // Shared memory of a block: of each thread, the streams of a chunk and the states before its tiles.
@@ -353,7 +353,7 @@ class BackwardAgent {
 };
 
 template <class F>
-__global__ void __launch_bounds__(kBackwardThreads) backward(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) backward(const __grid_constant__ Call<F> call) {
   const Place<F> place(call);
   if (F::kHeads ? place.segment >= call.plan.segments : !place.inside) return;
   BackwardAgent<F>(call, place).run();

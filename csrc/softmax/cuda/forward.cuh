@@ -6,6 +6,8 @@
 namespace mru::softmax::cuda {
 
 constexpr int kThreads = 128;               // of a block of `forward` and `summarize`
+template <class F>
+constexpr int kBlocks = sizeof(typename F::S) == 8 ? 3 : 4;  // of a multiprocessor, at least
 constexpr int kCarryChannels = 4;           // of a block of `carry`, which has a warp for each
 constexpr unsigned kAllLanes = 0xffffffff;
 
@@ -58,7 +60,7 @@ __device__ __forceinline__ void over_chunks(const Call<F>& call, const Place<F>&
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks<F>) forward(const __grid_constant__ Call<F> call) {
   using T = typename F::T;
   const HeadScan& scan = call.scan;
   const Place<F> place(call);
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Call
 
 // Plan::first and Plan::decays of every segment.
 template <class F>
-__global__ void __launch_bounds__(kThreads) summarize(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks<F>) summarize(const __grid_constant__ Call<F> call) {
   using S = typename F::S;
   const Place<F> place(call);
   if (!place.inside) return;

@@ -41,10 +41,10 @@ struct Simt {
 
 STABLE_TORCH_LIBRARY_IMPL(mru, CPU, m) { mru::softmax::implement<Simt>(m, "simt"); }
 
-#ifdef MRU_MISSING  // MRU_MISSING(X): X(element) for the element types that this module is built without
+#ifdef MRU_MISSING  // MRU_MISSING(X, cell): X(cell, element) for the element types that this module is built without
 namespace mru::softmax::cuda {
-#define MRU_NONE(element) const Kernels element{};
-MRU_MISSING(MRU_NONE)
+#define MRU_NONE(cell, element) const Kernels element{};
+MRU_MISSING(MRU_NONE, softmax_recurrence)
 }  // namespace mru::softmax::cuda
 #endif
 
