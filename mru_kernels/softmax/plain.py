@@ -65,7 +65,8 @@ def _loop(score, value, decay, bonus, state: Tensor, reverse: bool, chunk: int) 
     """Return y `[B, T, D]` and the final state of sequences that all have T steps."""
     heads, time = score.shape[-1], score.shape[1]
     if time == 0 or heads == 0:
-        return value + score.sum() * 0, state.clone()
+        mean, high, low = split_state(state, heads)
+        return value + score.sum() * 0, join_state(mean, high + (low - low.detach()), low.detach())
     past, outputs = _open(state, heads), []
     bonus = None if bonus is None else bonus.unsqueeze(-1)
     for position in range(time):
@@ -120,7 +121,9 @@ def _open(state: Tensor, heads: int) -> _Past:
     empty = high == -torch.inf
     high = torch.where(empty, high.detach(), high)
     q = torch.where(empty, 0.0, torch.ones_like(high))
-    return _Past(mean.unflatten(-1, (heads, -1)), *(t.unsqueeze(-1) for t in (q, high, low)))
+    mean = mean.unflatten(-1, (heads, -1))
+    mean = torch.where(empty.unsqueeze(-1), mean.detach(), mean)
+    return _Past(mean, *(t.unsqueeze(-1) for t in (q, high, low)))
 
 
 def _close(past: _Past) -> Tensor:
