@@ -67,10 +67,14 @@ CPU_OBJECTS = {
 # -fmad=false: as -ffp-contract=off; gradients ask for what they want fused (csrc/lanes.h).
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
-# csrc/cuda/scan.cu is compiled once per element type, the slowest first, so that none is left alone at the end.
+# Sources that are compiled once per element type, the slowest first, so that none is left alone at the end.
 CUDA_OBJECTS = {
-    f"cuda_scan_{element}": ("csrc/cuda/scan.cu", [f"-DMRU_ELEMENT={element}"])
-    for element in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+    f"cuda_{name}_{element}": (source, [f"-DMRU_ELEMENT={element}"])
+    for name, source, elements in (
+        ("scan", "csrc/cuda/scan.cu", ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")),
+        ("softmax", "csrc/softmax/cuda/softmax.cu", ("float16", "bfloat16", "float32", "float64")),
+    )
+    for element in elements
 }
 
 
@@ -170,7 +174,8 @@ class NinjaBuild(build_ext):
         for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(root / source), variables={"own": own})
         if cuda:
-            objects += n.build("cuda_register.o", "cxx", str(root / "csrc/cuda/register.cpp"))
+            for name, source in (("cuda", "csrc/cuda/register.cpp"), ("cuda_softmax", "csrc/softmax/cuda/register.cpp")):
+                objects += n.build(f"{name}_register.o", "cxx", str(root / source))
             n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *own_headers, *gencode_flags()])
             n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for name, (source, own) in CUDA_OBJECTS.items():

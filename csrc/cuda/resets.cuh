@@ -68,7 +68,7 @@ class ResetBits {
 };
 
 // A block for a group; a thread for a step, a warp for a word. Words after the row's last step are not written.
-static __global__ void __launch_bounds__(kResetGroup)
+[[maybe_unused]] static __global__ void __launch_bounds__(kResetGroup)
     mark_resets(const __grid_constant__ Scan scan, uint32_t* bits, Divisor row_groups) {
   const int64_t row = row_groups(blockIdx.x), group = blockIdx.x - row * row_groups.divisor();
   const int64_t position = group * kResetGroup + threadIdx.x;

@@ -1,42 +1,20 @@
 // The CUDA kernels under host execution as ops `mru::*.simt` on CPU tensors, and functions for the tests that set the
 // scheduler and count the traffic. Everything that a call allocates is filled with NaN first. The build makes cells.h.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <map>
-
 #include "../cuda/plan.h"
 #include "../torch/ops.h"
 #include "cells.h"
-#include "simt.h"
+#include "control.h"
 
 namespace {
 
 using mru::Scan;
 using mru::Tensor;
 using mru::cuda::kernels;
+using simt::poison;
 
-void poison(void* p, int64_t bytes) {
-  if (p && bytes > 0) std::memset(p, simt::kNanByte, bytes);
-}
-void poison(const Scan& scan, const mru::Stream& stream) {
-  const int64_t size = mru::element_bytes(scan.dtype);
-  if (!stream.data) return;
-  for (int64_t b = 0; b < scan.batch; ++b)
-    for (int64_t t = 0; t < scan.time; ++t)
-      poison(static_cast<char*>(stream.data) + (b * stream.batch + t * stream.time) * size, scan.channels * size);
-}
-
-// Calls run(workspace) with a workspace of the exact size, so that the address sanitizer sees an access beyond its end.
 template <class Run>
 void launch(const Scan& scan, bool backward, Run run) {
-  const mru::cuda::Plan plan(scan, backward);
-  const int64_t bytes = plan.workspace_bytes();
-  const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), &std::free);
-  poison(workspace.get(), bytes);
-  const char* const error = run(workspace.get());
-  MRU_EXPECT(!error, "simt: ", error ? error : "");
+  simt::launch(mru::cuda::Plan(scan, backward).workspace_bytes(), run);
 }
 
 struct Simt {
@@ -45,7 +23,7 @@ struct Simt {
 
   template <class C>
   static void forward(const Scan& scan, const Tensor&) {
-    poison(scan, scan.h);
+    poison(scan, scan.h, scan.channels);
     if (!scan.slots) poison(scan.final_state, scan.sequences * row_bytes(scan));
     poison(scan.checkpoints, scan.batch * scan.checkpoint_rows * row_bytes(scan));
     poison(scan.events, scan.batch * scan.event_rows * scan.channels * int64_t(sizeof(int32_t)));
@@ -53,7 +31,7 @@ struct Simt {
   }
   template <class C>
   static void backward(const Scan& scan, const Tensor&) {
-    for (const mru::Stream& grad : scan.grad_in) poison(scan, grad);
+    for (const mru::Stream& grad : scan.grad_in) poison(scan, grad, scan.channels);
     for (void* const grad : scan.grad_channel) poison(grad, row_bytes(scan));
     poison(scan.grad_initial, scan.sequences * row_bytes(scan));
     poison(scan.grad_reset_state, scan.sequences * row_bytes(scan));
@@ -71,13 +49,6 @@ struct Simt {
  private:
   static int64_t row_bytes(const Scan& scan) { return scan.channels * mru::element_bytes(scan.state); }
 };
-
-std::map<std::string, std::array<uint64_t, 2>> traffic() {
-  constexpr const char* names[simt::kKinds] = {"stream", "codes", "state", "index", "mask"};
-  std::map<std::string, std::array<uint64_t, 2>> all;
-  for (int i = 0; i < simt::kKinds; ++i) all[names[i]] = {simt::control.read[i], simt::control.written[i]};
-  return all;
-}
 
 // What the tests cannot know of a cell from Python.
 template <class C>
@@ -106,17 +77,6 @@ MRU_EACH_CELL(MRU_NONE_OF)
 #endif
 
 PYBIND11_MODULE(MRU_MODULE, m) {
-  m.def("traffic", &traffic, "Bytes read and written since the last reset, by kind.");
+  simt::bind_control(m);
   m.def("cells", &cells, "Traits of every cell.");
-  m.def("reset_traffic", [] {
-    for (int i = 0; i < simt::kKinds; ++i) simt::control.read[i] = simt::control.written[i] = 0;
-  });
-  m.def(
-      "configure",
-      [](uint64_t seed, unsigned resident, uint64_t budget, int most_shared) {
-        simt::control.seed = seed, simt::control.resident = resident, simt::control.budget = budget;
-        simt::control.most_shared = most_shared;
-      },
-      pybind11::arg("seed") = 1, pybind11::arg("resident") = 24, pybind11::arg("budget") = 20'000'000,
-      pybind11::arg("most_shared") = 163 << 10);
 }

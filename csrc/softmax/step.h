@@ -52,7 +52,7 @@ MRU_INLINE auto is_infinite(V x) {
 }
 template <class V>
 MRU_INLINE V inverse(V x) {  // 1 / 0 := 0. A NaN stays, which `x > 0` would lose
-  return x == zero<V>() ? zero<V>() : splat<V>(1) / x;
+  return x == zero<V>() ? zero<V>() : reciprocal(x);
 }
 
 // The sum hi + lo of two floats.

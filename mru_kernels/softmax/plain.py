@@ -103,7 +103,8 @@ def _distance(s: Tensor, high: Tensor, low: Tensor) -> Tensor:
 
 def _share(gap: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """The smaller part of the whole, negative if it is the past's; and the whole weight, the larger of both being 1."""
-    e, newer = (-gap.abs()).exp(), gap > 0
+    newer = gap > 0
+    e = torch.where(newer, -gap, gap).exp()  # abs() has no slope at 0, where the weights are equal
     past = torch.where(newer, e, 1.0) * q
     own = torch.where(newer, 1.0, e)
     total = past + own

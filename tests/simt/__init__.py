@@ -45,6 +45,9 @@ def build(
     elements: tuple[str, ...] = LOADED,
     module: Path | None = None,
     optimization: str = "-O1",
+    name: str = "mru_simt",
+    kernels: str = "cuda/scan.cu",
+    binding: str = "simt/module.cpp",
 ) -> Path:
     """Compile `csrc` into a Python module under `folder`.
 
@@ -52,11 +55,13 @@ def build(
         folder: of the objects and the module; ninja makes only what is out of date.
         csrc: the sources, or a changed copy of them.
         elements: the element types of the kernels.
-        module: the object of module.cpp, if it is compiled already.
+        module: the object of `binding`, if it is compiled already.
         optimization: the compiler's flags for the kernels.
+        name: the module's name.
+        kernels, binding: the sources, in `csrc`: the CUDA kernels, compiled for each element type, and the module.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"mru_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     headers = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
     includes = " ".join(f"-isystem {path}" for path in headers)
     own_headers = f"-I. -I{csrc}"  # cells.h is in ninja's folder
@@ -72,10 +77,10 @@ def build(
         objects = []
         for element in elements:
             own = f"-x c++ {own_headers} -I {csrc / 'simt'} -DMRU_ELEMENT={element} {optimization}"
-            objects += n.build(f"{element}.o", "cxx", str(csrc / "cuda" / "scan.cu"), variables={"own": own})
+            objects += n.build(f"{element}.o", "cxx", str(csrc / kernels), variables={"own": own})
         if module is None:
-            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE=mru_simt {own_headers} {without} {includes}"
-            objects += n.build("module.o", "cxx", str(csrc / "simt" / "module.cpp"), variables={"own": own})
+            own = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -DMRU_MODULE={name} {own_headers} {without} {includes}"
+            objects += n.build("module.o", "cxx", str(csrc / binding), variables={"own": own})
         else:
             objects.append(str(module))
         n.build(str(target), "link", objects)
@@ -87,7 +92,7 @@ def build(
 
 def load_module(path: Path) -> ModuleType:
     """Import a built module, which registers `mru::*.simt`."""
-    spec = importlib.util.spec_from_file_location("mru_simt", path)
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -116,4 +121,7 @@ def register() -> None:
     """Add the backend `simt` to the package's table."""
     from mru_kernels import backends, ops
 
+    from . import softmax
+
     ops.add_backend(backends.Backend("simt", ("cpu",), "needs CPU tensors", "simt.backend"))
+    softmax.define_ops()

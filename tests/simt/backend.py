@@ -6,7 +6,7 @@ import torch
 
 from mru_kernels.backends.cuda import CHUNK_SIZES
 
-from . import SUPPORTED, control
+from . import SUPPORTED, control, softmax
 
 __all__ = ["CHUNK_SIZES", "load", "segment"]
 
@@ -16,6 +16,7 @@ def load() -> None:
     if not SUPPORTED:
         raise ImportError("the host execution of CUDA sources needs x86-64 Linux")
     control()
+    softmax.control()
 
 
 def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:
