@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "define": ("define", "times of defined cells against cells by hand and composed ones"),
     "delays": ("delays", "times of the forms of delay_conv"),
     "mesa": ("mesa", "time and memory of mesa against a loop over steps"),
+    "softmax": ("softmax", "time, memory and accuracy of wkv against other forms"),
     "online": ("online", "gradients of streams: errors and costs"),
     "blocks": ("blocks", "memory and time of training in blocks of time"),
     "report": ("report", "tables and figures from recorded results"),
@@ -36,6 +37,7 @@ _TIMED = (
     "define",
     "delays",
     "mesa",
+    "softmax",
     "online",
 )  # commands that run with the allocator pinned
 

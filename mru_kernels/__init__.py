@@ -25,6 +25,8 @@ from .nn import (
     BMRU,
     CMRU,
     LRU,
+    RWKV4,
+    Aaren,
     AlphaCMRU,
     DelayConv,
     FirstQuadrantBMRU,
@@ -34,7 +36,10 @@ from .nn import (
     MinLSTM,
     MRUBlock,
     MRUNetwork,
+    RWKV4ChannelMix,
+    RWKV4TimeMix,
 )
+from .nn.rwkv import wkv_state_from_sums, wkv_sums_from_state
 from .schedule import EpsilonSchedule
 from .streaming import stream
 
@@ -43,6 +48,8 @@ __all__ = [
     "BMRU",
     "CMRU",
     "LRU",
+    "RWKV4",
+    "Aaren",
     "Affine",
     "AlphaCMRU",
     "DefinedCell",
@@ -55,6 +62,8 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "RWKV4ChannelMix",
+    "RWKV4TimeMix",
     "Write",
     "available_backends",
     "blocked",
@@ -79,6 +88,8 @@ __all__ = [
     "schmitt_step",
     "sign",
     "stream",
+    "wkv_state_from_sums",
+    "wkv_sums_from_state",
     "write_rates",
 ]
 

@@ -4,6 +4,7 @@ The units have the interface of `torch.nn.GRU`. `MRUBase` implements what they h
 its per-channel inputs and its scan.
 """
 
+from .aaren import Aaren
 from .base import UNITS, MRUBase
 from .block import MRUBlock
 from .delays import DelayConv
@@ -11,13 +12,16 @@ from .linear import LRU, MinGRU, MinLSTM
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .network import MRUNetwork
+from .rwkv import RWKV4, RWKV4ChannelMix, RWKV4TimeMix
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
 __all__ = [
     "BMRU",
     "CMRU",
     "LRU",
+    "RWKV4",
     "UNITS",
+    "Aaren",
     "AlphaCMRU",
     "DelayConv",
     "FirstQuadrantBMRU",
@@ -28,5 +32,7 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "RWKV4ChannelMix",
+    "RWKV4TimeMix",
     "WriteOrHold",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..nn import MRUBase, MRUBlock
+from ..nn import Aaren, MRUBase, MRUBlock
 from ..nn.block import SEVERAL_STATES
 from ..nn.traces import Recorder, Traces, check_all, restarted
 from ..nn.wrappers import unwrapped
@@ -72,7 +72,7 @@ def _check_eager(module: torch.nn.Module) -> None:
 def _check_units(module: torch.nn.Module) -> None:
     """Raise unless every unit in the blocks of `module` can have traces."""
     for part in module.modules():
-        if isinstance(part, SEVERAL_STATES):
+        if isinstance(part, (Aaren, *SEVERAL_STATES)):
             kind = type(part).__name__
             raise TypeError(f'module: expected no {kind} with gradient="traces", got one, which has no traces')
     for block in module.modules():
