@@ -41,6 +41,7 @@ from .nn import (
 )
 from .nn.rwkv import wkv_state_from_sums, wkv_sums_from_state
 from .schedule import EpsilonSchedule
+from .softmax import softmax_recurrence, softmax_recurrence_step, wkv, wkv_step
 from .streaming import stream
 
 __version__ = _version("mru_kernels")
@@ -87,8 +88,12 @@ __all__ = [
     "schmitt",
     "schmitt_step",
     "sign",
+    "softmax_recurrence",
+    "softmax_recurrence_step",
     "stream",
+    "wkv",
     "wkv_state_from_sums",
+    "wkv_step",
     "wkv_sums_from_state",
     "write_rates",
 ]

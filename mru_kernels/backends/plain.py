@@ -66,7 +66,7 @@ def scan(
         plain = replace(plain, step=_after_resets(plain.step))
         gates = [*gates, resets.unsqueeze(-1).expand(first.shape).to(state)]
         p = [*p, entering(reset_state)]
-    offsets = None if cu_seqlens is None else _offsets(cu_seqlens, first.shape[1])
+    offsets = None if cu_seqlens is None else read_offsets(cu_seqlens, first.shape[1])
     if offsets is None:
         states, final = _loop(plain, gates, s, p, reverse)
     else:
@@ -193,7 +193,7 @@ def _value(scalar: Scalar, t: Tensor) -> float | Tensor:
         return t.item()
 
 
-def _offsets(cu_seqlens: Tensor, total: int) -> list[int]:
+def read_offsets(cu_seqlens: Tensor, total: int) -> list[int]:
     """The checked values of `cu_seqlens`. A meta tensor has none; any will do, as shapes do not depend on them."""
     if cu_seqlens.is_meta:
         return [0] * (cu_seqlens.numel() - 1) + [total]

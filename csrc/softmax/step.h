@@ -1,0 +1,216 @@
+// The softmax recurrence: y is a weighted mean of the values seen so far. Step i has the weight e^(score + decays since).
+//
+//   state         (mean, Z + z): the mean of a channel and the log of a head's total weight, in two floats. Empty: 0, -inf
+//   inside chunk  (mean, q, m, c): the weight is e^(m + c) q. `open` and `close` convert at the borders of chunks
+//
+// Everything is a template over a value type V: a scalar (one CUDA thread) or a vector of lanes (CPU); see lanes.h. A head's
+// values are the same for all its channels: Weight, Share, Piece. The order of operations decides the precision, and a weight
+// that is 0 or 1 must copy a value bit for bit, so nothing here may be reordered or fused.
+#pragma once
+#include <limits>
+
+#include "../lanes.h"
+
+namespace mru::softmax {
+
+// Functions of scalars; csrc/softmax/cpu/functions.h has those of vectors.
+template <class V>
+struct Functions {
+  // e^x for x <= 0. A result below the least normal number may be 0.
+  static MRU_INLINE V exp(V x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(V) == 4) {
+      float y;
+      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+      return y;
+    }
+#endif
+    return std::exp(x);
+  }
+  static MRU_INLINE V log(V x) { return std::log(x); }
+  static MRU_INLINE V log1p(V x) { return std::log1p(x); }
+  static MRU_INLINE bool has_sign(V x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(V) == 4) return __float_as_int(x) < 0;
+#endif
+    return std::signbit(x);
+  }
+};
+
+template <class V>
+constexpr typename Lanes<V>::Scalar kInfinity = std::numeric_limits<typename Lanes<V>::Scalar>::infinity();
+
+template <class V>
+MRU_INLINE V zero() {
+  return splat<V>(0);
+}
+template <class V>
+MRU_INLINE auto is_infinite(V x) {
+  return Lanes<V>::abs(x) == splat<V>(kInfinity<V>);
+}
+template <class V>
+MRU_INLINE V inverse(V x) {  // 1 / 0 := 0. A NaN stays, which `x > 0` would lose
+  return x == zero<V>() ? zero<V>() : splat<V>(1) / x;
+}
+
+// The sum hi + lo of two floats.
+template <class V>
+struct Pair {
+  V hi, lo;
+};
+// (hi + lo) + x.
+template <class V>
+MRU_INLINE Pair<V> plus(V hi, V lo, V x) {
+  const V low = x + lo, sum = hi + low;
+  return {sum, is_infinite(sum) ? zero<V>() : low - (sum - hi)};
+}
+
+// What a head's past weighs inside a chunk: e^(m + c) q.
+template <class V>
+struct Weight {
+  V q, m, c;
+};
+template <class V>
+MRU_INLINE Weight<V> open(V Z, V z) {
+  return {Z == splat<V>(-kInfinity<V>) ? zero<V>() : splat<V>(1), Z, z};
+}
+template <class V>
+MRU_INLINE Pair<V> close(const Weight<V>& weight) {
+  const V w = weight.c + Functions<V>::log(weight.q), Z = weight.m + w, z = w - (Z - weight.m);
+  const V size = Lanes<V>::abs(z);
+  return {Z, size < splat<V>(kInfinity<V>) ? z : zero<V>()};
+}
+
+// How a mean is mixed from the past and a value: (a q mean + b v) / (a q + b). The larger of a and b is 1.
+template <class V>
+struct Share {
+  V a, b, r;  // r = 1 / (a q + b); 0 if there is no weight
+  V k;        // the smaller part of the whole. Its sign bit says that it is the past's
+  V total;    // a q + b
+};
+// `gap`: the log of b / a.
+template <class V>
+MRU_INLINE Share<V> share(V gap, V q) {
+  const auto newer = gap > zero<V>();
+  const V e = Functions<V>::exp(-Lanes<V>::abs(gap));
+  Share<V> s;
+  s.a = newer ? e : splat<V>(1);
+  s.b = newer ? splat<V>(1) : e;
+  const V past = s.a * q;
+  s.total = past + s.b;
+  s.r = inverse(s.total);
+  s.k = newer ? -(past * s.r) : s.b * s.r;
+  return s;
+}
+// The mean. A part of 0 copies the other value.
+template <class V>
+MRU_INLINE V mix(V k, V mean, V v) {
+  return (Functions<V>::has_sign(k) ? v : mean) + k * (v - mean);
+}
+
+// x - hi - lo, for a score x; a masked one, -inf, is that far from anything.
+template <class V>
+MRU_INLINE V distance(V x, V hi, V lo) {
+  const V least = splat<V>(-kInfinity<V>);
+  return x == least ? least : (x - hi) - lo;
+}
+
+// One step of a head: decays the past and adds the weight of `score`. Returns how the step mixes the mean.
+template <bool kDecay, class V>
+MRU_INLINE Share<V> update(V score, V decay, Weight<V>& weight) {
+  Pair<V> past{weight.m, weight.c};
+  if constexpr (kDecay) past = plus(weight.m, weight.c, decay);
+  const V gap = distance(score, past.hi, past.lo);
+  const auto newer = gap > zero<V>();
+  const Share<V> s = share(gap, weight.q);
+  weight = {s.total, newer ? score : past.hi, newer ? zero<V>() : past.lo};
+  return s;
+}
+
+// How a step with a bonus reads the past: before it decays, with its own weight e^(score + bonus). The difference comes first:
+// score + bonus would round away what a large score has.
+template <class V>
+MRU_INLINE Share<V> read(V score, V bonus, const Weight<V>& before) {
+  return share(distance(score, before.m, before.c) + bonus, before.q);
+}
+
+// ------------------------------------------------------------------------------------------------ pieces of time
+
+// Steps as one: the sum of their decays, and the log of the weight that they leave from an empty state. The identity is
+// (0, -inf, 0), and the mean of each channel 0.
+template <class V>
+struct Piece {
+  V decay, Z, z;
+};
+template <class V>
+MRU_INLINE Piece<V> no_steps() {
+  return {zero<V>(), splat<V>(-kInfinity<V>), zero<V>()};
+}
+// `first` becomes: first, then second. Returns k: the mean is mix(k, mean of first, mean of second). A state is a piece, too.
+template <class V>
+MRU_INLINE V then(Piece<V>& first, const Piece<V>& second) {
+  const Pair<V> past = plus(first.Z, first.z, second.decay);
+  const V least = splat<V>(-kInfinity<V>);
+  const V gap = second.Z == least ? least : ((second.Z - past.hi) - past.lo) + second.z;
+  const auto newer = gap > zero<V>();
+  const V e = Functions<V>::exp(-Lanes<V>::abs(gap)), part = e / (splat<V>(1) + e);
+  const Pair<V> sum = plus(newer ? second.Z : past.hi, newer ? second.z : past.lo, V(Functions<V>::log1p(e)));
+  first = {first.decay + second.decay, sum.hi, sum.lo};
+  return newer ? -part : part;
+}
+
+// ------------------------------------------------------------------------------------------------ adjoint
+
+// Inside a chunk: lambda is dL/d(numerator) of a channel, and the sum of mu over a head's channels dL/d(denominator), both in
+// the scale e^(m + c), which counts as a constant. A Share has every factor; there is no further exponential.
+template <class V>
+struct Adjoint {
+  V lambda, mu;
+};
+// At a chunk's end, from dL/dmean and dL/dZ; dL/dZ may come with any one channel of the head, and 0 with the others.
+template <class V>
+MRU_INLINE Adjoint<V> open_adjoint(V d_mean, V d_Z, V mean, V q) {
+  const V r = inverse(q);
+  return {d_mean * r, (d_Z - d_mean * mean) * r};
+}
+// At a chunk's start: dL/dmean, and what summed over a head's channels is dL/dZ. q is 0 or 1 there.
+template <class V>
+MRU_INLINE V close_adjoint(const Adjoint<V>& adjoint, V mean, V q, V& d_mean) {
+  d_mean = adjoint.lambda * q;
+  return (adjoint.lambda * mean + adjoint.mu) * q;
+}
+
+// Adds what y's gradient gives to the past: `part` is share.a of a step with a bonus, else 1 (y is read after the update,
+// and the past is what the update leaves). `gr` = gradient of y times share.r.
+template <class V>
+MRU_INLINE void add_read(Adjoint<V>& adjoint, V part, V gr, V y) {
+  adjoint.lambda += part * gr;
+  adjoint.mu -= part * (gr * y);
+}
+// Summed over a head's channels and times share.b this is the gradient of the score of an update, from the adjoint behind it.
+// With the mean before the update instead of v, and times share.a q, it is the gradient of the decay.
+template <class V>
+MRU_INLINE V of_score(const Adjoint<V>& adjoint, V v) {
+  return adjoint.lambda * v + adjoint.mu;
+}
+// Summed over a head's channels and times share.b of `read` this is what y gives to the score and to the bonus.
+template <class V>
+MRU_INLINE V of_bonus(V gr, V v, V y) {
+  return gr * v - gr * y;
+}
+// Takes the adjoint through an update, to the state before it. `share.b` times its lambda before is the gradient of v.
+template <class V>
+MRU_INLINE void pass(Adjoint<V>& adjoint, V a) {
+  adjoint.lambda *= a;
+  adjoint.mu *= a;
+}
+
+// The factor that a segment's steps put on dL/dmean, from the log weights at its start and its end and its decays.
+template <class V>
+MRU_INLINE V adjoint_factor(Pair<V> start, Pair<V> end, V decay) {
+  const V exponent = ((start.hi - end.hi) + decay) + (start.lo - end.lo);
+  const V limited = exponent > zero<V>() ? zero<V>() : exponent;
+  return start.hi == splat<V>(-kInfinity<V>) ? zero<V>() : Functions<V>::exp(limited);
+}
+
+}  // namespace mru::softmax
