@@ -70,7 +70,7 @@ def _compose(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, .
 
 
 def scanned(key: Tensor, value: Tensor, time_decay: Tensor, bonus: Tensor) -> Tensor:
-    """torch's associative_scan over (p, q, scale, decay), in plain torch operations."""
+    """The associative_scan of torch over (p, q, scale, decay), in plain torch operations."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
     decay = (-time_decay.exp()).expand_as(key)
@@ -117,7 +117,9 @@ def check(forms: dict[str, Form], leaves: Sequence[Tensor]) -> None:
         for what, got, right in zip(("y", "key", "value", "time_decay", "bonus"), results, expected, strict=True):
             found = errors.relative_error(got, right, right.abs())
             if not found <= LIMIT:
-                raise RuntimeError(f"{name}: expected a relative error of at most {LIMIT:g} for {what}, got {found:.1e}")
+                raise RuntimeError(
+                    f"{name}: expected a relative error of at most {LIMIT:g} for {what}, got {found:.1e}"
+                )
 
 
 def times(forms: dict[str, Form], leaves: Sequence[Tensor], device: torch.device) -> list[tuple[str, ...]]:

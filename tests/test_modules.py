@@ -273,6 +273,7 @@ OWN = {
     mk.FirstQuadrantBMRU: WRITE_OR_HOLD,
     mk.MinGRU: {"bias", "max_time_scale"},
     mk.MinLSTM: {"bias", "max_time_scale"},
+    mk.Aaren: {"bias", "num_heads"},
     mk.LRU: {"r_min", "r_max", "max_phase"},
 }
 

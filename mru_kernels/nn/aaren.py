@@ -151,9 +151,9 @@ class Aaren(MRUBase, names=("aaren",)):
                 q = q + query_bias.double()
             q, k = (t.double().unflatten(0, (num_heads, -1)) for t in (q, key_weight))
             score = torch.einsum("hk,hkf->hf", q, k) / math.sqrt(channels // num_heads)
-            unit.weight_ih_l0.copy_(torch.cat([score, value_weight.double()]))
+            unit.get_parameter("weight_ih_l0").copy_(torch.cat([score, value_weight.double()]))
             if value_bias is not None:
-                unit.bias_ih_l0.copy_(value_bias)
+                unit.get_parameter("bias_ih_l0").copy_(value_bias)
         return unit
 
     @property

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -70,9 +69,9 @@ class _Mix(torch.nn.Module):
         check_state(state, self.num_states)
         check_state_shapes(state, self._shapes(len(input)), input.device)
         wide = checks.state_dtype(input.dtype)
-        for i, (tensor, expected) in enumerate(zip(state, (input.dtype, wide), strict=False)):
-            if tensor.dtype != expected:
-                raise TypeError(f"state: expected dtype {expected} for tensor {i}, got {tensor.dtype}")
+        for i, (tensor, wanted) in enumerate(zip(state, (input.dtype, wide), strict=False)):
+            if tensor.dtype != wanted:
+                raise TypeError(f"state: expected dtype {wanted} for tensor {i}, got {tensor.dtype}")
         return list(state)
 
     @torch.no_grad()
@@ -172,13 +171,16 @@ class RWKV4TimeMix(_Mix):
         super().__init__(width, layer, layers)
         self.chunk_size = checks.chunk_size(chunk_size)
         where: dict[str, Any] = {"device": device, "dtype": _stream_dtype(dtype)}
-        for name in ("key", "value", "receptance", "output"):
-            self.add_module(name, torch.nn.Linear(width, width, bias=False, **where))
-        for name in ("time_mix_k", "time_mix_v", "time_mix_r"):
-            self.register_parameter(name, torch.nn.Parameter(torch.empty(width, **where)))
+        self.key = torch.nn.Linear(width, width, bias=False, **where)
+        self.value = torch.nn.Linear(width, width, bias=False, **where)
+        self.receptance = torch.nn.Linear(width, width, bias=False, **where)
+        self.output = torch.nn.Linear(width, width, bias=False, **where)
+        self.time_mix_k = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_mix_v = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_mix_r = torch.nn.Parameter(torch.empty(width, **where))
         where["dtype"] = checks.state_dtype(where["dtype"])
-        for name in ("time_decay", "time_first"):
-            self.register_parameter(name, torch.nn.Parameter(torch.empty(width, **where)))
+        self.time_decay = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_first = torch.nn.Parameter(torch.empty(width, **where))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -301,7 +303,9 @@ class RWKV4ChannelMix(_Mix):
 class RWKV4Block(torch.nn.Module):
     """Both mixings of a layer of `RWKV4`, each on a residual branch after a LayerNorm."""
 
-    def __init__(self, width: int, layer: int, layers: int, hidden_size: int | None, chunk_size: Any, where: Any) -> None:
+    def __init__(
+        self, width: int, layer: int, layers: int, hidden_size: int | None, chunk_size: Any, where: Any
+    ) -> None:
         super().__init__()
         if layer == 0:
             self.ln0 = torch.nn.LayerNorm(width, **where)
@@ -406,7 +410,8 @@ class RWKV4(torch.nn.Module):
         """
         parameters = rwkv4_parameters(checkpoint)
         tokens, width = parameters["emb.weight"].shape
-        layers = 1 + max(int(name.split(".")[1]) for name in parameters if name.startswith("blocks."))
+        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in parameters)
+        layers = 1 + max(int(number[1]) for number in numbers if number)
         hidden = parameters["blocks.0.ffn.key.weight"].shape[0]
         options = {"dtype": parameters["emb.weight"].dtype} | options
         model = cls(tokens, width, layers, hidden_size=hidden, **options)
@@ -431,7 +436,8 @@ class RWKV4(torch.nn.Module):
         return 3 * len(self.blocks)
 
     def _starts(self) -> list[Tensor | None]:
-        return [start for block in self.blocks for part in (block.att, block.ffn) for start in part._starts()]
+        mixings = [m for m in self.modules() if isinstance(m, _Mix)]  # in the order of the state
+        return [start for mixing in mixings for start in mixing._starts()]
 
     def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the model; the class describes the arguments, results and errors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..nn import MemoryCache, MRUBase, MRUBlock, MRUNetwork
+from ..nn import RWKV4, MemoryCache, MesaNet, MRUBase, MRUBlock, MRUNetwork, RWKV4ChannelMix, RWKV4TimeMix
 from ..nn.block import WITHOUT_RESETS
 from ..nn.network import check_one_direction
 from ..nn.wrappers import unwrapped
@@ -81,7 +81,8 @@ class Stream:
         """The sequences that end before the chunk, or None, and the argument of the module for resets within it."""
         if resets is not None and any(isinstance(part, MemoryCache) for part in self.module.modules()):
             raise ValueError("resets: expected None for a MemoryCache, whose sequences count their steps together")
-        dims = 2 if isinstance(unwrapped(self.module), MRUNetwork) and unwrapped(self.module).tokens else 3
+        inner = unwrapped(self.module)
+        dims = 2 if isinstance(inner, RWKV4) or (isinstance(inner, MRUNetwork) and inner.tokens) else 3
         if not (isinstance(resets, Tensor) and isinstance(chunk, Tensor)):
             return resets, {}
         is_within = resets.dim() == chunk.dim() - (dims - 2)
@@ -122,8 +123,10 @@ def _starts(module: torch.nn.Module) -> list[Tensor | None]:
         return [None] * (module.conv is not None) + [start for unit in module.units for start in _starts(unit)]
     if isinstance(module, MRUBase):
         return [module._start(p) for p in module._parameters_by_scan()]
-    if isinstance(module, WITHOUT_RESETS):
-        return module._starts() if hasattr(module, "_starts") else [None] * module.num_states
+    if isinstance(module, (RWKV4, RWKV4ChannelMix, RWKV4TimeMix)):
+        return module._starts()
+    if isinstance(module, MesaNet):
+        return [None] * module.num_states
     return [None] * getattr(module, "num_layers", 1)
 
 
