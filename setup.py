@@ -57,6 +57,11 @@ CPU_OBJECTS = {
         for cell in CELLS
         for isa, flags in ISA_FLAGS.items()
     },
+    "softmax_cpu": ("csrc/softmax/cpu/register.cpp", []),
+    **{
+        f"softmax_cpu_{isa}": ("csrc/softmax/cpu/kernels.cpp", [f"-DMRU_ISA={isa}", *flags])
+        for isa, flags in ISA_FLAGS.items()
+    },
 }
 
 # -fmad=false: as -ffp-contract=off; gradients ask for what they want fused (csrc/lanes.h).

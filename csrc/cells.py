@@ -27,12 +27,13 @@ def write_header(csrc: Path, folder: Path) -> None:
 
 
 def write_schemas(csrc: Path, folder: Path) -> None:
-    """Write schemas.h to `folder`: the schemas of the ops of a cell, as mru_kernels/ops states them."""
-    schemas = runpy.run_path(str(csrc.parent / "mru_kernels/ops/schemas.py"))["SCHEMAS"]
-    rows = [f'    {{"{suffix}", "{schema}"}},' for suffix, schema in schemas.items()]
-    pairs = "inline constexpr std::pair<const char*, const char*> kSchemas[] = {"
-    head = ["#pragma once", "#include <utility>", "namespace mru {", pairs]
-    write_if_changed(folder / "schemas.h", "\n".join([*head, *rows, "};", "}  // namespace mru", ""]))
+    """Write schemas.h to `folder`: the schemas of the ops, as mru_kernels/ops and mru_kernels/softmax state them."""
+    lines = ["#pragma once", "#include <utility>", "namespace mru {"]
+    for table, package in (("kSchemas", "ops"), ("kSoftmaxSchemas", "softmax")):
+        schemas = runpy.run_path(str(csrc.parent / f"mru_kernels/{package}/schemas.py"))["SCHEMAS"]
+        rows = [f'    {{"{suffix}", "{schema}"}},' for suffix, schema in schemas.items()]
+        lines += [f"inline constexpr std::pair<const char*, const char*> {table}[] = {{", *rows, "};"]
+    write_if_changed(folder / "schemas.h", "\n".join([*lines, "}  // namespace mru", ""]))
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
-// Defines the ops of every cell for the C++ backends, so that a process without Python has them, and the ops `segment`,
-// which return the backend's choice. The build writes cells.h, and schemas.h from mru_kernels/ops/schemas.py.
+// Defines the ops of every cell and of the softmax recurrence for the C++ backends, so that a process without Python has
+// them, and the ops `segment`, which return the backend's choice. The build writes cells.h, and schemas.h from
+// mru_kernels/ops/schemas.py and mru_kernels/softmax/schemas.py.
 #include <cells.h>
 #include <schemas.h>
 
@@ -26,6 +27,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mru, m) {
   for (const std::string backend : kBackends) {
     for (const std::string cell : kCells)
       for (const auto& [suffix, schema] : mru::kSchemas) m.def((cell + suffix + "." + backend + schema).c_str());
+    for (const auto& [suffix, schema] : mru::kSoftmaxSchemas)
+      m.def((std::string("softmax_recurrence") + suffix + "." + backend + schema).c_str());
     m.def(("segment." + backend + "(int sequences, int steps, int channels, int itemsize) -> int").c_str());
   }
   m.def("cpu_isa() -> str");

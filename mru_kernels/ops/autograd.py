@@ -23,7 +23,7 @@ def differentiable(cell: Cell, backend: str):
     def autograd_kernel(*arguments):
         inputs = differentiable_inputs(cell, arguments)
         if _is_differentiated(*inputs):
-            return list(_apply(Scan, cell, backend, arguments, *inputs))
+            return list(apply_function(Scan, cell, backend, arguments, *inputs))
         with private.BelowAutograd():
             return cell.forward[backend](*arguments)
 
@@ -38,9 +38,9 @@ def gradient(cell: Cell, backend: str):
         inputs = (grad_h, grad_final, grad_checkpoints, *differentiable_inputs(cell, rest))
         if _is_differentiated(*inputs):
             if cell.name == LINEAR:
-                return list(_apply(Gradient, cell, backend, arguments, *inputs))
+                return list(apply_function(Gradient, cell, backend, arguments, *inputs))
             reason = f"mru::{cell.name}: there is no second derivative (gradient of a gradient, hessian)"
-            return list(_apply(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
+            return list(apply_function(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
         with private.BelowAutograd():
             return cell.backward[backend](*arguments)
 
@@ -52,7 +52,7 @@ def not_differentiable(op: private.OpOverload, reason: str):
 
     def autograd_kernel(inputs, *rest):
         tensors = [*inputs, *(t for t in rest if isinstance(t, Tensor))]
-        return _apply(WithoutDerivative, op, reason, (inputs, *rest), *tensors)
+        return apply_function(WithoutDerivative, op, reason, (inputs, *rest), *tensors)
 
     return autograd_kernel
 
@@ -93,7 +93,7 @@ def _is_differentiated(*inputs: Tensor | None) -> bool:
     return (torch.is_grad_enabled() and requires_grad(inputs)) or private.may_have_tangents()
 
 
-def _apply(function: type[torch.autograd.Function], *arguments):
+def apply_function(function: type[torch.autograd.Function], *arguments):
     """`function.apply` in an autograd kernel, which the dispatcher calls once for each level of torch.func."""
     if not private.transforms_active():
         return function.apply(*arguments)
@@ -108,7 +108,7 @@ def _single_level(function: type[torch.autograd.Function]) -> Any:
     return type(function.__name__, (private.SingleLevelFunction,), members)
 
 
-def _below_autograd(op: private.OpOverload, arguments) -> list[Tensor]:
+def below_autograd(op: private.OpOverload, arguments) -> list[Tensor]:
     """`op` in the forward of an autograd Function: the kernel, or the next level of torch.func."""
     if not private.transforms_active():
         with private.BelowAutograd():
@@ -123,7 +123,7 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, backend, arguments, *inputs):
-        results = _below_autograd(cell.forward[backend], arguments)
+        results = below_autograd(cell.forward[backend], arguments)
         saved = results[2:]
         ctx.mark_non_differentiable(*saved[1:])  # the checkpoints may be results
         ctx.set_materialize_grads(False)  # autograd would fill zeros for checkpoints that are no results
@@ -191,7 +191,7 @@ class Gradient(torch.autograd.Function):
         ctx.cell, ctx.backend = cell, backend
         ctx.states = [name for name in ("initial_state", "reset_state") if names[name] is not None]
         ctx.constants = {name: t for name, t in names.items() if not isinstance(t, (Tensor, list))}
-        return tuple(_below_autograd(cell.backward[backend], arguments))
+        return tuple(below_autograd(cell.backward[backend], arguments))
 
     @staticmethod
     def _call(ctx, tensors):
@@ -232,7 +232,7 @@ class WithoutDerivative(torch.autograd.Function):
         ctx.reason = reason
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
-        return tuple(_below_autograd(op, arguments))
+        return tuple(below_autograd(op, arguments))
 
     @staticmethod
     def backward(ctx, *grads):

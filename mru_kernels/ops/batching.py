@@ -75,8 +75,13 @@ def _unfold(size: int, t: Tensor) -> tuple[Tensor, int]:
 
 
 def fold_legacy_batch(cell: Cell, op: private.OpOverload, names: tuple[str, ...]):
-    """The op under torch's legacy vmap, which `is_grads_batched=True` and `torch.autograd.functional` use."""
-    rule, level = fold_into_channels(cell, op, names), 1  # torch does not nest this vmap
+    """The op under torch's legacy vmap."""
+    return legacy(fold_into_channels(cell, op, names))
+
+
+def legacy(rule):
+    """A vmap rule for torch's legacy vmap, which `is_grads_batched=True` and `torch.autograd.functional` use."""
+    level = 1  # torch does not nest this vmap
 
     def kernel(*arguments):
         size = 0

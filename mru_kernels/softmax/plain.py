@@ -119,7 +119,9 @@ def _open(state: Tensor, heads: int) -> _Past:
     empty = high == -torch.inf
     high = torch.where(empty, high.detach(), high)
     q = torch.where(empty, 0.0, torch.ones_like(high))
-    return _Past(mean.unflatten(-1, (heads, -1)), *(t.unsqueeze(-1) for t in (q, high, low)))
+    mean = mean.unflatten(-1, (heads, -1))
+    mean = torch.where(empty.unsqueeze(-1), mean.detach(), mean)
+    return _Past(mean, *(t.unsqueeze(-1) for t in (q, high, low)))
 
 
 def _close(past: _Past) -> Tensor:

@@ -1,14 +1,89 @@
-"""From the arguments of a public function to the backend that runs them."""
+"""From the arguments of a public function to the op of a backend."""
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
+from .. import torch_private as private
+from ..ops.autograd import raise_as_torch
 from . import plain
+from .layout import allocate
+from .registration import FORWARD, SoftmaxScan, differentiable_inputs
+
+SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
+
+_TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and calls the first, which is this backend's
 
 
 def run(arguments: tuple, chunk_size: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Return y and the final state. `arguments` are those of the op up to `reverse`."""
-    backends.resolve(backend, arguments[0].device)
-    return plain.scan(*arguments, chunk_size or backends.CHUNK)
+    """Return y `[B, T, D]` and the final state `[N, D + 2 H]`.
+
+    Args:
+        arguments: those of the op up to `reverse`.
+        chunk_size: steps between two borders; None to save none.
+        backend: a name, or None for the first backend that can run on the device.
+    """
+    score = arguments[0]
+    row = _resolve(backend, score)
+    chunk = chunk_size or backends.CHUNK
+    if chunk != backends.CHUNK:
+        checks.check_chunk(chunk, row)
+    if row.plain:
+        return plain.scan(*arguments, chunk)
+    inputs = differentiable_inputs(arguments)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    compiling = torch.compiler.is_compiling()
+    tracing = not compiling and private.is_tracing()
+    if tracing and row.name != _TRACED_BACKEND:
+        raise RuntimeError(f"backend: torch.jit.trace records {_TRACED_BACKEND!r} only, got {row.name!r}")
+    # A recorded graph saves no borders, whose number would fix T; its backward pass scans again.
+    recorded = tracing or (compiling and torch.compiler.is_exporting())
+    save = differentiated and chunk_size is not None and not recorded
+    call = (*arguments, chunk, SEGMENT, save)
+    if compiling or tracing or private.transforms_active():
+        y, final, *_ = FORWARD[row.name](*call)
+        return y, final
+    try:
+        if differentiated or private.in_forward_mode():  # what the autograd kernel does, without the dispatcher
+            y, final, *_ = SoftmaxScan.apply(row.name, call, *inputs)
+        else:
+            with private.BelowAutograd():
+                y, final, *_ = FORWARD[row.name](*call)
+    except RuntimeError as error:
+        value, heads, cu_seqlens = arguments[1], arguments[2], arguments[6]
+        raise_as_torch(error, allocate, score, value, heads, cu_seqlens, chunk, save)
+        raise
+    return y, final
+
+
+def _resolve(name: str | None, score: Tensor) -> backends.Backend:
+    """The backend of a call. A fake tensor has one even if its device is absent."""
+    try:
+        return backends.resolve(name, score.device, _with_kernels())
+    except RuntimeError:
+        fake = backends.resolve_fake(name, score.device, tuple(FORWARD)) if private.is_fake(score) else None
+        if fake is None:
+            raise
+        return fake
+
+
+@private.assume_constant_result
+def _with_kernels() -> tuple[str, ...]:
+    return _find_kernels()
+
+
+@cache
+def _find_kernels() -> tuple[str, ...]:
+    """The backends that have kernels of the op in this process."""
+    found = []
+    for row in backends.TABLE.values():
+        keys = [device.upper() for device in row.device_types]
+        if row.plain or backends.load_error(row.name) is not None:
+            continue
+        if any(private.has_kernel(f"mru::softmax_recurrence.{row.name}", key) for key in keys):
+            found.append(row.name)
+    return tuple(found)

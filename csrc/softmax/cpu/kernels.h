@@ -1,0 +1,47 @@
+// The CPU kernels of the softmax recurrence, for one dtype and one choice of decay and bonus.
+#pragma once
+#include "../../cpu/kernels/kernels.h"
+#include "../scan.h"
+
+namespace mru::softmax {
+
+// A kernel works on the heads [h0, h1) of a segment and on their channels. Rows are in the state dtype: `state` [D + 2 H] is
+// mean | Z | z, `piece` [D + 3 H] has the sum of the decays, too, and `adjoint` [D + 2 H] is dL/dmean | dL/dZ | unused.
+// `scratch` has scratch_elements(...) elements of the state dtype.
+struct HeadKernels {
+  // Writes y and the borders. `state`: before the segment -> after it.
+  void (*forward)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* state, void* scratch);
+  // `piece` becomes the segment as one piece; or only its sum of decays.
+  void (*summarize)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* piece, void* scratch);
+  void (*sum_decays)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* piece);
+  // Writes the gradients of the streams. `adjoint`: from the right of the segment -> to its left. `sums` [4, H]: adds the
+  // gradients of a decay and a bonus [H], each a sum and what it lost (sum.h).
+  void (*backward)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* adjoint, void* sums, void* scratch);
+
+  // Rows of all heads. `state` becomes: state, then piece.
+  void (*carry)(const HeadScan&, const void* piece, void* state);
+  // `adjoint` from the right of a segment becomes that to its left. `start`, `end`: the states around the segment; `offset`:
+  // the adjoint to its left if that from the right is 0.
+  void (*carry_adjoint)(const HeadScan&, const void* piece, const void* start, const void* end, const void* offset,
+                        void* adjoint);
+  // total [H] = the sums in `count` rows of [4, H], of which `which` is 0 for the decay and 2 for the bonus.
+  void (*total)(const HeadScan&, const void* sums, int64_t count, int which, void* total);
+};
+
+constexpr int64_t kTile = 16;  // steps that the forward pass takes with one vector of channels before the next
+constexpr int64_t kMostLanes =
+    16;  // of a vector; sums over a head's channels have as many parts on every instruction set
+constexpr int64_t kHeadRows = 5;  // of a step in the backward pass: see Record in kernels.cpp
+
+// Elements of scratch that a kernel needs for a block of heads.
+inline int64_t scratch_elements(const HeadScan& scan, int64_t heads) {
+  const int64_t chunk = scan.chunk < scan.time ? scan.chunk : scan.time;
+  const int64_t forward = (3 + 2 * kTile) * heads;
+  const int64_t backward = (kHeadRows + 3) * chunk * (heads + kMostLanes) + (4 * chunk + 1) * kMostLanes + 2 * heads;
+  return forward > backward ? forward : backward;
+}
+
+template <Isa>
+const HeadKernels& head_kernels(const HeadScan&);
+
+}  // namespace mru::softmax
