@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "delays": ("delays", "times of the forms of delay_conv"),
     "spiking": ("spiking", "times of spiking neurons against snnTorch and SpikingJelly"),
     "mesa": ("mesa", "time and memory of mesa against a loop over steps"),
+    "softmax": ("softmax", "time, memory and accuracy of wkv against other forms"),
     "online": ("online", "gradients of streams: errors and costs"),
     "blocks": ("blocks", "memory and time of training in blocks of time"),
     "report": ("report", "tables and figures from recorded results"),
@@ -38,6 +39,7 @@ _TIMED = (
     "delays",
     "spiking",
     "mesa",
+    "softmax",
     "online",
 )  # commands that run with the allocator pinned
 

@@ -1,14 +1,16 @@
 """A character language model: it trains on a text, then writes one character at a time in constant memory.
 
 The network (`mk.MRUNetwork` on tokens) is a hybrid. Bistable units (arXiv 2601.09495) keep what lasts, and minGRU
-(arXiv 2410.01201) follows what changes. The last tenth of the text is held out. It is tested in one pass, so a
-prediction can use all characters before it. The table has the model's bits per character, and the entropy of single
-characters for comparison.
+(arXiv 2410.01201) follows what changes. `--units` also runs the same network with the time mixing of RWKV-4 (arXiv
+2305.13048) or with Aaren (arXiv 2405.13956), whose states are weighted means of the past. The last tenth of the text
+is held out. It is tested in one pass, so a prediction can use all characters before it. The table has each model's bits
+per character, and the entropy of single characters for comparison.
 
 The text is the reference manual that comes with Python as `pydoc_data.topics` (about 460,000 characters, PSF licence),
 or any file:
 
     python -m examples.charlm --text FILE --prompt "The "
+    python -m examples.charlm --units "BMRU + minGRU" RWKV-4 Aaren
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ from tqdm import tqdm
 import mru_kernels as mk
 from examples import common
 
-UNITS = {"bmru": {}, "min_gru": {"max_time_scale": 100.0}}
+HYBRID = "BMRU + minGRU"
+UNITS: dict[str, dict[str, dict[str, Any]]] = {
+    HYBRID: {"bmru": {}, "min_gru": {"max_time_scale": 100.0}},
+    "RWKV-4": {"rwkv4": {}},
+    "Aaren": {"aaren": {}},
+}
 WIDTH = 64
 BLOCKS = 2
 LENGTH = 128
@@ -66,9 +73,9 @@ class Text:
         return -(counts / counts.sum()).log2()[self.test].mean().item()
 
 
-def network(characters: int) -> mk.MRUNetwork:
+def network(characters: int, name: str = HYBRID) -> mk.MRUNetwork:
     return mk.MRUNetwork(
-        characters, characters, width=WIDTH, num_blocks=BLOCKS, units=UNITS, conv_size=4, dropout=0.1, tokens=True
+        characters, characters, width=WIDTH, num_blocks=BLOCKS, units=UNITS[name], conv_size=4, dropout=0.1, tokens=True
     )
 
 
@@ -107,10 +114,10 @@ def generate(
     return torch.cat(tokens), count / seconds
 
 
-def fit(text: Text, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, list[float]]:
+def fit(text: Text, name: str, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, list[float]]:
     """Train a network. Returns it, and the bits per character at each step of training."""
     torch.manual_seed(seed)
-    model = network(len(text.characters))
+    model = network(len(text.characters), name)
     window = torch.arange(LENGTH + 1)
     losses: list[float] = []
 
@@ -119,14 +126,14 @@ def fit(text: Text, seed: int, arguments: Namespace) -> tuple[mk.MRUNetwork, lis
         batch = text.train[starts + window]
         return F.cross_entropy(model(batch[:, :-1])[0].flatten(0, 1), batch[:, 1:].flatten())
 
-    with tqdm(total=arguments.steps, desc=f"training, seed {seed}", unit="step", mininterval=1.0) as bar:
+    with tqdm(total=arguments.steps, desc=f"{name}, seed {seed}", unit="step", mininterval=1.0) as bar:
 
         def after(value: float) -> None:
             losses.append(value / math.log(2))
             bar.update()
             bar.set_postfix(bits=f"{losses[-1]:.2f}", refresh=False)
 
-        epsilon = common.epsilon_schedule(model, arguments.steps)
+        epsilon = common.epsilon_schedule(model, arguments.steps) if name == HYBRID else None
         common.train(model, loss, steps=arguments.steps, learning_rate=LEARNING_RATE, epsilon=epsilon, after=after)
     return model, losses
 
@@ -138,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--generate", type=int, default=1000, help="characters to generate")
     parser.add_argument("--compile", action="store_true", help="generate by a compiled step")
     parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--units", nargs="+", choices=UNITS, default=[HYBRID], metavar="UNITS")
     arguments = parser.parse_args(argv)
     source = arguments.text.read_text(encoding="utf-8") if arguments.text else manual()
     text = Text(source)
@@ -146,31 +154,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, arguments.workers))
 
-    bits, rates, curves, written = [], [], [], ""
-    for seed in range(arguments.seeds):
-        model, losses = fit(text, seed, arguments)
-        bits.append(bits_per_character(model, text.test))
-        prompt = text.test[:CONTEXT] if arguments.prompt is None else text.encode(arguments.prompt)
-        tokens, rate = generate(model, prompt, arguments.generate, arguments.temperature, compiled=arguments.compile)
-        rates.append(rate)
-        curves.append(losses)
-        written = written or "".join(text.characters[i] for i in tokens)
+    rows: list[list[object]] = []
+    results, curves, written = {}, {}, ""
+    for units in arguments.units:
+        bits, rates = [], []
+        for seed in range(arguments.seeds):
+            model, curves[units, seed] = fit(text, units, seed, arguments)
+            bits.append(bits_per_character(model, text.test))
+            prompt = text.test[:CONTEXT] if arguments.prompt is None else text.encode(arguments.prompt)
+            tokens, rate = generate(
+                model, prompt, arguments.generate, arguments.temperature, compiled=arguments.compile
+            )
+            rates.append(rate)
+            written = written or "".join(text.characters[i] for i in tokens)
+        results[units] = statistics.mean(bits)
+        rows.append([units, f"{common.parameters(model):,}", spread(bits, 2), spread(rates, 0)])
     torch.set_num_threads(threads)
-    print(f"\nwritten with seed 0, temperature {arguments.temperature}:\n\n{written}")
+    title = f"written by {arguments.units[0]} with seed 0, temperature {arguments.temperature}"
+    print(f"\n{title}:\n\n{written}")
 
     name = arguments.text.name if arguments.text else "pydoc_data.topics"
-    rows = [
-        ["BMRU + minGRU", f"{common.parameters(model):,}", spread(bits, 2), spread(rates, 0)],
-        ["single characters", len(text.characters), f"{text.entropy():.2f}", ""],
-    ]
+    rows.append(["single characters", len(text.characters), f"{text.entropy():.2f}", ""])
     table = common.table(["model", "parameters", "bits per character, held out", "characters written per second"], rows)
     table += f"\n\n{name}, {len(source):,} characters; {arguments.steps} steps of {BATCH} x {LENGTH} characters,"
     table += f" {arguments.seeds} seeds."
 
     def draw(axes: Any) -> None:
-        for seed, losses in enumerate(curves):
-            axes.plot(losses, linewidth=0.7, label=f"training, seed {seed}")
-        axes.axhline(statistics.mean(bits), color="k", linestyle="--", label="held out, after training")
+        colors = {units: f"C{i}" for i, units in enumerate(results)}
+        for (units, seed), losses in curves.items():
+            label = None if seed else f"{units}, training"
+            axes.plot(losses, linewidth=0.7, color=colors[units], label=label)
+        for units, mean in results.items():
+            label = f"{units}, held out, after training"
+            axes.axhline(mean, color=colors[units], linestyle="--", label=label)
         axes.axhline(text.entropy(), color="k", linestyle=":", label="single characters")
         axes.set(xlabel="step", ylabel="bits per character", ylim=(0, None), title=name)
         axes.legend()

@@ -9,7 +9,7 @@ The data are Japanese Vowels (Kudo, Toyama, Shimbo 1999; UCI Machine Learning Re
 
 Each unit has one layer of two directions. The mean of its outputs over the steps of each sequence goes into a linear
 head. The units: arXiv 2601.09495 (BMRU), 2605.11855 (CMRU, alpha-CMRU), 2605.15216 (first quadrant), 2410.01201
-(minGRU, minLSTM), 2303.06349 (LRU).
+(minGRU, minLSTM), 2405.13956 (Aaren), 2303.06349 (LRU).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ UNITS: dict[str, Callable[..., nn.Module]] = {
     "first-quadrant BMRU": mk.FirstQuadrantBMRU,
     "minGRU": mk.MinGRU,
     "minLSTM": mk.MinLSTM,
+    "Aaren": mk.Aaren,
     "LRU": mk.LRU,
     "nn.GRU": nn.GRU,
 }

@@ -28,7 +28,9 @@ from .nn import (
     CMRU,
     LIF,
     LRU,
+    Aaren,
     PRF,
+    RWKV4,
     AlphaCMRU,
     DelayConv,
     FirstQuadrantBMRU,
@@ -38,7 +40,10 @@ from .nn import (
     MinLSTM,
     MRUBlock,
     MRUNetwork,
+    RWKV4ChannelMix,
+    RWKV4TimeMix,
 )
+from .nn.rwkv import wkv_state_from_sums, wkv_sums_from_state
 from .schedule import EpsilonSchedule
 from .softmax import softmax_recurrence, softmax_recurrence_step, wkv, wkv_step
 from .streaming import stream
@@ -50,7 +55,9 @@ __all__ = [
     "CMRU",
     "LIF",
     "LRU",
+    "Aaren",
     "PRF",
+    "RWKV4",
     "Affine",
     "AlphaCMRU",
     "DefinedCell",
@@ -63,6 +70,8 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "RWKV4ChannelMix",
+    "RWKV4TimeMix",
     "Write",
     "available_backends",
     "blocked",
@@ -97,7 +106,9 @@ __all__ = [
     "synaptic",
     "synaptic_step",
     "wkv",
+    "wkv_state_from_sums",
     "wkv_step",
+    "wkv_sums_from_state",
     "write_rates",
 ]
 

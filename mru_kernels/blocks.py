@@ -201,8 +201,8 @@ def blocked(network: torch.nn.Module, steps: int, *, inner: int | None = None, o
     of a `MemoryCache` grows with time, so the initial states of all blocks grow with the square of T / C.
 
     Args:
-        network: an `MRUNetwork`, an `MRUBlock`, a `MemoryCache`, a `MesaNet` or a recurrent module of one direction.
-            `torch.compile` may wrap it. DistributedDataParallel may wrap the result.
+        network: an `MRUNetwork`, an `MRUBlock`, a `MemoryCache`, a `MesaNet`, a part of RWKV-4 or a recurrent module
+            of one direction. `torch.compile` may wrap it. DistributedDataParallel may wrap the result.
         steps: number of steps of a block, at least 1. It need not divide T.
         inner: number of steps of the blocks inside a block, less than `steps`; None for one level of blocks.
         offload: whether to keep the saved inputs and states of blocks in host memory. For CUDA tensors the memory is

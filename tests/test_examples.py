@@ -287,10 +287,22 @@ def test_charlm_writes_as_many_characters_as_asked(tmp_path):
     assert rate > 1
 
 
-def test_bits_per_character_are_those_of_one_pass():
+def test_charlm_runs_several_units(tmp_path, monkeypatch):
+    monkeypatch.setattr(charlm, "LENGTH", 8)
+    file = tmp_path / "text"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 120, encoding="utf-8")
+    options = ["--steps", "1", "--text", str(file), "--generate", "3", "--prompt", "the", "--out", str(tmp_path)]
+    charlm.main([*SMALL, *options, "--units", *charlm.UNITS])
+    rows = page(tmp_path, "charlm")[2 : 3 + len(charlm.UNITS)]
+    assert [row.strip("| ").split(" | ")[0] for row in rows] == [*charlm.UNITS, "single characters"]
+
+
+@pytest.mark.parametrize("name", charlm.UNITS)
+def test_bits_per_character_are_those_of_one_pass(name, monkeypatch):
     torch.manual_seed(0)
-    model = charlm.network(9).double().eval()
-    tokens = torch.randint(9, (2500,))
+    monkeypatch.setattr(charlm, "TEST_CHUNK", 100)
+    model = charlm.network(9, name).double().eval()
+    tokens = torch.randint(9, (250,))
     scores, _ = model(tokens[:-1].unsqueeze(0))
     expected = torch.nn.functional.cross_entropy(scores[0], tokens[1:]).item() / math.log(2)
     assert charlm.bits_per_character(model, tokens) == pytest.approx(expected, rel=1e-9)

@@ -283,6 +283,7 @@ OWN = {
         "surrogate_scale",
         "detach_reset",
     },
+    mk.Aaren: {"bias", "num_heads"},
     mk.LRU: {"r_min", "r_max", "max_phase"},
 }
 

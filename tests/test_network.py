@@ -22,7 +22,8 @@ def make(cls, *sizes, seed=0, dtype=torch.float64, **options):
 
 
 def network(units="bmru", **options):
-    sizes = {"width": 8, "num_blocks": 2, "hidden_size": 12} | options
+    hidden_size = 8 if units == "rwkv4" or "rwkv4" in units else 12  # it has the width of its input
+    sizes = {"width": 8, "num_blocks": 2, "hidden_size": hidden_size} | options
     return make(MRUNetwork, 5, 3, units=units, **sizes)
 
 
@@ -109,10 +110,18 @@ def test_every_unit_has_its_options_and_gradients(name):
     options = {"lru": {"r_max": 0.5}, "min_gru": {"max_time_scale": 9.0}, "gru": {"bias": False}}
     options["prf"] = {"threshold": 0.0}
     module = network({name: options.get(name, {})}, conv_size=3)
+    if name == "rwkv4":
+        for block in module.blocks:
+            for part in (block.units[0].key, block.units[0].receptance, block.units[0].output):
+                part.reset_parameters()  # they are zero at first
     output, state = module(random(2, 17, 5))
     assert output.shape == (2, 17, 3)
-    shapes = [(2, 1, 12, 12), (2, 1, 12, 12), (2, 24, 3)] if name == "mesa" else [(2, 12)]
-    assert [tuple(s.shape) for s in state] == [(2, 8, 2), *shapes] * 2
+    shapes = {
+        "aaren": [(2, 12 + 2 * 4)],
+        "mesa": [(2, 1, 12, 12), (2, 1, 12, 12), (2, 24, 3)],
+        "rwkv4": [(2, 8), (2, 24)],
+    }
+    assert [tuple(s.shape) for s in state] == [(2, 8, 2), *shapes.get(name, [(2, 12)])] * 2
     output.square().sum().backward()
     for key, parameter in module.named_parameters():
         assert parameter.grad is not None, key

@@ -12,7 +12,7 @@ import mru_kernels as mk
 from mru_kernels.distributed import sequence_parallel
 from tests.units import CLASSES, network, unit
 
-UNITS = [*CLASSES, mk.MinGRU, mk.MinLSTM]
+UNITS = [*CLASSES, mk.MinGRU, mk.MinLSTM, mk.Aaren]
 OPTIONS = [{}, {"bias": False}, {"bidirectional": True}, {"learn_initial_state": False}]
 
 

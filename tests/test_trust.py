@@ -87,6 +87,9 @@ def _modules() -> list[torch.nn.Module]:
         cache,
         mk.DelayConv(4, 5),
         mk.MesaNet(4, 6),
+        mk.RWKV4TimeMix(4),
+        mk.RWKV4ChannelMix(4),
+        mk.RWKV4(9, 4, 2),
     ]
 
 
@@ -100,7 +103,7 @@ def test_every_public_module_is_saved_here():
 def test_states_load_without_executing_code(module, tmp_path):
     """The state of a module, and of a stream that it reads."""
     feed = mk.stream(module)
-    feed(torch.randn(2, 5, 4))
+    feed(torch.randint(9, (2, 5)) if isinstance(module, mk.RWKV4) else torch.randn(2, 5, 4))
     _save_and_load({"module": module.state_dict(), "stream": feed.state}, tmp_path / "saved")
 
 

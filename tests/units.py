@@ -11,7 +11,7 @@ import mru_kernels as mk
 
 SIGNED = [mk.BMRU, mk.CMRU, mk.AlphaCMRU]
 CLASSES = [*SIGNED, mk.FirstQuadrantBMRU]
-UNITS = [*CLASSES, mk.MinGRU, mk.MinLSTM, mk.LIF, mk.LRU]
+UNITS = [*CLASSES, mk.MinGRU, mk.MinLSTM, mk.LIF, mk.Aaren, mk.LRU]
 HALF = UNITS[:-1]  # an LRU does not support half precision
 all_classes = pytest.mark.parametrize("cls", CLASSES)
 all_units = pytest.mark.parametrize("cls", UNITS)

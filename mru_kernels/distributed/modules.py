@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.func import functional_call
 
-from ..nn import DelayConv, MRUBase, MRUBlock, MRUNetwork
+from ..nn import Aaren, DelayConv, MRUBase, MRUBlock, MRUNetwork
 from ..nn.wrappers import unwrapped
 from .halo import halo
 from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
@@ -29,7 +29,7 @@ def exchanges(module: torch.nn.Module) -> int:
         return (module.conv is not None) + sum(map(exchanges, module.units))
     if isinstance(module, DelayConv):
         return 1
-    if not isinstance(module, MRUBase):
+    if isinstance(module, Aaren) or not isinstance(module, MRUBase):
         raise TypeError(f"units: expected units of one scan over several ranks, got a {type(module).__name__}")
     return module.num_layers * module.num_directions
 

@@ -4,6 +4,7 @@ The units have the interface of `torch.nn.GRU`. `MRUBase` implements what they h
 its per-channel inputs and its scan.
 """
 
+from .aaren import Aaren
 from .base import UNITS, MRUBase
 from .block import MRUBlock
 from .delays import DelayConv
@@ -12,6 +13,7 @@ from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .network import MRUNetwork
 from .resonate import PRF
+from .rwkv import RWKV4, RWKV4ChannelMix, RWKV4TimeMix
 from .spiking import LIF
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 
@@ -21,7 +23,9 @@ __all__ = [
     "LIF",
     "LRU",
     "PRF",
+    "RWKV4",
     "UNITS",
+    "Aaren",
     "AlphaCMRU",
     "DelayConv",
     "FirstQuadrantBMRU",
@@ -32,5 +36,7 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "RWKV4ChannelMix",
+    "RWKV4TimeMix",
     "WriteOrHold",
 ]

@@ -25,12 +25,14 @@ from .base import UNITS, MRUBase
 from .delays import DelayConv, convolved_in_episodes
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
+from .rwkv import RWKV4, RWKV4ChannelMix, RWKV4TimeMix
 from .wrappers import fx_node
 from .write_or_hold import WriteOrHold
 
 Units = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 State = Sequence[Tensor]
-SEVERAL_STATES = (MemoryCache, MesaNet)  # modules that return a tuple of states and check it themselves
+WITHOUT_RESETS = (MesaNet, RWKV4, RWKV4ChannelMix, RWKV4TimeMix)  # modules that accept no resets within a call
+SEVERAL_STATES = (MemoryCache, *WITHOUT_RESETS)  # modules that return a tuple of states and check it themselves
 
 
 class WithUnits(torch.nn.Module):
@@ -75,8 +77,8 @@ class MRUBlock(WithUnits):
         units: the recurrent units: a name, a sequence of names, or a mapping from names to further arguments of that
             unit, such as `{"bmru": {}, "min_gru": {"max_time_scale": 1000}}`. Each has one layer and one direction. The
             names are "bmru", "cmru", "alpha_cmru", "first_quadrant_bmru" or "schmitt", "min_gru", "min_lstm", "lru",
-            "prf", "mesa" for `MesaNet`, and "gru" for `torch.nn.GRU`.
-        hidden_size: number of channels of each unit; `width` if None.
+            "prf", "aaren", "mesa" for `MesaNet`, "rwkv4" for `RWKV4TimeMix`, and "gru" for `torch.nn.GRU`.
+        hidden_size: number of channels of each unit; `width` if None, which "rwkv4" needs.
         combine: "sum" or "concatenate", how to combine the outputs of the units.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.
         delay: arguments of a `DelayConv` that replaces the convolution, such as `{"taps": 128, "count": 8}`; None for
@@ -94,11 +96,11 @@ class MRUBlock(WithUnits):
 
         input, output: `[B, T, width]`, T >= 1.
         resets: bool `[B, T]` or None, true where a new episode begins: there the units start from their own initial
-            states, and the convolution reads no earlier step. Not with a `cache`, "mesa" or "gru".
+            states, and the convolution reads no earlier step. Not with a `cache`, "mesa", "rwkv4" or "gru".
         state: a tuple of tensors. With a convolution the first is its last `conv_size - 1` inputs
             `[B, width, conv_size - 1]`; with `delay` they are `[B, taps - 1, width]`. The others are the states of the
-            units, `[B, hidden_size]` each, or those of a `MemoryCache` or `MesaNet`. A call with the returned state
-            continues the sequences. None stands for zeros and the units' own initial states.
+            units, `[B, hidden_size]` each, or those of an `Aaren`, `MemoryCache`, `MesaNet` or `RWKV4TimeMix`. A call
+            with the returned state continues the sequences. None stands for zeros and the units' own initial states.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -270,7 +272,8 @@ class MRUBlock(WithUnits):
             if isinstance(unit, SEVERAL_STATES):
                 place += unit.num_states
             else:
-                check_state_shapes([state[place]], [(batch, self.hidden_size)], input.device, first=place)
+                columns = unit._columns if isinstance(unit, MRUBase) else self.hidden_size
+                check_state_shapes([state[place]], [(batch, columns)], input.device, first=place)
                 place += 1
         return list(state)
 

@@ -57,7 +57,7 @@ class MemoryCache(torch.nn.Module):
         state: a tuple of tensors, each with the batch first. A call with the returned state continues the sequences.
             None begins new ones.
 
-            - the unit's state `[B, D]`
+            - the unit's state, `[B, D]` for most units
             - the number of steps so far, int64 `[B]` on the CPU, the same for all sequences
             - in the modes gated and sparse: the sum of x over the open segment `[B, E]`, the caches `[B, N, D]` and the
               means `[B, N, E]`
@@ -251,7 +251,7 @@ class MemoryCache(torch.nn.Module):
         shapes: list[tuple[int, ...]] = [(batch, channels)]
         if self.query is not None:
             shapes = [(batch, features), (batch, segments, channels), (batch, segments, features)]
-        check_state_shapes([hx], [(batch, channels)], x.device)
+        check_state_shapes([hx], [(batch, self.unit._columns)], x.device)
         check_state_shapes(kept, shapes, x.device, first=2)
         return steps, hx, kept
 
@@ -336,7 +336,9 @@ class _Boundaries:
         if initial_state is not None:
             fresh = self._unit._initial_state(None, batch * (pieces - 1), self._parameters)
             if fresh is None:
-                fresh = initial_state.new_zeros(batch * (pieces - 1), initial_state.shape[1])
+                start = self._unit._start(self._parameters)
+                start = initial_state.new_zeros(initial_state.shape[1]) if start is None else start
+                fresh = start.to(initial_state.dtype).expand(batch * (pieces - 1), -1)
             fresh = fresh.unflatten(0, (batch, pieces - 1))
             initial_state = torch.cat([initial_state.unsqueeze(1), fresh], 1).flatten(0, 1)
         h, final = scan(gates.reshape(1, batch * steps, gates.shape[2]), initial_state, **options)

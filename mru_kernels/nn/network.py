@@ -26,6 +26,7 @@ from .base import MRUBase
 from .block import SEVERAL_STATES, MRUBlock, State, Units, WithUnits, check_shape, dtype_of
 from .delays import DelayConv
 from .memory_cache import MemoryCache
+from .rwkv import RWKV4Unit
 from .wrappers import fx_node, unwrapped
 
 
@@ -107,6 +108,10 @@ class MRUNetwork(WithUnits):
             )
             for _ in range(num_blocks)
         ]  # fmt: skip
+        for layer, block in enumerate(blocks):
+            for unit in block.units:
+                if isinstance(unit, RWKV4Unit):
+                    unit.place(layer, num_blocks)
         self.blocks = torch.nn.ModuleList(blocks)
         self._num_states = [block.num_states for block in blocks]
         self.norm = torch.nn.RMSNorm(width, **where)

@@ -34,6 +34,9 @@ class UnitParameters(torch.nn.Module):
     initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
     """The two values from which a learned initial state is drawn."""
 
+    state_columns: ClassVar[str] = "hidden_size"
+    """What the columns of a state are, for messages."""
+
     dtypes: ClassVar[tuple[torch.dtype, ...]] = checks.STREAM_DTYPES
     """The dtypes that the parameters may have."""
 
@@ -82,6 +85,16 @@ class UnitParameters(torch.nn.Module):
     def _gates_without_bias(self) -> int:
         return 0 if self.bias else sum(value is None for value in self.gates.values())
 
+    @property
+    def _rows(self) -> dict[str, int]:
+        """The rows of each gate in the projection, in its order."""
+        return dict.fromkeys(self.gates, self.hidden_size)
+
+    @property
+    def _columns(self) -> int:
+        """Number of columns of a state."""
+        return self.hidden_size
+
     def _scans(self) -> Iterator[tuple[int, str]]:
         """Layer and parameter suffix of every scan, in the order of `hx` and `h_n`."""
         for layer in range(self.num_layers):
@@ -90,9 +103,10 @@ class UnitParameters(torch.nn.Module):
 
     def _shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by name, of a scan whose input has `width` features."""
-        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(self.gates) * self.hidden_size, width)}
+        rows = list(self._rows.values())
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (sum(rows), width)}
         if self._gates_without_bias < len(self.gates):
-            shapes["bias_ih"] = ((len(self.gates) - self._gates_without_bias) * self.hidden_size,)
+            shapes["bias_ih"] = (sum(rows[self._gates_without_bias :]),)
         shapes |= dict.fromkeys(self.per_channel, (self.hidden_size,))
         if self.learn_initial_state:
             shapes["initial_state"] = (self.hidden_size,)
@@ -110,9 +124,10 @@ class UnitParameters(torch.nn.Module):
         ]
 
     def _biases(self, suffix: str) -> dict[str, Tensor]:
-        """The bias `[D]` of each gate that has one, as views."""
-        names = list(self.gates)[self._gates_without_bias :]
-        return dict(zip(names, getattr(self, "bias_ih" + suffix).split(self.hidden_size), strict=True)) if names else {}
+        """The bias of each gate that has one, `[D]` for most gates, as views."""
+        rows = dict(list(self._rows.items())[self._gates_without_bias :])
+        parts = getattr(self, "bias_ih" + suffix).split(list(rows.values())) if rows else ()
+        return dict(zip(rows, parts, strict=True))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -56,7 +56,7 @@ class UnitScan(UnitParameters):
     def _bias(self, p: dict[str, Tensor]) -> Tensor | None:
         bias = p.get("bias_ih")
         if bias is not None and self._gates_without_bias:
-            bias = F.pad(bias, (self._gates_without_bias * self.hidden_size, 0))
+            bias = F.pad(bias, (sum(list(self._rows.values())[: self._gates_without_bias]), 0))
         return bias
 
     def _vectors(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,6 +69,10 @@ class UnitScan(UnitParameters):
 
     def _learned_state(self, p: dict[str, Tensor]) -> Tensor:
         return p["initial_state"]
+
+    def _start(self, p: dict[str, Tensor]) -> Tensor | None:
+        """The state `[columns]` of a new sequence; None for zeros."""
+        return self._learned_state(p) if self.learn_initial_state else None
 
     def _resets(self, resets: Tensor | None, reverse: bool, p: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """The options of `_scan` for resets `[B, T]` before the steps where episodes begin; none without resets."""
@@ -117,9 +121,9 @@ class UnitScan(UnitParameters):
         if not isinstance(hx, Tensor):
             raise TypeError(f"hx: expected a tensor or None, got {type(hx).__name__}")
         checks.dense("hx", hx, "a PackedSequence")
-        expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
+        expected = (self.num_layers * self.num_directions, *batch, self._columns)
         if hx.shape != expected:
-            letters = f"[layers * directions, {'batch, ' * len(batch)}hidden_size]"
+            letters = f"[layers * directions, {'batch, ' * len(batch)}{self.state_columns}]"
             raise ValueError(f"hx: expected shape {list(expected)} {letters}, got {list(hx.shape)}")
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")

@@ -120,11 +120,13 @@ class UnitSteps(UnitScan):
                 x = F.dropout(x, self.dropout)
             gates = self._project(x, p)
             state = self._initial_state(given, x.shape[0], p)
+            start = self._start(p) if state is None or resets is not None else None
             if state is None:
-                state = gates.new_zeros((x.shape[0], self.hidden_size), dtype=self._state_dtypes(gates.dtype)[-1])
+                dtype = self._state_dtypes(gates.dtype)[-1]
+                state = gates.new_zeros((x.shape[0], self._columns), dtype=dtype) if start is None else start
+                state = state.to(dtype).expand(x.shape[0], -1)
             if resets is not None:
-                start = self._learned_state(p).to(state.dtype) if self.learn_initial_state else 0.0
-                state = torch.where(resets.unsqueeze(1), start, state)
+                state = torch.where(resets.unsqueeze(1), 0.0 if start is None else start.to(state.dtype), state)
             h, final = self._step(gates, state, state_indices, **self._vectors(p))
             finals.append(final)
             x = self._output(h, x, p)
@@ -147,8 +149,8 @@ class UnitSteps(UnitScan):
         if not isinstance(hx, Tensor):
             raise TypeError(f"hx: expected a tensor, as state_indices are given, got {type(hx).__name__}")
         checks.dense("hx", hx, "a PackedSequence")
-        if hx.dim() != 3 or hx.shape[0] != self.num_layers or hx.shape[2] != self.hidden_size:
-            expected = f"[layers, slots, hidden_size], [{self.num_layers}, slots, {self.hidden_size}]"
+        if hx.dim() != 3 or hx.shape[0] != self.num_layers or hx.shape[2] != self._columns:
+            expected = f"[layers, slots, {self.state_columns}], [{self.num_layers}, slots, {self._columns}]"
             raise ValueError(f"hx: expected shape {expected}, got {list(hx.shape)}")
         if hx.device != input.device:
             raise ValueError(f"hx: expected the input's device {input.device}, got {hx.device}")

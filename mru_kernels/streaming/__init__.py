@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..nn import MemoryCache, MesaNet, MRUBase, MRUBlock, MRUNetwork
+from ..nn import RWKV4, MemoryCache, MesaNet, MRUBase, MRUBlock, MRUNetwork, RWKV4ChannelMix, RWKV4TimeMix
+from ..nn.block import WITHOUT_RESETS
 from ..nn.network import check_one_direction
 from ..nn.wrappers import unwrapped
 
@@ -62,7 +63,8 @@ class Stream:
 
         Raises:
             TypeError, ValueError: as the module, and for `resets` and traces that do not fit; the message names them.
-                Modules with a `MemoryCache` do not accept `resets`, and those with a `MesaNet` only `[B]`.
+                Modules with a `MemoryCache` do not accept `resets`, and those with a `MesaNet` or a part of RWKV-4
+                only `[B]`.
             RuntimeError: with traces, under inference mode or activation checkpointing.
         """
         resets, within = self._split(chunk, resets)
@@ -79,12 +81,14 @@ class Stream:
         """The sequences that end before the chunk, or None, and the argument of the module for resets within it."""
         if resets is not None and any(isinstance(part, MemoryCache) for part in self.module.modules()):
             raise ValueError("resets: expected None for a MemoryCache, whose sequences count their steps together")
-        dims = 2 if isinstance(unwrapped(self.module), MRUNetwork) and unwrapped(self.module).tokens else 3
+        inner = unwrapped(self.module)
+        dims = 2 if isinstance(inner, RWKV4) or (isinstance(inner, MRUNetwork) and inner.tokens) else 3
         if not (isinstance(resets, Tensor) and isinstance(chunk, Tensor)):
             return resets, {}
         is_within = resets.dim() == chunk.dim() - (dims - 2)
-        if is_within and any(isinstance(part, MesaNet) for part in self.module.modules()):
-            raise ValueError(f"resets: expected shape [batch] for a MesaNet, got {list(resets.shape)}")
+        part = next((part for part in self.module.modules() if isinstance(part, WITHOUT_RESETS)), None)
+        if is_within and part is not None:
+            raise ValueError(f"resets: expected shape [batch] for a {type(part).__name__}, got {list(resets.shape)}")
         return (None, {"resets": resets}) if is_within else (resets, {})
 
     def _keep(self, state: State) -> None:
@@ -117,8 +121,10 @@ def _starts(module: torch.nn.Module) -> list[Tensor | None]:
         return [start for block in module.blocks for start in _starts(block)]
     if isinstance(module, MRUBlock):
         return [None] * (module.conv is not None) + [start for unit in module.units for start in _starts(unit)]
-    if isinstance(module, MRUBase) and module.learn_initial_state:
-        return [module._learned_state(p) for p in module._parameters_by_scan()]
+    if isinstance(module, MRUBase):
+        return [module._start(p) for p in module._parameters_by_scan()]
+    if isinstance(module, (RWKV4, RWKV4ChannelMix, RWKV4TimeMix)):
+        return module._starts()
     if isinstance(module, MesaNet):
         return [None] * module.num_states
     return [None] * getattr(module, "num_layers", 1)
@@ -154,9 +160,9 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
     in its `_scan` no channel's state depends on another channel.
 
     Args:
-        module: a recurrent module of one direction, a `MemoryCache`, a `MesaNet`, an `MRUBlock` or an `MRUNetwork`.
-            `torch.compile` or `DistributedDataParallel` may wrap it: pass the wrapper, so that its hooks run at every
-            chunk.
+        module: a recurrent module of one direction, a `MemoryCache`, a `MesaNet`, a part of RWKV-4, an `MRUBlock` or
+            an `MRUNetwork`. `torch.compile` or `DistributedDataParallel` may wrap it: pass the wrapper, so that its
+            hooks run at every chunk.
         gradient: None, or "traces" to add the gradient of earlier chunks.
 
     Returns:
@@ -164,8 +170,9 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
         `feed.traces` has the traces; `feed.reset()` drops both.
 
     Raises:
-        TypeError: the module is of another kind. With traces also: it contains a `MemoryCache`, or a block contains a
-            unit of another package, such as `torch.nn.GRU`, whose channels read each other's states.
+        TypeError: the module is of another kind. With traces also: it contains a module that has none, such as a
+            `MemoryCache` or an `Aaren`, or a block contains a unit of another package, such as `torch.nn.GRU`, whose
+            channels read each other's states.
         ValueError: the module is bidirectional or pools by the mean over time, so it needs the whole sequence; or
             `gradient` is neither None nor "traces". With traces also: `torch.compile` compiles the module.
 

@@ -1,0 +1,172 @@
+"""Time, memory and accuracy of `mk.wkv` against other forms of RWKV-4's recurrence: `python -m bench softmax`.
+
+The public kernels (the authors', Hugging Face's and fla's) scan in sequence. Their state is two sums and the log of
+their scale, the largest exponent so far, in one float.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mru_kernels as mk
+
+from . import allocator, cli, errors, records, timing
+from .mesa import both_passes, saved
+
+Form = Callable[..., Tensor]
+LIMIT = 1e-4  # of the relative error of each form before it is timed; the keys are small
+
+
+def inputs(shape: tuple[int, int, int], device: torch.device, size: float = 0.0) -> list[Tensor]:
+    """float32 key, value, time_decay and bonus. Keys are `size` and a standard normal number."""
+    torch.manual_seed(0)
+    channels = shape[2]
+    key, value = torch.randn(2, *shape, device=device).unbind(0)
+    time_decay = torch.linspace(-5.0, 3.0, channels, device=device)  # the initial values of RWKV-4's first layer
+    return [key + size, value, time_decay, torch.full((channels,), math.log(0.3), device=device)]
+
+
+def kernel(key: Tensor, value: Tensor, time_decay: Tensor, bonus: Tensor) -> Tensor:
+    return mk.wkv(key, value, -time_decay.exp(), bonus)[0]
+
+
+def public(key: Tensor, value: Tensor, time_decay: Tensor, bonus: Tensor) -> Tensor:
+    """A loop over steps with the state of the public kernels."""
+    decay = -time_decay.exp()
+    p = q = torch.zeros_like(key[:, 0])
+    scale = torch.full_like(p, -1e38)
+    outputs = []
+    for k, v in zip(key.unbind(1), value.unbind(1), strict=True):
+        most = torch.maximum(scale, k + bonus)
+        past, own = (scale - most).exp(), (k + bonus - most).exp()
+        outputs.append((past * p + own * v) / (past * q + own))
+        most = torch.maximum(scale + decay, k)
+        past, own = (scale + decay - most).exp(), (k - most).exp()
+        p, q, scale = past * p + own * v, past * q + own, most
+    return torch.stack(outputs, 1)
+
+
+def _read(before: Sequence[Tensor], key: Tensor, value: Tensor, bonus: Tensor) -> Tensor:
+    """Every step's output from the sums p, q and their log scale after the step before it, `[B, T - 1, C]` each."""
+    p, q, scale = (F.pad(t, (0, 0, 1, 0), value=fill) for t, fill in zip(before, (0.0, 0.0, -1e38), strict=True))
+    most = torch.maximum(scale, key + bonus)
+    past, own = (scale - most).exp(), (key + bonus - most).exp()
+    return (past * p + own * value) / (past * q + own)
+
+
+def _compose(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    (p, q, scale, _), (p_next, q_next, scale_next, decay) = left, right
+    most = torch.maximum(scale + decay, scale_next)
+    past, own = (scale + decay - most).exp(), (scale_next - most).exp()
+    return past * p + own * p_next, past * q + own * q_next, most, left[3] + decay
+
+
+def scanned(key: Tensor, value: Tensor, time_decay: Tensor, bonus: Tensor) -> Tensor:
+    """The associative_scan of torch over (p, q, scale, decay), in plain torch operations."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    decay = (-time_decay.exp()).expand_as(key)
+    steps = (value, torch.ones_like(key), key, decay)
+    p, q, scale, _ = associative_scan(_compose, steps, dim=1, combine_mode="generic")
+    return _read([t[:, :-1] for t in (p, q, scale)], key, value, bonus)
+
+
+def composed(key: Tensor, value: Tensor, time_decay: Tensor, bonus: Tensor) -> Tensor:
+    """Two `mk.linear_recurrence` and a division, in a scale that `cummax` finds and that has no gradient."""
+    decay = -time_decay.exp()
+    with torch.no_grad():
+        sums = decay * torch.arange(1, key.shape[1] + 1, device=key.device, dtype=key.dtype).unsqueeze(1)
+        scale = sums + (key - sums).cummax(1).values
+    kept = F.pad(scale[:, :-1] - scale[:, 1:], (0, 0, 1, 0)) + decay
+    factor, weight = kept.exp(), (key - scale).exp()
+    p = mk.linear_recurrence(factor, weight * value)[0]
+    q = mk.linear_recurrence(factor, weight)[0]
+    return _read([t[:, :-1] for t in (p, q, scale)], key, value, bonus)
+
+
+def fla(key: Tensor, value: Tensor, time_decay: Tensor, bonus: Tensor) -> Tensor:
+    """`fused_recurrent_rwkv4` of fla-core."""
+    from fla.ops.rwkv4.fused_recurrent import fused_recurrent_rwkv4
+
+    state = key.new_zeros(key.shape[0], 3, 1, key.shape[2])
+    state[:, 2] = -1e38
+    return fused_recurrent_rwkv4(time_decay, bonus, key, value, state)[0]
+
+
+def error(form: Form, tensors: Sequence[Tensor], reference: Tensor) -> float:
+    """The RMS error of a form's output, relative to the reference in float64."""
+    return errors.relative_error(form(*tensors), reference, reference.abs())
+
+
+def check(forms: dict[str, Form], leaves: Sequence[Tensor]) -> None:
+    """Raise unless outputs and gradients of every form are those of the public form in float64."""
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    reference = public(*wide)
+    expected = [reference.detach(), *torch.autograd.grad(reference.sin().sum(), wide)]
+    for name, form in forms.items():
+        output = form(*leaves)
+        results = [output.detach(), *torch.autograd.grad(output.sin().sum(), leaves)]
+        for what, got, right in zip(("y", "key", "value", "time_decay", "bonus"), results, expected, strict=True):
+            found = errors.relative_error(got, right, right.abs())
+            if not found <= LIMIT:
+                raise RuntimeError(
+                    f"{name}: expected a relative error of at most {LIMIT:g} for {what}, got {found:.1e}"
+                )
+
+
+def times(forms: dict[str, Form], leaves: Sequence[Tensor], device: torch.device) -> list[tuple[str, ...]]:
+    check(forms, leaves)
+    subjects: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, form in forms.items():
+        subjects[name, "forward"] = partial(form, *(t.detach() for t in leaves))
+        subjects[name, "both"] = partial(both_passes, form, leaves)
+    measured = timing.measure(subjects, device)
+    rows = [("form", "forward, ms", "with backward, ms", "spread", "saved, MiB")]
+    for name, form in forms.items():
+        forward, (both, spread) = measured[name, "forward"][0], measured[name, "both"]
+        rows.append((name, f"{1e3 * forward:.2f}", f"{1e3 * both:.2f}", f"{spread:.0%}", f"{saved(form, leaves):.1f}"))
+    return rows
+
+
+def accuracy(
+    forms: dict[str, Form], sizes: Sequence[float], steps: Sequence[int], device: torch.device
+) -> list[tuple[str, ...]]:
+    rows = [("keys", "T", *forms)]
+    with torch.no_grad():
+        for size in sizes:
+            for time in steps:
+                tensors = inputs((1, time, 64), device, size)
+                reference = public(*(t.double() for t in tensors))
+                found = (f"{error(form, tensors, reference):.1e}" for form in forms.values())
+                rows.append((f"{size:g} + N(0, 1)", f"{time:,}", *found))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=cli.prog("softmax"), description=__doc__.split(":")[0])
+    parser.add_argument("--shape", type=cli.shape, default=(4, 1024, 256), metavar="B,T,D")
+    parser.add_argument("--device", default="cpu", type=cli.device)
+    parser.add_argument("--keys", type=float, nargs="+", default=[0, 10, 100, 1000], help="sizes of keys")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1024, 16384], help="T of the accuracy table")
+    parser.add_argument("--fla", action="store_true", help="also fla-core's kernel, which needs a GPU")
+    arguments = parser.parse_args(argv)
+    forms: dict[str, Form] = {"mk.wkv": kernel, "public form": public, "on linear_recurrence": composed}
+    timed: dict[str, Any] = forms | {"associative_scan": scanned}
+    if arguments.fla:
+        forms, timed = ({**group, "fla": fla} for group in (forms, timed))
+    leaves = [t.requires_grad_() for t in inputs(arguments.shape, arguments.device)]
+    print(records.aligned(times(timed, leaves, arguments.device)))
+    batch, time, channels = arguments.shape
+    print(f"\nB = {batch}, T = {time}, D = {channels}, float32; saved: between the passes, without the inputs.")
+    print(f"{torch.get_num_threads()} threads; allocator: {allocator.describe()}\n")
+    print(records.aligned(accuracy(forms, arguments.keys, arguments.steps, arguments.device)))
+    print("\nRMS error of y in float32, relative to the public form in float64; B = 1, D = 64.")
+    return 0

@@ -1,0 +1,618 @@
+"""RWKV-4 (arXiv 2305.13048): time mixing, channel mixing, and the network of both.
+
+Parameters have the names and initial values of the authors' code (BlinkDL/RWKV-LM, RWKV-v4), which differ from the
+paper's appendix E.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from .. import backends, checks
+from ..softmax import empty_state, join_state, split_state, wkv
+from .arguments import check_input_dtype, check_sizes, check_state, check_state_shapes, constructor
+from .base import UNITS
+from .wrappers import fx_node
+
+NO_WEIGHT = -1e38  # the log scale of an empty state in the public code
+
+
+class _Mix(torch.nn.Module):
+    """What both mixings share: maps of mixtures of each step with the step before, and the calls."""
+
+    width: int
+
+    def __init__(self, width: int, layer: int, layers: int) -> None:
+        super().__init__()
+        check_sizes(width=width, layers=layers)
+        check_sizes(0, layer=layer)
+        if layer >= layers:
+            raise ValueError(f"layer: expected an int below layers={layers}, got {layer}")
+        self.width, self.layer, self.layers = width, layer, layers
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, layer={self.layer}, layers={self.layers}"
+
+    @property
+    def num_states(self) -> int:
+        """Number of tensors of the state."""
+        return len(self._shapes(0))
+
+    def _shapes(self, batch: int) -> list[tuple[int, ...]]:
+        return [(batch, self.width)]
+
+    def _starts(self) -> list[Tensor | None]:
+        """The initial state of a new sequence for each tensor of the state; None for zeros."""
+        return [None]
+
+    def _ramp(self, power: float) -> Tensor:
+        """(i / width)^power for each channel i."""
+        return (torch.arange(self.width, device="cpu") / self.width) ** power
+
+    def _check(self, input: Tensor, state: Sequence[Tensor] | None) -> list[Any]:
+        """The tensors of the state, or None for each. All arguments of a call are checked."""
+        checks.tensor("input", input, 3, "[batch, time, width]")
+        if input.shape[2] != self.width or input.shape[1] == 0:
+            expected = f"[batch, time >= 1, width={self.width}]"
+            raise ValueError(f"input: expected shape {expected}, got {list(input.shape)}")
+        dtype = self.get_parameter("key.weight").dtype
+        check_input_dtype(input, dtype)
+        if state is None:
+            return [None] * self.num_states
+        check_state(state, self.num_states)
+        check_state_shapes(state, self._shapes(len(input)), input.device)
+        wide = checks.state_dtype(input.dtype)
+        for i, (tensor, wanted) in enumerate(zip(state, (input.dtype, wide), strict=False)):
+            if tensor.dtype != wanted:
+                raise TypeError(f"state: expected dtype {wanted} for tensor {i}, got {tensor.dtype}")
+        return list(state)
+
+    @torch.no_grad()
+    def step(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step of `forward`, for streaming inference, without gradients.
+
+        Args:
+            input: `[B, width]`.
+            state: as for `forward`.
+
+        Returns:
+            The output `[B, width]` and the state after the step.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        checks.tensor("input", input, 2, "[batch, width]")
+        output, after = self(input.unsqueeze(1), state)
+        return output.squeeze(1), after
+
+
+def _step_before(x: Tensor, last: Tensor | None) -> Tensor:
+    """The step before each step of `x [B, T, C]`; before the first it is `last [B, C]`, or 0."""
+    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
+    return torch.cat([first, x[:, :-1]], 1)
+
+
+def _mixed(before: Tensor, x: Tensor, share: Tensor) -> Tensor:
+    return torch.lerp(before, x, share.to(x.dtype))
+
+
+def _orthogonal(weight: Tensor, gain: float = 1.0) -> None:
+    """Draw an orthogonal matrix, larger by sqrt(rows / columns) if it has more rows than columns."""
+    rows, columns = weight.shape
+    drawn = torch.empty_like(weight, dtype=checks.state_dtype(weight.dtype))
+    weight.copy_(torch.nn.init.orthogonal_(drawn, gain * math.sqrt(max(1.0, rows / columns))))
+
+
+class RWKV4TimeMix(_Mix):
+    """The time mixing of RWKV-4 (arXiv 2305.13048), which replaces attention.
+
+    With x'_t the step before x_t, zero before the first step, and `mru_kernels.wkv`::
+
+        r_t = receptance (mu_r x_t + (1 - mu_r) x'_t)       k_t, v_t likewise with key, mu_k and value, mu_v
+        y_t = output (sigmoid(r_t) * wkv(k, v, decay=-exp(time_decay), bonus=time_first)_t)
+
+    Parameters: `key`, `value`, `receptance` and `output`, maps `[width, width]` without biases; `time_mix_k`,
+    `time_mix_v`, `time_mix_r`, `time_decay` and `time_first`, `[width]`. The last two are created in float32 where
+    `dtype` is a half precision; `Module.to` casts them like all others.
+
+    Initial values, for channel i of C, with l = `layer` and L = `layers`, are those of the authors' code::
+
+        time_decay  -5 + 8 (i / (C - 1))^(0.7 + 1.3 l / (L - 1))        time_first  log 0.3 + ((i + 1) mod 3 - 1) / 2
+        mu_k        (i / C)^(1 - l / L)      mu_v = mu_k + 0.3 l / (L - 1)      mu_r  (i / C)^((1 - l / L) / 2)
+
+    `key`, `receptance` and `output` are zero and `value` is orthogonal. So the output is zero at first, and only
+    `output` has a gradient in the first step of training.
+
+    Args:
+        width: number of channels C.
+        layer, layers: number of this layer, from 0, and of all layers. Only the initial values depend on them.
+        chunk_size: as for `mru_kernels.wkv`.
+        device, dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Call:
+        `output, state = module(input, state=None)`
+
+        input, output: `[B, T, width]`, T >= 1.
+        state: the last input `[B, width]` in the dtype of the input, and the state of `wkv`, `[B, 3 width]`, float32 or
+            float64. A call with the returned state continues the sequences. None begins new ones.
+            `wkv_state_from_sums` and `wkv_sums_from_state` convert the second from and to that of the public code.
+
+        `step(input, state=None)` runs one step, for streaming.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example::
+
+        >>> mixing = mk.RWKV4TimeMix(8, layer=0, layers=2)
+        >>> output, state = mixing(torch.randn(2, 10, 8))
+        >>> output.shape, [tuple(t.shape) for t in state]
+        (torch.Size([2, 10, 8]), [(2, 8), (2, 24)])
+    """
+
+    @constructor
+    def __init__(
+        self,
+        width: int,
+        layer: int = 0,
+        layers: int = 1,
+        *,
+        chunk_size: int | None = backends.CHUNK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(width, layer, layers)
+        self.chunk_size = checks.chunk_size(chunk_size)
+        where: dict[str, Any] = {"device": device, "dtype": _stream_dtype(dtype)}
+        self.key = torch.nn.Linear(width, width, bias=False, **where)
+        self.value = torch.nn.Linear(width, width, bias=False, **where)
+        self.receptance = torch.nn.Linear(width, width, bias=False, **where)
+        self.output = torch.nn.Linear(width, width, bias=False, **where)
+        self.time_mix_k = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_mix_v = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_mix_r = torch.nn.Parameter(torch.empty(width, **where))
+        where["dtype"] = checks.state_dtype(where["dtype"])
+        self.time_decay = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_first = torch.nn.Parameter(torch.empty(width, **where))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all parameters as the class describes."""
+        depth = self.layer / max(1, self.layers - 1)
+        fades = 1.0 - self.layer / self.layers
+        channel = torch.arange(self.width, device="cpu")
+        speed = channel / max(1, self.width - 1)
+        self.time_decay.copy_(-5.0 + 8.0 * speed ** (0.7 + 1.3 * depth))
+        self.time_first.copy_(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+        self.time_mix_k.copy_(self._ramp(fades))
+        self.time_mix_v.copy_(self._ramp(fades) + 0.3 * depth)
+        self.time_mix_r.copy_(self._ramp(0.5 * fades))
+        for part in (self.key, self.receptance, self.output):
+            part.weight.zero_()
+        _orthogonal(self.value.weight)
+
+    def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the mixing; the class describes the arguments, results and errors."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, state, None)
+        last, past = self._check(input, state)
+        before = _step_before(input, last)
+        k = self.key(_mixed(before, input, self.time_mix_k))
+        v = self.value(_mixed(before, input, self.time_mix_v))
+        r = self.receptance(_mixed(before, input, self.time_mix_r))
+        wide = checks.state_dtype(k.dtype)
+        decay, bonus = -self.time_decay.to(wide).exp(), self.time_first.to(wide)
+        y, past = wkv(k, v, decay, bonus, past, chunk_size=self.chunk_size)
+        return self.output(r.sigmoid() * y), (input[:, -1].clone(), past)  # a view would keep the input in memory
+
+    def _shapes(self, batch: int) -> list[tuple[int, ...]]:
+        return [(batch, self.width), (batch, 3 * self.width)]
+
+    def _starts(self) -> list[Tensor | None]:
+        return [None, empty_state(self.time_first, 1, self.width, self.width)[0]]
+
+
+class RWKV4ChannelMix(_Mix):
+    """The channel mixing of RWKV-4 (arXiv 2305.13048), which replaces the MLP of a block.
+
+    With x'_t the step before x_t, zero before the first step::
+
+        k_t = key (mu_k x_t + (1 - mu_k) x'_t)      r_t = receptance (mu_r x_t + (1 - mu_r) x'_t)
+        y_t = sigmoid(r_t) * value (relu(k_t)^2)
+
+    Parameters: `key` `[hidden_size, width]`, `receptance` `[width, width]` and `value` `[width, hidden_size]`, maps
+    without biases; `time_mix_k` and `time_mix_r`, `[width]`. Initially these two are (i / C)^(1 - l / L) for channel i
+    of C, with l = `layer` and L = `layers`; `receptance` and `value` are zero; `key` is orthogonal with the gain
+    sqrt(max(1, rows / columns)), as in the authors' code.
+
+    Args:
+        width: number of channels C.
+        layer, layers: number of this layer, from 0, and of all layers. Only the initial values depend on them.
+        hidden_size: number of hidden channels; 4 `width` if None.
+        device, dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Call:
+        `output, state = module(input, state=None)`
+
+        input, output: `[B, T, width]`, T >= 1.
+        state: a tuple with the last input `[B, width]`; None for zeros.
+
+        `step(input, state=None)` runs one step, for streaming.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example::
+
+        >>> mixing = mk.RWKV4ChannelMix(8, layer=0, layers=2)
+        >>> output, state = mixing(torch.randn(2, 10, 8))
+        >>> output.shape, [tuple(t.shape) for t in state]
+        (torch.Size([2, 10, 8]), [(2, 8)])
+    """
+
+    @constructor
+    def __init__(
+        self,
+        width: int,
+        layer: int = 0,
+        layers: int = 1,
+        *,
+        hidden_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(width, layer, layers)
+        self.hidden_size = 4 * width if hidden_size is None else hidden_size
+        check_sizes(hidden_size=self.hidden_size)
+        where: dict[str, Any] = {"device": device, "dtype": _stream_dtype(dtype)}
+        self.key = torch.nn.Linear(width, self.hidden_size, bias=False, **where)
+        self.receptance = torch.nn.Linear(width, width, bias=False, **where)
+        self.value = torch.nn.Linear(self.hidden_size, width, bias=False, **where)
+        self.time_mix_k = torch.nn.Parameter(torch.empty(width, **where))
+        self.time_mix_r = torch.nn.Parameter(torch.empty(width, **where))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all parameters as the class describes."""
+        for share in (self.time_mix_k, self.time_mix_r):
+            share.copy_(self._ramp(1.0 - self.layer / self.layers))
+        for part in (self.receptance, self.value):
+            part.weight.zero_()
+        _orthogonal(self.key.weight)
+
+    def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the mixing; the class describes the arguments, results and errors."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, state, None)
+        (last,) = self._check(input, state)
+        before = _step_before(input, last)
+        k = self.key(_mixed(before, input, self.time_mix_k))
+        r = self.receptance(_mixed(before, input, self.time_mix_r))
+        return r.sigmoid() * self.value(k.relu().square()), (input[:, -1].clone(),)
+
+
+class RWKV4Block(torch.nn.Module):
+    """Both mixings of a layer of `RWKV4`, each on a residual branch after a LayerNorm."""
+
+    def __init__(
+        self, width: int, layer: int, layers: int, hidden_size: int | None, chunk_size: Any, where: Any
+    ) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = torch.nn.LayerNorm(width, **where)
+        self.ln1 = torch.nn.LayerNorm(width, **where)
+        self.ln2 = torch.nn.LayerNorm(width, **where)
+        self.att = RWKV4TimeMix(width, layer, layers, chunk_size=chunk_size, **where)
+        self.ffn = RWKV4ChannelMix(width, layer, layers, hidden_size=hidden_size, **where)
+
+    def forward(self, x: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.att.layer == 0:
+            x = self.ln0(x)
+        y, after = self.att(self.ln1(x), None if state is None else state[:2])
+        x = x + y
+        y, last = self.ffn(self.ln2(x), None if state is None else state[2:])
+        return x + y, (*after, *last)
+
+
+class RWKV4(torch.nn.Module):
+    """The language model RWKV-4 (arXiv 2305.13048): an embedding, layers of both mixings, a norm and a head.
+
+    Its parameters have the names of the authors' code, with `time_mix_*` in shape `[width]`. `from_checkpoint` makes
+    one from the parameters of a public checkpoint.
+
+    Initially the embedding is uniform in +-1e-4 and the head orthogonal with the gain
+    sqrt(max(1, tokens / width)) / 2. The mixings describe their own initial values.
+
+    Args:
+        tokens: number of tokens.
+        width: number of channels.
+        layers: number of layers.
+        hidden_size: hidden channels of the channel mixing; 4 `width` if None.
+        chunk_size: as for `mru_kernels.wkv`.
+        device, dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Call:
+        `output, state = model(input, state=None)`
+
+        input: int64 `[B, T]`, T >= 1.
+        output: scores `[B, T, tokens]`.
+        state: three tensors for each layer: those of `RWKV4TimeMix`, then that of `RWKV4ChannelMix`. A call with the
+            returned state continues the sequences. None begins new ones.
+
+        `step(input, state=None)` runs one step, for streaming.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example::
+
+        >>> model = mk.RWKV4(50, 8, layers=2)
+        >>> output, state = model(torch.randint(50, (2, 10)))
+        >>> output.shape, len(state)
+        (torch.Size([2, 10, 50]), 6)
+        >>> output, state = model.step(torch.randint(50, (2,)), state)
+        >>> output.shape
+        torch.Size([2, 50])
+    """
+
+    @constructor
+    def __init__(
+        self,
+        tokens: int,
+        width: int,
+        layers: int,
+        *,
+        hidden_size: int | None = None,
+        chunk_size: int | None = backends.CHUNK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(tokens=tokens, width=width, layers=layers)
+        where: dict[str, Any] = {"device": device, "dtype": _stream_dtype(dtype)}
+        self.emb = torch.nn.Embedding(tokens, width, **where)
+        self.blocks = torch.nn.ModuleList(
+            RWKV4Block(width, layer, layers, hidden_size, chunk_size, where) for layer in range(layers)
+        )
+        self.ln_out = torch.nn.LayerNorm(width, **where)
+        self.head = torch.nn.Linear(width, tokens, bias=False, **where)
+        with torch.no_grad():
+            self.emb.weight.uniform_(-1e-4, 1e-4)
+            _orthogonal(self.head.weight, 0.5)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Tensor], **options: Any) -> RWKV4:
+        """The model of a public RWKV-4 checkpoint, with its sizes and parameters.
+
+        Args:
+            checkpoint: the parameters by name, as `torch.load(file, map_location="cpu", weights_only=True)` returns
+                them. The names are those of BlinkDL's files (`blocks.0.att.time_decay`) or of Hugging Face's
+                (`rwkv.blocks.0.attention.time_decay`).
+            options: `chunk_size`, `device` or `dtype`; the dtype is that of the checkpoint's embedding by default.
+
+        Raises:
+            TypeError, ValueError: a parameter is missing, unknown or of another shape; the message names it.
+
+        Example::
+
+            >>> checkpoint = mk.RWKV4(50, 8, layers=2).state_dict()
+            >>> mk.RWKV4.from_checkpoint(checkpoint).head
+            Linear(in_features=8, out_features=50, bias=False)
+        """
+        parameters = rwkv4_parameters(checkpoint)
+        tokens, width = parameters["emb.weight"].shape
+        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in parameters)
+        layers = 1 + max(int(number[1]) for number in numbers if number)
+        hidden = parameters["blocks.0.ffn.key.weight"].shape[0]
+        options = {"dtype": parameters["emb.weight"].dtype} | options
+        model = cls(tokens, width, layers, hidden_size=hidden, **options)
+        expected = model.state_dict()
+        for name in expected.keys() | parameters.keys():
+            if name not in parameters:
+                raise ValueError(f"checkpoint: expected a parameter {name}, got none")
+            if name not in expected:
+                raise ValueError(f"checkpoint: expected no parameter {name}, got one")
+            if parameters[name].shape != expected[name].shape:
+                shapes = f"{list(expected[name].shape)} for {name}, got {list(parameters[name].shape)}"
+                raise ValueError(f"checkpoint: expected shape {shapes}")
+        model.load_state_dict(parameters)
+        return model
+
+    def extra_repr(self) -> str:
+        return f"{self.emb.num_embeddings}, {self.emb.embedding_dim}, layers={len(self.blocks)}"
+
+    @property
+    def num_states(self) -> int:
+        """Number of tensors of the state."""
+        return 3 * len(self.blocks)
+
+    def _starts(self) -> list[Tensor | None]:
+        mixings = [m for m in self.modules() if isinstance(m, _Mix)]  # in the order of the state
+        return [start for mixing in mixings for start in mixing._starts()]
+
+    def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the model; the class describes the arguments, results and errors."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, state, None)
+        self._check(input, 2)
+        if state is not None:
+            check_state(state, self.num_states)
+        x = self.emb(input)
+        after: tuple[Tensor, ...] = ()
+        for block in self.blocks:
+            first = len(after)
+            x, states = block(x, None if state is None else state[first : first + 3])
+            after += states
+        return self.head(self.ln_out(x)), after
+
+    @torch.no_grad()
+    def step(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step of `forward`, for streaming inference, without gradients.
+
+        Args:
+            input: int64 `[B]`.
+            state: as for `forward`.
+
+        Returns:
+            The scores `[B, tokens]` and the state after the step.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        self._check(input, 1)
+        output, after = self(input.unsqueeze(1), state)
+        return output.squeeze(1), after
+
+    def _check(self, input: Tensor, rank: int) -> None:
+        if not isinstance(input, Tensor) or input.dtype != torch.int64:
+            came = f"a {input.dtype} tensor" if isinstance(input, Tensor) else type(input).__name__
+            raise TypeError(f"input: expected token numbers, an int64 tensor, got {came}")
+        if input.dim() != rank or 0 in input.shape[1:]:
+            expected = "[batch, time >= 1]" if rank == 2 else "[batch]"
+            raise ValueError(f"input: expected shape {expected}, got {list(input.shape)}")
+
+
+class RWKV4Unit(RWKV4TimeMix):
+    """`RWKV4TimeMix` as the unit "rwkv4" of `MRUBlock` and `MRUNetwork`. A network sets `layer` and `layers`."""
+
+    @constructor
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        batch_first: bool = True,
+        chunk_size: int | None = backends.CHUNK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if hidden_size != input_size:
+            raise ValueError(f"hidden_size: expected the width {input_size} with the unit 'rwkv4', got {hidden_size}")
+        if not batch_first:
+            raise ValueError("batch_first: expected True with the unit 'rwkv4', got False")
+        super().__init__(input_size, layer, layers, chunk_size=chunk_size, device=device, dtype=dtype)
+
+    def place(self, layer: int, layers: int) -> None:
+        """Set the number of this layer and of all layers, and the initial values for them."""
+        self.layer, self.layers = layer, layers
+        self.reset_parameters()
+
+
+UNITS["rwkv4"] = RWKV4Unit
+
+
+# ---------------------------------------------------------------------------------------------------- conversions
+
+
+_RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"^rwkv\.", ""),
+    (r"^embeddings\.", "emb."),
+    (r"\.pre_ln\.", ".ln0."),
+    (r"\.attention\.", ".att."),
+    (r"\.feed_forward\.", ".ffn."),
+    (r"\.time_mix_(k|v|r)(ey|alue|eceptance)$", lambda m: f".time_mix_{m[1]}"),
+)  # from Hugging Face's names to the authors'
+
+
+def rwkv4_parameters(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a public RWKV-4 checkpoint by the names of `RWKV4`, with `time_*` in shape `[width]`."""
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"checkpoint: expected a mapping from names to tensors, got {type(checkpoint).__name__}")
+    parameters = {}
+    for name, value in checkpoint.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"checkpoint: expected a tensor for {name}, got {type(value).__name__}")
+        for pattern, new in _RENAMED:
+            name = re.sub(pattern, new, name)
+        parameters[name] = value.flatten() if ".time_" in name else value
+    for name in ("emb.weight", "blocks.0.ffn.key.weight"):
+        if name not in parameters:
+            raise ValueError(f"checkpoint: expected a parameter {name}, got none")
+        if parameters[name].dim() != 2:
+            raise ValueError(f"checkpoint: expected a matrix for {name}, got shape {list(parameters[name].shape)}")
+    return parameters
+
+
+def wkv_state_from_sums(aa: Tensor, bb: Tensor, pp: Tensor) -> Tensor:
+    """The state of `mru_kernels.wkv` from the sums that public RWKV-4 code keeps.
+
+    With the log scale pp, exp(pp) aa is the weighted sum of the values and exp(pp) bb that of the weights. Hugging
+    Face's kernels keep them in one tensor `[B, C, 3]`: call with `*state.unbind(-1)`.
+
+    Args:
+        aa, bb, pp: `[B, C]`, float32 or float64. No weight at all is bb = 0.
+
+    Returns:
+        `[B, 3 C]`: the weighted mean, and the log of the total weight in two parts, whose sum it is.
+
+    Raises:
+        TypeError, ValueError: a tensor is not as described; the message names it.
+
+    Example::
+
+        >>> state = mk.wkv_state_from_sums(*torch.rand(3, 2, 8))
+        >>> state.shape
+        torch.Size([2, 24])
+    """
+    checks.tensor("aa", aa, 2, "[batch, channels]")
+    for name, t in (("aa", aa), ("bb", bb), ("pp", pp)):
+        checks.tensor(name, t, 2, "[batch, channels]")
+        if t.dtype not in (torch.float32, torch.float64) or t.dtype != aa.dtype:
+            raise TypeError(f"{name}: expected float32 or float64 as aa, got {t.dtype}")
+        if t.shape != aa.shape:
+            raise ValueError(f"{name}: expected aa's shape {list(aa.shape)}, got {list(t.shape)}")
+        if t.device != aa.device:
+            raise ValueError(f"{name}: expected aa's device {aa.device}, got {t.device}")
+    empty = bb == 0
+    more = bb.log()
+    total = pp + more
+    added = total - pp
+    rest = torch.where(empty, 0.0, (pp - (total - added)) + (more - added))  # what `total` rounds away
+    mean = torch.where(empty, 0.0, aa / torch.where(empty, 1.0, bb))
+    return join_state(mean, torch.where(empty, -torch.inf, total), rest)
+
+
+def wkv_sums_from_state(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums aa, bb and pp `[B, C]` that public RWKV-4 code keeps, from the state `[B, 3 C]` of `mru_kernels.wkv`.
+
+    bb is 1 up to rounding. An empty state has aa = bb = 0 and pp = -1e38. `torch.stack(sums, -1)` is the tensor
+    `[B, C, 3]` of Hugging Face's kernels.
+
+    Raises:
+        TypeError, ValueError: `state` is not as described.
+
+    Example::
+
+        >>> mixing = mk.RWKV4TimeMix(8)
+        >>> _, (last, state) = mixing(torch.randn(2, 10, 8))
+        >>> aa, bb, pp = mk.wkv_sums_from_state(state)
+        >>> aa.shape
+        torch.Size([2, 8])
+    """
+    checks.tensor("state", state, 2, "[batch, 3 channels]")
+    if state.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"state: expected float32 or float64, got {state.dtype}")
+    if state.shape[1] % 3:
+        raise ValueError(f"state: expected [batch, 3 channels], got shape {list(state.shape)}")
+    mean, total, rest = split_state(state, state.shape[1] // 3)
+    empty = total == -torch.inf
+    bb = torch.where(empty, 0.0, rest.exp())
+    return mean * bb, bb, torch.where(empty, NO_WEIGHT, total)
+
+
+def _stream_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype not in checks.STREAM_DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    return dtype
