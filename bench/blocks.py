@@ -1,8 +1,9 @@
 """Memory and time of a training step in blocks of time, against the cost formulas: `python -m bench blocks`.
 
 The network is an `MRUNetwork` of 4 blocks of 256 with BMRUs, a batch of one sequence and AdamW. A training step runs
-in a process of its own, after one on a single step. The peak is the resident memory that the system reports to the
-parent process, less that of a process that trains on single steps only.
+in one thread of a process of its own, after one on a single step. The peak is the resident memory that the system
+reports to the parent process, less that of a process that trains on single steps only. The time is that of the CPU,
+so other work on the machine hardly changes it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ class Policy:
     inner: int | None = None
     offload: bool = False
 
+    def __str__(self) -> str:
+        if self.steps is None:
+            return "whole"
+        inside = "" if self.inner is None else f" in blocks of {self.inner}"
+        return f"blocks of {self.steps}{inside}" + ", offloaded" * self.offload
+
     def run(self, network: mk.MRUNetwork) -> torch.nn.Module:
         if self.steps is None:
             return network
@@ -47,12 +54,15 @@ class Policy:
         return (-(-steps // self.steps) + inside) * state + (self.inner or self.steps) * step
 
 
+POLICIES = ("whole", "single", "offloaded", "double")
+
+
 def policies(steps: int, inner: int) -> dict[str, Policy]:
     return {
         "whole": Policy(),
-        f"blocks of {steps}": Policy(steps),
-        f"blocks of {steps}, offloaded": Policy(steps, offload=True),
-        f"blocks of {8 * steps} in blocks of {inner}": Policy(8 * steps, inner),
+        "single": Policy(steps),
+        "offloaded": Policy(steps, offload=True),
+        "double": Policy(8 * steps, inner),
     }
 
 
@@ -78,20 +88,20 @@ def sizes(steps: int = 256) -> tuple[int, int]:
 
 
 def train(policy: Policy, steps: int) -> float:
-    """Seconds of one training step in this process, after one on a single step."""
+    """Seconds of the CPU for one training step in this process, after one on a single step."""
     module = network()
     run, optimizer = policy.run(module), torch.optim.AdamW(module.parameters())
     for length in (1, steps):
         x = torch.randn(1, length, _FEATURES)
-        began = time.perf_counter()
+        began = time.process_time()
         run(x)[0].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def measure(policy: Policy, steps: int) -> tuple[int, float]:
-    """Peak of the resident memory in bytes and seconds of a training step in a process of its own.
+    """Peak of the resident memory in bytes and seconds of the CPU of a training step in a process of its own.
 
     The process is a fork, so this process must not have computed in several threads before.
     """
@@ -119,20 +129,25 @@ def longest(points: Sequence[tuple[int, int]], fixed: int) -> int:
     return steps // unit * unit
 
 
-def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: dict[str, list[float]]) -> None:
+def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: dict[str, list[int]]) -> None:
+    """Draw peaks and times, of rows (steps, bytes, seconds), and the predicted bytes, against the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, (memory, times) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for name, rows in found.items():
         steps = [row[0] for row in rows]
-        (line,) = axes.plot(steps, [row[1] / _MIB for row in rows], marker="o", label=name)
-        axes.plot(steps, [n / _MIB for n in predicted[name]], linestyle=":", color=line.get_color())
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="peak, MiB (dotted: formula)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        (line,) = memory.plot(steps, [row[1] / _MIB for row in rows], marker="o", label=name)
+        memory.plot(steps, [n / _MIB for n in predicted[name]], linestyle=":", color=line.get_color())
+        times.plot(steps, [row[2] for row in rows], marker="o", label=name)
+    memory.set(ylabel="peak, MiB (dotted: formula)")
+    times.set(ylabel="CPU time of a training step, s")
+    for axes in (memory, times):
+        axes.set(xscale="log", yscale="log", xlabel="steps")
+        axes.grid(alpha=0.3)
+    memory.legend(fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
@@ -143,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384], metavar="T")
     parser.add_argument("--steps", type=int, default=512, help="of a block")
     parser.add_argument("--inner", type=int, default=128, help="of a block inside a block of 8 times --steps")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--plot", type=Path, default=Path("build/blocks.png"), metavar="FILE")
     arguments = parser.parse_args(argv)
     if len(arguments.lengths) < 2:
@@ -150,8 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not allocator.RETURNED.items() <= os.environ.items():  # glibc reads them when a process starts
         command = [sys.executable, "-m", f"{__package__}.blocks", *(sys.argv[1:] if argv is None else argv)]
         os.execve(sys.executable, command, os.environ | allocator.RETURNED)
-    head = ["policy", "T", "formula, MiB", "peak, MiB", "seconds", "longest in 8 GiB"]
+    torch.set_num_threads(1)
+    head = ["policy", "T", "formula, MiB", "peak, MiB", "process, MiB", "CPU seconds", "longest in 8 GiB"]
     chosen = policies(arguments.steps, arguments.inner)
+    chosen = {str(chosen[name]): chosen[name] for name in arguments.policies}
     lengths = sorted(arguments.lengths)
     measured = {name: [measure(policy, steps) for steps in (1, *lengths)] for name, policy in chosen.items()}
     state, step = sizes()  # computes, so it comes after the forks
@@ -161,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         predicted[name] = [chosen[name].bytes(t, state, step) for t in lengths]
         most = longest([row[:2] for row in found[name]], least)
         for (t, peak, seconds), formula in zip(found[name], predicted[name], strict=True):
-            last = f"{most:,}" if t == lengths[-1] else ""
-            lines.append([name, f"{t:,}", f"{formula / _MIB:.1f}", f"{peak / _MIB:.1f}", f"{seconds:.1f}", last])
+            row = [f"{n / _MIB:.1f}" for n in (formula, peak, peak + least)]
+            lines.append([name, f"{t:,}", *row, f"{seconds:.1f}", f"{most:,}" if t == lengths[-1] else ""])
     print(records.facts_of(records.machine(torch.device("cpu"))))
     print(f"a state: {state:,} bytes; a step of the backward pass: {step:,} bytes\n")
     print(records.table(head, lines, 0))

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from . import checks
+from . import torch_private as private
 from .nn import MRUBase, MRUNetwork, WriteOrHold
 from .nn.arguments import check_sizes
 from .nn.network import check_one_direction
-from .nn.wrappers import unwrapped
+from .nn.wrappers import fx_node, unwrapped
 
 __all__ = ["Blocked", "blocked"]
 
@@ -54,8 +56,13 @@ class Blocked(torch.nn.Module):
             TypeError, ValueError: as `network`, and for an `input` that is not a tensor or has no time; the message
                 names the argument.
         """
+        if isinstance(input, Proxy):
+            return fx_node(self, input, state)
+        if private.is_tracing():
+            raise RuntimeError("blocked: torch.jit.trace cannot record a run of blocks; trace the network itself")
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+        checks.dense("input", input, "padding")
         if input.dim() < 2:
             raise ValueError(f"input: expected at least 2 dimensions, got shape {list(input.shape)}")
         module = unwrapped(self.network)
@@ -140,11 +147,11 @@ class _HostCopies:
             side = _side_stream(tensor.device)
             side.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(side):
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
                 host.copy_(tensor, non_blocking=True)
             tensor.record_stream(side)  # the allocator may reuse its memory only after the copy
         else:
-            host = tensor.to("cpu", copy=True)
+            host = tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)  # a meta tensor has no values
         self._saved.append((host, tensor.device))
         return len(self._saved) - 1
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ P = ParamSpec("P")
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+MOST_SIZE = 2**31 - 1  # of an argument that is a size, so that the product of two fits 64 bits
 MOST_ELEMENTS = 2**63 // 8  # so that 64 bits can address the bytes, whatever the dtype
 _CHECK = os.environ.get("MRU_CHECK") == "1"
 
@@ -47,6 +49,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not private.any_autocast() or not torch.amp.is_autocast_available(device.type):
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast is off on `device`. Torch's own raises for devices without autocast."""
+    is_on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def dense(name: str, value: Tensor, instead: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from . import torch_private as private
 #: `python -m bench delays` a forward and backward pass takes equally long by both near this number.
 DIRECT_TAPS = 256
 DIRECT_TAPS_ELSEWHERE = 16  # in float64, for which oneDNN has no conv1d, and on other devices, which are not measured
+LEAST_SIGMA = 1e-30  # distances in widths stay finite in float32
 _ROUND = 128  # lengths of the FFT are multiples of this, which have small prime factors for common lengths
 
 
@@ -48,7 +49,7 @@ def delay_conv(
     Args:
         input: `[B, T, D]`, float32, float64, bfloat16 or float16. Under autocast y has the autocast dtype.
         weight, position: `[D, J]`, the heights and positions of J bumps, in float32 or the input's dtype.
-        sigma: the widths, `[D, J]` or a number; positive.
+        sigma: the widths, `[D, J]`, positive, or a number of at least 1e-30.
         taps: number of steps that an output reads, including its own.
         past: the inputs before the first step, oldest first, `[B, taps - 1, D]` in the input's dtype; None for zeros.
         normalised: whether to divide every bump by its sum over the taps + 1e-7.
@@ -85,7 +86,7 @@ def delay_conv(
     past = past_or_zeros(past, input, taps, None if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     if cu_seqlens is not None:
         return _packed(input, past, kernel, cu_seqlens)
-    padded = torch.cat([past, input], 1)
+    padded = after_past(past, input)
     return convolve(padded, kernel), padded[:, input.shape[1] :].clone()  # a view would keep `padded` in memory
 
 
@@ -97,9 +98,11 @@ def delay_kernel(
         raise TypeError(f"taps: expected an int, got {type(taps).__name__}")
     if taps < 1:
         raise ValueError(f"taps: expected a positive int, got {taps}")
+    if taps > checks.MOST_SIZE:
+        raise ValueError(f"taps: expected at most {checks.MOST_SIZE}, got {taps}")
     if isinstance(reach, bool) or not isinstance(reach, (int, float)):
         raise TypeError(f"reach: expected a number, got {type(reach).__name__}")
-    if not reach > 0.0:
+    if not (0.0 < reach <= sys.float_info.max or reach == math.inf):  # an int may be too large for a float
         raise ValueError(f"reach: expected a positive number, got {reach}")
     checks.flag("normalised", normalised)
     checks.tensor("weight", weight, 2, "[channels, count]")
@@ -110,8 +113,8 @@ def delay_kernel(
         given["sigma"] = sigma
     elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
         raise TypeError(f"sigma: expected a tensor or a number, got {type(sigma).__name__}")
-    elif not 0.0 < sigma < math.inf:
-        raise ValueError(f"sigma: expected a positive number, got {sigma}")
+    else:
+        check_sigma(sigma)
     for name, value in given.items():
         checks.like(name, value, weight, tuple(weight.shape), "[channels, count]")
     dtype = checks.state_dtype(weight.dtype)
@@ -124,6 +127,12 @@ def delay_kernel(
     if normalised:
         phi = phi / (phi.sum(-1, keepdim=True) + 1e-7)
     return (weight.to(dtype).unsqueeze(-1) * phi).sum(1)
+
+
+def check_sigma(sigma: float) -> None:
+    """Raise unless `sigma` is a width."""
+    if not LEAST_SIGMA <= sigma <= sys.float_info.max:
+        raise ValueError(f"sigma: expected a finite number of at least {LEAST_SIGMA:g}, got {sigma}")
 
 
 def past_or_zeros(past: Tensor | None, input: Tensor, taps: int, sequences: int | None = None) -> Tensor:
@@ -139,6 +148,12 @@ def past_or_zeros(past: Tensor | None, input: Tensor, taps: int, sequences: int 
     if past.device != input.device:
         raise ValueError(f"past: expected the input's device {input.device}, got {past.device}")
     return past
+
+
+def after_past(past: Tensor, input: Tensor) -> Tensor:
+    """The past and the input, joined along time."""
+    with checks.without_autocast(input.device):  # under which `cat` refuses the half precision that is not its own
+        return torch.cat([past, input], 1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -159,8 +174,7 @@ def convolve(padded: Tensor, kernel: Tensor) -> Tensor:
     if taps > (DIRECT_TAPS if by_onednn else DIRECT_TAPS_ELSEWHERE) and not any_length:
         return _by_fft(x, kernel).to(dtype).transpose(1, 2)
     by_hand = by_onednn and not any(map(private.has_tangent, (x, kernel)))
-    half = checks.autocast_dtype(x.device) is not None
-    with torch.autocast(x.device.type, enabled=False) if half else nullcontext():  # it would convolve in half precision
+    with checks.without_autocast(x.device):  # it would convolve in half precision
         y = _Direct.apply(x, kernel) if by_hand else _direct(x, kernel)
     return y.to(dtype).transpose(1, 2)
 
@@ -221,7 +235,8 @@ def _packed(input: Tensor, past: Tensor, kernel: Tensor, cu_seqlens: Tensor) -> 
     before = (begin[:-1] + torch.arange(past.shape[0], device=input.device) * gap).unsqueeze(1)
     lags = torch.arange(gap, device=input.device)
     line = input.new_zeros(total + past.shape[0] * gap, input.shape[2])
-    line = line.index_copy(0, steps, input[0]).index_copy(0, (before + lags).flatten(), past.flatten(0, 1))
+    with checks.without_autocast(input.device):  # as in `after_past`
+        line = line.index_copy(0, steps, input[0]).index_copy(0, (before + lags).flatten(), past.flatten(0, 1))
     y = convolve(F.pad(line, (0, 0, gap, 0)).unsqueeze(0), kernel)[0, steps]
     length = begin.diff().unsqueeze(1)
     return y.unsqueeze(0), line[before + length + lags]

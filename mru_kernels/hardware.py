@@ -112,7 +112,7 @@ def robustness(
         raise TypeError(f"mismatch: expected a sequence of numbers, got {type(mismatch).__name__}")
     sizes = [check_number("mismatch", size, 0.0, float("inf")) for size in mismatch]
     check_sizes(trials=trials)
-    generator = torch.Generator().manual_seed(_check_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(_check_seed(seed))
     nominal = _number(evaluate(module))
     results: dict[float, list[float]] = {}
     for size in sizes:
@@ -129,7 +129,7 @@ def _perturbed(module: torch.nn.Module, size: float, generator: torch.Generator)
     """A context in which the parameters of `module` have a mismatch, written in place."""
     parameters = _floating(module)
     nominal = [p.detach().clone() for p in parameters]
-    draws = [torch.randn(p.shape, generator=generator) for p in parameters]
+    draws = [torch.randn(p.shape, generator=generator, device="cpu") for p in parameters]
     try:
         with torch.no_grad():
             for p, draw in zip(parameters, draws, strict=True):
@@ -343,4 +343,6 @@ def _check_module(module: object) -> None:
 def _check_seed(seed: object) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an int that torch.manual_seed takes, got {seed}")
     return seed

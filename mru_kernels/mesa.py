@@ -276,9 +276,11 @@ class _Chunks:
 class _Mesa(torch.autograd.Function):
     """All tensors have the state dtype."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(q, k, v, decay, beta, regularizer, kk, kv, options):
-        with torch.autocast(q.device.type, enabled=False):
+        with checks.without_autocast(q.device):
             chunks = _Chunks(k, v, decay, beta, regularizer, options.chunk_size)
             kks, kvs = chunks.borders(kk, kv)
             x, taken = chunks.solve(chunks.cut(q), kks[:, :, :-1], options)
@@ -293,9 +295,13 @@ class _Mesa(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:-1], x)
 
     @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("mesa: there is no forward mode (torch.func.jvp, torch.autograd.forward_ad)")
+
+    @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_kk, grad_kv, *_):
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with checks.without_autocast(grad_output.device):
             return (*_gradients(ctx.saved_tensors, ctx.options, grad_output, grad_kk, grad_kv), None)
 
 
@@ -362,4 +368,6 @@ def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, int]:
 def _spread(stream: Tensor, place: Tensor, sequences: int, time: int) -> Tensor:
     """Packed steps `[1, total, ...]` as `[N, longest, ...]`, with zeros behind shorter sequences."""
     padded = stream.new_zeros(sequences * time, *stream.shape[2:])
-    return padded.index_copy(0, place, stream.squeeze(0)).unflatten(0, (sequences, time))
+    with checks.without_autocast(stream.device):  # it refuses the half precision that is not its own
+        padded = padded.index_copy(0, place, stream.squeeze(0))
+    return padded.unflatten(0, (sequences, time))

@@ -19,6 +19,8 @@ def check_numbers(steps: int, tolerance: float, solver: str, chunk_size: int) ->
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected a positive int, got {value}")
+        if value > checks.MOST_SIZE:
+            raise ValueError(f"{name}: expected at most {checks.MOST_SIZE}, got {value}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance: expected a float, got {type(tolerance).__name__}")
     if not 0 <= tolerance < 1:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
+
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_KEY = 128
@@ -87,7 +89,7 @@ def call(tensors: tuple[Tensor, ...], steps: int, offset: Tensor | None) -> tupl
 @functools.cache
 def compare(ours: Callable[..., Any], device: torch.device, dtype: torch.dtype, key: int, packed: bool) -> None:
     """Raise RuntimeError where results or gradients differ from those of `ours` on a small random input."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), checks.without_autocast(device):
         leaves = [t.to(device).requires_grad_() for t in _inputs(dtype, key, packed)]
         wide = [t.detach().double().requires_grad_() for t in leaves]
         offset = torch.tensor([0, 70, 100], device=device) if packed else None
@@ -105,12 +107,13 @@ def compare(ours: Callable[..., Any], device: torch.device, dtype: torch.dtype, 
 
 def _inputs(dtype: torch.dtype, key: int, packed: bool) -> list[Tensor]:
     """Tensors of two sequences and two heads, named in INPUTS, with more steps than a chunk has."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     shape = (1, 100, 2) if packed else (2, 70, 2)
-    q, k, v = torch.randn(3, *shape, key, generator=draw).unbind(0)
-    decay, beta = torch.rand(2, *shape, generator=draw).unbind(0)
-    root, kv = torch.randn(2, 2, 2, key, key, generator=draw).unbind(0)
+    how: dict[str, Any] = {"generator": draw, "device": "cpu"}
+    q, k, v = torch.randn(3, *shape, key, **how).unbind(0)
+    decay, beta = torch.rand(2, *shape, **how).unbind(0)
+    root, kv = torch.randn(2, 2, 2, key, key, **how).unbind(0)
     q, k = (torch.nn.functional.normalize(s, dim=-1) for s in (q, k))
-    regularizer = 0.5 + torch.rand(2, key, generator=draw)
+    regularizer = 0.5 + torch.rand(2, key, **how)
     kk = root @ root.mT / key
     return [*(s.to(dtype) for s in (q, k, v)), -0.1 * decay, beta, regularizer, kk, kv / key**0.5]

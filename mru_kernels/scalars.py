@@ -36,8 +36,9 @@ class Scalar:
     def check(self, value: float) -> None:
         """Raise ValueError unless `value` is in the range."""
         if not self.least <= value <= self.most:
-            positive = self.most == sys.float_info.max
-            expected = "a positive finite number" if positive else f"a value in [{self.least:g}, {self.most:g}]"
+            expected = f"a value in [{self.least:g}, {self.most:g}]"
+            if self.most == sys.float_info.max:
+                expected = "a positive finite number" if self.least > 0.0 else "a finite number"
             raise ValueError(f"{self.name}: expected {expected}, got {value}")
 
     def number(self, value: float | Tensor) -> float:
@@ -132,11 +133,6 @@ def _in_fake_mode() -> bool:
 
 
 def _constant(value: float) -> Tensor:
-    """A tensor that outlives what it is made under: no mode makes it fake or inference, no transform wraps it."""
-    with (
-        private.DisableTorchFunction(),
-        private.disable_modes(),
-        private.DisableFunctorch(),
-        torch.inference_mode(False),
-    ):
+    """A tensor that outlives what it is made under."""
+    with private.without_modes():
         return torch.full((), value, dtype=torch.float64, device="cpu")

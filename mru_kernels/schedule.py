@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .nn.arguments import check_number, check_sizes
+from .nn.arguments import check_number, check_sizes, constructor
 from .nn.write_or_hold import WriteOrHold
 
 __all__ = ["EpsilonSchedule"]
@@ -66,6 +66,7 @@ class EpsilonSchedule:
     start: float
     end: float
 
+    @constructor
     def __init__(
         self, module: torch.nn.Module, decay_steps: int, *, hold_steps: int = 0, start: float = 1.0, end: float = 0.0
     ) -> None:

@@ -6,7 +6,8 @@ autograd kernel takes longer than a short scan.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ __all__ = [
     "scan_op",
     "transforms_active",
     "unwrapped_tensor",
+    "without_modes",
 ]
 
 OpOverload = torch._ops.OpOverload
@@ -80,6 +82,13 @@ FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 #: A context that turns forward-mode gradients on or off.
 enable_forward_gradients = forward_ad._set_fwd_grad_enabled
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """A context for tensors that outlive it: no mode makes them fake or inference tensors, no transform wraps them."""
+    with DisableTorchFunction(), disable_modes(), DisableFunctorch(), torch.inference_mode(False):
+        yield
 
 
 class NoGrad:

@@ -193,16 +193,16 @@ def _scan(
 
 def _measured(name: str, sequences: list[tuple[Tensor, Tensor]], reverse: bool, unit: WriteOrHold) -> LayerWrites:
     """What writes and outputs `[B, T, D]`, of sequences of one length each, come to."""
-    count = torch.zeros(unit.hidden_size)
-    longest = torch.zeros(unit.hidden_size, dtype=torch.int64)
+    count = torch.zeros(unit.hidden_size, device="cpu")
+    longest = torch.zeros_like(count, dtype=torch.int64)
     first = torch.full_like(longest, torch.iinfo(torch.int64).max)
-    constant = torch.ones(unit.hidden_size, dtype=torch.bool)
+    constant = torch.ones_like(count, dtype=torch.bool)
     steps = 0
     for writes, h in sequences:
         writes = (writes.flip(1) if reverse else writes).cpu()
         steps += writes.shape[0] * writes.shape[1]
         count += writes.sum((0, 1))
-        step = torch.arange(writes.shape[1]).unsqueeze(1)
+        step = torch.arange(writes.shape[1], device="cpu").unsqueeze(1)
         last = torch.where(writes, step, -1).cummax(1).values
         longest = longest.maximum((step - last).amax((0, 1)))
         first = first.minimum(torch.where(writes, step, first).amin((0, 1)))

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mru_kernels as mk
 from mru_kernels.define import build
@@ -127,6 +128,38 @@ def test_definitions_are_checked(arguments, error, message):
 def test_a_choice_of_small_numbers_is_recorded():
     cell = mk.define_cell("chooses", lambda x, a: mk.Affine(a, torch.where(x > 0, 1.0, -0.5)))
     assert "? splat<V>(S(0x1.0000000000000p+0)) : splat<V>(S(-0x1.0000000000000p-1))" in cell.source
+
+
+MODES = {
+    "fake": FakeTensorMode,
+    "default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_does_not_change_a_definition(mode):
+    with MODES[mode]():
+        cell = mk.define_cell("made_under_a_mode", lambda x, a: mk.Affine(a.sigmoid(), x.exp()))
+    again = mk.define_cell("made_under_a_mode", lambda x, a: mk.Affine(a.sigmoid(), x.exp()))
+    assert again is cell  # its source is the same
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    cell(x, x, backend="torch")[0].sum().backward()
+
+
+def test_a_definition_inside_a_transform_is_refused():
+    for transform in (torch.func.grad, torch.vmap):
+        with pytest.raises(RuntimeError, match=r"^define_cell: expected a definition outside transforms"):
+            transform(lambda x: mk.define_cell("refused", affine)(x, x)[0].sum())(torch.randn(1, 2, 5, 3))
+
+
+def test_the_range_of_a_scalar_is_named():
+    cell = mk.define_cell("has_a_scalar", lambda x, a, k: mk.Affine(a * k, x), scalars={"k": 1.0})
+    for number in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(ValueError, match=f"^k: expected a finite number, got {number}"):
+            cell(torch.ones(1, 2, 3), torch.ones(3), k=number, backend="torch")
 
 
 def test_a_callable_without_a_name_is_refused_by_its_type():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import keyword
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -70,6 +69,7 @@ def define_cell(
     Raises:
         TypeError, ValueError: a function does what a kernel cannot, or an argument is not as described. The message
             names the line of the function, or the argument. Nothing is compiled then.
+        RuntimeError: the definition is inside a transform of torch.func.
 
     Example::
 
@@ -80,6 +80,8 @@ def define_cell(
         >>> h.shape, state.shape
         (torch.Size([2, 100, 8]), torch.Size([2, 8]))
     """
+    if private.transforms_active():
+        raise RuntimeError("define_cell: expected a definition outside transforms of torch.func, got one inside")
     scalars = _checked_scalars(scalars)
     _check_function("gate", gate)
     inputs = [n for n in parameters(gate) if n not in scalars]
@@ -213,7 +215,7 @@ class DefinedCell:
             True
         """
         if not inputs:
-            inputs = tuple(torch.randn(2, 100, 8, dtype=torch.float64) for _ in self.inputs)
+            inputs = tuple(torch.randn(2, 100, 8, dtype=torch.float64, device="cpu") for _ in self.inputs)
         return compare(self, list(inputs), options)
 
     # ------------------------------------------------------------------------------------------ arguments
@@ -373,7 +375,7 @@ def _checked_scalars(scalars: Mapping[str, float] | None) -> dict[str, float]:
     if not isinstance(scalars, Mapping):
         raise TypeError(f"scalars: expected a dict of names and numbers, got {type(scalars).__name__}")
     for name, value in scalars.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _ANY[0] <= value <= _ANY[1]:
             raise ValueError(f"scalars: expected finite numbers, got {value!r} for {name!r}")
     return {name: float(value) for name, value in scalars.items()}
 

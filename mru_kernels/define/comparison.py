@@ -68,7 +68,7 @@ def compare(cell: DefinedCell, tensors: list[Tensor], options: dict[str, Any]) -
 def _results(cell: DefinedCell, tensors: list[Tensor], backend: str, options: dict[str, Any]) -> dict[str, Tensor]:
     leaves = [t.detach().requires_grad_() for t in tensors]
     h, state = cell(*leaves, backend=backend, **options)
-    cotangent = torch.linspace(-1, 1, h.numel(), dtype=torch.float64).view(h.shape).to(h.dtype)
+    cotangent = torch.linspace(-1, 1, h.numel(), dtype=torch.float64, device=h.device).view(h.shape).to(h.dtype)
     grads = torch.autograd.grad(h, leaves, cotangent, allow_unused=True)
     results = {"h": h.detach(), "state": state.detach()}
     for name, t, leaf in zip(cell.inputs, grads, leaves, strict=True):

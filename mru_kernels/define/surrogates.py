@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,7 @@ def sign(x: Tensor, scale: float = 1.0, *, surrogate: str | Callable[[Tensor], T
 def _scale(scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
-    if not 0.0 < scale < math.inf:
+    if not 0.0 < scale <= sys.float_info.max:
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
     return float(scale)
 

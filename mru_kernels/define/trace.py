@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import torch_private as private
 from ..cells.write_or_hold import Select
 from .gates import Affine, Write
 from .graph import Graph
@@ -86,10 +87,15 @@ def trace(functions: Functions) -> Program:
         TypeError: a function returns what it must not.
         ValueError: it does what a kernel cannot, or an argument is not used; the message names the line or argument.
     """
+    with private.without_modes():
+        return _trace(functions)
+
+
+def _trace(functions: Functions) -> Program:
     recorder = Recorder(functions.gate)
 
     def leaf(name: str, shape: tuple[int, ...] = SHAPE) -> Tensor:
-        return recorder.leaf(name, torch.full(shape, 0.5, dtype=DTYPE))
+        return recorder.leaf(name, torch.full(shape, 0.5, dtype=DTYPE, device="cpu"))
 
     x = {name: leaf(f"x[{i}]").requires_grad_() for i, name in enumerate(functions.inputs)}
     named = x | {name: leaf(f"p[{i}]", ()) for i, name in enumerate(functions.scalars)}

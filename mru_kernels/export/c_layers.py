@@ -102,7 +102,7 @@ def _state_after(program: Program, unit: Any, initial: Tensor, label: str, code:
     if unit.epsilon > 0.0 or amplitude:
         program.count(unit.hidden_size)
         value = "code ? amplitude : -amplitude" if amplitude else value
-        epsilon = torch.tensor(unit.epsilon, dtype=torch.float32).item()
+        epsilon = torch.tensor(unit.epsilon, dtype=torch.float32, device="cpu").item()
         return code, f"level(&{program.state(f'{label}s', initial)}[d], code, {value}, {literal(epsilon)})"
     bits = program.bits(f"{label}bits", initial == 1.0)
     if ((initial == 1.0) | (initial == lower)).all():
@@ -203,7 +203,7 @@ def _convolution(program: Program, conv: Any, label: str, x: str, y: str) -> str
     else:
         weight, bias = conv.weight[:, 0], conv.bias
     channels, taps = weight.shape
-    past = program.state(f"{label}past", torch.zeros(channels * (taps - 1)))
+    past = program.state(f"{label}past", weight.new_zeros(channels * (taps - 1)))
     tables = [program.table(f"{label}conv_weight", weight)]
     tables.append("NULL" if bias is None else program.table(f"{label}conv_bias", bias))
     program.count(channels * (taps + 1), 0, channels)

@@ -100,9 +100,9 @@ class Program:
     def bits(self, name: str, initial: Tensor) -> str:
         """One bit a channel, with initial values of 0 or 1. Returns the C expression."""
         size = -(-len(initial) // 8)
-        padded = torch.zeros(size * 8, dtype=torch.int64)
+        padded = torch.zeros(size * 8, dtype=torch.int64, device="cpu")
         padded[: len(initial)] = initial.detach().cpu()
-        octets = (padded.view(size, 8) << torch.arange(8)).sum(1)
+        octets = (padded.view(size, 8) << torch.arange(8, device="cpu")).sum(1)
         return self._field(name, "unsigned char", octets)
 
     def _field(self, name: str, kind: str, initial: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
@@ -53,19 +53,21 @@ def _misfit(parameters: Mapping[str, inspect.Parameter], positional: int, option
 
 
 def check_sizes(least: int = 1, **sizes: int) -> None:
-    """Raise unless every size is an int of at least `least`, which is 1 or 0."""
+    """Raise unless every size is an int from `least`, which is 1 or 0, to `checks.MOST_SIZE`."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
         if size < least:
             raise ValueError(f"{name}: expected a {'positive' if least else 'non-negative'} int, got {size}")
+        if size > checks.MOST_SIZE:
+            raise ValueError(f"{name}: expected at most {checks.MOST_SIZE}, got {size}")
 
 
 def check_number(name: str, value: float, least: float, most: float) -> float:
     """`value` as a float. Raise unless it is finite and lies in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not least <= value <= most or math.isinf(value):
+    if not least <= value <= min(most, sys.float_info.max):  # an int may be too large for a float
         raise ValueError(f"{name}: expected a finite number in [{least:g}, {most:g}], got {value}")
     return float(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..delays import compute_dtype, convolve, delay_kernel, past_or_zeros
+from .. import torch_private as private
+from ..delays import after_past, check_sigma, compute_dtype, convolve, delay_kernel, past_or_zeros
 from .arguments import check_input_dtype, check_resets, check_sizes, check_state, check_state_shapes, constructor
 from .wrappers import fx_node
 
@@ -77,8 +77,7 @@ class DelayConv(torch.nn.Module):
         check_sizes(channels=channels, taps=taps, count=count)
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
             raise TypeError(f"sigma: expected a float, got {type(sigma).__name__}")
-        if not 0.0 < sigma < math.inf:
-            raise ValueError(f"sigma: expected a positive number, got {sigma}")
+        check_sigma(sigma)
         checks.flag("learn_sigma", learn_sigma)
         self.channels = channels
         self.taps = taps
@@ -93,7 +92,8 @@ class DelayConv(torch.nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights, and set the delays and sigma, as the class describes."""
         std = self.count**-0.5
-        torch.nn.init.trunc_normal_(self.weight, std=std, a=-2.0 * std, b=2.0 * std)
+        if not private.is_fake(self.weight):  # it reads values
+            torch.nn.init.trunc_normal_(self.weight, std=std, a=-2.0 * std, b=2.0 * std)
         delays = torch.arange(self.count, device=self.weight.device) * (self.taps / self.count)
         self.position.copy_(delays.expand_as(self.position))
         self.clamp_positions()
@@ -133,7 +133,7 @@ class DelayConv(torch.nn.Module):
         if _parallel is not None:
             past, after = _parallel.halo(input, past, resets)
         kernel = delay_kernel(weight, self.position, self.sigma, self.taps)
-        padded = torch.cat([past, input], 1)
+        padded = after_past(past, input)
         if resets is None or not input.shape[1]:
             return convolve(padded, kernel), (padded[:, input.shape[1] :].clone() if after is None else after,)
         dtype = compute_dtype(padded)

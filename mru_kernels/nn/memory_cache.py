@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
+from ..scalars import has_value
 from .arguments import check_choice, check_sizes, check_state, check_state_shapes, constructor
 from .base import MRUBase
 from .wrappers import fx_node
@@ -210,7 +211,7 @@ class MemoryCache(torch.nn.Module):
         scores = scores.masked_fill(future, -math.inf)
         if self.mode == "sparse":
             chosen = scores.detach().sort(stable=True, dim=-1, descending=True).indices[..., : self.top_k]
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(-1, chosen, False), -math.inf)
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(-1, chosen, 0), -math.inf)
         gamma = torch.cat([now, scores.to(now.dtype)], -1).softmax(-1).to(h.dtype)
         # Masked weights are 0, and 0 times NaN is NaN: a NaN would reach earlier segments. So the product reads 0 for
         # values that are not finite, and `bad` makes their channel NaN in the segments after them.
@@ -236,12 +237,12 @@ class MemoryCache(torch.nn.Module):
         hx, position, *kept = state
         batch, features, channels = x.shape[0], self.unit.input_size, self.unit.hidden_size
         check_state_shapes([position], [(batch,)], position.device, first=1)
-        if position.is_meta:
+        if not has_value(position):
             raise ValueError(
-                "state: expected a number of steps on the CPU for tensor 1, got a meta tensor, without values"
+                "state: expected a number of steps on the CPU for tensor 1, got a meta or fake tensor, without values"
             )
         numbers = set(position.tolist())
-        if position.dtype != torch.int64 or len(numbers) != 1 or min(numbers) < 0:
+        if position.dtype != torch.int64 or len(numbers) != 1 or not 0 <= min(numbers) < 2**62:
             raise ValueError(
                 "state: expected one number of steps for all sequences, int64, for tensor 1, got"
                 f" {sorted(numbers)} of {position.dtype}"
@@ -310,7 +311,7 @@ class _Boundaries:
     def __init__(self, unit: MRUBase, span: _Span, restart: bool) -> None:
         self._unit, self._span, self._restart = unit, span, restart
         self._parameters: dict[str, Tensor] = {}
-        self.values = torch.empty(0)
+        self.values = torch.empty(0, device="cpu")
 
     def parameters(self, parameters: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         (self._parameters,) = parameters
@@ -329,10 +330,10 @@ class _Boundaries:
     def _restarted(self, scan: Any, gates: Tensor, initial_state: Tensor | None, **options: Any) -> Any:
         """Scan the pieces of each sequence as sequences of their own, packed along time."""
         batch, steps, _ = gates.shape
-        starts = torch.tensor(self._span.starts())
+        starts = torch.tensor(self._span.starts(), device=gates.device)
         pieces = len(starts)
-        offsets = (torch.arange(batch).unsqueeze(1) * steps + starts).flatten()
-        options["cu_seqlens"] = torch.cat([offsets, torch.full((1,), batch * steps)]).to(gates.device)
+        offsets = (torch.arange(batch, device=gates.device).unsqueeze(1) * steps + starts).flatten()
+        options["cu_seqlens"] = torch.cat([offsets, torch.full((1,), batch * steps, device=gates.device)])
         if initial_state is not None:
             fresh = self._unit._initial_state(None, batch * (pieces - 1), self._parameters)
             if fresh is None:
@@ -340,7 +341,8 @@ class _Boundaries:
                 start = initial_state.new_zeros(initial_state.shape[1]) if start is None else start
                 fresh = start.to(initial_state.dtype).expand(batch * (pieces - 1), -1)
             fresh = fresh.unflatten(0, (batch, pieces - 1))
-            initial_state = torch.cat([initial_state.unsqueeze(1), fresh], 1).flatten(0, 1)
+            with checks.without_autocast(gates.device):  # `cat` refuses the half precision that is not its own
+                initial_state = torch.cat([initial_state.unsqueeze(1), fresh], 1).flatten(0, 1)
         h, final = scan(gates.reshape(1, batch * steps, gates.shape[2]), initial_state, **options)
         return h.unflatten(1, (batch, steps)).squeeze(0), final.unflatten(0, (batch, pieces))[:, -1].clone()
 

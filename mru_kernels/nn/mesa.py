@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
+from .. import torch_private as private
 from ..mesa import mesa
 from ..mesa_checks import MOST_DIRECT, SOLVERS, check_backend
 from .arguments import (
@@ -68,7 +69,7 @@ class MesaNet(torch.nn.Module):
 
     Attributes:
         taken: iterations that every step of the last call took, int64 `[B, T, heads]`; None before the first call and
-            of a compiled call.
+            of a compiled call or one under vmap.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -137,8 +138,8 @@ class MesaNet(torch.nn.Module):
         for part in (self.keys, self.values, self.gates, self.conv, self.norm, self.out):
             if part is not None:
                 part.reset_parameters()
-        scales = torch.logspace(math.log10(16), math.log10(1024), self.heads)
-        self.gates.bias.copy_(torch.cat([torch.zeros(self.heads), (scales - 1).log()]))
+        scales = torch.logspace(math.log10(16), math.log10(1024), self.heads, device="cpu")
+        self.gates.bias.copy_(torch.cat([torch.zeros_like(scales), (scales - 1).log()]))
         self.regularizer.fill_(math.log(math.expm1(1 - LEAST_REGULARIZER)))
 
     def extra_repr(self) -> str:
@@ -152,10 +153,12 @@ class MesaNet(torch.nn.Module):
     def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the layer; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
-            return fx_node(self, input, state, None)
-        self._check_input(input)
+            return fx_node(self, input, state)
+        parameter = self.regularizer  # read once, since a parametrization computes it
+        dtype = parameter.dtype
+        self._check_input(input, dtype)
         x = input if self.batch_first else input.transpose(0, 1)
-        past, before = self._given(state, x)
+        past, before = self._given(state, x, dtype)
         mixed = self.keys(x)
         after: tuple[Tensor, ...] = ()
         if self.conv is not None:
@@ -169,14 +172,14 @@ class MesaNet(torch.nn.Module):
         beta, gamma = self.gates(x).to(wide).unflatten(-1, (2, self.heads)).unbind(2)
         beta = beta.sigmoid()
         decay = F.logsigmoid(gamma) + torch.log1p(-(1 - REPEATED) * beta.square())
-        regularizer = LEAST_REGULARIZER + F.softplus(self.regularizer.to(wide))
+        regularizer = LEAST_REGULARIZER + F.softplus(parameter.to(wide))
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("steps", "tolerance", "solver", "chunk_size", "backend")
         }
         read, states, taken = mesa(q, k, v, decay, beta, regularizer, before, **options)
         if not torch.compiler.is_compiling():
-            self.taken = taken
-        y = self.out(self.norm(read.to(self.norm.weight.dtype)).flatten(-2))
+            self.taken = None if private.is_wrapped(taken) else taken
+        y = self.out(self.norm(read.to(dtype)).flatten(-2))
         return (y if self.batch_first else y.transpose(0, 1)), (*states, *after)
 
     @torch.no_grad()
@@ -210,16 +213,18 @@ class MesaNet(torch.nn.Module):
         last = padded[..., padded.shape[2] - self.conv_size + 1 :].clone()  # a view would keep `padded` in memory
         return F.silu(self.conv(padded)).transpose(1, 2), last
 
-    def _check_input(self, input: Tensor) -> None:
+    def _check_input(self, input: Tensor, dtype: torch.dtype) -> None:
         checks.tensor("input", input, 3, "[batch, time, features]" if self.batch_first else "[time, batch, features]")
         if input.shape[2] != self.input_size:
             raise ValueError(f"input: expected {self.input_size} features, got {input.shape[2]}")
         if input.shape[1 if self.batch_first else 0] == 0:
             raise ValueError(f"input: expected at least one step, got shape {list(input.shape)}")
-        check_input_dtype(input, self.out.weight.dtype)
+        check_input_dtype(input, dtype)
 
-    def _given(self, state: Sequence[Tensor] | None, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """The past of the convolution and the states of `mesa`, with shapes and devices checked."""
+    def _given(
+        self, state: Sequence[Tensor] | None, x: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """The past of the convolution and the states of `mesa`, checked. `dtype` is that of the parameters."""
         if state is None:
             return None, None
         check_state(state, self.num_states)
@@ -228,7 +233,7 @@ class MesaNet(torch.nn.Module):
         if self.conv is not None:
             shapes.append((len(x), 2 * heads * key, self.conv_size - 1))
         check_state_shapes(state, shapes, x.device)
-        wide = checks.state_dtype(self.out.weight.dtype)
+        wide = checks.state_dtype(dtype)
         for i in (0, 1):
             if state[i].dtype != wide:
                 raise TypeError(f"state: expected dtype {wide} for tensor {i}, got {state[i].dtype}")

@@ -29,7 +29,8 @@ class UnitParameters(torch.nn.Module):
     """The names in `per_channel` that change the output and not the state."""
 
     has_traces: ClassVar[bool] = True
-    """Whether gates and inputs per channel are complex if the state is, as `stream(gradient="traces")` needs."""
+    """Whether `stream(gradient="traces")` takes the unit: its states are `[B, hidden_size]`, and its gates and inputs per
+    channel are complex if the state is."""
 
     initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
     """The two values from which a learned initial state is drawn."""

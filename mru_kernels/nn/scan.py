@@ -107,7 +107,10 @@ class UnitScan(UnitParameters):
 
     def _check_match(self, input: Tensor, p: dict[str, Tensor]) -> None:
         module: Any = p.get("projection")
-        weight = p["weight_ih"] if module is None else module.weight
+        # A parametrization computes the weight of a module at every reading, and the product reads it.
+        weight = next((t for t in p.values() if isinstance(t, Tensor)), None)
+        if weight is None:
+            weight = module.weight
         if not isinstance(weight, Tensor):
             return  # a quantised module, which checks its input
         self._check_dtype(weight.dtype)  # `Module.to` may have changed it

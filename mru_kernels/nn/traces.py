@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from .. import torch_private as private
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Remember(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         grads: list[Tensor | None] = []
-        with torch.autocast(grad.device.type, enabled=False):
+        with checks.without_autocast(grad.device):
             for trace, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True):
                 if not needed:
                     grads.append(None)
@@ -267,7 +268,7 @@ def _advanced(
             `[B, D]` for each per-channel input and, in a call with resets, the learned initial state.
     """
     dtype = of_state.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         added = {"weight_ih": torch.bmm(of_gates.mT, x.to(of_gates.dtype)).to(dtype.to_real())}
         added["bias_ih"] = of_gates.sum(1, dtype=dtype.to_real())
         if dtype.is_complex:

@@ -20,7 +20,7 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     return unwrapped(module.module) if isinstance(module, DistributedDataParallel) else module
 
 
-def fx_node(module: torch.nn.Module, input: Proxy, state: object, resets: object) -> Any:
+def fx_node(module: torch.nn.Module, input: Proxy, state: object, resets: object = None) -> Any:
     """Record a call under `torch.fx.symbolic_trace` as one node, like the call of a module of torch.nn."""
     tracer: Any = input.tracer
     path = tracer.path_of_module(module)
