@@ -3,8 +3,8 @@
     u_t = a u_{t-1} + delta x_t
     h_t = H(Re u_t - V), or Re u_t
 
-with x the input, a the decay, delta the gain and V the threshold; H(0) is 1 with `tie`. H has a surrogate derivative. It
-is NaN where the state is, and the state where V is.
+with x the input, a the decay, delta the gain and V the threshold; H(0) is 1 with `tie`. H has a surrogate derivative.
+It is NaN where the state is, and the state where V is.
 """
 
 from __future__ import annotations

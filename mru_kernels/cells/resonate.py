@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -33,18 +32,18 @@ def mode_of(number: float) -> Mode:
     return _MODES[int(number)]
 
 
-def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
+def _gates(x, p):
     input, decay, gain, threshold = x
     # A NaN threshold is one of the state.
     return torch.where(threshold.isnan(), threshold, decay), gain * input
 
 
-def _step(gates: Sequence[Tensor], u: Tensor, p: Sequence[float]) -> Tensor:
+def _step(gates, u, p):
     decay, update = gates
     return decay * u + update
 
 
-def _output(x: Sequence[Tensor], u: Tensor, p: Sequence[float]) -> Tensor:
+def _output(x, u, p):
     mode = mode_of(p[0])
     return u.real if mode.membrane else spikes.emitted(u.real, x[3].real, mode.tie, mode.surrogate, p[1])
 
@@ -69,7 +68,7 @@ def _number(tie: bool, surrogate: str, membrane: bool) -> float:
     """The number of a mode; otherwise raise an error that names the argument."""
     checks.flag("tie", tie)
     try:
-        return _NUMBERS[tie, surrogate, membrane]
+        return _NUMBERS[Mode(tie, surrogate, membrane)]
     except (KeyError, TypeError):
         spikes.check_surrogate(surrogate)
         raise
@@ -101,8 +100,8 @@ def resonate(
         u_t = decay u_{t-1} + gain input_t
         spike_t = H(Re u_t - threshold)
 
-    H is the unit step, with a surrogate derivative in the backward pass. Where the membrane Re u_t - threshold is NaN,
-    so is the spike.
+    H is the unit step, with a surrogate derivative in the backward pass. A NaN membrane Re u_t stays NaN, and so do its
+    spikes. A NaN threshold makes its channel NaN.
 
     Args:
         input: `[B, T, D]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
@@ -111,8 +110,8 @@ def resonate(
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the dtype of
             `decay`; zeros if None.
         tie: whether a neuron at its threshold fires.
-        surrogate: the derivative of H, by name: "atan", "fast_sigmoid", "sigmoid", "triangle" or "straight_through"; see
-            `lif`.
+        surrogate: the derivative of H, by name: "atan", "fast_sigmoid", "sigmoid", "triangle" or "straight_through";
+            see `lif`.
         surrogate_scale: k > 0 of the surrogate derivative.
         membrane: whether to return the membranes Re u_t too. Then the scan runs twice, once for each output. With
             "only" the output is the membranes in place of the spikes, at the cost of one scan.
