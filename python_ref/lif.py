@@ -10,7 +10,7 @@ with I the input, U the membrane before its own reset, which is the state, and S
     subtract          beta U + I - theta S
     subtract_decayed  beta (U - theta S) + I
     zero              S ? I : beta U + I
-    zero_input        S ? 0 : beta U + I
+    zero_input        S ? 0 : beta U + I        but a NaN of I stays
 
 Each operation rounds to the state dtype in the order above, because the last bit of U may decide a spike.
 """
@@ -65,7 +65,8 @@ def fires(U: Tensor, theta: Tensor, tie: bool) -> Tensor:  # noqa: N803
 
 
 def gates(input, beta, threshold, **_) -> tuple[Tensor, Tensor, Tensor]:
-    return input, torch.where(threshold.isnan(), threshold, beta), threshold  # a NaN of either is one of the membrane
+    # A NaN of either is one of the membrane, which no reset hides.
+    return input, torch.where(threshold.isnan(), threshold, beta), torch.where(beta.isnan(), beta, threshold)
 
 
 def step(
@@ -78,13 +79,15 @@ def step(
     fall = select(S, threshold, zero)  # theta S
     if reset == "subtract_decayed":
         return rounded(rounded(beta * rounded(U - fall)) + input)
+    if reset in ("zero", "zero_input"):  # an infinite membrane that is reset has no part in gradients
+        U = torch.where(U.isinf() & fires(U, threshold, tie), 0, U)  # noqa: N806
     kept = rounded(beta * U)
     if reset == "zero":
         return rounded(select(S, zero, kept) + input)
     moved = rounded(kept + input)
     if reset == "subtract":
         return rounded(moved - fall)
-    return select(S, zero, moved) if reset == "zero_input" else moved
+    return select(S, zero.masked_fill(input.isnan(), math.nan), moved) if reset == "zero_input" else moved
 
 
 def step_of_terms(U: Tensor, sums: Tensor, gates, terms, *, reset: str, tie: bool, **_: Any) -> Tensor:  # noqa: N803

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench import inputs
 from mru_kernels import backends, ops
+from mru_kernels.cells import lif
 
 #: Argument names in the schemas of a cell's ops, in order.
 INPUTS = ("inputs", "given", "packed", "numbers")
@@ -37,16 +38,16 @@ def arguments(
     chunk: int = backends.CHUNK,
     segment: int = 0,
     save: bool = True,
-    **scalars: float,
+    **scalars: Any,
 ) -> dict[str, Any]:
     """Arguments of the forward op by name, in the order of its schema.
 
     Args:
         arrays: array inputs by name. "gates" [B, T, k D] contains k streams in one tensor.
         packed: names of the streams in "gates".
-        scalars: scalars of the cell by name.
+        scalars: scalars of the cell by name, or arguments of its public function that are not those of other ops.
     """
-    scalars = DEFAULTS | scalars
+    scalars = DEFAULTS | ({"mode": lif.number_of(**scalars)} if cell.name == "lif" else {}) | scalars
     order = ["gates", *(i.name for i in cell.inputs)]
     inputs = [arrays[name] for name in order if name in arrays]
     inputs += [torch.tensor(scalars[s.name], dtype=torch.float64) for s in cell.scheduled]

@@ -86,7 +86,7 @@ def arguments_of(
 ):
     """The arguments of a cell's op, from its array inputs by name."""
     spec = CELLS[cell]
-    values = {"epsilon": epsilon, "surrogate_scale": surrogate_scale}
+    values = {"epsilon": epsilon, "surrogate_scale": surrogate_scale, "mode": 1.0}
     scheduled = [torch.tensor(values[s.name], dtype=torch.float64) for s in spec.scheduled]
     inputs_ = [tensors[i.name] for i in spec.inputs if i.name in tensors]
     given = spec.mask(*tensors, *(s.name for s in spec.scheduled))

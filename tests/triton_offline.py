@@ -178,6 +178,8 @@ def _of_cell(cell: ops.Cell, dtype: str) -> Iterator[Variant]:
         form = Variant("", cell.name, dtype=dtype, streams=streams)
         yield replace(form, kernel="forward")
         yield replace(form, kernel="backward")
+        if not cell.composes:
+            continue
         yield replace(form, kernel="summarize", codes=codes)
         if codes:
             yield replace(form, kernel="backward", codes=True)

@@ -7,7 +7,7 @@
 //   subtract          beta U + I - theta S
 //   subtract_decayed  beta (U - theta S) + I
 //   zero              S ? I : beta U + I
-//   zero_input        S ? 0 : beta U + I
+//   zero_input        S ? 0 : beta U + I        but a NaN of I stays
 //
 // A step rounds each operation in this order, and nothing is fused: the last bit of U may decide a spike.
 #pragma once
@@ -42,7 +42,7 @@ struct Lif : CellBase {
     const V moved = x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0];
     if (reset == kSubtract) return moved - fall;
     if (!to_zero()) return moved;
-    return fires ? (reset == kZero ? x[0] : zero) : moved;
+    return fires ? (reset == kZero ? x[0] : (x[0] == x[0] ? zero : x[0])) : moved;
   }
   template <class V>
   MRU_INLINE V recompute(const V* x, V s) const {
@@ -75,10 +75,10 @@ struct Lif : CellBase {
     dx[2] = membrane ? of_theta : of_theta - q;
     return pulled(x, s, lambda, through);
   }
-  // A NaN threshold makes its channel NaN.
+  // A NaN decay or threshold makes its channel NaN, which no reset hides.
   template <class V>
   MRU_INLINE V enter(const V* x, V s) const {
-    return x[2] == x[2] ? s : x[2];
+    return x[2] == x[2] ? (x[1] == x[1] ? s : x[1]) : x[2];
   }
 
  private:

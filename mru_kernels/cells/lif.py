@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -42,15 +43,16 @@ def mode_of(number: float) -> Mode:
 
 def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
     input, beta, threshold = x
-    return input, torch.where(threshold.isnan(), threshold, beta), threshold  # a NaN of either is one of the membrane
+    # A NaN of either is one of the membrane, which no reset hides.
+    return input, torch.where(threshold.isnan(), threshold, beta), torch.where(beta.isnan(), beta, threshold)
 
 
 def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # noqa: N803
     input, beta, threshold = gates
     mode = mode_of(p[0])
     zero = torch.zeros_like(U)
+    fired = spikes.fires(U, threshold, mode.tie)
     if mode.detach_reset:
-        fired = spikes.fires(U, threshold, mode.tie)
 
         def where_fired(one: Tensor, other: Tensor) -> Tensor:
             return torch.where(fired, one, other)
@@ -62,6 +64,8 @@ def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # 
 
     if mode.reset == "subtract_decayed":
         return beta * (U - where_fired(threshold, zero)) + input
+    if mode.reset in ("zero", "zero_input"):  # an infinite membrane that is reset has no part in gradients
+        U = U.masked_fill(U.isinf() & fired, 0)  # noqa: N806
     kept = beta * U
     match mode.reset:
         case "none":
@@ -70,7 +74,7 @@ def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # 
             return kept + input - where_fired(threshold, zero)
         case "zero":
             return where_fired(zero, kept) + input
-    return where_fired(zero, kept + input)
+    return where_fired(zero.masked_fill(input.isnan(), math.nan), kept + input)
 
 
 def _output(x: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # noqa: N803
@@ -94,10 +98,13 @@ CELL = ops.add_cell(
 )
 
 
-def _number(reset: str, tie: bool, surrogate: str, detach_reset: bool, membrane: bool) -> float:
-    """The number of a mode; otherwise raise an error that names the argument."""
+def number_of(
+    reset: str = "subtract", tie: bool = False, surrogate: str = "atan", detach_reset: bool = True,
+    membrane: bool | str = False, **_: Any,
+) -> float:  # fmt: skip
+    """The number of the mode of a call, from its arguments; if one is not as described, an error that names it."""
     try:
-        return _NUMBERS[reset, tie, surrogate, detach_reset, membrane]
+        return _NUMBERS[reset, tie, surrogate, detach_reset, membrane == "only"]
     except (KeyError, TypeError):
         if not isinstance(reset, str):
             raise TypeError(f"reset: expected a name, got {type(reset).__name__}") from None
@@ -187,7 +194,7 @@ def lif(
         `spikes [B, T, D]`, 0 or 1 in the input's dtype, and the final membrane `[B, D]` (`[N, D]`), float64 for float64
         streams, else float32. With `membrane=True` the first is `(spikes, membranes)`, both `[B, T, D]` in the
         input's dtype; spikes are decided before a membrane is rounded to it. A NaN membrane stays NaN, and so do
-        its spikes. Layouts are those of `bmru`.
+        its spikes; so does one after a NaN input. Layouts are those of `bmru`.
 
         With `return_boundaries` a third result, `[B, floor((T - 1) / chunk_size), D]` in the state dtype: the membrane
         after every `chunk_size` steps, before a reset of `resets` there. With `cu_seqlens`, the membrane after k
@@ -216,10 +223,10 @@ def lif(
             return_boundaries=return_boundaries, backend=backend,
         )  # fmt: skip
 
-    results = scan(_number(reset, tie, surrogate, detach_reset, membrane == "only"))
+    results = scan(number_of(reset, tie, surrogate, detach_reset, membrane))
     if membrane is not True:
         return results
-    membranes, *_ = scan(_number(reset, tie, surrogate, detach_reset, True))
+    membranes, *_ = scan(number_of(reset, tie, surrogate, detach_reset, "only"))
     return (results[0], membranes), *results[1:]
 
 
@@ -255,5 +262,4 @@ def lif_step(
         >>> spikes.shape
         torch.Size([8, 64])
     """
-    number = _number(reset, tie, "atan", True, False)
-    return step(CELL, (input, beta, threshold), (number, 1.0), state, state_indices)
+    return step(CELL, (input, beta, threshold), (number_of(reset, tie), 1.0), state, state_indices)

@@ -49,7 +49,7 @@ def check_traffic(dtype: torch.dtype) -> None:
 def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     stream = next(iter(arrays.values()))
     batch, time, channels = stream.shape
-    dtype, steps = stream.dtype, op.arguments[-1]
+    dtype, steps = stream.dtype, op.arguments[-1] * op.cell.composes
     e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
     streams = sum(t.dim() == 3 for t in arrays.values())
     per_channel = len(arrays) - streams

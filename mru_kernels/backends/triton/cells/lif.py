@@ -38,7 +38,7 @@ def step(x, s, p):
     fall = tl.where(spike, theta, 0.0)
     moved = beta * (s - tl.where(p[DECAYED] != 0, fall, 0.0)) + input
     moved = moved - tl.where(p[SUBTRACTS] != 0, fall, 0.0)
-    return tl.where(when(p[TO_ZERO] != 0, spike), tl.where(p[LOSES] != 0, 0.0, input), moved)
+    return tl.where(when(p[TO_ZERO] != 0, spike), tl.where(when(p[LOSES] != 0, input == input), 0.0, input), moved)
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def vjp(x, s, after, g, m, p):
 
 @triton.jit
 def enter(x, s):
-    """A NaN threshold makes its channel NaN."""
-    return tl.where(x[2] == x[2], s, x[2])
+    """A NaN decay or threshold makes its channel NaN, which no reset hides."""
+    return tl.where(x[2] == x[2], tl.where(x[1] == x[1], s, x[1]), x[2])
 
 
 CELL = Implementation(
