@@ -64,11 +64,11 @@ CELL = ops.add_cell(
 )
 
 
-def _number(tie: bool, surrogate: str, membrane: bool) -> float:
-    """The number of a mode; otherwise raise an error that names the argument."""
+def number_of(tie: bool = True, surrogate: str = "atan", membrane: bool | str = False, **_: Any) -> float:
+    """The number of the mode of a call, from its arguments; if one is not as described, an error that names it."""
     checks.flag("tie", tie)
     try:
-        return _NUMBERS[Mode(tie, surrogate, membrane)]
+        return _NUMBERS[Mode(tie, surrogate, membrane == "only")]
     except (KeyError, TypeError):
         spikes.check_surrogate(surrogate)
         raise
@@ -143,17 +143,17 @@ def resonate(
     if not isinstance(membrane, bool) and membrane != "only":
         raise ValueError(f"membrane: expected a bool or 'only', got {membrane!r}")
 
-    def scan(membrane: bool) -> tuple[Tensor, ...]:
+    def scan(mode: float) -> tuple[Tensor, ...]:
         return call(
-            CELL, (input, decay, gain, threshold), (_number(tie, surrogate, membrane), surrogate_scale), initial_state,
-            reverse=reverse, cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+            CELL, (input, decay, gain, threshold), (mode, surrogate_scale), initial_state, reverse=reverse,
+            cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
             return_boundaries=return_boundaries, backend=backend,
         )  # fmt: skip
 
-    results = scan(membrane == "only")
+    results = scan(number_of(tie, surrogate, membrane))
     if membrane is not True:
         return results
-    membranes, *_ = scan(True)
+    membranes, *_ = scan(number_of(tie, surrogate, "only"))
     return (results[0], membranes), *results[1:]
 
 
@@ -190,4 +190,4 @@ def resonate_step(
         >>> spikes.shape
         torch.Size([8, 64])
     """
-    return step(CELL, (input, decay, gain, threshold), (_number(tie, "atan", False), 1.0), state, state_indices)
+    return step(CELL, (input, decay, gain, threshold), (number_of(tie), 1.0), state, state_indices)
