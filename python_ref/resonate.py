@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cell import Cell, Steps, Term
 from .draw import Draw
-from .lif import SLOPES, Spike, slope_of_spike
+from .lif import Spike, slope_of_spike
 
 
 def gates(input, decay, gain, threshold, **_) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ CELL = Cell(
     slope=slope,
     gradients=gradients,
     draw=draw_inputs,
-    factors={"tie": (True, False), "surrogate": tuple(SLOPES), "surrogate_scale": (1.0, 2.5)},
+    factors={"tie": (True, False), "surrogate": ("atan", "sigmoid", "triangle"), "surrogate_scale": (1.0, 2.5)},
     complex_state=True,
     settle=settle,
 )
