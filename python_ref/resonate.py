@@ -3,8 +3,8 @@
     u_t = a u_{t-1} + delta x_t
     h_t = H(Re u_t - V), or Re u_t
 
-with x the input, a the decay, delta the gain and V the threshold; H(0) is 1 with `tie`. H has a surrogate derivative. It
-is NaN where the state is, and the state where V is.
+with x the input, a the decay, delta the gain and V the threshold; H(0) is 1 with `tie`. H has a surrogate derivative.
+It is NaN where the state is, and the state where V is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cell import Cell, Steps, Term
 from .draw import Draw
-from .lif import SLOPES, Spike, slope_of_spike
+from .lif import Spike, slope_of_spike
 
 
 def gates(input, decay, gain, threshold, **_) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ CELL = Cell(
     slope=slope,
     gradients=gradients,
     draw=draw_inputs,
-    factors={"tie": (True, False), "surrogate": tuple(SLOPES), "surrogate_scale": (1.0, 2.5)},
+    factors={"tie": (True, False), "surrogate": ("atan", "sigmoid", "triangle"), "surrogate_scale": (1.0, 2.5)},
     complex_state=True,
     settle=settle,
 )

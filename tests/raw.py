@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import inputs
 from mru_kernels import backends, ops
-from mru_kernels.cells import lif
+from mru_kernels.cells import lif, resonate
 
 #: Argument names in the schemas of a cell's ops, in order.
 INPUTS = ("inputs", "given", "packed", "numbers")
@@ -47,7 +47,9 @@ def arguments(
         packed: names of the streams in "gates".
         scalars: scalars of the cell by name, or arguments of its public function that are not those of other ops.
     """
-    scalars = DEFAULTS | ({"mode": lif.number_of(**scalars)} if cell.name == "lif" else {}) | scalars
+    if any(scalar.name == "mode" for scalar in cell.scalars):
+        scalars["mode"] = {"lif": lif, "resonate": resonate}[cell.name].number_of(**scalars)
+    scalars = DEFAULTS | scalars
     order = ["gates", *(i.name for i in cell.inputs)]
     inputs = [arrays[name] for name in order if name in arrays]
     inputs += [torch.tensor(scalars[s.name], dtype=torch.float64) for s in cell.scheduled]

@@ -258,7 +258,9 @@ def test_spiking_block_by_hand():
 
 def test_spiking_network_in_steps():
     torch.manual_seed(0)
-    network = mk.MRUNetwork(3, 2, width=6, num_blocks=2, units=("prf", "bmru"), mlp="spiking", conv_size=3, dtype=F64)
+    network = mk.MRUNetwork(
+        3, 2, width=6, num_blocks=2, units=("prf", "min_gru"), mlp="spiking", conv_size=3, dtype=F64
+    )
     x = torch.randn(2, 12, 3, dtype=F64)
     output, state = network(x)
     after, steps = None, []

@@ -11,22 +11,35 @@ from tests.calls import segments, threads
 F64, C128 = torch.float64, torch.complex128
 
 
+SLOPES = {
+    "atan": lambda v, k: k / (1 + (math.pi * k * v) ** 2),
+    "fast_sigmoid": lambda v, k: (1 + k * v.abs()) ** -2,
+    "sigmoid": lambda v, k: k * torch.sigmoid(k * v) * torch.sigmoid(-k * v),
+    "triangle": lambda v, k: (k - k * k * v.abs()).clamp(min=0),
+    "straight_through": lambda v, k: torch.ones_like(v),
+}
+
+
 class Spike(torch.autograd.Function):
-    """H(v) with the derivative k / (1 + (pi k v)^2)."""
+    """H(v) with the derivative of a surrogate."""
 
     @staticmethod
-    def forward(ctx, v, tie, k):
+    def forward(ctx, v, tie, surrogate, k):
         ctx.save_for_backward(v)
-        ctx.k = k
+        ctx.slope = SLOPES[surrogate], k
         return torch.where(v.isnan(), v, ((v >= 0) if tie else (v > 0)).to(v.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         (v,) = ctx.saved_tensors
-        return grad * ctx.k / (1 + (math.pi * ctx.k * v) ** 2), None, None
+        slope, k = ctx.slope
+        return grad * slope(v, k), None, None, None
 
 
-def loop(input, decay, gain, threshold, state, *, tie=True, k=1.0, reverse=False, resets=None, reset_state=None):
+def loop(
+    input, decay, gain, threshold, state, *, tie=True, surrogate="atan", surrogate_scale=1.0, reverse=False,
+    resets=None, reset_state=None,
+):  # fmt: skip
     """Spikes, membranes and final state, step by step."""
     u, found = state, {}
     for t in reversed(range(input.shape[1])) if reverse else range(input.shape[1]):
@@ -35,7 +48,7 @@ def loop(input, decay, gain, threshold, state, *, tie=True, k=1.0, reverse=False
         u = decay * u + gain * input[:, t]
         found[t] = u.real
     membranes = torch.stack([found[t] for t in range(input.shape[1])], 1)
-    return Spike.apply(membranes - threshold, tie, k), membranes, u
+    return Spike.apply(membranes - threshold, tie, surrogate, surrogate_scale), membranes, u
 
 
 def draw(batch=3, time=150, channels=9, seed=0, dtype=F64):
@@ -69,19 +82,29 @@ def gradients(results, leaves, seed=1):
     return torch.autograd.grad(results, leaves, weights, retain_graph=True)
 
 
-@pytest.mark.parametrize("membrane", [False, True])
-@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"tie": False, "surrogate_scale": 3.0}], ids=str)
-def test_results_and_gradients_are_those_of_the_loop(options, membrane):
+@pytest.mark.parametrize("where", ["cpu", "torch"])
+@pytest.mark.parametrize("membrane", [False, True, "only"])
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "tie": False}], ids=str)
+def test_results_and_gradients_are_those_of_the_loop(options, membrane, where):
     leaves = draw()
-    first, final = mk.resonate(*leaves, membrane=membrane, **options)
-    results = [*(first if membrane else [first]), final]
-    k = options.get("surrogate_scale", 1.0)
-    spikes, membranes, u = loop(*leaves, k=k, **{n: x for n, x in options.items() if n != "surrogate_scale"})
-    expected = [spikes, *([membranes] if membrane else []), u]
+    first, final = mk.resonate(*leaves, membrane=membrane, backend=where, **options)
+    results = [*(first if membrane is True else [first]), final]
+    spikes, membranes, u = loop(*leaves, **options)
+    expected = [*{False: [spikes], True: [spikes, membranes], "only": [membranes + 0 * leaves[3]]}[membrane], u]
     assert 0.05 < spikes.mean() < 0.95
-    assert torch.equal(results[0], spikes)
+    assert membrane == "only" or torch.equal(results[0], spikes)
     close(results, expected)
     close(gradients(results, leaves), gradients(expected, leaves))
+
+
+@pytest.mark.parametrize("where", ["cpu", "torch"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("surrogate", SLOPES)
+def test_surrogates(surrogate, scale, where):
+    leaves, options = draw(), {"surrogate": surrogate, "surrogate_scale": scale}
+    results = mk.resonate(*leaves, backend=where, **options)
+    spikes, _, u = loop(*leaves, **options)
+    close(gradients(results, leaves), gradients([spikes, u], leaves))
 
 
 def test_membranes_are_those_of_an_fft():
@@ -157,6 +180,11 @@ def test_nan_stays_and_infinity_fires():
     assert torch.equal(spikes[0, :2], torch.zeros(2, 2))
     assert spikes[0, 2:, 0].isnan().all()
     assert spikes[0, 2, 1] == 1
+    threshold = torch.tensor([math.nan, 1.0])
+    spikes, final = mk.resonate(torch.zeros(1, 6, 2), decay, ones, threshold)
+    assert spikes[..., 0].isnan().all()
+    assert not spikes[..., 1].any()
+    assert final.isnan().tolist() == [[True, False]]
     leaf = torch.full((1, 1, 2), math.inf).requires_grad_()
     mk.resonate(leaf, decay, ones, ones)[0].sum().backward()
     assert torch.equal(leaf.grad, torch.zeros(1, 1, 2))

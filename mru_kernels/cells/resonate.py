@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -33,18 +32,18 @@ def mode_of(number: float) -> Mode:
     return _MODES[int(number)]
 
 
-def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
+def _gates(x, p):
     input, decay, gain, threshold = x
     # A NaN threshold is one of the state.
     return torch.where(threshold.isnan(), threshold, decay), gain * input
 
 
-def _step(gates: Sequence[Tensor], u: Tensor, p: Sequence[float]) -> Tensor:
+def _step(gates, u, p):
     decay, update = gates
     return decay * u + update
 
 
-def _output(x: Sequence[Tensor], u: Tensor, p: Sequence[float]) -> Tensor:
+def _output(x, u, p):
     mode = mode_of(p[0])
     return u.real if mode.membrane else spikes.emitted(u.real, x[3].real, mode.tie, mode.surrogate, p[1])
 
@@ -65,11 +64,11 @@ CELL = ops.add_cell(
 )
 
 
-def _number(tie: bool, surrogate: str, membrane: bool) -> float:
-    """The number of a mode; otherwise raise an error that names the argument."""
+def number_of(tie: bool = True, surrogate: str = "atan", membrane: bool | str = False, **_: Any) -> float:
+    """The number of the mode of a call, from its arguments; if one is not as described, an error that names it."""
     checks.flag("tie", tie)
     try:
-        return _NUMBERS[tie, surrogate, membrane]
+        return _NUMBERS[Mode(tie, surrogate, membrane == "only")]
     except (KeyError, TypeError):
         spikes.check_surrogate(surrogate)
         raise
@@ -101,8 +100,8 @@ def resonate(
         u_t = decay u_{t-1} + gain input_t
         spike_t = H(Re u_t - threshold)
 
-    H is the unit step, with a surrogate derivative in the backward pass. Where the membrane Re u_t - threshold is NaN,
-    so is the spike.
+    H is the unit step, with a surrogate derivative in the backward pass. A NaN membrane Re u_t stays NaN, and so do its
+    spikes. A NaN threshold makes its channel NaN.
 
     Args:
         input: `[B, T, D]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
@@ -111,8 +110,8 @@ def resonate(
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the state before the first step scanned, in the dtype of
             `decay`; zeros if None.
         tie: whether a neuron at its threshold fires.
-        surrogate: the derivative of H, by name: "atan", "fast_sigmoid", "sigmoid", "triangle" or "straight_through"; see
-            `lif`.
+        surrogate: the derivative of H, by name: "atan", "fast_sigmoid", "sigmoid", "triangle" or "straight_through";
+            see `lif`.
         surrogate_scale: k > 0 of the surrogate derivative.
         membrane: whether to return the membranes Re u_t too. Then the scan runs twice, once for each output. With
             "only" the output is the membranes in place of the spikes, at the cost of one scan.
@@ -144,17 +143,17 @@ def resonate(
     if not isinstance(membrane, bool) and membrane != "only":
         raise ValueError(f"membrane: expected a bool or 'only', got {membrane!r}")
 
-    def scan(membrane: bool) -> tuple[Tensor, ...]:
+    def scan(mode: float) -> tuple[Tensor, ...]:
         return call(
-            CELL, (input, decay, gain, threshold), (_number(tie, surrogate, membrane), surrogate_scale), initial_state,
-            reverse=reverse, cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
+            CELL, (input, decay, gain, threshold), (mode, surrogate_scale), initial_state, reverse=reverse,
+            cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
             return_boundaries=return_boundaries, backend=backend,
         )  # fmt: skip
 
-    results = scan(membrane == "only")
+    results = scan(number_of(tie, surrogate, membrane))
     if membrane is not True:
         return results
-    membranes, *_ = scan(True)
+    membranes, *_ = scan(number_of(tie, surrogate, "only"))
     return (results[0], membranes), *results[1:]
 
 
@@ -191,4 +190,4 @@ def resonate_step(
         >>> spikes.shape
         torch.Size([8, 64])
     """
-    return step(CELL, (input, decay, gain, threshold), (_number(tie, "atan", False), 1.0), state, state_indices)
+    return step(CELL, (input, decay, gain, threshold), (number_of(tie), 1.0), state, state_indices)

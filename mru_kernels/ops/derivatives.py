@@ -161,7 +161,8 @@ class _Steps:
 
     def slopes_of_output(self, before: Tensor) -> list[Tensor]:
         """The same for h. Of complex numbers, h is the real part of slope times change."""
-        return [t.conj() for t in self._gradients(before, before.new_ones(before.shape), before.new_zeros(before.shape))]
+        zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
+        return [t.conj() for t in self._gradients(before, ones, zeros)]
 
     def _gradients(self, before: Tensor, of_output: Tensor, of_state: Tensor) -> list[Tensor]:
         """The gradients of `of_output` h + `of_state` s, as `slopes_of_state` orders them."""

@@ -67,7 +67,7 @@ def check_maps(dtype: torch.dtype) -> None:
         if resets:
             call.settings["resets"] = torch.rand(call.stream.shape[:2]) < resets
         is_reset = _any_in_sequence(call)
-        state = call.tensors["initial_state"].to(errors.state_dtype(dtype))
+        state = call.tensors["initial_state"].to(ops.CELLS[cell].state_dtype(dtype))
         arrays = {name: t for name, t in call.tensors.items() if name != "initial_state"}
         _, final = getattr(mk, cell)(**arrays, **call.settings, initial_state=state, backend="simt")
         for steps in (0, CHUNK):
@@ -98,11 +98,16 @@ def exact_call(cell: str, dtype: torch.dtype, offsets: list[int], **options) -> 
                        resets="to a state", boundaries=True, **options).build()  # fmt: skip
     n, channels = len(offsets) - 1, 3
     tensors = dict(call.tensors)
-    if "decay" in tensors:  # a state is a sum of few integers
+    if cell == "resonate":
+        turns = torch.tensor([0, 1, 1j, -1, -1j], dtype=tensors["decay"].dtype)
+        tensors |= {"decay": turns[torch.randint(5, (channels,))], "gain": torch.ones(channels),
+                    "threshold": torch.full((channels,), 0.5),
+                    "input": torch.randint(-2, 3, call.stream.shape).to(dtype)}  # fmt: skip
+    elif "decay" in tensors:  # a state is a sum of few integers
         tensors |= {"decay": torch.randint(-1, 2, call.stream.shape).to(dtype),
                     "update": torch.randint(-2, 3, call.stream.shape).to(dtype)}  # fmt: skip
     for name in ("initial_state", "reset_state"):
-        tensors[name] = torch.randint(-3, 4, (n, channels)).to(errors.state_dtype(dtype))
+        tensors[name] = torch.randint(-3, 4, (n, channels)).to(ops.CELLS[cell].state_dtype(dtype))
     resets = torch.zeros(1, offsets[-1], dtype=torch.bool)
     resets[0, list(RESETS)] = True
     settings = call.settings | {"resets": resets}
@@ -373,7 +378,7 @@ def check_slots(dtype: torch.dtype) -> None:
         with patch.object(backends, "_CHOSEN", "simt"):
             test_slots.assert_slots_equal_separate_states(call, [5, -1, 0, 3], 6, torch.int32)
             step, arguments = getattr(mk, f"{cell}_step"), test_slots.of_step(call)
-            slots = torch.randn(6, channels).to(errors.state_dtype(dtype))
+            slots = torch.randn(6, channels).to(ops.CELLS[cell].state_dtype(dtype))
             before = slots.clone()
             h, _ = step(**arguments, state=slots, state_indices=torch.tensor([6, -2, 2**40, -(2**40)]))
         require(torch.equal(slots, before) and not h.any(), f"{cell}: a slot that does not exist was written")
@@ -426,6 +431,7 @@ def check_offsets_are_clamped(dtype: torch.dtype) -> None:
         cell = ops.CELLS[name]
         arrays = {i.name: torch.randn(5) if i.kind == "channel" else torch.randn(1, time, 5) for i in cell.inputs}
         arrays = {n: t.to(dtype if t.dim() == 3 else errors.state_dtype(dtype)) for n, t in arrays.items()}
+        arrays |= {n: arrays[n].to(cell.state_dtype(dtype)) for n in arrays.keys() & cell.complex_names}
         for offsets in ([0, 2**40, time], [-7, 60, 9999], [100, 50, 3], [time, time, 0], [9, 9, 9]):
             for reverse, steps in product((False, True), (0, CHUNK)):
                 op = Op(cell, arrays, reverse, steps, torch.tensor(offsets))

@@ -30,6 +30,13 @@ def forms(cell: ops.Cell) -> list[dict[str, str]]:
     return [{name: kind for name, kind in zip(names, row, strict=True) if kind} for row in product(*choices)]
 
 
+def _dtype_of(cell: ops.Cell, name: str, kind: str, stream: torch.dtype) -> torch.dtype:
+    """The dtype of an input in calls with streams of a dtype."""
+    if name in cell.complex_names:
+        return cell.state_dtype(stream)
+    return errors.state_dtype(stream) if kind == "channel" else stream
+
+
 def check_traffic(dtype: torch.dtype) -> None:
     """Bytes of streams and codes equal the budget; what else is moved is a few states a segment."""
     batch, time = 2, 4 * CHUNK
@@ -39,8 +46,8 @@ def check_traffic(dtype: torch.dtype) -> None:
                 arrays = {}
                 for argument, kind in form.items():
                     shape = (channels,) if kind == "channel" else (batch, time, channels)
-                    values_dtype = errors.state_dtype(dtype) if kind == "channel" else dtype
-                    arrays[argument] = (torch.rand(shape) - 0.5).to(values_dtype)  # no decay reaches 1
+                    drawn = torch.rand(shape) - 0.5  # no decay reaches 1
+                    arrays[argument] = drawn.to(_dtype_of(ops.CELLS[name], argument, kind, dtype))
                     if argument in values:
                         arrays[argument].fill_(values[argument])
                 _check_traffic(Op(ops.CELLS[name], arrays, reverse, steps), arrays, when)
@@ -50,7 +57,8 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     stream = next(iter(arrays.values()))
     batch, time, channels = stream.shape
     dtype, steps = stream.dtype, op.arguments[-1] * op.cell.composes
-    e, s = dtype.itemsize, errors.state_dtype(dtype).itemsize
+    state = op.cell.state_dtype(dtype)
+    e, s = dtype.itemsize, state.itemsize
     streams = sum(t.dim() == 3 for t in arrays.values())
     per_channel = len(arrays) - streams
     traits = simt.control().cells()[op.cell.name]
@@ -72,7 +80,7 @@ def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
     carries = segments * channels * s
     # Where `check` follows: `exit`, a flag and, unless writes overwrite, a magnitude each. All are read, `entry` twice,
     # and the flag by each thread of the uncut form.
-    late = carries // (2 if dtype.is_complex else 1) * (not resets) * cut
+    late = carries // (2 if state.is_complex else 1) * (not resets) * cut
     flags = 4 * (256 * batch + 1) * cut
     checked = cut and not resets
     written = states + 3 * carries * cut + (carries + late + 4) * checked
@@ -111,7 +119,7 @@ def check_mask_traffic(dtype: torch.dtype) -> None:
         arrays = {}
         for i in ops.CELLS[name].inputs:
             shape = (channels,) if i.kind == "channel" else (batch, time, channels)
-            arrays[i.name] = (torch.rand(shape) - 0.5).to(errors.state_dtype(dtype) if i.kind == "channel" else dtype)
+            arrays[i.name] = (torch.rand(shape) - 0.5).to(_dtype_of(ops.CELLS[name], i.name, i.kind, dtype))
         plain = Op(ops.CELLS[name], arrays, reverse, steps)
         op = Op(ops.CELLS[name], arrays, reverse, steps, resets=torch.zeros(batch, time, dtype=torch.bool))
         results, expected = measure(plain.forward)

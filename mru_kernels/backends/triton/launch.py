@@ -104,7 +104,8 @@ class Call:
         element = self.first.element_size()
         vector = VECTOR_BYTES // element
         streams = [t for t in (*self.arrays, grad_h) if t is not None and t.dim() == 3]
-        sizes = [self.first.shape[2], *(t.data_ptr() // element for t in streams), *(n for t in streams for n in strides(t))]
+        starts = [t.data_ptr() // element for t in streams]
+        sizes = [self.first.shape[2], *starts, *(n for t in streams for n in strides(t))]
         return all(n % vector == 0 for n in sizes)
 
     def _arguments(
