@@ -42,8 +42,9 @@ class Mutant:
 _FAULTS = {
     "step.h": (
         ("order of rounding", "(x - hi) - lo;", "x - (hi + lo);"),
-        ("a NaN weight inverted to 0", "x == zero<V>() ? zero<V>() : reciprocal(x)", "x > zero<V>() ? reciprocal(x) : zero<V>()"),
+        ("a NaN weight inverted to 0", "return x == zero<V>() ? zero<V>() :", "return !(x > zero<V>()) ? zero<V>() :"),
         ("sign of a gap", "s.a = newer ? e : splat<V>(1);", "s.a = newer ? splat<V>(1) : e;"),
+        ("low part of a piece", "past.lo) + second.z;", "past.lo);"),
         ("z dropped at a border", "size < splat<V>(kInfinity<V>) ? z : zero<V>()", "zero<V>()"),
         ("factor of the adjoint without decays", "(start.hi - end.hi) + decay)", "(start.hi - end.hi) + zero<V>())"),
     ),
@@ -55,13 +56,17 @@ _FAULTS = {
     ),
     "cuda/forward.cuh": (
         ("a step beyond the segment", "if (t < left_) lines_.next(next_[t]);", "lines_.next(next_[t]);"),
-        ("piece before a turn lost", "lane == 0 ? entry : entry.then(before)", "lane == 0 ? entry : before"),
         ("decays of a segment", "decays[h] += heads.decay_of", "decays[h] = heads.decay_of"),
         ("border before it is passed", "position != range.start)", "position != range.begin)"),
     ),
+    "cuda/carry.cuh": (
+        ("maps before a turn lost", "lane == 0 ? entry : entry.then(before)", "lane == 0 ? entry : before"),
+        ("shuffle by too few lanes", "if (lane >= by) all =", "if (lane > by) all ="),
+        ("adjoint carried without the mean", "f * (start.mean - end.mean)", "S(0)"),
+        ("border of another segment", "segment * chunks - 1;", "segment * chunks;"),
+    ),
     "cuda/backward.cuh": (
         ("copies not waited for", "    wait_for_copies<0>();\n", ""),
-        ("adjoint carried without the mean", "Z + mean * (start.mean - end.mean)", "Z"),
         ("partial sums", "part < call.plan.parts; ++part", "part < call.plan.parts - 1; ++part"),
         ("gradient of Z once a part", "if (place_.leads() && w == h)", "if (place_.leads_part() && w == h)"),
         ("rows of sums", "place_.segment * plan.parts + place_.part;", "place_.segment * plan.parts;"),
