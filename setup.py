@@ -174,8 +174,8 @@ class NinjaBuild(build_ext):
         for name, (source, own) in CPU_OBJECTS.items():
             objects += n.build(f"{name}.o", "cxx", str(root / source), variables={"own": own})
         if cuda:
-            for name, source in (("cuda", "csrc/cuda/register.cpp"), ("cuda_softmax", "csrc/softmax/cuda/register.cpp")):
-                objects += n.build(f"{name}_register.o", "cxx", str(root / source))
+            for name, folder in (("cuda", "csrc/cuda"), ("cuda_softmax", "csrc/softmax/cuda")):
+                objects += n.build(f"{name}_register.o", "cxx", str(root / folder / "register.cpp"))
             n.variable("nvcc", [quoted(cuda / "bin/nvcc"), *NVCC_FLAGS, *own_headers, *gencode_flags()])
             n.rule("nvcc", "$nvcc $own -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for name, (source, own) in CUDA_OBJECTS.items():

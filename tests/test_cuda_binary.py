@@ -24,6 +24,7 @@ FOLDER = ROOT / "build" / "cuda"
 OBJECTS = ROOT / "build" / "objects"  # of any build: those of the CPU kernels are there already
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ELEMENTS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16}
+SOFTMAX_ELEMENTS = ("float32", "float64", "bfloat16", "float16")
 
 # Threads of a multiprocessor that the registers of a kernel must allow, by the kernel's name. With eight channels and
 # three inputs per channel it is 256 at most, as registers for more would spill on sm_100.
@@ -51,6 +52,7 @@ class Kernel:
     local: int = 0
     shared: int = 0
     instructions: str = ""
+    source: str = "scan"  # or "softmax"
 
     @property
     def function(self) -> str:
@@ -59,7 +61,7 @@ class Kernel:
     @property
     def moves_words(self) -> bool:
         """Whether the threads of its form move 16 bytes at once."""
-        return f", {16 // ELEMENTS[self.element]}, " in self.name
+        return self.source == "scan" and f", {16 // ELEMENTS[self.element]}, " in self.name
 
     @property
     def wanted_threads(self) -> int:
@@ -101,13 +103,13 @@ def built() -> Path:
     return extension
 
 
-def kernels_of(element: str) -> list[Kernel]:
-    """The kernels in the object of an element type, which `built` makes."""
+def kernels_of(element: str, source: str = "scan") -> list[Kernel]:
+    """The kernels in the object of a source for an element type, which `built` makes."""
     cuobjdump, nvdisasm = _tool("cuobjdump"), _tool("nvdisasm")
-    cubins = FOLDER / "cubins" / element
+    cubins = FOLDER / "cubins" / source / element
     shutil.rmtree(cubins, ignore_errors=True)
     cubins.mkdir(parents=True)
-    _run(cuobjdump, "-xelf", "all", OBJECTS / f"cuda_scan_{element}.o", cwd=cubins)
+    _run(cuobjdump, "-xelf", "all", OBJECTS / f"cuda_{source}_{element}.o", cwd=cubins)
     found = []
     for cubin in sorted(cubins.iterdir()):
         architecture = re.search(r"sm_\d+", cubin.name)[0]
@@ -117,34 +119,36 @@ def kernels_of(element: str) -> list[Kernel]:
         code = dict(zip(sections[1::2], sections[2::2], strict=True))
         names = _run("c++filt", input="\n".join(row[0] for row in rows)).splitlines()
         for name, (mangled, *numbers) in zip(names, rows, strict=True):
-            short = re.sub(r"^void |mru::(cuda::)?|\(anonymous namespace\)::|\([^()]*\)$", "", name)
+            short = re.sub(r"^void |mru::(softmax::)?(cuda::)?|\(anonymous namespace\)::|\([^()]*\)$", "", name)
             short = re.sub(r"\(Call.*$|\(.*$", "", short)
             registers, stack, shared, local = map(int, numbers)
-            found.append(Kernel(element, short, architecture, registers, stack, local, shared, code[mangled]))
+            found.append(Kernel(element, short, architecture, registers, stack, local, shared, code[mangled], source))
     return found
 
 
 @pytest.fixture(scope="module")
 def kernels(built) -> list[Kernel]:
-    return [kernel for element in ELEMENTS for kernel in kernels_of(element)]
+    sources = {"scan": ELEMENTS, "softmax": SOFTMAX_ELEMENTS}
+    return [k for source, elements in sources.items() for element in elements for k in kernels_of(element, source)]
 
 
 def test_every_kernel_for_every_architecture(kernels):
-    for element in ELEMENTS:
-        names = {k.name for k in kernels if k.element == element}
-        assert len(names) >= (10 if element.startswith("complex") else 40), names
+    for source, element in dict.fromkeys((k.source, k.element) for k in kernels):
+        own = [k for k in kernels if (k.source, k.element) == (source, element)]
+        names = {k.name for k in own}
+        assert len(names) >= (20 if source == "softmax" else 10 if element.startswith("complex") else 40), names
         for architecture in ARCHITECTURES:
-            assert {k.name for k in kernels if (k.element, k.architecture) == (element, architecture)} == names
+            assert {k.name for k in own if k.architecture == architecture} == names
 
 
 def summary(kernels: list[Kernel]) -> str:
     """Markdown: the most registers of each kernel over its forms, for each architecture."""
     lines = [f"| CUDA kernel | forms | {' | '.join(ARCHITECTURES)} | local memory |", "|---|---:|---:|---:|---:|---:|"]
-    for function in dict.fromkeys(k.function for k in kernels):
-        of_function = [k for k in kernels if k.function == function]
+    for source, function in dict.fromkeys((k.source, k.function) for k in kernels):
+        of_function = [k for k in kernels if (k.source, k.function) == (source, function)]
         most = [max(k.registers for k in of_function if k.architecture == name) for name in ARCHITECTURES]
         cells = [len(of_function) // len(ARCHITECTURES), *most, max(k.stack + k.local for k in of_function)]
-        lines.append(f"| {function} | " + " | ".join(map(str, cells)) + " |")
+        lines.append(f"| {function}{' (softmax)' * (source == 'softmax')} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -173,6 +177,21 @@ def test_words_of_sixteen_bytes(kernels):
         assert any(map(k.count, LOADS)), k.name
         assert k.count("STG.E.128"), k.name
     assert checked >= 60
+
+
+def test_exponentials_of_the_softmax_recurrence(kernels):
+    """One approximate power of 2 a weight, and channels of one head share it."""
+    for k in kernels:
+        if k.source == "softmax" and k.function == "forward" and k.element != "float64":
+            width, bonus, of_head, tile = _form(k.name)
+            weights = tile * (2 if bonus else 1) * (1 if of_head else width)
+            assert k.count("MUFU.EX2") == weights, (k.name, k.architecture, k.count("MUFU.EX2"))
+
+
+def _form(name: str) -> tuple[int, bool, bool, int]:
+    """Channels of a thread, bonus, whether they are of one head, and the steps of a tile."""
+    width, bonus, of_head = re.search(r", (\d+), (\w+), (\w+)>", name).groups()
+    return int(width), bonus == "true", of_head == "true", 8 if width == "1" else 4
 
 
 def test_loads_on_any_torch(built):

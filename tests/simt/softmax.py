@@ -84,9 +84,8 @@ class Call:
         return torch.ops.mru.softmax_recurrence.simt(*self.arguments(), True)
 
     def backward(self, borders: Tensor) -> dict[str, Tensor]:
-        grads = torch.ops.mru.softmax_recurrence_backward.simt(
-            self.grad_y, self.grad_final, *self.arguments(), borders
-        )
+        gradients = self.grad_y, self.grad_final
+        grads = torch.ops.mru.softmax_recurrence_backward.simt(*gradients, *self.arguments(), borders)
         return dict(zip(self.given(), grads, strict=True))
 
     def results(self) -> dict[str, Tensor]:
@@ -161,8 +160,14 @@ def compare(call: Call, where: object, loosen: float = 1.0) -> None:
 #: (heads, channels of a head): words or single channels; heads of a thread, of a part of a warp, and of several parts.
 SIZES = ((6, 1), (5, 1), (3, 8), (7, 3), (2, 64), (1, 200), (2, 33))
 #: Decay, bonus, initial state, reverse, segment.
-FORMS = ((None, False, False, False, 0), ("head", True, True, False, 0), ("stream", True, True, True, 0),
-         ("stream", False, True, False, 16), ("head", True, False, True, 32), (None, False, True, True, 48))  # fmt: skip
+FORMS = (
+    (None, False, False, False, 0),
+    ("head", True, True, False, 0),
+    ("stream", True, True, True, 0),
+    ("stream", False, True, False, 16),
+    ("head", True, False, True, 32),
+    (None, False, True, True, 48),
+)
 
 
 def check_numbers(dtype: torch.dtype) -> None:
@@ -179,7 +184,7 @@ def check_packed(dtype: torch.dtype) -> None:
         options = {"decay": decay, "bonus": True, "state": True, "reverse": reverse, "segment": 16}
         call = draw(dtype, 2, group, batch=1, time=90, offsets=[0, 0, 9, 9, 41, 90], **options)
         compare(call, (group, options))
-        y, final, borders = call.forward()
+        *_, borders = call.forward()
         require(not borders.isnan().any(), "borders that no chunk has are not cleared")
 
 
@@ -187,7 +192,8 @@ def check_large(dtype: torch.dtype) -> None:
     """Large scores, whose Z alone has no room for the steps; long pasts of equal weights; decays that end the past."""
     for segment, group in product((0, 32), (1, 3)):
         options = {"state": True, "segment": segment, "time": 150}
-        compare(draw(dtype, 3, group, decay="head", slow=1e-3, shift=1000.0, scale=1e-3, **options), (segment, group), 4)
+        high = {"shift": 1000.0, "scale": 1e-3, "slow": 1e-3}
+        compare(draw(dtype, 3, group, decay="head", **high, **options), (segment, group), 4)
         compare(draw(dtype, 3, group, decay="head", scale=300.0, **options), (segment, group), 8)
         compare(draw(dtype, 3, group, decay="stream", slow=80.0, bonus=True, **options), (segment, group), 8)
 
@@ -258,7 +264,7 @@ def check_nan(dtype: torch.dtype) -> None:
     """NaN in a score stays in its head, NaN in a value in its channel, from there on."""
     for group, bonus, segment in product((1, 3, 64), (False, True), (0, 16)):
         call = draw(dtype, 3, group, decay="head", bonus=bonus, segment=segment, masked=0.3)
-        clean, final, _ = call.forward()
+        clean, *_ = call.forward()
         call.score[0, 40, 1] = torch.nan
         call.value[1, 20, 2 * group] = torch.nan
         y, last, _ = call.forward()
@@ -295,7 +301,7 @@ def check_layouts(dtype: torch.dtype) -> None:
                 require(error <= errors.LIMITS[t.dtype], f"{name} of {heads} heads of {group}")
         gates = torch.cat([call.score, call.value], -1)
         packed = (gates, None, heads, *call.arguments()[3:])
-        y, final, borders = torch.ops.mru.softmax_recurrence.simt(*packed, True)
+        y, _, borders = torch.ops.mru.softmax_recurrence.simt(*packed, True)
         of_gates, *_ = torch.ops.mru.softmax_recurrence_backward.simt(call.grad_y, call.grad_final, *packed, borders)
         both = torch.cat([first["score"], first["value"]], -1).double()
         for name, t, right in (("y", y, first["y"].double()), ("gates", of_gates, both)):
@@ -313,7 +319,7 @@ def check_empty(dtype: torch.dtype) -> None:
     """No steps: the final state is the initial one, or empty."""
     for group, state in product((1, 3), (False, True)):
         call = draw(dtype, 2, group, time=0, state=state, decay="head", bonus=True)
-        y, final, _ = call.forward()
+        _, final, _ = call.forward()
         right = call.initial_state
         if right is None:
             right = torch.zeros_like(final)
@@ -348,8 +354,8 @@ def check_traffic(dtype: torch.dtype) -> None:
         call.backward(borders)
         moved = control().traffic()
         where = f"{heads} heads of {group}, {decay=} {segment=} {moved}"
-        reads = passes * (once + n * e)
-        require(moved["stream"] == [reads, n * e + narrow * batch * time * heads * e], f"backward: {where}, not {reads}")
+        right = [passes * (once + n * e), n * e + narrow * batch * time * heads * e]
+        require(moved["stream"] == right, f"backward: {where}, not {right}")
 
 
 CHECKS = (check_exact, check_nan, check_shifted, check_packed, check_traffic, check_order, check_layouts, check_empty,

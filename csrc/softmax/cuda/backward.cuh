@@ -1,5 +1,5 @@
-// `backward`: gradients of the streams, of the initial state and of the inputs [H]. `carry_adjoint`: what enters each segment
-// from the right. `add_parts`: the sums over a head whose channels several parts have.
+// `backward`: gradients of the streams, of the initial state and of the inputs [H]. `add_parts`: the sums over a head whose
+// channels several parts have.
 //
 // A thread goes through the chunks of its segment from the last to the first. It copies the streams of a chunk to shared
 // memory, where it reads only what it copied itself, and takes the chunk's steps to save the state before each tile. Then it
@@ -11,7 +11,7 @@
 namespace mru::softmax::cuda {
 
 constexpr int kBackwardThreads = int(kWarp), kBackwardBlocks = 8;  // of a block; blocks of a multiprocessor, at least
-constexpr int kCarryAdjointThreads = 128, kAddThreads = 256;
+constexpr int kAddThreads = 256;
 
 // Shared memory of a block: of each thread, the streams of a chunk and the states before its tiles.
 template <class F>
@@ -359,50 +359,6 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) backward(co
   BackwardAgent<F>(call, place).run();
 }
 
-// From what each segment makes of 0 (Plan::first and second) to what enters it from the right. A thread has a channel of a row
-// and goes through its segments from the last; that one's summary is of the final state's gradient already.
-template <class F>
-__global__ void __launch_bounds__(kCarryAdjointThreads)
-    carry_adjoint(const __grid_constant__ Call<F> call, Divisor by_channels) {
-  using S = typename F::S;
-  const HeadScan& scan = call.scan;
-  const Plan& plan = call.plan;
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = by_channels(thread);
-  if (row >= scan.batch) return;
-  const int64_t channel = thread - row * scan.channels, head = int64_t(unsigned(channel) / unsigned(plan.group));
-  const auto at = [](const S* p) { return load<Traffic::kState, 1>(p).at[0]; };
-  struct Border {
-    Pair<S> log;
-    S mean;
-  };
-  const int64_t chunks = plan.chunk_divisor(scan.segment);  // of a segment
-  const auto border = [&](int64_t segment) {  // the state that enters a segment
-    const bool enters = segment == 0;
-    const S* state = static_cast<const S*>(enters ? scan.initial : scan.checkpoints);
-    if (!state) return Border{{-kInfinity<S>, S(0)}, S(0)};
-    state += (enters ? row : row * scan.checkpoint_rows + segment * chunks - 1) * plan.columns;
-    const S* const of_head = state + scan.channels + head;
-    return Border{{at(of_head), at(of_head + scan.heads)}, at(state + channel)};
-  };
-  const int64_t last = plan.row_segments - 1;
-  int64_t place = (row * plan.row_segments + last) * scan.channels + channel;
-  S *d_mean = call.work(plan.first) + place, *d_Z = call.work(plan.second) + place;
-  const S* decays = call.work(plan.decays) + (row * plan.row_segments + last) * scan.heads + head;
-  S mean = *d_mean, Z = *d_Z;
-  Border end = border(last);
-#pragma unroll 4
-  for (int64_t segment = last - 1; segment >= 0; --segment) {
-    d_mean = advance(d_mean, -scan.channels), d_Z = advance(d_Z, -scan.channels);
-    decays = advance(decays, -scan.heads);
-    const Border start = border(segment);
-    const S own_mean = *d_mean, own_Z = *d_Z, f = adjoint_factor(start.log, end.log, at(decays));
-    *d_mean = mean, *d_Z = Z;
-    Z = f * (Z + mean * (start.mean - end.mean)) + own_Z;
-    mean = f * mean + own_mean;
-    end = start;
-  }
-}
-
 // Adds up the parts of a head, [parts, rows, H], in their order: rows are steps, and the sums go to `stream`; or sequences, and
 // they go to the gradient of the initial state. A thread for a row and a head.
 template <class F>
@@ -419,7 +375,8 @@ __global__ void __launch_bounds__(kAddThreads)
     sum += load<Traffic::kState, 1>(call.work(place) + part * rows * scan.heads + thread).at[0];
   if (stream.data) {
     const int64_t batch = by_time(row), time = row - batch * scan.time;
-    typename F::T* const to = static_cast<typename F::T*>(stream.data) + batch * stream.batch + time * stream.time + head;
+    typename F::T* const to =
+        static_cast<typename F::T*>(stream.data) + batch * stream.batch + time * stream.time + head;
     store<Traffic::kStream>(to, narrow<typename F::T>(Vector<S, 1>{{sum}}));
   } else {
     S* const to = static_cast<S*>(scan.grad_initial) + row * call.plan.columns + scan.channels + head;

@@ -12,6 +12,7 @@
 #include <bit>
 
 #include "../../cuda/plan.h"
+#include "../../segment.h"
 #include "../scan.h"
 
 namespace mru::softmax::cuda {
@@ -20,6 +21,16 @@ using mru::cuda::Divisor;
 
 constexpr int64_t kMostChunk = 64;  // the streams of a chunk lie in shared memory
 constexpr int64_t kWarp = 32;
+
+// The segment that the backend chooses, as mru::cuda::segment, for threads with 4 bytes of a row each. Not measured yet.
+constexpr int64_t segment(const Sizes& n) {
+  constexpr int64_t kEnough = 1 << 14;  // threads; time is cut only below this number
+  constexpr int64_t kMost = 1 << 16;    // most threads if time is cut
+  constexpr int64_t kFew = 4 * kSegmentUnit;
+  const int64_t across = ceil_div(n.channels * n.itemsize, 4), threads = n.sequences * across;
+  if (threads >= kEnough || threads == 0 || n.steps < kFew * n.sequences) return 0;
+  return ceil_div(std::max(ceil_div(n.steps * across, kMost), kSegmentUnit), kSegmentUnit) * kSegmentUnit;
+}
 
 struct Plan {
   int64_t row_segments = 1, segments = 0;  // of a batch row; of the call
@@ -31,23 +42,22 @@ struct Plan {
 
   // width: channels of a thread
   Plan(const HeadScan& scan, bool backward, int width) : group(scan.channels / std::max<int64_t>(scan.heads, 1)) {
-    if (scan.segment > 0 && !scan.offsets)
-      row_segments = std::max<int64_t>(1, mru::ceil_div(scan.time, scan.segment));
+    if (scan.segment > 0 && !scan.offsets) row_segments = std::max<int64_t>(1, ceil_div(scan.time, scan.segment));
     segments = is_cut() ? scan.batch * row_segments : scan.sequences;
     columns = scan.channels + 2 * scan.heads;
     row_divisor = Divisor(row_segments), chunk_divisor = Divisor(scan.chunk);
     if (group > 1) {
       threads = group / width;
-      parts = mru::ceil_div(threads, kWarp);
-      lanes = int(mru::ceil_div(threads, parts));
+      parts = ceil_div(threads, kWarp);
+      lanes = int(ceil_div(threads, parts));
       first_shuffle = int(std::bit_ceil(unsigned(lanes)) / 2);
-      warps = mru::ceil_div(scan.heads * parts, kWarp / lanes);
+      warps = ceil_div(scan.heads * parts, kWarp / lanes);
     }
     across = Divisor(std::max<int64_t>(group > 1 ? warps : scan.channels / width, 1));
     const int64_t size = state_bytes(scan.dtype), heads = scan.heads;
     const auto place = [&](int64_t elements) {
       const int64_t at = bytes_;
-      bytes_ += mru::ceil_div(elements * size, 16) * 16;
+      bytes_ += ceil_div(elements * size, 16) * 16;
       return at;
     };
     if (is_cut()) {
@@ -72,8 +82,8 @@ struct Plan {
   // [segments, columns]. Backward: first, dL/dmean of what enters a segment from the right, and before `carry_adjoint` what a
   // segment makes of 0; second, dL/dZ, in any shares of a head's channels; both [segments, D]. decays: [segments, H].
   int64_t decays = 0, first = 0, second = 0;
-  int64_t sums_at = 0, sum_rows = 0;                // [sum_rows, sums, H]
-  int sums = 0;                                     // gradients [H]
+  int64_t sums_at = 0, sum_rows = 0;                   // [sum_rows, sums, H]
+  int sums = 0;                                        // gradients [H]
   int64_t of_score = 0, of_decay = 0, of_initial = 0;  // [parts, B T, H], [parts, B T, H], [parts, sequences, H]
 
  private:

@@ -11,7 +11,7 @@ using mru::softmax::cuda::kernels;
 
 struct Cuda {
   static constexpr int64_t kMostChunk = mru::softmax::cuda::kMostChunk;
-  static constexpr int64_t segment(const mru::Sizes& sizes) { return mru::cuda::segment(sizes); }
+  static constexpr int64_t segment(const mru::Sizes& sizes) { return mru::softmax::cuda::segment(sizes); }
 
   static void forward(const HeadScan& scan, const Tensor& like) {
     mru::cuda::launch(kernels(scan.dtype).workspace_bytes(scan, false), like,

@@ -2,6 +2,7 @@
 #include "../../cuda/carry.cuh"
 #include "../../cuda/launch.cuh"
 #include "backward.cuh"
+#include "carry.cuh"
 #include "forward.cuh"
 
 namespace mru::softmax::cuda {
@@ -15,7 +16,7 @@ struct Element {
 };
 using T = Element::MRU_ELEMENT;
 using S = StateOf<T>::type;
-constexpr int kWide = sizeof(T) == 2 ? 2 : 1;       // channels of a thread that are heads: 4 bytes
+constexpr int kWide = sizeof(T) == 2 ? 2 : 1;        // channels of a thread that are heads: 4 bytes
 constexpr int kWideOfHead = sizeof(T) == 8 ? 2 : 4;  // channels of one head: up to 16 bytes
 
 using Plain = Form<T, 1, false, false>;  // for kernels whose threads have one channel
@@ -36,8 +37,7 @@ class Op {
                         scan.batch * scan.checkpoint_rows * call_.plan.columns * int64_t(sizeof(S)));
     if (call_.plan.is_cut()) {
       over_segments(summarize<NoBonus>, kThreads, 0, call_.template as<NoBonus>());
-      launch_(carry<Plain>, scan.batch * ceil_div(scan.channels, kCarryChannels),
-              dim3(unsigned(kWarp), kCarryChannels), 0, call_.template as<Plain>());
+      over_rows(carry<Plain>);
     }
     over_segments(cuda::forward<F>, kThreads, 0, call_);
     return launch_.result();
@@ -48,8 +48,7 @@ class Op {
       call_.from_zero = true;
       over_segments(cuda::backward<F>, kBackwardThreads, Room<F>::bytes(scan), call_);
       call_.from_zero = false;
-      launch_(carry_adjoint<Plain>, ceil_div(scan.batch * scan.channels, kCarryAdjointThreads), dim3(kCarryAdjointThreads), 0,
-              call_.template as<Plain>(), Divisor(scan.channels));
+      over_rows(carry_adjoint<Plain>);
     }
     over_segments(cuda::backward<F>, kBackwardThreads, Room<F>::bytes(scan), call_);
     if (call_.plan.parts > 1) {
@@ -68,9 +67,14 @@ class Op {
     const int64_t count = call_.plan.segments * call_.plan.across.divisor() * (F::kHeads ? kWarp : 1);
     launch_(kernel, call_.scan.channels ? ceil_div(count, threads) : 0, dim3(unsigned(threads)), shared, call);
   }
+  void over_rows(void (*kernel)(Call<Plain>)) {
+    launch_(kernel, call_.scan.batch * ceil_div(call_.scan.channels, kCarryChannels),
+            dim3(unsigned(kWarp), kCarryChannels), 0, call_.template as<Plain>());
+  }
   void add(int64_t place, int64_t rows, const Stream& stream) {
     launch_(add_parts<Plain>, ceil_div(rows * call_.scan.heads, kAddThreads), dim3(kAddThreads), 0,
-            call_.template as<Plain>(), place, rows, stream, Divisor(call_.scan.heads), Divisor(std::max<int64_t>(call_.scan.time, 1)));
+            call_.template as<Plain>(), place, rows, stream, Divisor(call_.scan.heads),
+            Divisor(std::max<int64_t>(call_.scan.time, 1)));
   }
   void reduce_sums() {
     Workspace<S> work{};
@@ -78,8 +82,8 @@ class Op {
     int which = 0;
     for (void* const total : call_.scan.grad_channel)
       if (total)
-        launch_(reduce<S>, ceil_div(call_.scan.heads, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S), work,
-                call_.plan.sum_rows, call_.plan.sum_rows, call_.plan.sums, which++, call_.scan.heads,
+        launch_(reduce<S>, ceil_div(call_.scan.heads, kLanes), dim3(kLanes, kGroups), kLanes * kGroups * sizeof(S),
+                work, call_.plan.sum_rows, call_.plan.sum_rows, call_.plan.sums, which++, call_.scan.heads,
                 static_cast<S*>(total));
   }
 

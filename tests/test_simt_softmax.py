@@ -1,0 +1,87 @@
+"""The softmax recurrence's CUDA kernels without a GPU, under host execution (csrc/simt), x86-64 Linux only.
+
+`pytest tests/test_softmax.py --backend simt` runs the tests of every backend on them as well.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import simt
+import torch
+
+pytestmark = [
+    pytest.mark.check,
+    pytest.mark.skipif(not simt.SUPPORTED, reason="the host execution of CUDA sources needs x86-64 Linux"),
+]
+
+
+@pytest.fixture(scope="module")
+def checks():
+    from simt import softmax
+
+    torch.manual_seed(0)
+    yield softmax
+    softmax.control().configure()
+
+
+def _checks() -> list[str]:
+    if not simt.SUPPORTED:
+        return []
+    from simt import softmax
+
+    return [check.__name__ for check in softmax.CHECKS]
+
+
+@pytest.mark.parametrize("check", _checks())
+@pytest.mark.parametrize("element", ["float32", "float64", "bfloat16", "float16"])
+def test_kernels(checks, check, element):
+    if element not in checks.LOADED:
+        pytest.skip("under the sanitizers float32 and bfloat16 stand for all widths")
+    getattr(checks, check)(getattr(torch, element))
+
+
+def test_a_launch_that_fails_raises(checks):
+    checks.control().configure(budget=0)
+    try:
+        with pytest.raises(RuntimeError, match="livelock"):
+            checks.draw(torch.float32, 2, 3).forward()
+    finally:
+        checks.control().configure()
+
+
+@pytest.fixture(scope="module")
+def outcomes(checks):
+    """The futures of every mutant's checks, and of the unchanged sources'."""
+    if simt.SANITIZE:
+        pytest.skip("mutants run without the sanitizers")
+    from simt import softmax_mutants as mutants
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            None: pool.submit(mutants.outcome_unchanged),
+            **{m.name: pool.submit(mutants.outcome, m) for m in mutants.MUTANTS},
+        }
+
+
+def test_the_sources_as_they_are_pass(outcomes):
+    done = outcomes[None].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _names() -> list[str]:
+    if not simt.SUPPORTED:
+        return []
+    from simt import softmax_mutants as mutants
+
+    return [m.name for m in mutants.MUTANTS]
+
+
+@pytest.mark.parametrize("name", _names())
+def test_every_mutant_is_caught(outcomes, name):
+    done = outcomes[name].result()
+    assert done.returncode != 0
+    assert "all checks pass" not in done.stdout
+    assert done.returncode < 0 or "check_" in done.stderr, done.stderr  # a crash, or a check that says why
