@@ -10,6 +10,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from . import allocator, cli, errors, records, timing
 from .mesa import both_passes, saved
 
 Form = Callable[..., Tensor]
+CHANNELS = 16  # of the accuracy table
 LIMIT = 1e-4  # of the relative error of each form before it is timed; the keys are small
 
 
@@ -137,16 +139,16 @@ def times(forms: dict[str, Form], leaves: Sequence[Tensor], device: torch.device
 
 
 def accuracy(
-    forms: dict[str, Form], sizes: Sequence[float], steps: Sequence[int], device: torch.device
+    forms: dict[str, Form], sizes: Sequence[float], decays: Sequence[float], steps: Sequence[int], device: torch.device
 ) -> list[tuple[str, ...]]:
-    rows = [("keys", "T", *forms)]
+    rows = [("keys", "decay", "T", *forms)]
     with torch.no_grad():
-        for size in sizes:
-            for time in steps:
-                tensors = inputs((1, time, 64), device, size)
-                reference = public(*(t.double() for t in tensors))
-                found = (f"{error(form, tensors, reference):.1e}" for form in forms.values())
-                rows.append((f"{size:g} + N(0, 1)", f"{time:,}", *found))
+        for size, decay, time in product(sizes, decays, steps):
+            tensors = inputs((1, time, CHANNELS), device, size)
+            tensors[2].fill_(decay)
+            reference = public(*(t.double() for t in tensors))
+            found = (f"{error(form, tensors, reference):.1e}" for form in forms.values())
+            rows.append((f"{size:g} + N(0, 1)", f"-e^{decay:g}", f"{time:,}", *found))
     return rows
 
 
@@ -154,7 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("softmax"), description=__doc__.split(":")[0])
     parser.add_argument("--shape", type=cli.shape, default=(4, 1024, 256), metavar="B,T,D")
     parser.add_argument("--device", default="cpu", type=cli.device)
-    parser.add_argument("--keys", type=float, nargs="+", default=[0, 10, 100, 1000], help="sizes of keys")
+    parser.add_argument(
+        "--keys", type=float, nargs="+", default=[0, 10, 100, 1000], help="means of the keys in the accuracy table"
+    )
+    parser.add_argument("--time-decays", type=float, nargs="+", default=[-5, -10], help="logs of -decay")
     parser.add_argument("--steps", type=int, nargs="+", default=[1024, 16384], help="T of the accuracy table")
     parser.add_argument("--fla", action="store_true", help="also fla-core's kernel, which needs a GPU")
     arguments = parser.parse_args(argv)
@@ -167,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch, time, channels = arguments.shape
     print(f"\nB = {batch}, T = {time}, D = {channels}, float32; saved: between the passes, without the inputs.")
     print(f"{torch.get_num_threads()} threads; allocator: {allocator.describe()}\n")
-    print(records.aligned(accuracy(forms, arguments.keys, arguments.steps, arguments.device)))
-    print("\nRMS error of y in float32, relative to the public form in float64; B = 1, D = 64.")
+    table = accuracy(forms, arguments.keys, arguments.time_decays, arguments.steps, arguments.device)
+    print(records.aligned(table))
+    print(f"\nRMS error of y in float32, relative to the public form in float64; B = 1, D = {CHANNELS}.")
     return 0
