@@ -59,8 +59,9 @@ class Mutant:
 
 
 #: The files of the tests that run on a mutant.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "softmax"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif", "softmax"))
 
+_MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
 MUTANTS = (
     Mutant("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "bmru", "ieee"),
@@ -140,6 +141,14 @@ MUTANTS = (
            "plus(first.Z, first.z, first.decay)", "softmax", "time_cut"),
     Mutant("no gradient of the initial z", "softmax/cpu/register.cpp", "std::memcpy(of_Z + heads, of_Z, heads);", "",
            "softmax_driver", "definition_and_gradients"),
+    Mutant("a tie that always fires", "spike.h", "tie ? v >= threshold : v > threshold", "v >= threshold", "lif",
+           "a_tie_spikes"),
+    Mutant("a reset joined with the input", "cells/lif.h", "return moved - fall;", "return x[1] * s + (x[0] - fall);",
+           "lif", "same_bits_everywhere"),
+    Mutant("a reset after the leak", "cells/lif.h", _MOVED,
+           "x[1] * s + x[0] - (reset == kSubtractDecayed ? fall : zero)", "lif", "same_bits_everywhere"),
+    Mutant("a reset followed though detached", "cells/lif.h", "if (detached || reset == kNone)", "if (reset == kNone)",
+           "lif", "all_combinations_equal"),
 )  # fmt: skip
 
 

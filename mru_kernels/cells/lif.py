@@ -33,7 +33,7 @@ class Mode(NamedTuple):
 
 _FLAG = (False, True)
 _MODES = [Mode(r, t, s, d, m) for m, d, s, t, r in product(_FLAG, _FLAG, SURROGATES, _FLAG, RESETS)]
-_NUMBERS = {mode: float(number) for number, mode in enumerate(_MODES)}
+_NUMBERS: dict[tuple, float] = {mode: float(number) for number, mode in enumerate(_MODES)}
 _MODE = Scalar("mode", 0.0, len(_MODES) - 1.0)
 
 
@@ -41,13 +41,13 @@ def mode_of(number: float) -> Mode:
     return _MODES[int(number)]
 
 
-def _gates(x: Sequence[Tensor], p: Sequence[float]) -> Sequence[Tensor]:
+def _gates(x: Sequence[Any], p: Sequence[Any]) -> Sequence[Tensor]:
     input, beta, threshold = x
     # A NaN of either is one of the membrane, which no reset hides.
     return input, torch.where(threshold.isnan(), threshold, beta), torch.where(beta.isnan(), beta, threshold)
 
 
-def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # noqa: N803
+def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[Any]) -> Tensor:  # noqa: N803
     input, beta, threshold = gates
     mode = mode_of(p[0])
     zero = torch.zeros_like(U)
@@ -77,7 +77,7 @@ def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # 
     return where_fired(zero.masked_fill(input.isnan(), math.nan), kept + input)
 
 
-def _output(x: Sequence[Tensor], U: Tensor, p: Sequence[float]) -> Tensor:  # noqa: N803
+def _output(x: Sequence[Any], U: Tensor, p: Sequence[Any]) -> Tensor:  # noqa: N803
     mode = mode_of(p[0])
     return U if mode.membrane else spikes.emitted(U, x[2], mode.tie, mode.surrogate, p[1])
 
