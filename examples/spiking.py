@@ -40,8 +40,8 @@ UNITS: dict[str, Callable[..., nn.Module]] = {
     "LIF, traces": mk.LIF,
     "BMRU": mk.BMRU,
 }
-if hasattr(mk, "PRF"):
-    UNITS["PRF"] = mk.PRF
+if hasattr(mk, "PRF"):  # by its defaults, which are for thousands of steps, no neuron fires within 32
+    UNITS["PRF"] = functools.partial(mk.PRF, dt_min=0.05, dt_max=0.5, threshold=0.1)
 
 
 def rate(levels: Tensor) -> Tensor:
