@@ -3,7 +3,7 @@
 scikit-learn's digits have 8 x 8 pixels with 17 levels. In the rate code every pixel spikes at each of 32 steps with a
 probability that is its level. In the latency code every pixel but the dark ones spikes once, the brighter the earlier.
 Row by row, a step is a row of 8 pixels as they are. A network is two layers of a unit and a linear map of the mean of
-their outputs over time. With traces, each chunk of 8 steps has a loss of its own, and no gradient passes between
+their outputs over time. With traces, each chunk of 4 steps has a loss of its own, and no gradient passes between
 chunks: `mk.stream(unit, gradient="traces")` adds that of the steps before.
 
 The rate is the mean output of the second layer: the share of neurons that spike in a step. For a BMRU it is the share
@@ -29,7 +29,7 @@ import mru_kernels as mk
 from examples import common
 
 STEPS = 32  # of the codes
-CHUNK = 8
+CHUNK = 4
 PARAMETERS = 10_000
 BATCH = 64
 LEARNING_RATE = 1e-2
@@ -40,8 +40,8 @@ UNITS: dict[str, Callable[..., nn.Module]] = {
     "LIF, traces": mk.LIF,
     "BMRU": mk.BMRU,
 }
-if hasattr(mk, "PRF"):
-    UNITS["PRF"] = mk.PRF
+if hasattr(mk, "PRF"):  # by its defaults, which are for thousands of steps, no neuron fires within 32
+    UNITS["PRF"] = functools.partial(mk.PRF, dt_min=0.05, dt_max=0.5, threshold=0.1)
 
 
 def rate(levels: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ def synaptic(
     with torch.autocast(input.device.type, enabled=False) if half else nullcontext():
         currents, current = leaky(input, alpha, first[0], reset_state=start[0], **scan)
         fired, voltage = lif(
-            currents, _wide(beta), _wide(threshold), first[1], reset_state=start[1], reset=reset, tie=tie, surrogate=surrogate,
-            surrogate_scale=surrogate_scale, detach_reset=detach_reset, membrane=membrane, **scan,
+            currents, _wide(beta), _wide(threshold), first[1], reset_state=start[1], reset=reset, tie=tie,
+            surrogate=surrogate, surrogate_scale=surrogate_scale, detach_reset=detach_reset, membrane=membrane, **scan,
         )  # fmt: skip
     state = (current, voltage)
     if not membrane:

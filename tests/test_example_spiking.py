@@ -37,7 +37,7 @@ def test_the_gradient_of_chunks_is_that_of_the_steps_before_too():
     x, classes = torch.rand(4, 32, 8), torch.arange(4)
     feed = mk.stream(network.unit, gradient="traces")
     last = [feed(chunk) for chunk in x.split(spiking.CHUNK, 1)][-1]
-    (whole,) = torch.autograd.grad(network.unit(x)[0][:, -8:].mean(), network.unit.weight_ih_l0)
+    (whole,) = torch.autograd.grad(network.unit(x)[0][:, -spiking.CHUNK :].mean(), network.unit.weight_ih_l0)
     (got,) = torch.autograd.grad(last.mean(), network.unit.weight_ih_l0)
     torch.testing.assert_close(got, whole)
     assert network.loss_of_chunks(x, classes).isfinite()
