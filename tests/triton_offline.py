@@ -89,7 +89,7 @@ class Variant:
     def of_lane(self) -> int:
         from mru_kernels.backends.triton import tuning
 
-        parts = 1 + (self.dtype in REAL)
+        parts = 1 + (self.dtype in REAL or self.spec.complex_state)
         most = tuning.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
         return min(most, 2) if self.narrow else most
 
@@ -98,6 +98,8 @@ class Variant:
         """What a lane loads of a stream's row at once; None: not tested."""
         if not self.aligned:
             return 64 if self.dtype == "c64" else None
+        if self.spec.complex_state and self.kernel not in OF_MAPS:
+            return None  # two neighbours load one element of a stream
         bits = self.of_lane * 8 * BYTES[self.state if self.kernel in OF_MAPS else self.element]
         return bits if bits > 32 else None
 
@@ -213,7 +215,7 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     streams = sum(1 << i for i, of_spec in enumerate(spec.inputs) if of_spec.name in variant.streams)
     channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
                    if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
-    form = (streams, channels, variant.codes, variant.overwrites, variant.resets, variant.resets, CHUNK)
+    form = (streams, channels, variant.codes, variant.overwrites, variant.resets, variant.resets, CHUNK, spec.complex_state)
     values = {
         "cell": variant.functions,
         "rules": variant.functions.rules,
