@@ -9,17 +9,15 @@ enum class SlopeOf { kAtan, kFastSigmoid, kSigmoid, kTriangle, kStraightThrough 
 
 template <class S>
 struct Spike {
+  static constexpr double kLeast = std::numeric_limits<S>::min(), kMost = std::numeric_limits<S>::max();
+
   SlopeOf slope_of;
   bool tie;  // whether a state equal to the threshold fires
   S k;       // steepness, a normal number: its product with infinity is infinite
   Surrogate<S> atan;
 
   MRU_INLINE Spike(SlopeOf slope_of, bool tie, double steepness)
-      : slope_of(slope_of),
-        tie(tie),
-        k(S(std::fmin(std::fmax(steepness, double(std::numeric_limits<S>::min())),
-                      double(std::numeric_limits<S>::max())))),
-        atan(steepness) {}
+      : slope_of(slope_of), tie(tie), k(S(std::fmin(std::fmax(steepness, kLeast), kMost))), atan(steepness) {}
 
   // It compares and does not subtract: infinity against infinity is a tie. NaN does not fire.
   template <class V>

@@ -158,7 +158,7 @@ def draw_inputs(draw: Draw, options: Mapping[str, Any]) -> dict[str, Tensor]:
     """Most decays are between 0.6 and 1, one in ten is negative, some are 0 or 1. One step in ten or so spikes. Inputs
     equal to the threshold make ties where a decay is 0 or the membrane was reset to zero.
 
-    After a reset to zero an infinite input is gone.
+    After a reset to zero an infinite input is gone, from gradients too if they pass by the reset or need no input.
     """
     shape, channels = draw.shape, draw.shape[2:]
     beta = draw.uniform(channels, 0.6, 1.0) * torch.where(draw.some(channels, 0.1), -1.0, 1.0)
@@ -167,8 +167,8 @@ def draw_inputs(draw: Draw, options: Mapping[str, Any]) -> dict[str, Tensor]:
     theta = (16 * draw.uniform(channels, 0.5, 1.5)).round() / 16  # exact in every dtype
     x = draw.normal(shape, mean=0.2, deviation=0.4)
     x = torch.where(draw.some(shape, 0.05), theta, x)
-    straight = options["surrogate"] == "straight_through" and not options["detach_reset"]  # its slope is never 0
-    if draw.nonfinite and options["reset"] in ("zero", "zero_input") and not straight:
+    follows = options["reset"] == "zero" and options["surrogate"] != "straight_through"  # whose slope is never 0
+    if draw.nonfinite and options["reset"] in ("zero", "zero_input") and (options["detach_reset"] or follows):
         x[draw.some(shape, 0.01)] = math.inf
     return {"input": draw.stream(x), "beta": draw.parameter(beta), "threshold": draw.parameter(theta)}
 

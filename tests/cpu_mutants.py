@@ -57,8 +57,9 @@ class Mutant:
 
 
 #: The files of the tests that run on a mutant.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif"))
 
+_MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
 MUTANTS = (
     Mutant("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "bmru", "ieee"),
@@ -113,6 +114,14 @@ MUTANTS = (
     Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru",
            "before_a_reset_is_remembered"),
+    Mutant("a tie that always fires", "spike.h", "tie ? v >= threshold : v > threshold", "v >= threshold", "lif",
+           "a_tie_spikes"),
+    Mutant("a reset joined with the input", "cells/lif.h", "return moved - fall;", "return x[1] * s + (x[0] - fall);",
+           "lif", "same_bits_everywhere"),
+    Mutant("a reset after the leak", "cells/lif.h", _MOVED,
+           "x[1] * s + x[0] - (reset == kSubtractDecayed ? fall : zero)", "lif", "same_bits_everywhere"),
+    Mutant("a reset followed though detached", "cells/lif.h", "if (detached || reset == kNone)", "if (reset == kNone)",
+           "lif", "all_combinations_equal"),
 )  # fmt: skip
 
 

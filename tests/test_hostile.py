@@ -141,7 +141,8 @@ def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, 
         arguments = step_of(arguments)
     types = {argument.name: str(argument.type) for argument in op._schema.arguments}
     changed = data.draw(st.lists(st.sampled_from(list(types)), max_size=3))
-    must_run = not changed and kind != "step" and max(arguments["inputs"][0].shape) < 1000
+    refused = kind == "map" and not cell.composes
+    must_run = not changed and not refused and kind != "step" and max(arguments["inputs"][0].shape) < 1000
     for name in changed:
         arguments[name] = data.draw(values(types[name], arguments[name], device))
     given_arguments = [arguments[name] for name in types]

@@ -75,7 +75,8 @@ class BoundArguments {
     scan.reverse = arguments.reverse, scan.chunk = arguments.chunk;
     MRU_EXPECT(scan.chunk > 0 && scan.chunk <= backend.most_chunk && scan.chunk % kEventsPerWord == 0,
                "chunk: expected a positive multiple of 16 up to ", backend.most_chunk, ", got ", scan.chunk);
-    scan.segment = cell.composes ? segment_of(backend, arguments.segment) : 0;
+    scan.segment = segment_of(backend, arguments.segment);
+    if (!cell.composes) scan.segment = 0;
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;
     scan.event_rows = scan.time / kEventsPerWord + (scan.offsets ? scan.sequences : 1);
     // Packing write codes pays off only with segments, which read the inputs twice.

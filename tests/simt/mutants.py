@@ -67,6 +67,7 @@ _SAVES = "      if (span.resets && saves(span.begin)) save<Single>(span.begin, d
 _ENTERS = "      if (span.enters()) s = enter<Single>(scan, call.cell, span, d, ChannelInputs<Single>(scan, d));\n"
 _SEGMENT_SAVES = "    checkpoints.pass(span.begin, s);\n"
 _SEGMENT_ENTERS = "    if (span.enters()) s = enter<F>(scan, cell, span, d, channel);\n"
+_MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 
 #: By file: name, old text, new text and, if it is not bmru, the cell.
 _FAULTS = {
@@ -189,6 +190,12 @@ _FAULTS = {
             "cotangent(x, states_[t].at[w], states_[t].at[w]",
             "leaky_integrator",
         ),
+        (
+            "factor of the adjoint at the state after",
+            "pull_at(cell_, x, states_[t].at[w], a.at[w])",
+            "pull_at(cell_, x, states_[t + 1].at[w], a.at[w])",
+            "lif",
+        ),
         ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
         (
             "rows of sums left out",
@@ -220,6 +227,17 @@ _FAULTS = {
     ),
     "../cells/bmru.h": (
         ("gain of slopes left out", "gained = lambda * splat<V>(surrogate.gain);", "gained = lambda;"),
+    ),
+    "../spike.h": (("a tie that always fires", "tie ? v >= threshold : v > threshold", "v >= threshold", "lif"),),
+    "../cells/lif.h": (
+        (
+            "multiplied and added at once",
+            _MOVED,
+            "std::fma(x[1], reset == kSubtractDecayed ? s - fall : s, x[0])",
+            "lif",
+        ),
+        ("reset after the leak", _MOVED, "x[1] * s + x[0] - (reset == kSubtractDecayed ? fall : zero)", "lif"),
+        ("reset followed though detached", "if (detached || reset == kNone)", "if (reset == kNone)", "lif"),
     ),
 }
 MUTANTS = tuple(Mutant(name, file, *fault) for file, faults in _FAULTS.items() for name, *fault in faults)
