@@ -77,7 +77,8 @@ class Variant:
         from mru_kernels.backends.triton.tuning import Reads
 
         counts = len(self.streams), len(self.per_channel)
-        return Reads(DTYPES[self.element], *counts, self.codes, self.resets, self.spec.composes)
+        flags = self.codes, self.resets, self.spec.complex_state, self.spec.composes
+        return Reads(DTYPES[self.element], *counts, *flags)
 
     @property
     def tile(self) -> int:
@@ -215,7 +216,8 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     streams = sum(1 << i for i, of_spec in enumerate(spec.inputs) if of_spec.name in variant.streams)
     channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
                    if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
-    form = (streams, channels, variant.codes, variant.overwrites, variant.resets, variant.resets, CHUNK, spec.complex_state)
+    form = (streams, channels, variant.codes, variant.overwrites, variant.resets, variant.resets, CHUNK)
+    form += (spec.complex_state,)
     values = {
         "cell": variant.functions,
         "rules": variant.functions.rules,
