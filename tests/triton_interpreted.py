@@ -34,7 +34,9 @@ def vectors_of(cell: str, channels: int, names: Collection[str] = ()) -> dict[st
     """The inputs `[D]` of a cell, those that are not optional or in `names`."""
     spec = CELLS[cell]
     given = [i for i in spec.inputs if i.name not in names and not i.optional]
-    return {i.name: torch.randn(channels, dtype=torch.complex64 if i.complex else torch.float32) for i in given}
+    # A complex decay stays below 1, so that no composed state leaves its range.
+    return {i.name: 0.3 * torch.randn(channels, dtype=torch.complex64) if i.complex else torch.randn(channels)
+            for i in given}  # fmt: skip
 
 
 COMPOSING = [name for name, cell in CELLS.items() if cell.composes]

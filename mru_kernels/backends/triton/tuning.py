@@ -138,7 +138,7 @@ def tile(kernel: str, reads: Reads) -> int:
     if kernel == "summarize" and reads.is_half:
         return 4  # and as many of the next tile
     if kernel == "forward" and reads.is_half and reads.doubled:
-        return 4  # with 8, ptxas spills
+        return 2  # with 4, ptxas spills
     if kernel == "summarize_adjoint" and reads.codes:
         return 16
     if kernel == "backward":
