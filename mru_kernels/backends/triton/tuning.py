@@ -104,6 +104,7 @@ _REGISTERS_OF_PULLING = (None, None)  # `summarize_adjoint` with neither codes n
 _REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision
 
 
+_REGISTERS_OF_MODES = 255  # of `forward` of a cell that selects between its modes
 _REGISTERS_WITH_MORE = 168  # of `forward` and `summarize` with resets, and of codes to halves; they spill with less
 
 
@@ -128,6 +129,8 @@ def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> d
     expands_halves = kernel == "forward" and reads.codes and reads.is_half
     if expands_halves or (kernel in ("forward", "summarize") and reads.resets):
         limit = max(limit or 0, _REGISTERS_WITH_MORE)
+    if kernel == "forward" and not reads.composes:
+        limit = _REGISTERS_OF_MODES
     return common | ({} if limit is None else {"maxnreg": limit})
 
 
