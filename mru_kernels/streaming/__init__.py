@@ -164,8 +164,8 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
         `feed.traces` has the traces; `feed.reset()` drops both.
 
     Raises:
-        TypeError: the module is of another kind. With traces also: it contains a `MemoryCache` or a `PRF`, or a block contains
-            a unit of another package, such as `torch.nn.GRU`, whose channels read each other's states.
+        TypeError: the module is of another kind. With traces also: it contains a `MemoryCache` or a `PRF`, or a block
+            contains a unit of another package, such as `torch.nn.GRU`, whose channels read each other's states.
         ValueError: the module is bidirectional or pools by the mean over time, so it needs the whole sequence; or
             `gradient` is neither None nor "traces". With traces also: `torch.compile` compiles the module.
 
