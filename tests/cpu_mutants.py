@@ -59,7 +59,9 @@ class Mutant:
 
 
 #: The files of the tests that run on a mutant.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif", "softmax"))
+TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif", "resonate", "softmax")
+)
 
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
@@ -141,6 +143,14 @@ MUTANTS = (
            "plus(first.Z, first.z, first.decay)", "softmax", "time_cut"),
     Mutant("no gradient of the initial z", "softmax/cpu/register.cpp", "std::memcpy(of_Z + heads, of_Z, heads);", "",
            "softmax_driver", "definition_and_gradients"),
+    Mutant("a complex decay pulled without its conjugate", "cells/resonate.h", "return conj(x[1]) * m;",
+           "return x[1] * m;", "resonate", "are_those_of_the_loop"),
+    Mutant("an imaginary part stored", "cpu/kernels/vector.h", "store(lanes, p, v.re);", "store(lanes, p, v.im);",
+           "resonate", "are_those_of_the_loop"),
+    Mutant("the gradient of a threshold with the other sign", "cells/resonate.h", "zero : -q", "zero : q", "resonate",
+           "are_those_of_the_loop"),
+    Mutant("a NaN threshold that does not reach the state", "cells/resonate.h",
+           "x[3].re == x[3].re ? s.re : x[3].re", "s.re", "resonate", "nan_stays"),
     Mutant("a tie that always fires", "spike.h", "tie ? v >= threshold : v > threshold", "v >= threshold", "lif",
            "a_tie_spikes"),
     Mutant("a reset joined with the input", "cells/lif.h", "return moved - fall;", "return x[1] * s + (x[0] - fall);",

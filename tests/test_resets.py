@@ -131,7 +131,7 @@ def test_the_reset_state_may_be_nan(backend, device, cell, steps):
     call = inputs.case(cell, torch.float32, batch=1, time=200, channels=2).build().to(device)
     resets = torch.zeros(1, 200, dtype=torch.bool, device=device)
     resets[0, 70] = True
-    state = torch.tensor([1.0, float("nan")], device=device)
+    state = torch.tensor([1.0, float("nan")], dtype=inputs.CELLS[cell].state_dtype(torch.float32), device=device)
     with segments(backend, steps):
         h, _ = op_of(cell, backend)(**call.tensors, **call.settings, resets=resets, reset_state=state)
     assert h[..., 0].isfinite().all()

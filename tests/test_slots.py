@@ -184,7 +184,7 @@ def test_opcheck_of_a_step_in_slots(backend, device, cell):
     options = {name: values[-1] for name, values in inputs.CELLS[cell].factors.items()}
     call = inputs.case(cell, torch.float32, time=1, batch=4, channels=9, **options).build().to(device)
     named = raw.step(call)
-    named["state"] = torch.randn(6, 9, device=device)
+    named["state"] = torch.randn(6, 9, dtype=inputs.CELLS[cell].state_dtype(torch.float32), device=device)
     named["state_indices"] = torch.tensor([3, -1, 0, 5], device=device)
     torch.library.opcheck(ops.CELLS[cell].step_slots[backend], tuple(named.values()))
 

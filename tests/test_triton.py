@@ -12,7 +12,6 @@ import torch
 
 from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
-from mru_kernels.checks import state_dtype
 from mru_kernels.ops import CELLS
 from tests import sass, triton_offline
 
@@ -160,12 +159,12 @@ def test_sizes_are_not_compiled_in(requested, cell, segment, resets):
         streams = [i for i in spec.inputs if i.kind != "channel" and not i.optional]
         vectors = [i for i in spec.inputs if i.kind == "channel" and not (i.optional and packed)]
         tensors = [torch.empty(batch, time, channels, dtype=dtype) for _ in streams]
-        tensors += [torch.empty(channels) for _ in vectors]
+        tensors += [torch.empty(channels, dtype=torch.complex64 if i.complex else torch.float32) for i in vectors]
         scalars = [torch.tensor(0.5, dtype=torch.float64) for _ in spec.scheduled]
         given = spec.mask(*(i.name for i in (*streams, *vectors)), *(s.name for s in spec.scheduled))
         cu_seqlens = torch.tensor([0, 5, time]) if packed else None
         numbers = [1.0] * len(spec.numbers)
-        states = torch.empty(2 if packed else batch, channels, dtype=state_dtype(dtype))
+        states = torch.empty(2 if packed else batch, channels, dtype=spec.state_dtype(dtype))
         given_resets = (torch.zeros(batch, time, dtype=torch.bool), states) if resets else (None, None)
         call = ([*tensors, *scalars], given, 0, numbers, None, cu_seqlens, *given_resets, reverse, CHUNK, segment)
         _, _, checkpoints, events = ops.forward(spec, *call, True)

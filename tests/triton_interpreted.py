@@ -5,6 +5,8 @@ Addresses are recorded at every load and store: bytes are counted, and bounds ar
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
 from mru_kernels.backends.triton import launch, tuning
 from mru_kernels.backends.triton.cell import find
-from mru_kernels.checks import state_dtype
 from mru_kernels.ops import CELLS, as_maps
 from tests import calls
 from tests.triton_calls import arguments_of, recorded, run
@@ -27,6 +28,15 @@ def adjoint_sees_state(cell: str) -> bool:
 def streams_of(cell: str) -> list[str]:
     """The inputs that may be streams and are not optional."""
     return [i.name for i in CELLS[cell].inputs if i.kind != "channel" and not i.optional]
+
+
+def vectors_of(cell: str, channels: int, names: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The inputs `[D]` of a cell, those that are not optional or in `names`."""
+    spec = CELLS[cell]
+    given = [i for i in spec.inputs if i.name not in names and not i.optional]
+    # A complex decay stays below 1, so that no composed state leaves its range.
+    return {i.name: 0.3 * torch.randn(channels, dtype=torch.complex64) if i.complex else torch.randn(channels)
+            for i in given}  # fmt: skip
 
 
 COMPOSING = [name for name, cell in CELLS.items() if cell.composes]
@@ -50,10 +60,10 @@ def test_traffic_is_the_budget(segment, cell, dtype, names):
     spec, gates = CELLS[cell], len(names)
     tensors = {name: torch.randn(batch, time, channels).to(getattr(torch, dtype)) for name in names}
     streams = list(tensors.values())
-    tensors |= {i.name: torch.randn(channels) for i in spec.inputs if i.name not in names and not i.optional}
+    tensors |= vectors_of(cell, channels, names)
     per_channel = len(tensors) - gates
     grad_h = torch.randn_like(streams[0])
-    grad_final = torch.randn(batch, channels, dtype=state_dtype(grad_h.dtype))
+    grad_final = torch.randn(batch, channels, dtype=spec.state_dtype(grad_h.dtype))
     arguments = arguments_of(tensors, segment, cell=cell)
     (h, final_state, _, codes), grads, forward, backward = run(arguments, grad_h, grad_final, cell=cell)
     fit = spec.has_codes(arguments[1])
@@ -91,13 +101,14 @@ def test_a_program_reads_the_mask_of_resets_once(cell, segment):
     """A byte a step, in each launch over the steps. Boundaries cost their rows, and a reset state one row a chunk."""
     time, channels = 2 * 64 + 21, 5
     tensors = {name: torch.randn(1, time, channels) for name in streams_of(cell)}
-    tensors |= {i.name: torch.randn(channels) for i in CELLS[cell].inputs if i.kind == "channel" and not i.optional}
-    resets, grad_checkpoints = torch.rand(1, time) < 0.1, torch.randn(2, channels)
-    arguments = arguments_of(tensors, segment, cell=cell, resets=resets, reset_state=torch.randn(1, channels))
+    tensors |= vectors_of(cell, channels, tensors)
+    state = CELLS[cell].state_dtype(torch.float32)
+    resets, grad_checkpoints = torch.rand(1, time) < 0.1, torch.randn(2, channels, dtype=state)
+    reset_state = grad_final = torch.randn(1, channels, dtype=state)
+    arguments = arguments_of(tensors, segment, cell=cell, resets=resets, reset_state=reset_state)
     _, _, *traffic = run(
-        arguments, torch.randn(1, time, channels), torch.randn(1, channels), cell=cell,
-        grad_checkpoints=grad_checkpoints,
-    )  # fmt: skip
+        arguments, torch.randn(1, time, channels), grad_final, cell=cell, grad_checkpoints=grad_checkpoints
+    )
     segment *= CELLS[cell].composes
     of_adjoint = ["summarize", "backward"] if adjoint_sees_state(cell) else ["summarize_adjoint"]
     for launches, cut in zip(traffic, (["summarize"], of_adjoint), strict=True):

@@ -77,7 +77,8 @@ class Variant:
         from mru_kernels.backends.triton.tuning import Reads
 
         counts = len(self.streams), len(self.per_channel)
-        return Reads(DTYPES[self.element], *counts, self.codes, self.resets, self.spec.composes)
+        flags = self.codes, self.resets, self.spec.complex_state, self.spec.composes
+        return Reads(DTYPES[self.element], *counts, *flags)
 
     @property
     def tile(self) -> int:
@@ -89,7 +90,7 @@ class Variant:
     def of_lane(self) -> int:
         from mru_kernels.backends.triton import tuning
 
-        parts = 1 + (self.dtype in REAL)
+        parts = 1 + (self.dtype in REAL or self.spec.complex_state)
         most = tuning.channels_of_lane(self.kernel, DTYPES[self.element], parts, self.aligned)
         return min(most, 2) if self.narrow else most
 
@@ -98,6 +99,8 @@ class Variant:
         """What a lane loads of a stream's row at once; None: not tested."""
         if not self.aligned:
             return 64 if self.dtype == "c64" else None
+        if self.spec.complex_state and self.kernel not in OF_MAPS:
+            return None  # two neighbours load one element of a stream
         bits = self.of_lane * 8 * BYTES[self.state if self.kernel in OF_MAPS else self.element]
         return bits if bits > 32 else None
 
@@ -214,6 +217,7 @@ def _arguments(variant: Variant, warp: int) -> tuple[dict[str, Any], dict[str, A
     channels = sum(1 << i for i, of_spec in enumerate(spec.inputs)
                    if of_spec.name not in variant.streams and of_spec.kind != "stream")  # fmt: skip
     form = (streams, channels, variant.codes, variant.overwrites, variant.resets, variant.resets, CHUNK)
+    form += (spec.complex_state,)
     values = {
         "cell": variant.functions,
         "rules": variant.functions.rules,

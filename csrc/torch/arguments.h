@@ -29,7 +29,7 @@ struct CellInfo {
   bool is_complex;       // whether the cell accepts complex streams
   bool complex_state;    // whether states are complex though streams are real
   unsigned complex_inputs;
-  bool composes;         // whether its steps compose (Cell::kComposes), so that time may be cut
+  bool composes;  // whether its steps compose (Cell::kComposes), so that time may be cut
   bool (*takes)(unsigned given, unsigned per_channel);
   bool (*has_codes)(unsigned given, unsigned per_channel);
 };
@@ -40,8 +40,15 @@ bool has_codes(unsigned given, unsigned per_channel) {
 }
 template <class C>
 constexpr CellInfo info_of = {
-    C::inputs(), C::scalars(), C::kScalars, C::kComplex, C::has_complex_state(), C::complex_inputs(),
-    C::template Cell<float, C::all()>::kComposes, &C::takes, &has_codes<C>,
+    C::inputs(),
+    C::scalars(),
+    C::kScalars,
+    C::kComplex,
+    C::has_complex_state(),
+    C::complex_inputs(),
+    C::template Cell<float, C::all()>::kComposes,
+    &C::takes,
+    &has_codes<C>,
 };
 
 // The facts of a backend that the binding uses.

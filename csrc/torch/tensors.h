@@ -60,7 +60,9 @@ inline ScalarType state_type(ScalarType type) {
 inline ScalarType complex_type(ScalarType real) {
   return real == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
 }
-inline bool is_complex(ScalarType type) { return type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble; }
+inline bool is_complex(ScalarType type) {
+  return type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble;
+}
 
 inline Dtype dtype_of(ScalarType type) {
   switch (type) {

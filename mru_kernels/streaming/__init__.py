@@ -171,8 +171,8 @@ def stream(module: torch.nn.Module, gradient: str | None = None) -> Stream:
 
     Raises:
         TypeError: the module is of another kind. With traces also: it contains a module that has none, such as a
-            `MemoryCache` or an `Aaren`, or a block contains a unit of another package, such as `torch.nn.GRU`, whose
-            channels read each other's states.
+            `MemoryCache`, an `Aaren` or a `PRF`, or a block contains a unit of another package, such as `torch.nn.GRU`,
+            whose channels read each other's states.
         ValueError: the module is bidirectional or pools by the mean over time, so it needs the whole sequence; or
             `gradient` is neither None nor "traces". With traces also: `torch.compile` compiles the module.
 

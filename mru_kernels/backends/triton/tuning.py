@@ -78,6 +78,7 @@ class Reads(NamedTuple):
     per_channel: int = 0  # inputs per channel, but for optional ones
     codes: bool = False
     resets: bool = False
+    doubled: bool = False  # whether a channel has two parts in states and one in streams
     composes: bool = True  # whether the cell's steps do; if not, the last bit of a state may decide a step
 
     @property
@@ -139,6 +140,8 @@ def tile(kernel: str, reads: Reads) -> int:
         return 32 if reads.is_single else 16
     if kernel == "summarize" and reads.is_half:
         return 4  # and as many of the next tile
+    if kernel == "forward" and reads.is_half and reads.doubled:
+        return 2  # with 4, ptxas spills
     if kernel == "summarize_adjoint" and reads.codes:
         return 16
     if kernel == "backward":
