@@ -78,7 +78,7 @@ def compile_variant(variant: Variant):
         constexprs=dict(_leaves(tuple(values.get(name, ()) for name in kernel.arg_names))),
         attrs={path: [["tt.divisibility", 16]] for path, kind in _leaves(tuple(aligned)) if kind.startswith("*")},
     )
-    options = launch.options(variant.kernel, warps, DTYPES[state], amd)
+    options = launch.options(variant.kernel, warps, amd)
     return triton.compile(source, target=target, options=options)
 
 
