@@ -222,8 +222,8 @@ FAULTS = {
         whole_sequences, "distance(s, state.m, state.c) + bonus", "distance(s, after.m, after.c) + bonus",
     ),
     "border off by one": (
-        packed_sequences_read_after_the_update, "c.at.start // c.scan.chunk + chunk - 1",
-        "c.at.start // c.scan.chunk + chunk - (chunk > 1)",
+        packed_sequences_read_after_the_update, "tl.where(begin > 0, saved - i, at.index)",
+        "tl.where(begin > 0, tl.maximum(saved - i - 1, 0), at.index)",
     ),
     "denominator not decayed": (whole_sequences, "    mu = mu * A\n", "    mu = mu\n"),
     "sums of the last step only": (whole_sequences_of_heads, "sums.decay + grad.decay", "grad.decay"),
