@@ -40,7 +40,7 @@ _MOST_WALKED = 64  # segments that one program walks over; if there are more, gr
 
 
 def options(kernel: str, warps: int, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
-    """The compiler's options. Fused multiply-adds of the forward pass would round tiles and single steps differently."""
+    """The compiler's options. In the forward pass fused multiply-adds would round tiles and single steps apart."""
     common = {"num_warps": warps, "enable_fp_fusion": kernel == "backward"}
     return common if amd or kernel not in _REGISTERS else common | {"maxnreg": _REGISTERS[kernel]}
 
@@ -58,8 +58,8 @@ def block_of(kernel: str, group: int, aligned: bool, state: torch.dtype) -> tupl
     heads = max(LANES * per_lane // padded, 1)
     per_lane = min(max(heads * padded // LANES, per_lane), 4)
     tile = TILES.get(kernel, _TILE_OF_WALKS)[wide]
-    if kernel == "backward" and per_lane > 2:
-        tile = 2
+    if kernel == "backward" and (per_lane > 2 or not aligned):
+        tile = 2  # registers are few
     align = 2 if aligned and not wide else 1
     block = Block(*map(tl.constexpr, (align if group == 1 else 1, align, tile, heads, padded)))
     return block, min(max(heads * padded // (LANES * per_lane), 1), 32)
