@@ -250,9 +250,9 @@ def chunk_size(value: int | None) -> int | None:
     return value
 
 
-def check_chunk(chunk: int, backend: Backend) -> None:
-    """Raise unless the backend supports this chunk size."""
-    least, most = backend.module.CHUNK_SIZES
+def check_chunk(chunk: int, backend: Backend, sizes: tuple[int, int] | None = None) -> None:
+    """Raise unless the backend supports this chunk size: from the least to the greatest of `sizes`, or of cells."""
+    least, most = sizes or backend.module.CHUNK_SIZES
     if not least <= chunk <= most:
         raise RuntimeError(
             f"backend: {backend.name!r} cannot run this call: it takes a chunk_size from {least} to {most}, got {chunk}"

@@ -42,7 +42,19 @@ class Report:
     shared: int
     barriers: int
     instructions: int  # in all; 0 for AMD
-    loop: dict[str, int]  # in the loop over tiles with most instructions
+    longest: dict[str, int]  # of each kind in the longest run, a tile's
+
+
+def variants() -> list[Variant]:
+    """Each kernel, the passes with all options, and the passes of RWKV-4 and Aaren for each architecture."""
+    wkv, stream, heads = {"decay": "PER_HEAD", "bonus": True}, {"decay": "STREAM", "bonus": True}, {"group": 64}
+    found = [Variant("summarize", decay="STREAM"), Variant("backward", gradients=False, **stream)]
+    found += [Variant(name) for name in ("fold", "carry", "fold_adjoint", "carry_adjoint")]
+    for kernel in ("forward", "backward"):
+        found += [Variant(kernel, dtype=dtype, **stream) for dtype in ("fp32", "fp64")]
+        found += [Variant(kernel, aligned=False, **wkv)]
+        found += [Variant(kernel, arch=arch, **form) for arch in ARCHITECTURES for form in (wkv, heads)]
+    return found
 
 
 def compile_variant(variant: Variant):
@@ -78,7 +90,7 @@ def compile_variant(variant: Variant):
         constexprs=dict(_leaves(tuple(values.get(name, ()) for name in kernel.arg_names))),
         attrs={path: [["tt.divisibility", 16]] for path, kind in _leaves(tuple(aligned)) if kind.startswith("*")},
     )
-    options = launch.options(variant.kernel, warps, DTYPES[state], amd)
+    options = launch.options(variant.kernel, warps, amd)
     return triton.compile(source, target=target, options=options)
 
 

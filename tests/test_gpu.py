@@ -12,6 +12,8 @@ from torch import Tensor
 
 import mru_kernels as mk
 from mru_kernels import backends
+from mru_kernels.softmax import run
+from tests import softmax_calls
 
 SHAPES = [(8, 300, 64), (1, 20_000, 8)]  # [B, T, D]: whole sequences in parallel; one sequence in segments
 _WAIT = 100_000_000  # cycles, tens of milliseconds
@@ -128,3 +130,24 @@ def test_tensors_on_a_device_that_is_not_the_current_one(backend, gpu, shape):
         assert torch.cuda.current_device() == 0
     assert {x.device.index for x in results} == {1}
     assert_same(tuple(x.to("cuda:0") for x in results), expected)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(8, 1), (2, 24)])
+@pytest.mark.parametrize("time", [300, 20_000])
+def test_softmax_recurrence_equals_float64_on_the_cpu(backend, gpu, time, heads, group):
+    """Results and gradients, whole and in segments; bounds of float32 with approximate exponentials."""
+    if backend not in run._with_kernels():
+        pytest.skip(f"{backend} has no kernels of it")
+    call = softmax_calls.draw(
+        time=time, heads=heads, group=group, decay="stream", bonus=True, state=True, scale=3.0, dtype=torch.float32
+    )
+    found = []
+    for name, device, dtype in (("cpu", "cpu", torch.float64), (backend, gpu, torch.float32)):
+        given = {k: t.detach().to(device, dtype).requires_grad_() for k, t in call.items()}
+        results = mk.softmax_recurrence(**given, backend=name)
+        torch.manual_seed(1)
+        grad = torch.randn(results[0].shape)
+        grads = torch.autograd.grad(results[0], list(given.values()), grad.to(device, dtype))
+        found.append([t.detach().cpu() for t in (results[0], results[1][:, : heads * (group + 1)], *grads)])
+    for wanted, got in zip(*found, strict=True):
+        assert softmax_calls.error(got, wanted) < 1e-3

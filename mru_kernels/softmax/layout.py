@@ -5,9 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import backends, checks
 from ..checks import state_dtype
 from ..ops import dense_like
+
+#: The least and the greatest chunk of backends that take others for this op than for cells.
+_CHUNK_SIZES = {"triton": (16, 256)}
+
+
+def chunk_sizes(backend: str) -> tuple[int, int]:
+    """The least and the greatest `chunk_size` that the kernels of a backend take."""
+    return _CHUNK_SIZES.get(backend) or backends.TABLE[backend].module.CHUNK_SIZES
+
+
+def check_cut(backend: str, chunk: int, segment: int) -> None:
+    """Raise ValueError unless the ops of a backend take these numbers of steps."""
+    least, most = chunk_sizes(backend)
+    if not least <= chunk <= most or chunk % 16:
+        raise ValueError(f"chunk: expected a multiple of 16 from {least} to {most}, got {chunk}")
+    if not -1 <= segment <= checks.MOST_ELEMENTS:
+        raise ValueError(f"segment: expected -1 for the backend's own choice or 0 to 2^60 steps, got {segment}")
 
 
 def split_gates(gates: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from .. import backends, checks
 from .. import torch_private as private
 from ..ops.autograd import WithoutDerivative, apply_function, below_autograd
 from ..ops.batching import legacy
-from .layout import allocate, allocate_backward, border_rows, check, sizes, split_gates
+from .layout import allocate, allocate_backward, border_rows, check, check_cut, sizes, split_gates
 from .schemas import SCHEMAS
 from .state import join_state, split_state
 
@@ -51,11 +51,7 @@ def define(backend: str) -> None:
 
 def _check(backend: str, score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk, segment) -> None:
     check(score, value, heads, decay, bonus, initial_state, cu_seqlens)
-    least, most = backends.TABLE[backend].module.CHUNK_SIZES
-    if not least <= chunk <= most or chunk % 16:
-        raise ValueError(f"chunk: expected a multiple of 16 from {least} to {most}, got {chunk}")
-    if not -1 <= segment <= checks.MOST_ELEMENTS:
-        raise ValueError(f"segment: expected -1 for the backend's own choice or 0 to 2^60 steps, got {segment}")
+    check_cut(backend, chunk, segment)
 
 
 def _register_fakes(backend: str) -> None:

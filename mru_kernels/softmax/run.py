@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from .. import backends, checks
 from .. import torch_private as private
 from ..ops.autograd import raise_as_torch
 from . import plain
-from .layout import allocate
+from .layout import allocate, chunk_sizes
 from .registration import FORWARD, SoftmaxScan, differentiable_inputs
 
 SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
@@ -32,7 +33,7 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
     row = _resolve(backend, score)
     chunk = chunk_size or backends.CHUNK
     if chunk != backends.CHUNK:
-        checks.check_chunk(chunk, row)
+        checks.check_chunk(chunk, row, None if row.plain else chunk_sizes(row.name))
     if row.plain:
         return plain.scan(*(*arguments, chunk))
     inputs = differentiable_inputs(arguments)
@@ -85,6 +86,8 @@ def _find_kernels() -> tuple[str, ...]:
         keys = [device.upper() for device in row.device_types]
         if row.plain or backends.load_error(row.name) is not None:
             continue
+        if row.name == "triton":
+            importlib.import_module(f"{__package__}.triton").register()  # others are registered by the extension
         if any(private.has_kernel(f"mru::softmax_recurrence.{row.name}", key) for key in keys):
             found.append(row.name)
     return tuple(found)

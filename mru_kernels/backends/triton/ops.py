@@ -19,7 +19,7 @@ from .tuning import CHUNK_SIZES, ceil_div, tile
 _library = torch.library.Library("mru", "IMPL")
 
 
-_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
+KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
 
 
 def register() -> None:
@@ -36,7 +36,7 @@ def add(cell: ops.Cell, implementation: Implementation) -> None:
 
 
 def _register(cell: ops.Cell) -> None:
-    for key in _KEYS:
+    for key in KEYS:
         _library.impl(f"{cell.name}.triton", partial(forward, cell), key)
         _library.impl(f"{cell.name}_backward.triton", partial(backward, cell), key)
         _library.impl(f"{cell.name}_step.triton", partial(step, cell), key)

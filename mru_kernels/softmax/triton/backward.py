@@ -132,7 +132,7 @@ def backward_tile(c, opened, room, row, adjoint, sums, first, N: tl.constexpr):
 
 @triton.jit
 def backward_chunk(c, opened, room, border, grad_mean, grad_Z, begin, end):
-    """The gradients of the state at the start of a chunk, from those at its end; the sums; and the change of the mean."""
+    """From the gradients of the state at a chunk's end those at its start; the sums; and the change of the mean."""
     TILE: tl.constexpr = c.block.tile
     start = open_border(border)
     tiles = (end - begin) // TILE

@@ -166,7 +166,10 @@ def get_piece(c, pieces, row, exists):
 
 @triton.jit
 def walk(c, state, total, pieces, begin, end, entries, WRITES: tl.constexpr):
-    """The state after the pieces in rows `begin` to `end`, and `total` plus their decays; what enters each to `entries`."""
+    """The state after the pieces in rows `begin` to `end`, and `total` plus their decays.
+
+    What enters each piece goes to `entries` if WRITES.
+    """
     for first in range(begin, end, c.block.tile):
         decays = ()
         seconds = ()
@@ -185,7 +188,7 @@ def walk(c, state, total, pieces, begin, end, entries, WRITES: tl.constexpr):
 
 @triton.jit
 def group_of(scan, at, group):
-    """The first segment of a group of a sequence's segments, the one after its last, and whether it is the last group."""
+    """The first segment of a group of a sequence's segments, the one after its last, and if it is the last group."""
     first, count = segments_of(scan, at)
     begin = tl.minimum(group * scan.per_group, count)
     end = tl.minimum(begin + scan.per_group, count)

@@ -29,20 +29,20 @@ KERNELS = {
     for name in names
 }
 #: Steps whose rows are loaded before the first is used, or pieces: with float32 states, and with float64.
-TILES = {"forward": (8, 4), "summarize": (8, 4), "backward": (4, 2)}
-_TILE_OF_WALKS = (8, 4)
-#: The most registers of a lane, with float32 and with float64 states. Without a limit ptxas sometimes takes too few and spills.
-_REGISTERS = {"forward": (168, 208), "summarize": (168, 208), "backward": (255, 255)}
+TILES = {"forward": (4, 2), "summarize": (4, 2), "backward": (4, 2)}
+_TILE_OF_WALKS = (4, 2)
+#: The most registers of a lane. Without a limit ptxas sometimes takes too few and spills.
+_REGISTERS = {"backward": 255}
 #: What a kernel does not read of the form, so that one more is not compiled for each.
 _UNREAD = {"forward": {}, "backward": {}, "summarize": {"bonus": tl.constexpr(False)}}
 _UNREAD_OF_WALKS = {"decay": NONE, "bonus": tl.constexpr(False)}
 _MOST_WALKED = 64  # segments that one program walks over; if there are more, groups of them are composed first
 
 
-def options(kernel: str, warps: int, state: torch.dtype, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
-    """The compiler's options. In the forward pass fused multiply-adds would round tiles and single steps differently."""
+def options(kernel: str, warps: int, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
+    """The compiler's options. In the forward pass fused multiply-adds would round tiles and single steps apart."""
     common = {"num_warps": warps, "enable_fp_fusion": kernel == "backward"}
-    return common if amd or kernel not in _REGISTERS else common | {"maxnreg": _REGISTERS[kernel][state == torch.float64]}
+    return common if amd or kernel not in _REGISTERS else common | {"maxnreg": _REGISTERS[kernel]}
 
 
 def heads_of_program(group: int) -> int:
@@ -58,8 +58,8 @@ def block_of(kernel: str, group: int, aligned: bool, state: torch.dtype) -> tupl
     heads = max(LANES * per_lane // padded, 1)
     per_lane = min(max(heads * padded // LANES, per_lane), 4)
     tile = TILES.get(kernel, _TILE_OF_WALKS)[wide]
-    if kernel == "backward" and per_lane > 2:
-        tile = 2
+    if kernel == "backward" and (per_lane > 2 or not aligned):
+        tile = 2  # registers are few
     align = 2 if aligned and not wide else 1
     block = Block(*map(tl.constexpr, (align if group == 1 else 1, align, tile, heads, padded)))
     return block, min(max(heads * padded // (LANES * per_lane), 1), 32)
@@ -168,7 +168,7 @@ class Call:
         with torch.cuda.device_of(self.score):
             kernel[grid](
                 **{argument: arguments[argument] for argument in kernel.arg_names},
-                **options(name, warps, self.state),
+                **options(name, warps),
             )  # fmt: skip
 
     def forward(self, y: Tensor, final_state: Tensor, borders: Tensor) -> None:

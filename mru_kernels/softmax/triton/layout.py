@@ -1,6 +1,7 @@
 """What a kernel is given, and where a program finds its numbers.
 
-    B batch, T time, H heads, G channels of a head, D = H G       streams [B, T, H] or [B, T, D], unit stride on the last axis
+    B batch, T time, H heads, G channels of a head, D = H G
+    stream     [B, T, H] or [B, T, D], unit stride on the last axis, any strides on B and T
     row        mean [D], then planes [H] each, in the state dtype: borders have Z and z
     sequence, step, segment, chunk       as in backends/triton/kernels
 
@@ -238,7 +239,7 @@ def get_planes(c, data, row, N: tl.constexpr):
 
 @triton.jit
 def border_row(c, chunk):
-    """The row of [B ((T - 1) // chunk), D + 2 H] with the state that enters the sequence's chunk number `chunk`, not 0."""
+    """The row of [B ((T - 1) // chunk), D + 2 H] with the state that enters the chunk number `chunk` > 0."""
     return c.at.batch * ((c.scan.time - 1) // c.scan.chunk) + c.at.start // c.scan.chunk + chunk - 1
 
 

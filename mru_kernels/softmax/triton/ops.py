@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from ... import checks
+from ...backends.triton.ops import KEYS
 from ...backends.triton.tuning import ceil_div, multiprocessors_of
-from ..layout import allocate, allocate_backward, border_rows, check, sizes, split_gates, unit_channels
+from ..layout import allocate, allocate_backward, border_rows, check, check_cut, sizes, split_gates, unit_channels
 from .launch import Call, heads_of_program
 
 _WHOLE = 9  # programs for each multiprocessor from which on time is not cut
 _PROGRAMS = 16  # for each multiprocessor if it is
 _LEAST = 256  # steps of a sequence that is worth cutting
+
+
+_library = torch.library.Library("mru", "IMPL")
+
+
+@cache
+def register() -> None:
+    """Register the kernels of both ops."""
+    for key in KEYS:
+        _library.impl("softmax_recurrence.triton", forward, key)
+        _library.impl("softmax_recurrence_backward.triton", backward, key)
 
 
 def segment(sequences: int, steps: int, heads: int, group: int, device: torch.device) -> int:
@@ -42,10 +56,9 @@ def _call(
     return Call(score, value, decay, bonus, initial_state, cu_seqlens, reverse, chunk, steps, others, saved)
 
 
-def _check(score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk: int) -> None:
+def _check(score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk, segment) -> None:
     check(score, value, heads, decay, bonus, initial_state, cu_seqlens)
-    if chunk < 1:
-        raise ValueError(f"chunk: expected a positive number of steps, got {chunk}")
+    check_cut("triton", chunk, segment)
 
 
 def forward(
@@ -56,7 +69,7 @@ def forward(
 
     `segment` is the number of steps that one program scans: 0 scans sequences whole, and a negative one is chosen.
     """
-    _check(score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk)
+    _check(score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk, segment)
     results = allocate(score, value, heads, cu_seqlens, chunk, save)
     y, final_state = results[:2]
     if save and cu_seqlens is not None:
@@ -77,7 +90,7 @@ def backward(
 
     `borders` are those of a forward pass with the same arguments; `segment` may be another.
     """
-    _check(score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk)
+    _check(score, value, heads, decay, bonus, initial_state, cu_seqlens, chunk, segment)
     batch, time, _ = score.shape
     of_heads, channels = sizes(score, value, heads)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
