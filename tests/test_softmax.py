@@ -40,8 +40,9 @@ def check(call, backend, limit=1e-11, wanted=None, **options) -> None:
 @pytest.mark.parametrize("group", [1, 2, 64])
 @pytest.mark.parametrize(("decay", "bonus"), FORMS)
 def test_definition_and_gradients(backend, group, decay, bonus):
-    call = draw(group=group, heads=2 if group > 1 else 19, decay=decay, bonus=bonus, state=True, masked=0.3, scale=30.0)
-    check(call, backend, chunk_size=64)
+    sizes = {"heads": 19, "time": 80} if group == 1 else {"batch": 1, "heads": 2, "time": 80}
+    call = draw(group=group, decay=decay, bonus=bonus, state=True, masked=0.3, scale=30.0, **sizes)
+    check(call, backend, chunk_size=32)
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
@@ -88,12 +89,12 @@ def test_plain_torch_equals_the_definition(group, bonus):
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("backend_", [None, "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("decay", "bonus"), FORMS)
-def test_the_first_value_is_copied(backend, backend_, dtype, decay, bonus):
+def test_the_first_value_is_copied(backend, dtype, decay, bonus):
     call = draw(time=1, group=3, decay=decay, bonus=bonus, scale=100.0, dtype=dtype)
-    y, state = scan(call, backend_ or backend)
+    y, state = scan(call, backend)
+    assert torch.equal(y, scan(call, "torch")[0])
     assert torch.equal(y, call["value"])
     mean, high, low = split_state(state, 3)
     assert torch.equal(mean, call["value"][:, 0].to(state.dtype))
@@ -263,7 +264,7 @@ def test_no_steps_and_no_sequences(backend):
 def test_precision_of_float32(backend, scale, shift, decay, group):
     """The figures of a kernel with two floats of log weight; one float loses 3 to 6 digits here."""
     call = draw(
-        batch=1, time=4096, heads=2, group=group, decay=decay, bonus=decay is not None, scale=scale, shift=shift,
+        batch=1, time=2048, heads=2, group=group, decay=decay, bonus=decay is not None, scale=scale, shift=shift,
         slowest=-4.5e-5, dtype=torch.float32,
     )  # fmt: skip
     ours, theirs = leaves(call), leaves(call, torch.float64)
@@ -342,7 +343,7 @@ def test_exponential_over_its_whole_range(backend):
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_results_do_not_depend_on_the_number_of_threads(backend, group):
-    call = draw(time=400, heads=37, group=group, decay="head", bonus=True, state=True, dtype=torch.float32)
+    call = draw(time=200, heads=37, group=group, decay="head", bonus=True, state=True, dtype=torch.float32)
     found = []
     for threads in (1, 2, 3):
         with calls.threads(threads):
