@@ -30,7 +30,7 @@ struct Functions {
   static MRU_INLINE V log(V x) { return std::log(x); }
   static MRU_INLINE V log1p(V x) { return std::log1p(x); }
   // a b + c, rounded once or twice.
-  static MRU_INLINE V multiply_add(V a, V b, V c) { return a * b + c; }
+  static MRU_INLINE V multiply_add(V a, V b, V c) { return mru::multiply_add(a, b, c); }
   static MRU_INLINE bool has_sign(V x) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(V) == 4) return __float_as_int(x) < 0;

@@ -42,7 +42,6 @@ class Mutant:
 _FAULTS = {
     "step.h": (
         ("order of rounding", "(x - hi) - lo;", "x - (hi + lo);"),
-        ("a NaN weight inverted to 0", "return x == zero<V>() ? zero<V>() :", "return !(x > zero<V>()) ? zero<V>() :"),
         ("sign of a gap", "s.a = newer ? e : splat<V>(1);", "s.a = newer ? splat<V>(1) : e;"),
         ("low part of a piece", "past.lo) + second.z;", "past.lo);"),
         ("z dropped at a border", "size < splat<V>(kInfinity<V>) ? z : zero<V>()", "zero<V>()"),
