@@ -1,7 +1,7 @@
 """The softmax recurrence: its definition, a loop over time, and the gradients by hand.
 
-A step i has the weight e^(s_i + c_t - c_i) at step t, with c_t = l_1 + ... + l_t the sum of the decays. y_t is the mean of
-the values so far with these weights. With a bonus u, step t is read before the past decays, and its own weight is
+A step i has the weight e^(s_i + c_t - c_i) at step t, with c_t = l_1 + ... + l_t the sum of the decays. y_t is the mean
+of the values so far with these weights. With a bonus u, step t is read before the past decays, and its own weight is
 e^(s_t + u). The state `[B, D + 2 H]` is mean | Z | z: the mean and, in two parts, the log of the total weight.
 
 Streams are `[B, T, H]` and `[B, T, D]`, decays `[H]` or `[B, T, H]`, the bonus `[H]`. All is float64.
@@ -35,8 +35,8 @@ def definition(
     mean, high, low = state.split([value.shape[-1], heads, heads], -1)
     s = torch.cat([(high + low).unsqueeze(1), score], 1)  # [B, 1 + T, H]
     v = torch.cat([mean.unsqueeze(1), value], 1).unflatten(-1, (heads, -1))
-    l = torch.zeros_like(score) if decay is None else decay.expand_as(score)
-    c = torch.cat([torch.zeros_like(high).unsqueeze(1), l.cumsum(1)], 1)
+    decays = torch.zeros_like(score) if decay is None else decay.expand_as(score)
+    c = torch.cat([torch.zeros_like(high).unsqueeze(1), decays.cumsum(1)], 1)
     read = c if bonus is None else torch.cat([c[:, :1], c[:, :-1]], 1)
     logs = s.unsqueeze(1) + (read.unsqueeze(2) - c.unsqueeze(1))  # [B, t, i, H]
     later = torch.ones(time + 1, time + 1, dtype=torch.bool).triu(1)
@@ -59,10 +59,12 @@ def _mean(logs: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("btih,bihg->bthg", weights, v) / some.unsqueeze(-1), log
 
 
-def step(s: Tensor, v: Tensor, l: Tensor, u: Tensor | None, mean: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y `[B, H, G]`, and the mean and the log weight after a step; scores and logs are `[B, H, 1]`."""
-    after = torch.logaddexp(s, z + l)
-    mean_after = mixed(mean, z + l, v, s)
+def step(
+    s: Tensor, v: Tensor, decay: Tensor, u: Tensor | None, mean: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y `[B, H, G]`, and the mean and the log weight after a step; scores and logs are `[B, H, 1]`."""
+    after = torch.logaddexp(s, z + decay)
+    mean_after = mixed(mean, z + decay, v, s)
     return mean_after if u is None else mixed(mean, z, v, s + u), mean_after, after
 
 
@@ -77,14 +79,14 @@ def loop(
 ) -> tuple[Tensor, Tensor]:
     """The same as `definition`, one step at a time. Decays may be -inf."""
     heads = score.shape[-1]
-    l = torch.zeros_like(score) if decay is None else decay.expand_as(score)
+    decays = torch.zeros_like(score) if decay is None else decay.expand_as(score)
     u = None if bonus is None else bonus.unsqueeze(-1)
     mean, high, low = state.split([value.shape[-1], heads, heads], -1)
     mean, z = mean.unflatten(-1, (heads, -1)), (high + low).unsqueeze(-1)
     outputs = [value[:, :0]]
     for t in range(score.shape[1]):
         v = value[:, t].unflatten(-1, (heads, -1))
-        y, mean, z = step(score[:, t].unsqueeze(-1), v, l[:, t].unsqueeze(-1), u, mean, z)
+        y, mean, z = step(score[:, t].unsqueeze(-1), v, decays[:, t].unsqueeze(-1), u, mean, z)
         outputs.append(y.flatten(1).unsqueeze(1))
     return torch.cat(outputs, 1), torch.cat([mean.flatten(1), z.squeeze(-1), torch.zeros_like(high)], -1)
 
@@ -110,13 +112,13 @@ def gradients(
         dL/d(z_{t-1} + l_t) = (1 - p) Z - p (1 - p) <M, v_t - mean_{t-1}>,    dL/dmean_{t-1} = (1 - p) M
     """
     heads = score.shape[-1]
-    l = torch.zeros_like(score) if decay is None else decay.expand_as(score)
+    decays = torch.zeros_like(score) if decay is None else decay.expand_as(score)
     mean, high, low = state.split([value.shape[-1], heads, heads], -1)
     means, zs = [mean.unflatten(-1, (heads, -1))], [(high + low).unsqueeze(-1)]
     steps = range(score.shape[1])
     s, v = score.unsqueeze(-1), value.unflatten(-1, (heads, -1))
     for t in steps:
-        _, mean, z = step(s[:, t], v[:, t], l[:, t].unsqueeze(-1), None, means[-1], zs[-1])
+        _, mean, z = step(s[:, t], v[:, t], decays[:, t].unsqueeze(-1), None, means[-1], zs[-1])
         means.append(mean)
         zs.append(z)
     g = grad_y.unflatten(-1, (heads, -1))
@@ -127,7 +129,7 @@ def gradients(
     for t in reversed(steps):
         if bonus is None:
             of_mean = of_mean + g[:, t]
-        past = zs[t] + l[:, t].unsqueeze(-1)
+        past = zs[t] + decays[:, t].unsqueeze(-1)
         p = _share(s[:, t], past)
         apart = p * (1 - p) * (of_mean * (v[:, t] - means[t])).sum(-1, keepdim=True)
         none = past == -INF  # nothing has been seen, or nothing is left of it

@@ -33,6 +33,8 @@ CELLS = runpy.run_path(str(ROOT / "csrc/cells.py"))
 OBJECTS: dict[str, tuple[str, str | None]] = {
     **{path.stem: (path.name, None) for path in (ROOT / "csrc/cpu").glob("*.cpp")},
     "library": ("../torch/library.cpp", None),
+    "softmax_driver": ("../softmax/cpu/register.cpp", None),
+    "softmax": ("../softmax/cpu/kernels.cpp", None),
     **{cell: ("kernels/kernels.cpp", cell) for cell in CELLS["names"](ROOT / "csrc")},
 }
 
@@ -57,7 +59,7 @@ class Mutant:
 
 
 #: The files of the tests that run on a mutant.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "softmax"))
 
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
 MUTANTS = (
@@ -113,6 +115,31 @@ MUTANTS = (
     Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru",
            "before_a_reset_is_remembered"),
+    Mutant("a log weight in one float", "softmax/step.h", "newer ? zero<V>() : past.lo", "zero<V>()", "softmax",
+           "precision_of_float32"),
+    Mutant("a NaN weight taken for none", "softmax/step.h",
+           "x == zero<V>() ? zero<V>() : splat<V>(1) / x", "x > zero<V>() ? splat<V>(1) / x : zero<V>()", "softmax",
+           "test_nan"),
+    Mutant("a bonus added to a large score", "softmax/step.h",
+           "share(distance(score, before.m, before.c) + bonus, before.q)",
+           "share(distance(score + bonus, before.m, before.c), before.q)", "softmax", "precision_of_float32"),
+    Mutant("mu without the end of a chunk", "softmax/step.h", "(d_Z - d_mean * mean) * r", "d_Z * r", "softmax",
+           "definition_and_gradients"),
+    Mutant("a bonus read with the decayed state", "softmax/cpu/kernels.cpp", "mixes.y = read(score, bonus, weight).k;",
+           "mixes.y = read(score, bonus - decay, weight).k;", "softmax", "definition_and_gradients"),
+    Mutant("the wrong one of two weights", "softmax/step.h", "newer ? score : past.hi", "newer ? past.hi : score",
+           "softmax", "definition_and_gradients"),
+    Mutant("borders of packed sequences in one row", "softmax/cpu/kernels.cpp",
+           "scan.checkpoint_rows + segment.start / scan.chunk + step / scan.chunk - 1",
+           "scan.checkpoint_rows + step / scan.chunk - 1", "softmax", "directions_and_packed_sequences"),
+    Mutant("half of the sums over a head", "softmax/cpu/kernels.cpp", "int64_t width = kMostLanes / 2; width > 0",
+           "int64_t width = kMostLanes / 2; width > 1", "softmax", "definition_and_gradients"),
+    Mutant("the mean that moves in a segment left out", "softmax/cpu/kernels.cpp",
+           "f[i] * (d_Z + sum_of_parts(parts))", "f[i] * d_Z", "softmax", "time_cut"),
+    Mutant("a piece that decays after its end", "softmax/step.h", "plus(first.Z, first.z, second.decay)",
+           "plus(first.Z, first.z, first.decay)", "softmax", "time_cut"),
+    Mutant("no gradient of the initial z", "softmax/cpu/register.cpp", "std::memcpy(of_Z + heads, of_Z, heads);", "",
+           "softmax_driver", "definition_and_gradients"),
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_the_tests_of_the_ops_pass_with(isa):
     )
     assert f"{isa} in mru_kernels" in report.stdout
     tests = [*("-q", "-p", "no:cacheprovider"), "--hypothesis-profile=brief", "-m", "not slow and not check"]
-    tests += [f"tests/test_{name}.py" for name in ("op", "op_layout", "precision")]
+    tests += [f"tests/test_{name}.py" for name in ("op", "op_layout", "precision", "softmax")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *tests],
         env=environment, capture_output=True, text=True, check=False, cwd=ROOT,

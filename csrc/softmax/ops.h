@@ -3,7 +3,7 @@
 //
 // A backend is a type with
 //   kMostChunk                          the longest chunk that its kernels support
-//   segment(sizes)                      its choice of segment, for calls with segment -1
+//   segment(sizes)                      from HeadSizes, its choice of segment, for calls with segment -1
 //   forward(scan, like), backward(scan, like)
 //                                       run a HeadScan on the device of `like`
 #pragma once
@@ -12,6 +12,10 @@
 #include "scan.h"
 
 namespace mru::softmax {
+
+struct HeadSizes : Sizes {
+  int64_t heads;
+};
 
 struct Arguments {
   const Tensor& score;
@@ -45,7 +49,8 @@ class BoundHeads {
     MRU_EXPECT(arguments.segment >= -1 && arguments.segment <= kMostElements,
                "segment: expected -1 for the backend's own choice, 0 or a number of steps up to 2^60, got ",
                arguments.segment);
-    const Sizes sizes{scan.sequences, scan.batch * scan.time, scan.channels, element_bytes(scan.dtype)};
+    const HeadSizes sizes{{scan.sequences, scan.batch * scan.time, scan.channels, element_bytes(scan.dtype)},
+                          scan.heads};
     const int64_t segment = arguments.segment < 0 ? Backend::segment(sizes) : arguments.segment;
     scan.segment = ceil_div(segment, scan.chunk) * scan.chunk;
     scan.checkpoint_rows = scan.time > 0 ? (scan.time - 1) / scan.chunk : 0;

@@ -5,7 +5,7 @@
 //
 // Everything is a template over a value type V: a scalar (one CUDA thread) or a vector of lanes (CPU); see lanes.h. A head's
 // values are the same for all its channels: Weight, Share, Piece. The order of operations decides the precision, and a weight
-// that is 0 or 1 must copy a value bit for bit, so nothing here may be reordered or fused.
+// that is 0 or 1 must copy a value bit for bit, so nothing here may be reordered, or fused but by `multiply_add`.
 #pragma once
 #include <limits>
 
@@ -29,6 +29,8 @@ struct Functions {
   }
   static MRU_INLINE V log(V x) { return std::log(x); }
   static MRU_INLINE V log1p(V x) { return std::log1p(x); }
+  // a b + c, rounded once or twice.
+  static MRU_INLINE V multiply_add(V a, V b, V c) { return a * b + c; }
   static MRU_INLINE bool has_sign(V x) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(V) == 4) return __float_as_int(x) < 0;
@@ -92,20 +94,20 @@ struct Share {
 template <class V>
 MRU_INLINE Share<V> share(V gap, V q) {
   const auto newer = gap > zero<V>();
-  const V e = Functions<V>::exp(-Lanes<V>::abs(gap));
+  const V e = Functions<V>::exp(-Lanes<V>::abs(gap)), shrunk = e * q;
+  const V past = newer ? shrunk : q;
   Share<V> s;
   s.a = newer ? e : splat<V>(1);
   s.b = newer ? splat<V>(1) : e;
-  const V past = s.a * q;
   s.total = past + s.b;
   s.r = inverse(s.total);
-  s.k = newer ? -(past * s.r) : s.b * s.r;
+  s.k = (newer ? shrunk : e) * (newer ? -s.r : s.r);
   return s;
 }
 // The mean. A part of 0 copies the other value.
 template <class V>
 MRU_INLINE V mix(V k, V mean, V v) {
-  return (Functions<V>::has_sign(k) ? v : mean) + k * (v - mean);
+  return Functions<V>::multiply_add(k, v - mean, Functions<V>::has_sign(k) ? v : mean);
 }
 
 // x - hi - lo, for a score x; a masked one, -inf, is that far from anything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -46,7 +47,8 @@ def check(score, value, heads: int, decay, bonus, initial_state, cu_seqlens, fir
         name = "value" if value is not None else first
         raise ValueError(f"{name}: expected channels that {heads} heads divide, got {channels}")
     batch, time, _ = score.shape
-    if batch * time * (heads + channels) > checks.MOST_ELEMENTS:
+    # Not a bound of a length that is traced.
+    if not torch.compiler.is_compiling() and batch * time * (heads + channels) > checks.MOST_ELEMENTS:
         raise ValueError(f"{first}: expected a size that 64 bits can address, got shape {list(score.shape)}")
     if isinstance(decay, Tensor) and decay.dim() != 1:
         checks.tensor("decay", decay, 3, "[heads] or [batch, time, heads]")

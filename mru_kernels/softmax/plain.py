@@ -45,27 +45,26 @@ def scan(
     if initial_state is None:
         sequences = score.shape[0] if offsets is None else len(offsets) - 1
         initial_state = empty_state(score, sequences, value.shape[-1], heads)
-    streams = [t if t is None else t.to(dtype) for t in (score, value, decay, bonus)]
-    state = initial_state.to(dtype)
+    s, v, state = score.to(dtype), value.to(dtype), initial_state.to(dtype)
+    decay, bonus = (t if t is None else t.to(dtype) for t in (decay, bonus))
     if offsets is None:
-        y, final = _loop(*streams, state, reverse, chunk)
+        y, final = _loop(s, v, decay, bonus, state, reverse, chunk)
         return y.to(value.dtype), final
-    parts = [_loop(*_between(streams, 0, 0), state[:0], reverse, chunk)]  # there may be no sequence
-    for n, (start, stop) in enumerate(pairwise(offsets)):
-        parts.append(_loop(*_between(streams, start, stop), state[n : n + 1], reverse, chunk))
+    parts = []
+    for n, (start, stop) in enumerate(((0, 0), *pairwise(offsets)), -1):  # the first: there may be no sequence
+        of_state = state[max(n, 0) : n + 1]
+        decays = decay[:, start:stop] if decay is not None and decay.dim() == 3 else decay
+        parts.append(_loop(s[:, start:stop], v[:, start:stop], decays, bonus, of_state, reverse, chunk))
     ys, finals = zip(*parts, strict=True)
-    return torch.cat([y.expand(1, -1, -1) for y in ys[1:]] or [value[:, :0]], 1).to(value.dtype), torch.cat(finals)
-
-
-def _between(streams: list[Tensor | None], start: int, stop: int) -> list[Tensor | None]:
-    return [t[:, start:stop] if t is not None and t.dim() == 3 else t for t in streams]
+    return torch.cat(ys, 1).to(value.dtype), torch.cat(finals)
 
 
 def _loop(score, value, decay, bonus, state: Tensor, reverse: bool, chunk: int) -> tuple[Tensor, Tensor]:
     """Return y `[B, T, D]` and the final state of sequences that all have T steps."""
     heads, time = score.shape[-1], score.shape[1]
     if time == 0 or heads == 0:
-        return value + score.sum() * 0, state.clone()
+        mean, high, low = split_state(state, heads)
+        return value + score.sum() * 0, join_state(mean, high + (low - low.detach()), low.detach())
     past, outputs = _open(state, heads), []
     bonus = None if bonus is None else bonus.unsqueeze(-1)
     for position in range(time):

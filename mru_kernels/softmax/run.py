@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ SEGMENT = -1  # the argument of every call: the backend chooses. Tests set other
 _TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and calls the first, which is this backend's
 
 
-def run(arguments: tuple, chunk_size: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
+def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
     """Return y `[B, T, D]` and the final state `[N, D + 2 H]`.
 
     Args:
@@ -33,7 +34,7 @@ def run(arguments: tuple, chunk_size: int | None, backend: str | None) -> tuple[
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row)
     if row.plain:
-        return plain.scan(*arguments, chunk)
+        return plain.scan(*(*arguments, chunk))
     inputs = differentiable_inputs(arguments)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     compiling = torch.compiler.is_compiling()

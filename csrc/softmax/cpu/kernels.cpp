@@ -272,7 +272,7 @@ void summarize(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t
 
 // ------------------------------------------------------------------------------------------------ backward
 
-// What the adjoint needs of the steps of a chunk: rows [chunk][width] of heads. `e` is signed: its sign bit says that the past
+// What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. `e` is signed: its sign bit says that the past
 // has it as its share a, and else the step as b. `read_e` and `read_r` belong to a bonus.
 template <class F>
 struct Records {
@@ -281,7 +281,7 @@ struct Records {
   S* rows;
   int64_t chunk, width;
 
-  MRU_INLINE S* at(int row, int64_t t) const { return rows + (row * chunk + t) * width; }
+  MRU_INLINE S* at(int row, int64_t t) const { return rows + (t * kHeadRows + row) * width; }
   S* end() const { return rows + kHeadRows * chunk * width; }
 
   struct Step {
@@ -450,6 +450,8 @@ void backward_own(const Inputs<F>& in, const Steps<const typename F::T>& grads, 
     for (int64_t t = end - 1; t >= begin; --t) {
       const auto s = records.get(lanes, t - begin, 0);
       const V v = in.value_at(lanes, j, t), mean = load_raw<V>(Full<N>{}, means + (t - begin) * N);
+      __builtin_prefetch(heads.scores.row(t - records.chunk) + j, 1, 3);  // in the chunk to the left
+      __builtin_prefetch(grad_values.row(t - records.chunk) + j, 1, 3);
       Terms<F> terms;
       store(lanes, grad_values.row(t) + j, pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms));
       heads.write(lanes, t, j, s, terms, partial);
@@ -519,6 +521,9 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
       for (int64_t t = steps - 1; t >= 0; --t) {
         const V v = in.value_at(lanes, d, begin + t), mean = load_raw<V>(Full<N>{}, means + t * N);
         const V grad = load(lanes, grads.row(begin + t) + d);
+        const int64_t next = begin + t - records.chunk;  // in the chunk to the left
+        prefetch(in.values.row(next) + d), prefetch(grads.row(next) + d);
+        __builtin_prefetch(grad_values.row(next) + d, 1, 3);
         Terms<F> own;
         store(lanes, grad_values.row(begin + t) + d, pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own));
         add_part<F>(lanes, part(0, t), g, own.score);

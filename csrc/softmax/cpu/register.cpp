@@ -43,13 +43,18 @@ class Rows {
   std::vector<char> bytes_;
 };
 
+// The fewest heads of a block.
+constexpr int64_t least_heads(int64_t group, int64_t bytes) {
+  return std::max<int64_t>(kLeastBlockBytes / (bytes * std::max<int64_t>(group, 1)), 1);
+}
+
 // Calls f(item, h0, h1, scratch) for every item and block of heads [h0, h1), on several threads.
 template <class F>
 void for_heads(const HeadScan& scan, int64_t items, const F& f) {
   if (items == 0) return;
   const int64_t bytes = state_bytes(scan.dtype), group = std::max<int64_t>(scan.channels / scan.heads, 1);
   const int64_t most = std::max<int64_t>(kBlockBytes / (bytes * group), 1);
-  const int64_t least = std::max<int64_t>(kLeastBlockBytes / (bytes * group), 1);
+  const int64_t least = least_heads(group, bytes);
   const int64_t wanted = ceil_div(torch::stable::get_num_threads(), items);
   int64_t width = std::clamp(ceil_div(scan.heads, wanted), least, most);
   if (width > kMostLanes) width = ceil_div(width, kMostLanes) * kMostLanes;
@@ -227,7 +232,18 @@ void run_backward(HeadScan scan) {
 
 struct Cpu {
   static constexpr int64_t kMostChunk = 4096;
-  static int64_t segment(const Sizes&) { return 0; }
+
+  // In steps; 0 to scan each sequence as a whole.
+  static int64_t segment(const HeadSizes& n) {
+    constexpr int64_t kEnough = 4;     // units of work (sequences x blocks); time is cut only below this number
+    constexpr int64_t kSegments = 64;  // most segments of a call
+    constexpr int64_t kLeast = 512;    // least steps of a segment
+    if (n.heads == 0) return 0;
+    const int64_t least = least_heads(n.channels / n.heads, std::max<int64_t>(n.itemsize, sizeof(float)));
+    const int64_t blocks = ceil_div(n.heads, least), units = n.sequences * blocks;
+    if (units >= kEnough || units == 0 || n.steps < 2 * kLeast * n.sequences) return 0;
+    return ceil_div(std::max(n.steps * blocks / kSegments, kLeast), kSegmentUnit) * kSegmentUnit;
+  }
   static void forward(const HeadScan& scan, const Tensor&) { run_forward(scan); }
   static void backward(const HeadScan& scan, const Tensor&) { run_backward(scan); }
 };
