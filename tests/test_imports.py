@@ -18,7 +18,7 @@ LAYERS = [
     ["backends"],
     ["checks"],
     ["ops", "mesa_checks", "mesa_fla"],
-    ["cells", "delays", "mesa"],
+    ["cells", "delays", "mesa", "softmax"],
     ["nn", "define"],
     ["blocks", "schedule", "streaming", "distributed", "export", "hardware", "writes"],
 ]
