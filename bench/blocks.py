@@ -155,14 +155,16 @@ def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("blocks"), description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384], metavar="T")
-    parser.add_argument("--steps", type=int, default=512, help="of a block")
-    parser.add_argument("--inner", type=int, default=128, help="of a block inside a block of 8 times --steps")
+    parser.add_argument("--lengths", nargs="+", type=cli.positive, default=[1024, 4096, 16384], metavar="T")
+    parser.add_argument("--steps", type=cli.positive, default=512, help="of a block")
+    parser.add_argument("--inner", type=cli.positive, default=128, help="of a block inside a block of 8 times --steps")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--plot", type=Path, default=Path("build/blocks.png"), metavar="FILE")
     arguments = parser.parse_args(argv)
     if len(arguments.lengths) < 2:
         parser.error("--lengths: expected at least two, which give the growth of the memory with T")
+    if arguments.inner >= 8 * arguments.steps:
+        parser.error(f"--inner: expected fewer than 8 times --steps, got {arguments.inner}")
     if not allocator.RETURNED.items() <= os.environ.items():  # glibc reads them when a process starts
         command = [sys.executable, "-m", f"{__package__}.blocks", *(sys.argv[1:] if argv is None else argv)]
         os.execve(sys.executable, command, os.environ | allocator.RETURNED)

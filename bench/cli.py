@@ -37,6 +37,12 @@ def shape(text: str) -> tuple[int, int, int]:
     return batch, steps, channels
 
 
+def positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"expected a positive int, got {text!r}")
+    return int(text)
+
+
 def device(text: str) -> torch.device:
     try:
         found = torch.device(text)

@@ -71,12 +71,10 @@ def forms(shape: tuple[int, int, int], taps: int, counts: Sequence[int], device:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("delays"), description=__doc__)
     parser.add_argument("--shape", type=cli.shape, default=(4, 1024, 64), metavar="B,T,D")
-    parser.add_argument("--taps", type=int, nargs="+", default=[16, 64, 128, 256, 512])
-    parser.add_argument("--count", type=int, nargs="+", default=[1, 8], help="delays of a channel")
+    parser.add_argument("--taps", type=cli.positive, nargs="+", default=[16, 64, 128, 256, 512])
+    parser.add_argument("--count", type=cli.positive, nargs="+", default=[1, 8], help="delays of a channel")
     parser.add_argument("--device", default="cpu", type=cli.device)
     arguments = parser.parse_args(argv)
-    if min(arguments.taps + arguments.count) < 1:
-        parser.error("--taps, --count: expected positive numbers")
     rows = [("taps", "form", "forward, ms", "spread", "with backward, ms", "spread")]
     for taps in arguments.taps:
         subjects: dict[tuple[str, str], Callable[[], object]] = {}

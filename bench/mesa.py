@@ -71,8 +71,8 @@ def saved(run: Callable[..., Any], leaves: Sequence[Tensor]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("mesa"), description=__doc__)
     parser.add_argument("--shape", type=cli.shape, default=(2, 512, 2), metavar="B,T,H")
-    parser.add_argument("--key-size", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--key-size", type=cli.positive, nargs="+", default=[32, 64])
+    parser.add_argument("--steps", type=cli.positive, default=30)
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument("--fla", action="store_true", help='also backend="fla", which needs a GPU')
     arguments = parser.parse_args(argv)

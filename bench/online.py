@@ -144,7 +144,7 @@ def costs(width: int, batch: int) -> list[list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("online"), description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="1,256", metavar="B,D", help="batch and width of the costs")
-    parser.add_argument("--seeds", type=int, default=3, help="of the errors")
+    parser.add_argument("--seeds", type=cli.positive, default=3, help="of the errors")
     parser.add_argument("--here", type=int, help="print the memory of this row, measured in this process, as JSON")
     arguments = parser.parse_args(argv)
     batch, width = map(int, arguments.shape.split(","))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .nn import WriteOrHold
-from .nn import noise as threshold_noise
 from .nn.arguments import check_number, check_sizes
+from .nn.noise import ThresholdNoise
 from .nn.wrappers import unwrapped
 
 __all__ = ["Robustness", "mismatch", "quantized", "robustness"]
@@ -216,7 +216,8 @@ class _Mismatch:
             raise RuntimeError("mismatch: expected one context at a time for a module and its parts, got a second")
         self._parts = parts
         self._inside.update(map(id, parts))
-        threshold_noise.deviations.update(dict.fromkeys(self._units, self._noise))
+        for unit in self._units:
+            unit._noise = ThresholdNoise(self._noise)
         first = self._module
         self._handles = [
             first.register_forward_pre_hook(self._draw, prepend=True),
@@ -233,7 +234,7 @@ class _Mismatch:
         for handle in self._handles:
             handle.remove()
         for unit in self._units:
-            del threshold_noise.deviations[unit]
+            del unit._noise
         self._inside.difference_update(map(id, self._parts))
         self._handles, self._parts = [], []
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, mesa_fla
+from . import torch_private as private
 from .mesa_checks import check_backend, check_numbers, check_state, check_tensors
 from .scalars import has_value
 
@@ -77,6 +78,7 @@ def mesa(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+        NotImplementedError: a forward-mode derivative is taken.
         RuntimeError: "fla" is not installed, does not take such a call, or computes something else.
 
     Example::
@@ -101,6 +103,8 @@ def mesa(
     else:
         check_state("initial_state", initial_state, q, v, sequences)
     kk, kv = (s.to(dtype) for s in initial_state)
+    if any(map(private.has_tangent, (q, k, v, decay, beta, regularizer, kk, kv))):
+        raise NotImplementedError("mesa: there is no forward-mode derivative (jvp, jacfwd, hessian)")
     if cu_seqlens is not None:
         checks.offsets(cu_seqlens, q.shape[1])
     if backend == "fla":
@@ -293,10 +297,6 @@ class _Mesa(torch.autograd.Function):
         ctx.options = inputs[-1]
         ctx.mark_non_differentiable(taken, x)
         ctx.save_for_backward(*inputs[1:-1], x)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("mesa: there is no forward mode (torch.func.jvp, torch.autograd.forward_ad)")
 
     @staticmethod
     @once_differentiable

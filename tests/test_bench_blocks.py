@@ -42,7 +42,13 @@ def test_the_longest_is_cut_to_two_digits():
 
 
 def test_bad_arguments(capsys):
-    for argv, reason in ((["--lengths", "16"], "at least two"), (["--policies", "triple"], "invalid choice")):
+    for argv, reason in (
+        (["--lengths", "16"], "at least two"),
+        (["--lengths", "0", "16"], "argument --lengths: expected a positive int, got '0'"),
+        (["--steps", "-1"], "argument --steps: expected a positive int, got '-1'"),
+        (["--steps", "16", "--inner", "128"], "--inner: expected fewer than 8 times --steps, got 128"),
+        (["--policies", "triple"], "invalid choice"),
+    ):
         with pytest.raises(SystemExit):
             blocks.main(argv)
         assert reason in capsys.readouterr().err

@@ -41,4 +41,4 @@ def test_the_forms_compute_the_same(taps):
 def test_bad_arguments(capsys):
     with pytest.raises(SystemExit):
         delays.main(["--taps", "0"])
-    assert "--taps, --count: expected positive numbers" in capsys.readouterr().err
+    assert "argument --taps: expected a positive int, got '0'" in capsys.readouterr().err

@@ -293,7 +293,7 @@ def test_compile(taps, dtype, packed):
         ({"reach": 0.0}, ValueError, "reach: expected a positive number, got 0.0"),
         ({"reach": math.nan}, ValueError, "reach: expected a positive number, got nan"),
         ({"reach": "6"}, TypeError, "reach: expected a number, got str"),
-        ({"sigma": 0.0}, ValueError, "sigma: expected a positive number, got 0.0"),
+        ({"sigma": 0.0}, ValueError, "sigma: expected a finite number of at least 1e-30, got 0.0"),
         ({"sigma": None}, TypeError, "sigma: expected a tensor or a number, got NoneType"),
         ({"sigma": drawn(4, 2)}, ValueError, r"sigma: expected shape \[4, 3\] \[channels, count\], got \[4, 2\]"),
         ({"position": drawn(4)}, ValueError, r"position: expected 2 dimensions \[channels, count\]"),

@@ -244,7 +244,7 @@ def test_a_layer_learns_its_delays(first_sigma, is_learned):
         ({"delay": {}}, TypeError, "DelayConv: .*taps"),
         ({"delay": {"taps": 0}}, ValueError, "taps: expected a positive int, got 0"),
         ({"delay": {"taps": 8, "count": 1.0}}, TypeError, "count: expected an int, got float"),
-        ({"delay": {"taps": 8, "sigma": 0}}, ValueError, "sigma: expected a positive number, got 0"),
+        ({"delay": {"taps": 8, "sigma": 0}}, ValueError, "sigma: expected a finite number of at least 1e-30, got 0"),
         ({"delay": {"taps": 8, "sigma": "1"}}, TypeError, "sigma: expected a float, got str"),
         ({"delay": {"taps": 8, "learn_sigma": 1}}, TypeError, "learn_sigma: expected a bool, got int"),
         ({"delay": {"taps": 8, "counts": 1}}, TypeError, "DelayConv: unknown argument 'counts'; did you mean 'count'"),

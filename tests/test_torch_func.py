@@ -1,4 +1,4 @@
-"""The ops under torch.func. tests/test_derivatives.py has forward mode and second derivatives."""
+"""The ops under torch.func. tests/test_forward_mode.py has forward mode and second derivatives."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, ops
-from . import noise
 from .arguments import check_input_dtype
+from .noise import ThresholdNoise
 from .parameters import UnitParameters
 
 
 class UnitScan(UnitParameters):
     """The parts of a scan that whole sequences and single steps share. `MRUBase` describes what a unit overrides."""
+
+    _noise: ThresholdNoise | None = None  # set within `mru_kernels.mismatch`
 
     def _scan(
         self,
@@ -42,7 +44,7 @@ class UnitScan(UnitParameters):
             gates = F.linear(x, *self._gate_weights(p))
         else:
             gates = module(x) if "bias_ih" not in p else module(x) + self._bias(p)
-        return noise.added(self, gates) if noise.deviations else gates
+        return gates if self._noise is None else self._noise.added(self, gates)
 
     def _gate_weights(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The weight `[gates * D, features]` and bias `[gates * D]` of the map from a scan's input to its gates."""

@@ -108,17 +108,22 @@ def scan(
     )  # fmt: skip
     if compiling or tracing or private.transforms_active():
         results = cell.forward[row.name](*arguments)
-        return _results(results, first, chunk, boundaries)
+    else:
+        results = _run(cell, row.name, arguments, differentiated)
+    return _results(results, first, chunk, boundaries)
+
+
+def _run(cell: Cell, backend: str, arguments: tuple, differentiated: bool) -> Sequence[Tensor]:
+    """The results of the op in an eager call."""
     try:
         if differentiated or private.in_forward_mode():  # what the autograd kernel does, without the dispatcher
-            results = Scan.apply(cell, row.name, arguments, *differentiable_inputs(cell, arguments))
-        else:
-            with private.BelowAutograd():
-                results = cell.forward[row.name](*arguments)
+            return Scan.apply(cell, backend, arguments, *differentiable_inputs(cell, arguments))
+        with private.BelowAutograd():
+            return cell.forward[backend](*arguments)
     except RuntimeError as error:
+        inputs, given, packed, _, _, cu_seqlens, _, _, _, chunk, segment, save = arguments
         raise_as_torch(error, allocate, cell, inputs, given, packed, cu_seqlens, chunk, segment, save)
         raise
-    return _results(results, first, chunk, boundaries)
 
 
 def _results(results: Sequence[Tensor], first: Tensor, chunk: int, boundaries: bool) -> tuple[Tensor, ...]:
