@@ -59,9 +59,7 @@ class Mutant:
 
 
 #: The files of the tests that run on a mutant.
-TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif", "resonate", "softmax")
-)
+TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif", "resonate", "softmax"))
 
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"

@@ -248,7 +248,8 @@ class OnlyScans(mk.nn.MRUBase):
         return mk.linear_recurrence(decay, gates, initial_state, **options)
 
 
-UNITS = [mk.BMRU, mk.CMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU, mk.MinGRU, mk.MinLSTM, mk.LIF, mk.Aaren, mk.LRU, OnlyScans]
+BISTABLE = [mk.BMRU, mk.CMRU, mk.AlphaCMRU, mk.FirstQuadrantBMRU]
+UNITS = [*BISTABLE, mk.MinGRU, mk.MinLSTM, mk.LIF, mk.Aaren, mk.LRU, OnlyScans]
 
 
 def network() -> mk.MRUNetwork:

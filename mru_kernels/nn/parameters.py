@@ -29,8 +29,10 @@ class UnitParameters(torch.nn.Module):
     """The names in `per_channel` that change the output and not the state."""
 
     has_traces: ClassVar[bool] = True
-    """Whether `stream(gradient="traces")` takes the unit: its states are `[B, hidden_size]`, and its gates and inputs per
-    channel are complex if the state is."""
+    """Whether `stream(gradient="traces")` takes the unit.
+
+    Its states are `[B, hidden_size]`, and its gates and inputs per channel are complex if the state is.
+    """
 
     initial_state_values: ClassVar[tuple[float, float]] = (0.0, 0.0)
     """The two values from which a learned initial state is drawn."""
