@@ -95,7 +95,7 @@ class BoundHeads {
   void bind_streams(const Arguments& arguments) {
     type = first.scalar_type();
     state = state_type(type);
-    scan.dtype = dtype_of(type);
+    scan.dtype = dtype_of(type), scan.state = dtype_of(state);
     MRU_EXPECT(!is_complex(scan.dtype), "score: expected float32, float64, bfloat16 or float16");
     if (arguments.value) {
       MRU_EXPECT(arguments.value->dim() == 3 && arguments.value->scalar_type() == type,

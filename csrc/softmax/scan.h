@@ -12,6 +12,8 @@ enum { kScore, kValue, kDecay, kBonus };
 // A Scan of D channels in heads: head h has the channels [h D / H, (h + 1) D / H).
 struct HeadScan : Scan {
   int64_t heads = 0;
+
+  int64_t state_bytes() const { return element_bytes(state); }
 };
 
 }  // namespace mru::softmax

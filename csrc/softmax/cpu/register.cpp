@@ -30,13 +30,13 @@ const HeadKernels& choose(const HeadScan& scan) {
 }
 
 int64_t state_columns(const HeadScan& scan) { return scan.channels + 2 * scan.heads; }
-int64_t state_row_bytes(const HeadScan& scan) { return state_columns(scan) * state_bytes(scan.dtype); }
+int64_t state_row_bytes(const HeadScan& scan) { return state_columns(scan) * scan.state_bytes(); }
 
 // Rows of `columns` elements in the state dtype, zeros at first.
 class Rows {
  public:
   Rows(const HeadScan& scan, int64_t rows, int64_t columns)
-      : row_(columns * state_bytes(scan.dtype)), bytes_(rows * row_) {}
+      : row_(columns * scan.state_bytes()), bytes_(rows * row_) {}
   char* at(int64_t row) { return bytes_.data() + row * row_; }
 
  private:
@@ -54,7 +54,7 @@ constexpr int64_t least_heads(int64_t group, int64_t bytes) {
 template <class F>
 void for_heads(const HeadScan& scan, int64_t items, int64_t block_bytes, const F& f) {
   if (items == 0) return;
-  const int64_t bytes = state_bytes(scan.dtype), group = std::max<int64_t>(scan.channels / scan.heads, 1);
+  const int64_t bytes = scan.state_bytes(), group = std::max<int64_t>(scan.channels / scan.heads, 1);
   const int64_t most = std::max<int64_t>(block_bytes / (bytes * group), 1);
   const int64_t least = least_heads(group, bytes);
   const int64_t wanted = ceil_div(torch::stable::get_num_threads(), items);
@@ -225,9 +225,9 @@ void run_backward(HeadScan scan) {
   }
   pass.finish();
   // The gradient of z is that of Z.
-  const int64_t heads = scan.heads * state_bytes(scan.dtype);
+  const int64_t heads = scan.heads * scan.state_bytes();
   for (int64_t n = 0; n < scan.sequences; ++n) {
-    char* const of_Z = row_of(scan.grad_initial, scan, n) + scan.channels * state_bytes(scan.dtype);
+    char* const of_Z = row_of(scan.grad_initial, scan, n) + scan.channels * scan.state_bytes();
     std::memcpy(of_Z + heads, of_Z, heads);
   }
 }

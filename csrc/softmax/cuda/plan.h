@@ -54,7 +54,7 @@ struct Plan {
       warps = ceil_div(scan.heads * parts, kWarp / lanes);
     }
     across = Divisor(std::max<int64_t>(group > 1 ? warps : scan.channels / width, 1));
-    const int64_t size = state_bytes(scan.dtype), heads = scan.heads;
+    const int64_t size = scan.state_bytes(), heads = scan.heads;
     const auto place = [&](int64_t elements) {
       const int64_t at = bytes_;
       bytes_ += ceil_div(elements * size, 16) * 16;

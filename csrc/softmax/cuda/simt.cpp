@@ -25,7 +25,7 @@ struct Simt {
     using namespace mru::softmax;
     for (const int i : {int(kScore), int(kValue), int(kDecay)})
       simt::poison(scan, scan.grad_in[i], i == kValue ? scan.channels : scan.heads);
-    for (void* const grad : scan.grad_channel) simt::poison(grad, scan.heads * mru::state_bytes(scan.dtype));
+    for (void* const grad : scan.grad_channel) simt::poison(grad, scan.heads * scan.state_bytes());
     simt::poison(scan.grad_initial, scan.sequences * row_bytes(scan));
     simt::launch(kernels(scan.dtype).workspace_bytes(scan, true),
                  [&](void* work) { return kernels(scan.dtype).backward(scan, work, nullptr); });
@@ -33,7 +33,7 @@ struct Simt {
 
  private:
   static int64_t row_bytes(const HeadScan& scan) {
-    return (scan.channels + 2 * scan.heads) * mru::state_bytes(scan.dtype);
+    return (scan.channels + 2 * scan.heads) * scan.state_bytes();
   }
 };
 
