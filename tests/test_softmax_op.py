@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
+from mru_kernels import ops
 from mru_kernels.softmax import empty_state, run, scan_gates
 from mru_kernels.softmax.registration import BACKWARD, FORWARD
 from tests.softmax_calls import draw, leaves, scan
@@ -232,3 +233,8 @@ def test_backends_without_kernels_are_refused():
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run this call"):
         mk.softmax_recurrence(SCORE, VALUE, backend="cuda")
     assert "cpu" in run._with_kernels()
+
+
+def test_sequence_parallelism_is_refused():
+    with ops.as_maps(), pytest.raises(RuntimeError, match="no sequence parallelism"):
+        mk.softmax_recurrence(SCORE, VALUE)

@@ -40,6 +40,11 @@ def as_maps() -> Iterator[None]:
         _wanted.maps = before
 
 
+def wants_maps() -> bool:
+    """Whether `as_maps` is entered in this thread."""
+    return _wanted.maps
+
+
 def scan(
     cell: Cell,
     inputs: list[Tensor],

@@ -144,13 +144,11 @@ class SoftmaxScan(torch.autograd.Function):
         cu_seqlens, *borders = ctx.saved_tensors[count:]
         call = dict.fromkeys(_CALL) | ctx.rest | {"cu_seqlens": cu_seqlens}
         call |= dict(zip(ctx.given, ctx.saved_tensors[:count], strict=True))
-        y, final, *_ = allocated = (grad_y, grad_final)
-        if y is None or final is None:
-            with torch.device(call["score"].device):
-                y, final = _zeros(call, *allocated)
+        if grad_y is None or grad_final is None:
+            grad_y, grad_final = _zeros(call, grad_y, grad_final)
         if not borders:
             borders = FORWARD[ctx.backend](*(call[name] for name in _CALL), True)[2:]
-        grads = BACKWARD[ctx.backend](y, final, *(call[name] for name in _CALL), *borders)
+        grads = BACKWARD[ctx.backend](grad_y, grad_final, *(call[name] for name in _CALL), *borders)
         return None, None, *grads
 
     @staticmethod
@@ -209,9 +207,10 @@ def _folded(size: int, values: dict, dims: dict) -> tuple[dict, int]:
     if dims["cu_seqlens"] is not None:
         raise ValueError("cu_seqlens: expected one tensor for the whole batch, got one that vmap maps over")
     score, value = values["score"], values["value"]
-    heads = (values["heads"] if value is None else score.shape[-1]) if dims["score"] is None else None
-    if heads is None:
-        heads = values["heads"] if value is None else score.movedim(dims["score"], 0).shape[-1]
+    if value is None:
+        heads = values["heads"]
+    else:
+        heads = (score if dims["score"] is None else score.movedim(dims["score"], 0)).shape[-1]
     folded = dict(values)
     for name, t in values.items():
         if not isinstance(t, Tensor) or name == "cu_seqlens":

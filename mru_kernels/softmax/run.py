@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from .. import torch_private as private
+from ..ops import entry
 from ..ops.autograd import raise_as_torch
 from . import plain
 from .layout import allocate, chunk_sizes
@@ -34,6 +35,8 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
     chunk = chunk_size or backends.CHUNK
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row, None if row.plain else chunk_sizes(row.name))
+    if entry.wants_maps():
+        raise RuntimeError(f"backend: {row.name!r} cannot run this call: it has no sequence parallelism")
     if row.plain:
         return plain.scan(*(*arguments, chunk))
     inputs = differentiable_inputs(arguments)
