@@ -273,7 +273,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch"])
-@pytest.mark.parametrize(("changed", "error", "message"), BAD, ids=str)
+@pytest.mark.parametrize(("changed", "error", "message"), BAD, ids=[message for *_, message in BAD])
 def test_bad_input_names_the_argument(changed, error, message, name):
     with pytest.raises(error, match=message):
         mk.lif(**GOOD | changed, backend=name)
