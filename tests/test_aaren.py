@@ -166,6 +166,7 @@ def test_half_precision_and_autocast():
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("learned", [False, True])
 def test_compiled_and_exported(learned):
     module, x = make(3, 4, num_heads=2, learn_initial_state=learned), random(2, 5, 3)

@@ -317,6 +317,7 @@ def test_bad_checkpoints(change, error, match):
 # ------------------------------------------------------------------------------------------------ tools, bad input
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["time", "channel"])
 def test_compiled_and_exported(name):
     module, x = drawn(MODULES[name]()), sequence(name, 3)

@@ -25,9 +25,15 @@ def op_arguments(packed=False, decay="stream", cu_seqlens=None, save=True):
     return [score, value, heads, call["decay"], call["bonus"], call["initial_state"], cu_seqlens, False, 16, -1, save]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("decay", ["head", "stream"])
-@pytest.mark.parametrize("offsets", [None, [0, 15, 15, 40]])
+@pytest.mark.parametrize(
+    ("packed", "decay", "offsets"),
+    [
+        (False, "head", None),
+        (True, "stream", None),
+        (False, "stream", [0, 15, 15, 40]),
+        (True, "head", [0, 15, 15, 40]),
+    ],
+)
 def test_opcheck(packed, decay, offsets):
     cu_seqlens = None if offsets is None else torch.tensor(offsets)
     arguments = op_arguments(packed, decay, cu_seqlens)
