@@ -86,12 +86,17 @@ def scans(draw, cell: ops.Cell, device: torch.device) -> dict[str, Any]:
     fits = batch * time * channels * len(streams) <= checks.MOST_ELEMENTS
     packed = streams if len(streams) > 1 and fits and draw(st.booleans()) else []
     shape = (batch, time, channels * (len(packed) or 1))
-    arrays = {name: one.expand(shape if name in streams else (channels,)) for name in names if name not in packed}
+    dtypes = {name: checks.complex_dtype(torch.float32) if name in cell.complex_names else one.dtype for name in names}
+    arrays = {
+        name: one.to(dtypes[name]).expand(shape if name in streams else (channels,))
+        for name in names
+        if name not in packed
+    }
     if packed:
         arrays = {"gates": one.expand(shape), **arrays}
     arrays = {name: t.requires_grad_(draw(st.booleans())) if t.dim() == 3 else t for name, t in arrays.items()}
     cu_seqlens = torch.tensor([0, time // 2, time], device=device) if batch == 1 and draw(st.booleans()) else None
-    state = one.float().expand(batch if cu_seqlens is None else 2, channels)
+    state = one.to(cell.state_dtype(one.dtype)).expand(batch if cu_seqlens is None else 2, channels)
     resets = reset_state = None
     if batch * time < 2**20 and draw(st.booleans()):  # the kernels need a dense mask
         resets = torch.ones((), dtype=torch.bool, device=device).expand(batch, time)
@@ -120,10 +125,11 @@ def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[st
     return scan | grads | {"grad_checkpoints": given[2]}
 
 
-def step_of(scan: dict[str, Any]) -> dict[str, Any]:
+def step_of(cell: ops.Cell, scan: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the step op from those of a forward op. Packed gates may have the wrong shape."""
     inputs = [t.detach().new_ones(()).expand(t.shape[0], t.shape[2]) if t.dim() == 3 else t for t in scan["inputs"]]
-    return scan | {"inputs": inputs, "state": inputs[0].new_ones((), dtype=torch.float32).expand(inputs[0].shape)}
+    state = inputs[0].new_ones((), dtype=cell.state_dtype(inputs[0].dtype)).expand(inputs[0].shape)
+    return scan | {"inputs": inputs, "state": state}
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "step", "map"])
@@ -138,7 +144,7 @@ def test_a_hostile_call_raises_or_gives_the_right_shapes(backend, device, cell, 
             arguments["inputs"] = [t.detach() for t in arguments["inputs"]]
         arguments = backward_of(cell.forward[backend], arguments)
     elif kind == "step":
-        arguments = step_of(arguments)
+        arguments = step_of(cell, arguments)
     types = {argument.name: str(argument.type) for argument in op._schema.arguments}
     changed = data.draw(st.lists(st.sampled_from(list(types)), max_size=3))
     refused = kind == "map" and not cell.composes

@@ -35,12 +35,14 @@ def mode_of(number: float) -> Mode:
 def _gates(x, p):
     input, decay, gain, threshold = x
     # A NaN threshold is one of the state.
-    return torch.where(threshold.isnan(), threshold, decay), gain * input
+    return torch.where(threshold.isnan(), threshold, decay), gain.real * input.real
 
 
 def _step(gates, u, p):
     decay, update = gates
-    return decay * u + update
+    turned = decay * u
+    # No sum of complex numbers: that of torch makes an infinite part NaN in the other.
+    return torch.complex(turned.real + update, turned.imag)
 
 
 def _output(x, u, p):
