@@ -1,0 +1,315 @@
+// The backward pass over a segment of time: a chunk is scanned again with its records kept, then its adjoint from the right.
+#pragma once
+#include "../../sum.h"
+#include "rows.h"
+
+namespace mru::softmax {
+namespace {
+
+// What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. `e` is signed: its sign bit says that the past
+// has it as its share a, and else the step as b. `read_e` and `read_r` belong to a bonus.
+template <class F>
+struct Records {
+  using S = typename F::S;
+  using V = typename F::V;
+  S* rows;
+  int64_t chunk, width;
+
+  MRU_INLINE S* at(int row, int64_t t) const { return rows + (t * kHeadRows + row) * width; }
+  S* end() const { return rows + kHeadRows * chunk * width; }
+
+  struct Step {
+    V e, r, q, read_e, read_r;
+  };
+  template <class L>
+  MRU_INLINE void put(L lanes, int64_t t, int64_t j, const Step& s) const {
+    store(lanes, at(0, t) + j, s.e), store(lanes, at(1, t) + j, s.r), store(lanes, at(2, t) + j, s.q);
+    if constexpr (F::kBonus) store(lanes, at(3, t) + j, s.read_e), store(lanes, at(4, t) + j, s.read_r);
+  }
+  template <class L>
+  MRU_INLINE Step get(L lanes, int64_t t, int64_t j) const {
+    Step s{load(lanes, at(0, t) + j), load(lanes, at(1, t) + j), load(lanes, at(2, t) + j), V{}, V{}};
+    if constexpr (F::kBonus) s.read_e = load(lanes, at(3, t) + j), s.read_r = load(lanes, at(4, t) + j);
+    return s;
+  }
+  // The record of one head in all lanes.
+  MRU_INLINE Step all(int64_t t, int64_t h) const {
+    Step s{splat<V>(at(0, t)[h]), splat<V>(at(1, t)[h]), splat<V>(at(2, t)[h]), V{}, V{}};
+    if constexpr (F::kBonus) s.read_e = splat<V>(at(3, t)[h]), s.read_r = splat<V>(at(4, t)[h]);
+    return s;
+  }
+};
+
+// The factors of a Share from a record.
+template <class V>
+struct Factors {
+  V a, b;
+  MRU_INLINE explicit Factors(V e)
+      : a(Functions<V>::has_sign(e) ? Lanes<V>::abs(e) : splat<V>(1)), b(Functions<V>::has_sign(e) ? splat<V>(1) : e) {}
+};
+template <class V>
+MRU_INLINE V k_of(V e, V r, V q) {
+  return Functions<V>::has_sign(e) ? -((Lanes<V>::abs(e) * q) * r) : e * r;
+}
+template <class V>
+MRU_INLINE V e_of(const Share<V>& s) {
+  return Functions<V>::has_sign(s.k) ? -s.a : s.b;
+}
+
+// Scans the heads of a chunk and keeps the records. kOwn: also the means, `means` [chunk][kLanes].
+template <class F, bool kOwn, class L>
+MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, int64_t end, const Records<F>& records,
+                       int64_t column, const typename F::S* mean, const Steps<const typename F::T>& grads,
+                       typename F::S* means, Weight<typename F::V>& w) {
+  using V = typename F::V;
+  V mean_now;
+  if constexpr (kOwn) mean_now = load(lanes, mean + j);
+  const V bonus = in.bonus_at(lanes, j);
+  for (int64_t t = begin; t < end; ++t) {
+    const V score = in.score_at(lanes, j, t);
+    typename Records<F>::Step s;
+    s.q = w.q;
+    if constexpr (F::kBonus) {
+      const Share<V> reads = read(score, bonus, w);
+      s.read_e = e_of(reads), s.read_r = reads.r;
+    }
+    const Share<V> share = update<F::kDecay>(score, in.decay_at(lanes, j, t), w);
+    s.e = e_of(share), s.r = share.r;
+    records.put(lanes, t - begin, column, s);
+    if constexpr (kOwn) {
+      store_raw(Full<F::kLanes>{}, means + (t - begin) * F::kLanes, mean_now);
+      mean_now = mix(share.k, mean_now, in.value_at(lanes, j, t));
+      const int64_t next = t - records.chunk;  // in the chunk to the left
+      prefetch(in.scores.row(next) + j), prefetch(in.values.row(next) + j), prefetch(grads.row(next) + j);
+    }
+  }
+  if constexpr (kOwn) store_raw(Full<F::kLanes>{}, means + (end - begin) * F::kLanes, mean_now);
+}
+
+// What a step gives to the gradients of its head, before it is summed over the channels.
+template <class F>
+struct Terms {
+  typename F::V score{}, decay{}, bonus{};
+};
+// Takes the adjoint of a vector of channels through a step from the right, and returns dL/dv.
+template <class F>
+MRU_INLINE typename F::V pull(const typename Records<F>::Step& s, typename F::V v, typename F::V mean,
+                              typename F::V after, typename F::V g, Adjoint<typename F::V>& adjoint, Terms<F>& terms) {
+  using V = typename F::V;
+  const Factors<V> step(s.e);
+  if constexpr (!F::kBonus) add_read(adjoint, splat<V>(1), g * s.r, after);
+  terms.score = of_score(adjoint, v);
+  if constexpr (F::kDecay) terms.decay = of_score(adjoint, mean);
+  V dv = step.b * adjoint.lambda;
+  pass(adjoint, step.a);
+  if constexpr (F::kBonus) {
+    const Factors<V> reads(s.read_e);
+    const V y = mix(k_of(s.read_e, s.read_r, s.q), mean, v), gr = g * s.read_r;
+    terms.bonus = of_bonus(gr, v, y);
+    dv += reads.b * gr;
+    add_read(adjoint, reads.a, gr, y);
+  }
+  return dv;
+}
+
+// The gradients of the heads: written for streams, summed for [H].
+template <class F>
+struct HeadGradients {
+  using T = typename F::T;
+  using S = typename F::S;
+  using V = typename F::V;
+  Steps<T> scores, decays;
+  S *of_decay, *of_bonus;  // rows: the sums, and at `lost` elements from there what they lost
+  int64_t lost;
+
+  HeadGradients(const HeadScan& scan, const Segment& segment, int64_t h0, void* sums)
+      : scores(scan, scan.grad_in[kScore], segment, h0),
+        decays(scan, scan.grad_in[kDecay], segment, h0),
+        of_decay(static_cast<S*>(sums) + h0),
+        of_bonus(of_decay + 2 * scan.heads),
+        lost(scan.heads) {}
+
+  // Plain sums over a few steps.
+  struct Partial {
+    V decay{}, bonus{};
+  };
+  template <class L>
+  MRU_INLINE void write(L lanes, int64_t step, int64_t j, const typename Records<F>::Step& s, const Terms<F>& terms,
+                        Partial& partial) const {
+    const Factors<V> factors(s.e);
+    V ds = factors.b * terms.score;
+    if constexpr (F::kBonus) {
+      const V own = Factors<V>(s.read_e).b * terms.bonus;
+      ds += own;
+      partial.bonus += own;
+    }
+    store(lanes, scores.row(step) + j, ds);
+    if constexpr (F::kDecay) {
+      const V dl = (factors.a * s.q) * terms.decay;
+      if constexpr (F::kKind == Decay::kStream) store(lanes, decays.row(step) + j, dl);
+      else partial.decay += dl;
+    }
+  }
+  template <class L>
+  MRU_INLINE void flush(L lanes, int64_t j, Partial& partial) const {
+    if constexpr (F::kKind == Decay::kHead) add(lanes, of_decay + j, partial.decay);
+    if constexpr (F::kBonus) add(lanes, of_bonus + j, partial.bonus);
+    partial = {};
+  }
+
+ private:
+  template <class L>
+  MRU_INLINE void add(L lanes, S* at, V term) const {
+    Sum<V> sum{load(lanes, at), load(lanes, at + lost)};
+    sum.add(term);
+    store(lanes, at, sum.sum), store(lanes, at + lost, sum.lost);
+  }
+};
+
+// One chunk of channels that are heads of their own, a vector at a time.
+template <class F>
+void backward_own(const Inputs<F>& in, const Steps<const typename F::T>& grads, const Steps<typename F::T>& grad_values,
+                  const HeadGradients<F>& heads, int64_t begin, int64_t end, const StateRow<typename F::S>& border,
+                  const StateRow<typename F::S>& carry, const Records<F>& records) {
+  using V = typename F::V;
+  constexpr int N = F::kLanes;
+  typename F::S* const means = records.end();
+  for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+    Weight<V> w = open(load(lanes, border.Z + j), load(lanes, border.z + j));
+    const V q_start = w.q;
+    record<F, true>(in, lanes, j, begin, end, records, 0, border.mean, grads, means, w);
+    V after = load_raw<V>(Full<N>{}, means + (end - begin) * N);
+    auto adjoint = open_adjoint(load(lanes, carry.mean + j), load(lanes, carry.Z + j), after, w.q);
+    typename HeadGradients<F>::Partial partial;
+    for (int64_t t = end - 1; t >= begin; --t) {
+      const auto s = records.get(lanes, t - begin, 0);
+      const V v = in.value_at(lanes, j, t), mean = load_raw<V>(Full<N>{}, means + (t - begin) * N);
+      __builtin_prefetch(heads.scores.row(t - records.chunk) + j, 1, 3);  // in the chunk to the left
+      __builtin_prefetch(grad_values.row(t - records.chunk) + j, 1, 3);
+      Terms<F> terms;
+      store(lanes, grad_values.row(t) + j, pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms));
+      heads.write(lanes, t, j, s, terms, partial);
+      if (t % kTile == 0) heads.flush(lanes, j, partial);
+      after = mean;
+    }
+    V d_mean;
+    store(lanes, carry.Z + j, close_adjoint(adjoint, after, q_start, d_mean));
+    store(lanes, carry.mean + j, d_mean);
+  });
+}
+
+// Sums over a head's channels in kMostLanes parts: channel g belongs to part g % kMostLanes, on every instruction set.
+template <class F, class L>
+MRU_INLINE void add_part(L lanes, typename F::S* parts, int64_t g, typename F::V term) {
+  typename F::S* const at = parts + g % kMostLanes;
+  store(lanes, at, load(lanes, at) + term);
+}
+template <class S>
+MRU_INLINE S sum_of_parts(const S* parts) {
+  S sum[kMostLanes];
+  __builtin_memcpy(sum, parts, sizeof sum);
+  for (int64_t width = kMostLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) sum[i] += sum[i + width];
+  return sum[0];
+}
+
+// One chunk of heads with several channels.
+template <class F>
+void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grads,
+                     const Steps<typename F::T>& grad_values, const HeadGradients<F>& heads, int64_t begin, int64_t end,
+                     const StateRow<typename F::S>& border, const StateRow<typename F::S>& carry,
+                     const Records<F>& records) {
+  using S = typename F::S;
+  using V = typename F::V;
+  constexpr int N = F::kLanes;
+  constexpr int64_t kParts = kMostLanes;
+  const int64_t steps = end - begin, width = records.width;
+  S* const terms = records.end();                      // [3][chunk][heads]: sums over the channels of each head
+  S* const means = terms + 3 * records.chunk * width;  // [chunk][kLanes]: of one vector of channels
+  S* const parts = means + records.chunk * kParts;     // [3][chunk][kParts], and one more row
+  S* const q_start = parts + (3 * records.chunk + 1) * kParts;
+  S* const q_end = q_start + width;
+  const auto part = [&](int which, int64_t t) { return parts + (which * records.chunk + t) * kParts; };
+  const auto term = [&](int which, int64_t t) { return terms + (which * records.chunk + t) * width; };
+  S* const of_start = part(3, 0);
+
+  for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
+    Weight<V> w = open(load(lanes, border.Z + h), load(lanes, border.z + h));
+    store(lanes, q_start + h, w.q);
+    record<F, false>(in, lanes, h, begin, end, records, h, border.mean, grads, means, w);
+    store(lanes, q_end + h, w.q);
+  });
+  for (int64_t h = 0; h < in.heads; ++h) {
+    __builtin_memset(parts, 0, (3 * records.chunk + 1) * kParts * sizeof(S));
+    for_lanes<F>(in.group, [&](auto lanes, int64_t g) __attribute__((always_inline)) {
+      const int64_t d = h * in.group + g;
+      V after = load(lanes, border.mean + d);
+      for (int64_t t = 0; t < steps; ++t) {
+        store_raw(Full<N>{}, means + t * N, after);
+        const auto s = records.all(t, h);
+        after = mix(k_of(s.e, s.r, s.q), after, in.value_at(lanes, d, begin + t));
+      }
+      V d_Z{};
+      if (g == 0) d_Z[0] = carry.Z[h];
+      auto adjoint = open_adjoint(load(lanes, carry.mean + d), d_Z, after, splat<V>(q_end[h]));
+      for (int64_t t = steps - 1; t >= 0; --t) {
+        const V v = in.value_at(lanes, d, begin + t), mean = load_raw<V>(Full<N>{}, means + t * N);
+        const V grad = load(lanes, grads.row(begin + t) + d);
+        const int64_t next = begin + t - records.chunk;  // in the chunk to the left
+        prefetch(in.values.row(next) + d), prefetch(grads.row(next) + d);
+        __builtin_prefetch(grad_values.row(next) + d, 1, 3);
+        Terms<F> own;
+        store(lanes, grad_values.row(begin + t) + d, pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own));
+        add_part<F>(lanes, part(0, t), g, own.score);
+        if constexpr (F::kDecay) add_part<F>(lanes, part(1, t), g, own.decay);
+        if constexpr (F::kBonus) add_part<F>(lanes, part(2, t), g, own.bonus);
+        after = mean;
+      }
+      V d_mean;
+      add_part<F>(lanes, of_start, g, close_adjoint(adjoint, after, splat<V>(q_start[h]), d_mean));
+      store(lanes, carry.mean + d, d_mean);
+    });
+    for (int64_t t = 0; t < steps; ++t) {
+      term(0, t)[h] = sum_of_parts(part(0, t));
+      if constexpr (F::kDecay) term(1, t)[h] = sum_of_parts(part(1, t));
+      if constexpr (F::kBonus) term(2, t)[h] = sum_of_parts(part(2, t));
+    }
+    carry.Z[h] = sum_of_parts(of_start);
+  }
+  for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
+    typename HeadGradients<F>::Partial partial;
+    for (int64_t t = steps - 1; t >= 0; --t) {
+      Terms<F> sums{load(lanes, term(0, t) + h), V{}, V{}};
+      if constexpr (F::kDecay) sums.decay = load(lanes, term(1, t) + h);
+      if constexpr (F::kBonus) sums.bonus = load(lanes, term(2, t) + h);
+      heads.write(lanes, begin + t, h, records.get(lanes, t, h), sums, partial);
+      if (t % kTile == 0) heads.flush(lanes, h, partial);
+    }
+  });
+}
+
+template <class F>
+void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* adjoint, void* sums,
+              void* scratch) {
+  using T = typename F::T;
+  using S = typename F::S;
+  const Inputs<F> in(scan, segment, h0, h1);
+  const Steps<const T> grads(scan, scan.grad_h, segment, h0 * in.group);
+  const Steps<T> grad_values(scan, scan.grad_in[kValue], segment, h0 * in.group);
+  const HeadGradients<F> heads(scan, segment, h0, sums);
+  const StateRow<S> carry(scan, adjoint, h0);
+  const bool own = scan.channels == scan.heads;
+  const Records<F> records{static_cast<S*>(scratch), least(scan.chunk, scan.time), own ? F::kLanes : in.heads};
+  for (int64_t end = segment.end, begin; end > segment.begin; end = begin) {
+    begin = (end - 1) / scan.chunk * scan.chunk;
+    const S* const row =
+        begin > 0 ? border_row<S>(scan, segment, begin)
+                  : static_cast<const S*>(scan.initial) + segment.sequence * (scan.channels + 2 * scan.heads);
+    const StateRow<S> border(scan, const_cast<S*>(row), h0);
+    const auto chunk = own ? &backward_own<F> : &backward_shared<F>;
+    chunk(in, grads, grad_values, heads, begin, end, border, carry, records);
+  }
+}
+
+}  // namespace
+}  // namespace mru::softmax

@@ -1,0 +1,149 @@
+// Rows of streams and of states, for vectors of channels of a block of heads.
+#pragma once
+#include "functions.h"
+#include "kernels.h"
+
+namespace mru::softmax {
+namespace {
+
+constexpr int64_t kFewChannels = 32;  // see forward_chunk: many channels go row by row, in the order of memory
+constexpr int64_t kRowsAhead = 4;     // rows that are prefetched at least; hardware prefetches too few
+
+enum class Decay { kNone, kHead, kStream };
+
+template <class Element, Decay kDecayKind, bool kHasBonus>
+struct Form {
+  using T = Element;
+  using S = typename StateOf<T>::type;
+  static constexpr int kLanes = kVectorBytes / sizeof(S);
+  using V = Vector<S, kLanes>;
+  static constexpr Decay kKind = kDecayKind;
+  static constexpr bool kDecay = kDecayKind != Decay::kNone, kBonus = kHasBonus;
+  using WithoutBonus = Form<Element, kDecayKind, false>;
+};
+
+// Calls f(lanes, j) for the vectors that cover [0, n) from j on.
+template <class F, class Each>
+MRU_INLINE void for_lanes(int64_t n, Each each) {
+  int64_t j = 0;
+  for (; j + F::kLanes <= n; j += F::kLanes) each(Full<F::kLanes>{}, j);
+  if (j < n) each(Partial<F::kLanes>{int(n - j)}, j);
+}
+
+// The rows of a stream in the order of the scan, from one channel on.
+template <class T>
+struct Steps {
+  T* first = nullptr;
+  int64_t by = 0;
+
+  Steps(const HeadScan& scan, const Stream& stream, const Segment& segment, int64_t channel) {
+    if (!stream.data) return;
+    const int64_t at = scan.reverse ? scan.time - 1 - segment.start : segment.start;
+    first = static_cast<T*>(stream.data) + segment.batch * stream.batch + at * stream.time + channel;
+    by = scan.reverse ? -stream.time : stream.time;
+  }
+  T* row(int64_t step) const { return first + step * by; }
+};
+
+template <class T>
+MRU_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
+// The inputs of the heads [h0, h1) and of their channels.
+template <class F>
+struct Inputs {
+  using T = typename F::T;
+  using S = typename F::S;
+  using V = typename F::V;
+  int64_t heads, group, channels;  // of this block; `group` channels a head
+  Steps<const T> scores, values, decays;
+  const S *decay, *bonus;
+
+  Inputs(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1)
+      : heads(h1 - h0),
+        group(scan.channels / scan.heads),
+        channels(heads * group),
+        scores(scan, scan.in[kScore].stream, segment, h0),
+        values(scan, scan.in[kValue].stream, segment, h0 * group),
+        decays(scan, scan.in[kDecay].stream, segment, h0),
+        decay(F::kKind == Decay::kHead ? static_cast<const S*>(scan.in[kDecay].channel) + h0 : nullptr),
+        bonus(F::kBonus ? static_cast<const S*>(scan.in[kBonus].channel) + h0 : nullptr) {}
+
+  template <class L>
+  MRU_INLINE V score_at(L lanes, int64_t j, int64_t step) const {
+    return load(lanes, scores.row(step) + j);
+  }
+  template <class L>
+  MRU_INLINE V decay_at(L lanes, int64_t j, int64_t step) const {
+    if constexpr (F::kKind == Decay::kStream) return load(lanes, decays.row(step) + j);
+    else if constexpr (F::kKind == Decay::kHead) return load(lanes, decay + j);
+    else return zero<V>();
+  }
+  template <class L>
+  MRU_INLINE V bonus_at(L lanes, int64_t j) const {
+    if constexpr (F::kBonus) return load(lanes, bonus + j);
+    else return zero<V>();
+  }
+  template <class L>
+  MRU_INLINE V value_at(L lanes, int64_t j, int64_t step) const {
+    return load(lanes, values.row(step) + j);
+  }
+};
+
+// The parts of a state row that belong to the heads [h0, h1).
+template <class S>
+struct StateRow {
+  S *mean, *Z, *z, *decay;
+  template <class Data>
+  StateRow(const HeadScan& scan, Data* row, int64_t h0)
+      : mean((S*)row + h0 * (scan.channels / scan.heads)),
+        Z((S*)row + scan.channels + h0),
+        z(Z + scan.heads),
+        decay(z + scan.heads) {}
+};
+
+inline bool is_border(const HeadScan& scan, const Segment& segment, int64_t step) {
+  return step % scan.chunk == 0 && step < segment.length;
+}
+// The row of the state that enters the chunk at `step` of the segment's sequence.
+template <class S>
+S* border_row(const HeadScan& scan, const Segment& segment, int64_t step) {
+  const int64_t row = segment.batch * scan.checkpoint_rows + segment.start / scan.chunk + step / scan.chunk - 1;
+  return static_cast<S*>(scan.checkpoints) + row * (scan.channels + 2 * scan.heads);
+}
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t end_of_chunk(const HeadScan& scan, const Segment& segment, int64_t step) {
+  return least((step / scan.chunk + 1) * scan.chunk, segment.end);
+}
+
+// The weights of heads inside a chunk, as rows.
+template <class F>
+struct Weights {
+  using S = typename F::S;
+  S *q, *m, *c;
+
+  Weights(S* scratch, int64_t heads) : q(scratch), m(q + heads), c(m + heads) {}
+  template <class L>
+  MRU_INLINE Weight<typename F::V> get(L lanes, int64_t j) const {
+    return {load(lanes, q + j), load(lanes, m + j), load(lanes, c + j)};
+  }
+  template <class L>
+  MRU_INLINE void put(L lanes, int64_t j, const Weight<typename F::V>& w) const {
+    store(lanes, q + j, w.q), store(lanes, m + j, w.m), store(lanes, c + j, w.c);
+  }
+  void open_all(int64_t heads, const StateRow<S>& state) const {
+    for_lanes<F>(heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+      put(lanes, j, open(load(lanes, state.Z + j), load(lanes, state.z + j)));
+    });
+  }
+  void close_all(int64_t heads, const StateRow<S>& state) const {
+    for_lanes<F>(heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+      const auto pair = close(get(lanes, j));
+      store(lanes, state.Z + j, pair.hi), store(lanes, state.z + j, pair.lo);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace mru::softmax
