@@ -13,7 +13,8 @@ from .memory_cache import MemoryCache
 from .mesa import MesaNet
 from .network import MRUNetwork
 from .resonate import PRF
-from .rwkv import RWKV4, RWKV4ChannelMix, RWKV4TimeMix
+from .rwkv import RWKV4ChannelMix, RWKV4TimeMix
+from .rwkv_network import RWKV4
 from .spiking import LIF
 from .write_or_hold import BMRU, CMRU, AlphaCMRU, FirstQuadrantBMRU, WriteOrHold
 

@@ -25,7 +25,8 @@ from .base import UNITS, MRUBase
 from .delays import DelayConv, convolved_in_episodes
 from .memory_cache import MemoryCache
 from .mesa import MesaNet
-from .rwkv import RWKV4, RWKV4ChannelMix, RWKV4TimeMix
+from .rwkv import RWKV4ChannelMix, RWKV4TimeMix
+from .rwkv_network import RWKV4
 from .wrappers import fx_node
 from .write_or_hold import WriteOrHold
 
