@@ -205,7 +205,7 @@ class Peer:
         if self.epsilon not in (None, case.options.get("epsilon")):
             return f"epsilon {self.epsilon:g} only"
         if CELLS[case.cell].affine is None:
-            return "linear steps only"
+            return "no affine form declared"
         if (self.decays != "all" and case.dtype.is_complex) or (self.decays == "positive" and _has_negative(case)):
             return f"{self.decays} decays only"
         if self.only_on not in (None, device.type):

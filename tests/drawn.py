@@ -12,6 +12,16 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device:
     return torch.randn(shape, generator=generator, dtype=wide).to(device, dtype)
 
 
+def as_real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, which jacrev needs; a real one as it is."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def from_real(t: Tensor, is_complex: bool) -> Tensor:
+    """The inverse of `as_real`."""
+    return torch.view_as_complex(t) if is_complex else t
+
+
 def results_and_grads(op, *inputs: Tensor, **settings) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in inputs]
     h, final_state = op(*leaves, **settings)

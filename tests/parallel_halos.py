@@ -132,7 +132,7 @@ def wrapped(rank: int) -> None:
 def refused(rank: int) -> None:
     for options, error, message in (
         ({"pool": "mean"}, ValueError, "pool: expected None for a network over several ranks, got 'mean'"),
-        ({"units": "gru"}, TypeError, "units: expected units of one scan over several ranks, got a GRU"),
+        ({"units": "gru"}, TypeError, "units: expected units of one scan over several ranks, got GRU"),
         ({"units": "mesa"}, TypeError, "got a MesaNet"),
         ({"cache": {"segment": 64}}, TypeError, "got a MemoryCache"),
     ):

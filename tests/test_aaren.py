@@ -226,7 +226,7 @@ def test_sequence_parallelism_is_refused():
     from mru_kernels.distributed.modules import exchanges
 
     for module in (make(3, 4), mk.MRUBlock(4, "aaren")):
-        with pytest.raises(TypeError, match=r"^units: expected units of one scan over several ranks, got a Aaren"):
+        with pytest.raises(TypeError, match=r"^units: expected units of one scan over several ranks, got Aaren"):
             exchanges(module)
 
 

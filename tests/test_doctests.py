@@ -20,7 +20,7 @@ MODULES = (mk, nn, blocks, define, schedule, streaming, distributed, export, har
 NEEDS = {"nir": "nir", "from_snntorch": "snntorch"}
 
 #: Modules for use within the package only.
-INTERNAL = ("mru_kernels.backends", "mru_kernels.ops", "mru_kernels.torch_private")
+INTERNAL = ("mru_kernels.backends", "mru_kernels.ops", "mru_kernels.softmax", "mru_kernels.torch_private")
 
 
 def public() -> dict[str, Any]:

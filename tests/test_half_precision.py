@@ -12,7 +12,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import mru_kernels as mk
-from tests.units import HALF, network, unit
+from tests.units import HALF, HALF_STATES, network, unit
 
 
 @pytest.mark.parametrize("cls", HALF)
@@ -21,7 +21,8 @@ def test_a_half_precision_module_under_autocast_to_the_other_dtype(cls, dtypes):
     module = unit(cls, bidirectional=True, dtype=dtypes[0])
     x = torch.randn(2, 33, 4).to(dtypes[0])
     exact = copy.deepcopy(module).float()
-    for hx in (None, torch.ones(4, 2, 6), torch.ones(4, 2, 6, dtype=dtypes[1])):
+    state = torch.ones(4, 2, 10 if cls is mk.Aaren else 6)
+    for hx in (None, state, state.to(dtypes[1])) if cls in HALF_STATES else (None, state):
         with torch.autocast("cpu", dtype=dtypes[1]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the warning about hx in half precision
             got, expected = module(x, hx), exact(x.float(), hx)
@@ -75,7 +76,7 @@ def hx_warnings(call: Callable[[], Any]) -> int:
     return sum(str(w.message).startswith("hx: expected torch.float32") for w in caught)
 
 
-@pytest.mark.parametrize("cls", HALF)
+@pytest.mark.parametrize("cls", HALF_STATES)
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 def test_an_accumulating_state_in_half_precision_warns(cls, epsilon):
     module, x = unit(cls, dtype=torch.bfloat16), torch.randn(2, 3, 4).bfloat16()

@@ -83,6 +83,7 @@ def test_why_a_peer_is_left_out():
     assert reason(given, only_on="cuda") == "runs on cuda only"
     assert reason(given, most_steps=4096) == "too slow beyond 4096 steps"
     assert reason(given, decays="positive") is None
+    assert reason(case("lif")) == "no affine form declared"
     assert reason(case("linear_recurrence"), decays="positive") == "positive decays only"
     assert reason(case("linear_recurrence"), decays="real") is None
     assert reason(case("linear_recurrence", dtype=torch.complex64), decays="real") == "real decays only"
@@ -104,7 +105,8 @@ def test_a_record_holds_what_was_asked_for(cell, dtype, tmp_path, capsys):
     ours = [cell, *(f"{cell}, {name} [D]" for name in vectors)]
     expected = {(subject, what) for subject in ours for what in (work.FORWARD, work.SAVING, work.BACKWARD, work.BOTH)}
     expected |= {(work.ADD, work.FORWARD), ("torch.add", work.FORWARD)}
-    whole = ["log-step scan", module, work.GRU] if module else ["log-step scan"]
+    peers_timed = [] if declared.affine is None else ["log-step scan"]
+    whole = [*peers_timed, module, work.GRU] if module else peers_timed
     expected |= {(subject, what) for subject in whole for what in (work.FORWARD, work.BOTH)}
     expected |= {(f"{module}{work.PROJECTIONS}", work.BOTH)} if module else set()
     figures = {(f["subject"], f["work"]): f for f in record["figures"]}
@@ -115,6 +117,7 @@ def test_a_record_holds_what_was_asked_for(cell, dtype, tmp_path, capsys):
     )
     assert record["machine"]["cell"] == cell
     assert ("left out: torch.nn.GRU" in page) == (module is None)
+    assert ("left out: log-step scan" in page) == (declared.affine is None)
     assert report.main([str(file)]) == 0
     assert report.main([str(file), str(file)]) == 0
 

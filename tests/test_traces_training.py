@@ -203,6 +203,9 @@ def test_what_has_no_traces_raises():
         mk.stream(mk.BMRU(3, 4, bidirectional=True), gradient="traces")
     with pytest.raises(TypeError, match=r"^module: expected units of this package .* got a GRU"):
         mk.stream(mk.MRUNetwork(3, 4, width=4, num_blocks=1, units=("bmru", "gru")), gradient="traces")
+    for unit in (mk.PRF, mk.Aaren):
+        with pytest.raises(TypeError, match=rf'^module: expected no {unit.__name__} with gradient="traces"'):
+            mk.stream(unit(3, 4), gradient="traces")
     for gradient in ("trace", True, 1):
         with pytest.raises(ValueError, match=r'^gradient: expected None or "traces", got'):
             mk.stream(mk.BMRU(3, 4), gradient=gradient)

@@ -87,6 +87,7 @@ def _modules() -> list[torch.nn.Module]:
         cache,
         mk.DelayConv(4, 5),
         mk.MesaNet(4, 6),
+        mk.PRF(4, 6),
         mk.RWKV4TimeMix(4),
         mk.RWKV4ChannelMix(4),
         mk.RWKV4(9, 4, 2),

@@ -30,7 +30,7 @@ def exchanges(module: torch.nn.Module) -> int:
     if isinstance(module, DelayConv):
         return 1
     if isinstance(module, Aaren) or not isinstance(module, MRUBase):
-        raise TypeError(f"units: expected units of one scan over several ranks, got a {type(module).__name__}")
+        raise TypeError(f"units: expected units of one scan over several ranks, got {type(module).__name__}")
     return module.num_layers * module.num_directions
 
 

@@ -14,6 +14,7 @@ Example::
 """
 
 from .conversion import from_snntorch
-from .neurons import Alpha, Lapicque, Leaky, Synaptic
+from .currents import Alpha, Synaptic
+from .leaky import Lapicque, Leaky
 
 __all__ = ["Alpha", "Lapicque", "Leaky", "Synaptic", "from_snntorch"]

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from .neurons import Alpha, Lapicque, Leaky, Neuron, Synaptic
+from .currents import Alpha, Synaptic
+from .leaky import Lapicque, Leaky
+from .neuron import Neuron
 
 _NEURONS: dict[str, type[Neuron]] = {cls.__name__: cls for cls in (Leaky, Lapicque, Synaptic, Alpha)}
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # by the method of a neuron of snnTorch
