@@ -35,8 +35,7 @@ int64_t state_row_bytes(const HeadScan& scan) { return state_columns(scan) * sca
 // Rows of `columns` elements in the state dtype, zeros at first.
 class Rows {
  public:
-  Rows(const HeadScan& scan, int64_t rows, int64_t columns)
-      : row_(columns * scan.state_bytes()), bytes_(rows * row_) {}
+  Rows(const HeadScan& scan, int64_t rows, int64_t columns) : row_(columns * scan.state_bytes()), bytes_(rows * row_) {}
   char* at(int64_t row) { return bytes_.data() + row * row_; }
 
  private:

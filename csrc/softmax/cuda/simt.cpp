@@ -32,9 +32,7 @@ struct Simt {
   }
 
  private:
-  static int64_t row_bytes(const HeadScan& scan) {
-    return (scan.channels + 2 * scan.heads) * scan.state_bytes();
-  }
+  static int64_t row_bytes(const HeadScan& scan) { return (scan.channels + 2 * scan.heads) * scan.state_bytes(); }
 };
 
 }  // namespace
