@@ -33,6 +33,7 @@ def add_cell(cell: Cell, only: tuple[str, ...] | None = None) -> Cell:
     The ops are those of the backends `only`, or of every backend that has ops.
     """
     CELLS[cell.name] = cell
+    _ = cell.complex_names  # cached here: torch.compile cannot, and reads it before a backend is loaded
     for row in backends.TABLE.values():
         if not row.plain and (only is None or row.name in only):
             _define(cell, row.name)
