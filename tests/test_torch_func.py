@@ -13,7 +13,7 @@ from bench import inputs
 from mru_kernels import ops
 from mru_kernels.cells.bmru import bmru_packed
 from tests import raw
-from tests.drawn import assert_close, assert_equal, draw
+from tests.drawn import as_real, assert_close, assert_equal, draw, from_real
 
 CELL = ops.CELLS["bmru"]
 
@@ -218,12 +218,14 @@ def test_jacobians(backend, device):
 
 @pytest.mark.parametrize("cell", inputs.CELLS)
 def test_compiled_and_exported_transforms(backend, device, cell):
-    function, rows = rows_of(cell, "fp32", 0, device)
+    function, given = rows_of(cell, "fp32", 0, device)
+    rows, are_complex = [as_real(t) for t in given], [t.is_complex() for t in given]
 
     class Loss(torch.nn.Module):
         def forward(self, *inputs):
-            h, final_state = function(*inputs, backend=backend)
-            return h.square().sum() + final_state.square().sum()
+            arrays = [from_real(*pair) for pair in zip(inputs, are_complex, strict=True)]
+            h, final_state = function(*arrays, backend=backend)
+            return h.square().sum() + as_real(final_state).square().sum()
 
     def transforms(op_loss, rows):
         every = tuple(range(len(rows)))
