@@ -212,7 +212,10 @@ def test_fake_tensors_on_a_missing_device():
             for backend in (None, "cuda", "triton"):
                 results = op(**tensors, **call.settings, backend=backend)
                 assert {t.device.type for t in results} == {"cuda"}
-            row = {name: t[:, 0] if t.dim() == 3 else t for name, t in tensors.items()}
+            row = {
+                name: torch.empty(2, 4, dtype=t.dtype, device="cuda") if t.dim() == 3 else t
+                for name, t in tensors.items()
+            }
             row["state"] = row.pop("initial_state")
             assert {t.device.type for t in step(**row)} == {"cuda"}
         x, vector = torch.empty(2, 900, 4, device="cuda"), torch.empty(4, device="cuda")
