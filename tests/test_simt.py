@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import simt
 import torch
+from simt import mutants
 
 from bench import inputs
 from mru_kernels.backends import CHUNK, cuda
@@ -112,30 +113,20 @@ def outcomes(battery):
     """The futures of every mutant's battery, and of the unchanged sources'."""
     if simt.SANITIZE:
         pytest.skip("mutants run without the sanitizers")
-    from simt import mutants
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            **{element: pool.submit(mutants.outcome_unchanged, element) for element in ("float32", "bfloat16")},
+            **{shown: pool.submit(mutants.outcome_unchanged, *shown) for shown in mutants.SHOWN},
             **{m.name: pool.submit(mutants.outcome, m) for m in mutants.MUTANTS},
         }
 
 
-@pytest.mark.parametrize("element", ["float32", "bfloat16"])
-def test_the_sources_as_they_are_pass(outcomes, element):
-    done = outcomes[element].result()
+@pytest.mark.parametrize("shown", mutants.SHOWN, ids="-".join)
+def test_the_sources_as_they_are_pass(outcomes, shown):
+    done = outcomes[shown].result()
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _names() -> list[str]:
-    if not simt.SUPPORTED:
-        return []
-    from simt import mutants
-
-    return [m.name for m in mutants.MUTANTS]
-
-
-@pytest.mark.parametrize("name", _names())
+@pytest.mark.parametrize("name", [m.name for m in mutants.MUTANTS])
 def test_every_mutant_is_caught(outcomes, name):
     done = outcomes[name].result()
     assert done.returncode != 0

@@ -1,7 +1,6 @@
 """Faults planted into copies of the CUDA sources, one at a time: the battery must catch each.
 
-A copy has one cell, because all cells would take too long to compile. If the battery passes on the cell that a fault
-names, the other cells are tried.
+A copy has the one cell that the fault names, because all cells would take too long to compile and to run.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from threading import Lock
 
 from . import FOLDER, ROOT, build
 
-CELLS = sorted(path.stem for path in (ROOT / "csrc" / "cells").glob("*.h"))
-
 
 @dataclass(frozen=True)
 class Mutant:
     """A fault: in `file`, relative to csrc/cuda, the text `old`, which occurs once, becomes `new`.
 
-    `cell` is tried first.
+    The battery runs on `cell`.
     """
 
     name: str
@@ -241,6 +238,8 @@ _FAULTS = {
     ),
 }
 MUTANTS = tuple(Mutant(name, file, *fault) for file, faults in _FAULTS.items() for name, *fault in faults)
+#: The element types and cells that show the faults: the battery passes on them where there is none.
+SHOWN = sorted({(m.element, m.cell) for m in MUTANTS})
 
 _building = Lock()
 _FLAGS = "-O0 -w"  # a copy is compiled for each fault; the sources themselves are compiled with warnings
@@ -266,22 +265,14 @@ def unchanged(element: str, cell: str) -> Path:
         return _unchanged(element, cell)
 
 
-def outcome_unchanged(element: str) -> subprocess.CompletedProcess[str]:
-    """Run the battery on the sources as they are, cell by cell, until it fails."""
-    for cell in CELLS:
-        done = run_battery(unchanged(element, cell), element)
-        if done.returncode != 0:
-            break
-    return done
+def outcome_unchanged(element: str, cell: str) -> subprocess.CompletedProcess[str]:
+    """Run the battery on the sources as they are."""
+    return run_battery(unchanged(element, cell), element)
 
 
 def outcome(mutant: Mutant) -> subprocess.CompletedProcess[str]:
-    """Build the mutant and run the battery on it, cell by cell, until it fails."""
-    for cell in sorted(CELLS, key=lambda cell: cell != mutant.cell):
-        folder = FOLDER / "mutants" / mutant.name.replace(" ", "-") / cell
-        mutant.plant(folder / "csrc", cell)
-        module = unchanged(mutant.element, cell).parent / "module.o"
-        done = run_battery(build(folder, folder / "csrc", (mutant.element,), module, _FLAGS), mutant.element)
-        if done.returncode != 0:
-            break
-    return done
+    """Build the mutant and run the battery on it."""
+    folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
+    mutant.plant(folder / "csrc", mutant.cell)
+    module = unchanged(mutant.element, mutant.cell).parent / "module.o"
+    return run_battery(build(folder, folder / "csrc", (mutant.element,), module, _FLAGS), mutant.element)
