@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -45,7 +46,7 @@ class Mutant:
 
     Attributes:
         anew: the object that is compiled with the fault.
-        tests: the tests of TESTS that must fail, as an expression of pytest's -k.
+        tests: the tests that must fail, as an expression of pytest's -k.
         isa: the compiler's flags for the instruction set.
     """
 
@@ -58,8 +59,13 @@ class Mutant:
     isa: tuple[str, ...] = ()
 
 
-#: The files of the tests that run on a mutant.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("precision", "isa", "cuts", "resets", "lif", "resonate", "softmax"))
+def _files(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
+#: The files of the tests that run on a mutant, by the object that is compiled anew; `COMMON` for the others.
+TESTS = {name: _files(name.removesuffix("_driver")) for name in ("lif", "resonate", "softmax", "softmax_driver")}
+COMMON = _files("precision", "isa", "cuts", "resets")
 
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 _NARROW_NAN = "return x != x ? (u >> 16) | 0x40u : rounded;"
@@ -197,10 +203,10 @@ def package_with(objects: dict[str, Path], folder: Path) -> None:
          package / "_C.so")  # fmt: skip
 
 
-def run_tests(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
+def run_tests(folder: Path, tests: str, files: Collection[str]) -> subprocess.CompletedProcess[str]:
     """The tests on the package in `folder`, in a process of their own: a fault may crash it."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not check", "-o", f"pythonpath={folder} ."]
-    command = [sys.executable, "-m", "pytest", *options, "-k", tests, *TESTS]
+    command = [sys.executable, "-m", "pytest", *options, "-k", tests, *files]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
@@ -211,7 +217,8 @@ def outcome(mutant: Mutant | None) -> subprocess.CompletedProcess[str]:
     objects = dict(unchanged())
     if mutant is None:
         package_with(objects, folder)
-        return run_tests(folder, " or ".join(sorted({f"({m.tests})" for m in MUTANTS})))
+        files = {*COMMON, *(name for names in TESTS.values() for name in names)}
+        return run_tests(folder, " or ".join(sorted({f"({m.tests})" for m in MUTANTS})), sorted(files))
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     text = (csrc / mutant.file).read_text()
@@ -220,4 +227,4 @@ def outcome(mutant: Mutant | None) -> subprocess.CompletedProcess[str]:
     objects[mutant.anew] = folder / "anew.o"
     _compile(csrc, mutant.anew, objects[mutant.anew], mutant.isa)
     package_with(objects, folder)
-    return run_tests(folder, mutant.tests)
+    return run_tests(folder, mutant.tests, TESTS.get(mutant.anew, COMMON))
