@@ -32,7 +32,7 @@ def synaptic(
     chunk_size: int | None = backends.CHUNK,
     backend: str | None = None,
 ) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """Scan leaky integrate-and-fire neurons, whose input passes through a leaky synaptic current, over time.
+    """Scan leaky integrate-and-fire neurons with a synaptic current over time.
 
     ::
 
@@ -52,13 +52,13 @@ def synaptic(
         initial_state: the current and the membrane before the first step scanned, a pair of `[B, D]` (`[N, D]` with
             `cu_seqlens`) in the input's or the state dtype, or None for zeros.
         reset_state: with `resets`, the pair of states at a reset, each `[D]`, `[B, D]` or None for zeros.
-        membrane: whether to return also the currents and the membranes of every step.
+        membrane: whether to return the currents and the membranes of every step too.
         reset, tie, surrogate, surrogate_scale, detach_reset, reverse, cu_seqlens, resets, chunk_size, backend: as
             for `lif`.
 
     Returns:
-        The spikes `[B, T, D]`, or the triple of spikes, currents and membranes with `membrane`, all in the input's
-        dtype; and the final state, the pair of current and membrane `[B, D]` (`[N, D]`) in the state dtype.
+        The spikes `[B, T, D]`, or with `membrane` the triple of spikes, currents and membranes, all in the input's
+        dtype. Then the final state, the pair of current and membrane `[B, D]` (`[N, D]`) in the state dtype.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -137,7 +137,7 @@ def synaptic_step(
 def leaky(input: Tensor, decay: Tensor, initial_state: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """The states `[B, T, D]` of a leaky integrator and the last one, with the rounding of a loop over time.
 
-    `linear_recurrence` may scan parts of time in parallel, which rounds otherwise. Both results have the state dtype.
+    `linear_recurrence` may scan parts of time in parallel, which rounds differently. Both results have the state dtype.
     """
     decay = _wide(decay)
     unused = decay.detach()  # the threshold
@@ -145,7 +145,7 @@ def leaky(input: Tensor, decay: Tensor, initial_state: Tensor | None = None, **o
 
 
 def _wide(value: Any) -> Any:
-    """A tensor in the dtype of the states; other values as they are, for `lif` to refuse."""
+    """A tensor in the dtype of the states; other values unchanged, for `lif` to refuse."""
     return value.float() if isinstance(value, Tensor) and value.dtype in checks.HALF_DTYPES else value
 
 

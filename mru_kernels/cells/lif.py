@@ -17,12 +17,12 @@ from .call import call, step
 from .spikes import SURROGATES
 from .write_or_hold import select
 
-#: What a spike does to the membrane; the place of a name is its code in the kernels.
+#: What a spike does to the membrane; the index of a name is its code in the kernels.
 RESETS = ("none", "subtract", "subtract_decayed", "zero", "zero_input")
 
 
 class Mode(NamedTuple):
-    """How a call works. The kernels get its number: that of a row in the table of all modes."""
+    """How a call works. The kernels get its number, the index in the list of all modes."""
 
     reset: str
     tie: bool
@@ -43,7 +43,7 @@ def mode_of(number: float) -> Mode:
 
 def _gates(x: Sequence[Any], p: Sequence[Any]) -> Sequence[Tensor]:
     input, beta, threshold = x
-    # A NaN of either is one of the membrane, which no reset hides.
+    # A NaN beta or threshold makes the membrane NaN, and no reset hides it.
     return input, torch.where(threshold.isnan(), threshold, beta), torch.where(beta.isnan(), beta, threshold)
 
 
@@ -64,7 +64,7 @@ def _step(gates: Sequence[Tensor], U: Tensor, p: Sequence[Any]) -> Tensor:  # no
 
     if mode.reset == "subtract_decayed":
         return beta * (U - where_fired(threshold, zero)) + input
-    if mode.reset in ("zero", "zero_input"):  # an infinite membrane that is reset has no part in gradients
+    if mode.reset in ("zero", "zero_input"):  # no gradient from an infinite membrane that is reset
         U = U.masked_fill(U.isinf() & fired, 0)  # noqa: N806
     kept = beta * U
     match mode.reset:
@@ -102,7 +102,7 @@ def number_of(
     reset: str = "subtract", tie: bool = False, surrogate: str = "atan", detach_reset: bool = True,
     membrane: bool | str = False, **_: Any,
 ) -> float:  # fmt: skip
-    """The number of the mode of a call, from its arguments; if one is not as described, an error that names it."""
+    """The number of the mode of a call, from its arguments. The error for a wrong argument names it."""
     try:
         return _NUMBERS[reset, tie, surrogate, detach_reset, membrane == "only"]
     except (KeyError, TypeError):
@@ -169,15 +169,16 @@ def lif(
         input: `[B, T, D]`, the current; float32, float64, bfloat16 or float16. Strides over B and T may be any.
         beta, threshold: `[D]`, decay and threshold of each channel, in the input's dtype or float32.
         initial_state: `[B, D]` (`[N, D]` with `cu_seqlens`), the membrane before the first step scanned, in the input's
-            or the state dtype; zeros if None. If it is above the threshold, the first step resets it.
+            or the state dtype; zeros if None. If it fires, the first step resets it.
         reset: what a spike does to the membrane, by name.
         tie: whether a membrane equal to the threshold spikes. It does not in snnTorch, it does in SpikingJelly.
         surrogate: the derivative of a spike, by name.
         surrogate_scale: k > 0 of the surrogate derivative, any finite value. Gradients out of range become infinite
             or 0.
-        detach_reset: whether gradients pass by the reset, as in snnTorch; otherwise they also flow through its spike.
+        detach_reset: whether gradients treat the spike that resets as a constant, as in snnTorch. With False they also
+            flow through that spike.
         membrane: whether to return the membranes too. Then the scan runs twice, once for each output. With "only"
-            the output is the membranes in place of the spikes, at the cost of one scan.
+            the output is the membranes instead of the spikes, at the cost of one scan.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
         resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in
@@ -186,15 +187,15 @@ def lif(
             None.
         chunk_size: steps between two checkpoints, the membranes that the forward pass saves for the backward pass,
             which recomputes those between them: a multiple of 16 that the backend supports. With None the forward
-            pass saves none, and the backward pass first scans the whole again.
+            pass saves none, and the backward pass first scans all steps again.
         return_boundaries: whether to return the membrane after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 
     Returns:
         `spikes [B, T, D]`, 0 or 1 in the input's dtype, and the final membrane `[B, D]` (`[N, D]`), float64 for float64
         streams, else float32. With `membrane=True` the first is `(spikes, membranes)`, both `[B, T, D]` in the
-        input's dtype; spikes are decided before a membrane is rounded to it. A NaN membrane stays NaN, and so do
-        its spikes; so does one after a NaN input. Layouts are those of `bmru`.
+        input's dtype; spikes are decided before a membrane is rounded to it. After a NaN input the
+        membrane is NaN. A NaN membrane stays NaN, and so do its spikes. Layouts are those of `bmru`.
 
         With `return_boundaries` a third result, `[B, floor((T - 1) / chunk_size), D]` in the state dtype: the membrane
         after every `chunk_size` steps, before a reset of `resets` there. With `cu_seqlens`, the membrane after k

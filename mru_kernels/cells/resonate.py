@@ -16,7 +16,7 @@ from .spikes import SURROGATES
 
 
 class Mode(NamedTuple):
-    """How a call works. The kernels get its number: that of a row in the table of all modes."""
+    """How a call works. The kernels get its number, the index in the list of all modes."""
 
     tie: bool
     surrogate: str
@@ -34,14 +34,14 @@ def mode_of(number: float) -> Mode:
 
 def _gates(x, p):
     input, decay, gain, threshold = x
-    # A NaN threshold is one of the state.
+    # A NaN threshold makes the state NaN.
     return torch.where(threshold.isnan(), threshold, decay), gain.real * input.real
 
 
 def _step(gates, u, p):
     decay, update = gates
     turned = decay * u
-    # No sum of complex numbers: that of torch makes an infinite part NaN in the other.
+    # Real and imaginary part apart: torch's complex sum makes one part NaN if the other is infinite.
     return torch.complex(turned.real + update, turned.imag)
 
 
@@ -67,7 +67,7 @@ CELL = ops.add_cell(
 
 
 def number_of(tie: bool = True, surrogate: str = "atan", membrane: bool | str = False, **_: Any) -> float:
-    """The number of the mode of a call, from its arguments; if one is not as described, an error that names it."""
+    """The number of the mode of a call, from its arguments. The error for a wrong argument names it."""
     checks.flag("tie", tie)
     try:
         return _NUMBERS[Mode(tie, surrogate, membrane == "only")]
@@ -95,7 +95,7 @@ def resonate(
     return_boundaries: bool = False,
     backend: str | None = None,
 ) -> tuple[Any, ...]:
-    """Scan resonate-and-fire neurons, whose state is complex and is never reset by a spike, over time.
+    """Scan resonate-and-fire neurons over time. Their state is complex, and a spike does not reset it.
 
     ::
 
@@ -116,7 +116,7 @@ def resonate(
             see `lif`.
         surrogate_scale: k > 0 of the surrogate derivative.
         membrane: whether to return the membranes Re u_t too. Then the scan runs twice, once for each output. With
-            "only" the output is the membranes in place of the spikes, at the cost of one scan.
+            "only" the output is the membranes instead of the spikes, at the cost of one scan.
         reverse: scan from the last step to the first.
         cu_seqlens: int32 or int64 `[N + 1]`, offsets of N sequences packed along T of streams with B = 1.
         resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in

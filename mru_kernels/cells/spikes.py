@@ -43,7 +43,7 @@ def normal(k: float, dtype: torch.dtype) -> float:
     return min(max(k, finfo.tiny), finfo.max)
 
 
-#: sigma'(x) for a steepness k, by name. The place of a name is its code in the kernels. 0 at infinite x, but 1 for
+#: sigma'(x) for a steepness k, by name. The index of a name is its code in the kernels. 0 at infinite x, but 1 for
 #: "straight_through".
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "atan": _atan,
@@ -53,7 +53,7 @@ SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "straight_through": _straight_through,
 }
 
-#: Surrogates of snnTorch that there are not.
+#: Surrogates of snnTorch that have no kernel here.
 _REFUSED = ("triangular", "SSO", "LSO", "SFS", "spike_rate_escape", "heaviside", "custom_surrogate")
 
 

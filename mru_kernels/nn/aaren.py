@@ -24,9 +24,9 @@ class Aaren(MRUBase, names=("aaren",)):
         value_t = W_v x_t + b_v
         y_t = sum_{i<=t} exp(score_i) value_i / sum_{i<=t} exp(score_i)
 
-    In the paper a learned query q meets the keys W_k x_t. Their product is linear in x_t, so one vector w per head is
-    the same function; `from_attention` computes it. A constant added to all scores changes nothing, so they have no
-    bias. The weights never decay: a step's share falls with the number of steps.
+    In the paper a score is the product of a learned query q and a key W_k x_t. It is linear in x_t, so one vector w per
+    head gives the same function; `from_attention` computes it. A constant added to all scores changes nothing, so they
+    have no bias. The weights never decay: the share of a step falls with the number of steps.
 
     Parameters of layer k, with the suffix `_reverse` for its second direction, where H is `num_heads`:
 
@@ -38,9 +38,9 @@ class Aaren(MRUBase, names=("aaren",)):
     are drawn as in `nn.Linear`. A learned initial state is a first token of score 0 and initially of value 0.
 
     `hx` and `h_n` are `[layers * directions, B, D + 2 H]`, float32 or float64: the weighted mean of the values, and the
-    log of the total weight of each head in two parts, whose sum it is. An empty state is 0, -inf, 0. A NaN in a state
-    ends with its sequence, or before a `step` or chunk of `mru_kernels.stream` with resets, but not at a reset within
-    a call.
+    log of the total weight of each head as a sum of two numbers. An empty state is 0, -inf, 0. A NaN in a state lasts
+    to the end of its sequence. Resets of `mru_kernels.stream` before a step or chunk remove it; a reset within a call
+    does not.
 
     Arguments, calls and errors are those of `BMRU`, without `epsilon`, `surrogate_scale` and `return_boundaries`.
     There are no traces and no sequence parallelism. The output map and the MLP of the paper's block are those of

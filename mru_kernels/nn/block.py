@@ -78,7 +78,7 @@ class MRUBlock(WithUnits):
         units: the recurrent units: a name, a sequence of names, or a mapping from names to further arguments of that
             unit, such as `{"bmru": {}, "min_gru": {"max_time_scale": 1000}}`. Each has one layer and one direction. The
             names are "bmru", "cmru", "alpha_cmru", "first_quadrant_bmru" or "schmitt", "min_gru", "min_lstm", "lru",
-            "prf", "aaren", "mesa" for `MesaNet`, "rwkv4" for `RWKV4TimeMix`, and "gru" for `torch.nn.GRU`.
+            "lif", "prf", "aaren", "mesa" for `MesaNet`, "rwkv4" for `RWKV4TimeMix`, and "gru" for `torch.nn.GRU`.
         hidden_size: number of channels of each unit; `width` if None, which "rwkv4" needs.
         combine: "sum" or "concatenate", how to combine the outputs of the units.
         conv_size: number of steps that the convolution reads, including the current step; 0 for no convolution.

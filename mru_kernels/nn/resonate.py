@@ -22,9 +22,9 @@ class PRF(MRUBase, names=("prf",)):
         u_t = a u_{t-1} + dt (W x_t + b)
         h_t = H(Re u_t - threshold)
 
-    The output is spikes, 0 or 1. A spike does not reset the state: its decay and rotation do, so time is scanned in
-    parallel. The derivative of H is replaced by 1 / (1 + (pi v)^2). All parameters are real. Those of layer k, with the
-    suffix `_reverse` for its second direction:
+    The output is spikes, 0 or 1. A spike does not reset the state, so time is scanned in parallel. The derivative of H
+    is replaced by 1 / (1 + (pi v)^2). All parameters are real. Layer k has these, with the suffix `_reverse` for its
+    second direction:
 
         weight_ih_l{k}      [D, input_size or directions * D], W
         bias_ih_l{k}        [D], b, unless `bias` is False
@@ -39,9 +39,9 @@ class PRF(MRUBase, names=("prf",)):
     without `epsilon` and `surrogate_scale`.
 
     Args:
-        tau: time constant of the decay, positive. A state decays with the time scale tau / dt steps.
-        dt_min, dt_max: 0 < dt_min <= dt_max.
-        threshold: of every neuron.
+        tau: time constant of the decay, positive. A state decays with a time scale of tau / dt steps.
+        dt_min, dt_max: range of the initial dt, 0 < dt_min <= dt_max.
+        threshold: the threshold of all neurons. It is not trained.
         amplitude: whether the output has a trained factor per channel.
 
     Example::

@@ -1,7 +1,7 @@
 """RWKV-4 (arXiv 2305.13048): time mixing and channel mixing. rwkv_network.py has the network of both.
 
-Parameters have the names and initial values of the authors' code (BlinkDL/RWKV-LM, RWKV-v4), which differ from the
-paper's appendix E.
+Parameters have the names and initial values of the authors' code (BlinkDL/RWKV-LM, RWKV-v4). The paper's appendix E has
+other initial values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_WEIGHT = -1e38  # the log scale of an empty state in the public code
 
 
 class Mix(torch.nn.Module):
-    """What both mixings share: maps of mixtures of each step with the step before, and the calls."""
+    """What both mixings share: checks, states and calls. Each maps mixtures of a step with the step before."""
 
     width: int
 
@@ -141,7 +141,7 @@ class RWKV4TimeMix(Mix):
         input, output: `[B, T, width]`, T >= 1.
         state: the last input `[B, width]` in the dtype of the input, and the state of `wkv`, `[B, 3 width]`, float32 or
             float64. A call with the returned state continues the sequences. None begins new ones.
-            `wkv_state_from_sums` and `wkv_sums_from_state` convert the second from and to that of the public code.
+            `wkv_state_from_sums` and `wkv_sums_from_state` convert the second from and to the sums of public code.
 
         `step(input, state=None)` runs one step, for streaming.
 
@@ -340,10 +340,10 @@ def wkv_state_from_sums(aa: Tensor, bb: Tensor, pp: Tensor) -> Tensor:
     Face's kernels keep them in one tensor `[B, C, 3]`: call with `*state.unbind(-1)`.
 
     Args:
-        aa, bb, pp: `[B, C]`, float32 or float64. No weight at all is bb = 0.
+        aa, bb, pp: `[B, C]`, float32 or float64. An empty state has bb = 0.
 
     Returns:
-        `[B, 3 C]`: the weighted mean, and the log of the total weight in two parts, whose sum it is.
+        `[B, 3 C]`: the weighted mean, and the log of the total weight as a sum of two numbers.
 
     Raises:
         TypeError, ValueError: a tensor is not as described; the message names it.

@@ -28,7 +28,8 @@ class LIF(MRUBase, names=("lif",)):
     `[D]` are trained, for each layer and direction; `unit.threshold_l0.requires_grad_(False)` fixes one. Learned
     initial states are zero at first. `mru_kernels.lif` describes the resets and the surrogate derivatives.
 
-    The neurons of `mru_kernels.snn` have no weights, the arguments of snnTorch and time first.
+    The neurons of `mru_kernels.snn` have no weights. They take the arguments of snnTorch, and time is the first
+    dimension.
 
     All other arguments, calls and errors are those of `BMRU`, without `epsilon`. `bias=False` removes b.
 
@@ -37,7 +38,7 @@ class LIF(MRUBase, names=("lif",)):
         reset: "none", "subtract", "subtract_decayed", "zero" or "zero_input".
         tie: whether a membrane equal to the threshold spikes.
         surrogate, surrogate_scale: the derivative of a spike, by name, and its scale.
-        detach_reset: whether gradients pass by the resets, or flow through their spikes too.
+        detach_reset: whether gradients treat the spikes that reset as constants, or also flow through them.
 
     Example::
 

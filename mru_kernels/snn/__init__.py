@@ -2,7 +2,7 @@
 
 A neuron takes a current `[T, B, ...]` and returns what a loop over `x[t]` collects, the spikes and membranes of all
 steps. Its arguments, its `state_dict` and its results are those of snnTorch 1.0, bit for bit in float32 and float64.
-No state lives in a module: a call takes the state as an argument, and zeros without one.
+A module keeps no state: a call takes it as an argument, or starts from zeros.
 
 Example::
 

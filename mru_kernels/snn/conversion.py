@@ -1,4 +1,4 @@
-"""Models of snnTorch with the neurons of this package."""
+"""Converts models of snnTorch to the neurons of this package."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ class Synaptic(Neuron):
 
     Args:
         alpha: the decay of the current, a number or a tensor that broadcasts with the features.
-        learn_alpha: whether alpha is a parameter, or a buffer.
+        learn_alpha: whether alpha is a parameter instead of a buffer.
         beta, threshold, spike_grad, slope, surrogate_disable, learn_beta, learn_threshold, reset_mechanism, output: as
             for `Leaky`.
-        init_hidden, inhibition, state_quant, reset_delay: only their defaults.
+        init_hidden, inhibition, state_quant, reset_delay: only their defaults work.
 
     Call:
         `spk, syn, mem = neuron(input_, syn=None, mem=None, membrane=True)`, as `Leaky.forward` with two states.
@@ -82,7 +82,7 @@ class Synaptic(Neuron):
     def forward(
         self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None, *, membrane: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run a whole sequence; see `Leaky.forward`. Currents and membranes are returned alike."""
+        """Run a whole sequence; see `Leaky.forward`. Currents and membranes are returned the same way."""
         return self._run(input_, {"syn": syn, "mem": mem}, membrane)  # type: ignore[return-value]
 
     def step(
@@ -115,14 +115,14 @@ class Alpha(Neuron):
         mem_t = tau (syn_exc_t + syn_inh_t)              tau = 1 + log alpha / (log beta - log alpha)
         spk_t = mem_t > threshold
 
-    The resets "zero", which is snnTorch's default, and "subtract" act on the currents in ways that no kernel here has.
+    The resets "zero", which is snnTorch's default, and "subtract" act on the currents. No kernel here does that.
 
     Args:
         alpha, beta: the decays, 0 < beta < alpha < 1: numbers or tensors that broadcast with the features.
         reset_mechanism: only "none".
         learn_alpha, threshold, spike_grad, slope, surrogate_disable, learn_beta, learn_threshold, output: as for
             `Synaptic`.
-        init_hidden, inhibition, state_quant: only their defaults.
+        init_hidden, inhibition, state_quant: only their defaults work.
 
     Call:
         `spk, syn_exc, syn_inh, mem = neuron(input_, syn_exc=None, syn_inh=None, mem=None, membrane=True)`, as
@@ -176,7 +176,7 @@ class Alpha(Neuron):
         self, input_: Tensor, syn_exc: Tensor | None = None, syn_inh: Tensor | None = None, mem: Tensor | None = None,
         *, membrane: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Run a whole sequence; see `Leaky.forward`. Currents and membranes are returned alike."""
+        """Run a whole sequence; see `Leaky.forward`. Currents and membranes are returned the same way."""
         states = {"syn_exc": syn_exc, "syn_inh": syn_inh, "mem": mem}
         return self._run(input_, states, membrane)  # type: ignore[return-value]
 

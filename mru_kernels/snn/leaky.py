@@ -67,21 +67,21 @@ class Leaky(OneState):
         spk_t = mem_t > threshold
 
     With "zero" a neuron that has spiked starts at 0 before the input of the next step; with "none" nothing is reset.
-    No gradient passes through the reset.
+    Gradients treat reset_t as a constant.
 
     Args:
         beta: the decay, a number or a tensor that broadcasts with the features. It is clamped in each call.
         threshold: likewise.
         spike_grad: a surrogate, by name ("atan", "fast_sigmoid", "sigmoid", "triangle", "straight_through"), or what
             `atan`, `fast_sigmoid`, `sigmoid` or `straight_through_estimator` of `snntorch.surrogate` returns.
-        slope: the scale k of a surrogate by name, see `mk.lif`. For None it is snnTorch's default: 25 for
+        slope: the scale k of a surrogate given by name, see `mk.lif`. None is snnTorch's default: 25 for
             "fast_sigmoid" and "sigmoid", else 1. `atan(alpha)` has the scale alpha / 2.
         surrogate_disable: whether spikes have no gradient.
-        learn_beta, learn_threshold, learn_graded_spikes_factor: whether the value is a parameter, or a buffer.
+        learn_beta, learn_threshold, learn_graded_spikes_factor: whether the value is a parameter instead of a buffer.
         reset_mechanism: "subtract", "zero" or "none".
         graded_spikes_factor: the size of a spike.
         output: without effect; a call always returns the state.
-        init_hidden, inhibition, state_quant, reset_delay: only their defaults; the error says why.
+        init_hidden, inhibition, state_quant, reset_delay: only their defaults work; the error says why.
 
     Call:
         `spk, mem = neuron(input_, mem=None, membrane=True)`, see `forward`.
@@ -153,7 +153,7 @@ class Lapicque(OneState):
         time_step: the length of a step.
         learn_beta: only False, because beta enters a call through C.
         threshold, spike_grad, slope, surrogate_disable, learn_threshold, reset_mechanism, output: as for `Leaky`.
-        init_hidden, inhibition, state_quant: only their defaults.
+        init_hidden, inhibition, state_quant: only their defaults work.
 
     Call:
         `spk, mem = neuron(input_, mem=None, membrane=True)`, see `forward`.

@@ -69,7 +69,7 @@ class Neuron(torch.nn.Module):
         self._note_ones(name)
 
     def _note_ones(self, *names: str) -> None:
-        """Note which buffers are 1. A call that looked at them would wait for a GPU."""
+        """Note which buffers are 1. If each call read them, it would wait for the GPU."""
         for name in names:
             value = getattr(self, name)
             is_fixed = not isinstance(value, torch.nn.Parameter)
@@ -101,7 +101,7 @@ class Neuron(torch.nn.Module):
     # ------------------------------------------------------------------------------------------------ calls
 
     def _run(self, input_: Tensor, states: Mapping[str, Tensor | None], membrane: bool) -> tuple[Tensor, ...]:
-        """A call: checks, layouts, and what follows the scan."""
+        """Check the arguments, scan, and restore the layout `[T, B, ...]`."""
         checks.flag("membrane", membrane)
         _check(input_, states)
         before = [None if state is None else state.flatten(1) for state in states.values()]

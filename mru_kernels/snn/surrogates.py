@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from ..nn.arguments import check_choice
 
-#: The slope of each surrogate that is named without one: those of snnTorch's functions.
+#: The default slope of each surrogate, as in snnTorch's functions.
 SLOPES = {"atan": 1.0, "fast_sigmoid": 25.0, "sigmoid": 25.0, "triangle": 1.0, "straight_through": 1.0}
 
-#: By the name of snnTorch's function: the surrogate, the argument that scales it, and the slope at 1.
+#: By the name of snnTorch's function: the surrogate, the argument that scales it, and k where this argument is 1.
 _OF_SNNTORCH = {
     "atan": ("atan", "alpha", 0.5),
     "fast_sigmoid": ("fast_sigmoid", "slope", 1.0),

@@ -30,21 +30,21 @@ def softmax_recurrence(
 
         y_t = sum_{i<=t} e^(score_i + c_t - c_i) value_i / sum_{i<=t} e^(score_i + c_t - c_i)
 
-    With a bonus, step t is read with its own weight, before the past decays (RWKV-4)::
+    With a bonus, y_t gives step t its own weight and reads the past before it decays (RWKV-4)::
 
         y_t = (sum_{i<t} e^(score_i + c_{t-1} - c_i) value_i + e^(score_t + bonus) value_t) / (the same without values)
 
     Only differences of scores count, and no exponential overflows. The log of the total weight is kept in two floats,
-    so that scores may be large and sequences long. A score of -inf masks a step. Where nothing but masks has come, y
-    is 0. A decay of -inf ends the past. If a score is NaN, y of its head is NaN from there on; if a value is, y of its
-    channel.
+    so that scores may be large and sequences long. A score of -inf masks a step. Before the first step that is not
+    masked, y is 0. A decay of -inf drops all earlier steps. From its step on, a NaN score makes y of its head NaN,
+    and a NaN value y of its channel.
 
     Args:
         score: `[B, T, H]`; float32, float64, bfloat16 or float16. Strides over B and T may be any.
         value: `[B, T, D]` in the score's dtype, where H divides D. Channel c belongs to head `c // (D // H)`.
         initial_state: `[B, D + 2 H]` (`[N, D + 2 H]` with `cu_seqlens`), a final state of an earlier call, in the
             score's or the state dtype; None for an empty one. It is the mean `[D]`, and the log of each head's total
-            weight as Z + z, both `[H]`. A step of the score Z and the value `mean` leaves the same state.
+            weight as Z + z, both `[H]`. One step of score Z and value `mean` leaves the same state, up to z.
         decay: `[H]` or `[B, T, H]`, at most 0; None for 0. `[B, T, H]` has the score's dtype; `[H]` may also be
             float32.
         bonus: `[H]`, in the score's dtype or float32.
@@ -56,10 +56,10 @@ def softmax_recurrence(
 
     Returns:
         y `[B, T, D]` in the score's dtype, and the final state `[B, D + 2 H]` (`[N, D + 2 H]`) in the state dtype:
-        float64 for float64, else float32. Gradients pass through both and reach every tensor argument. z is what Z is
-        rounded by: the gradient of a final z has no effect, and that of an initial z equals the gradient of Z. There
-        is no second derivative but with backend="torch". Under autocast floating streams are cast to the autocast
-        dtype.
+        float64 for float64, else float32. Gradients pass through both and reach every tensor argument. z is the
+        rounding error of Z: the gradient of a final z has no effect, and that of an initial z equals the gradient of Z.
+        There is no second derivative, except with backend="torch". Under autocast floating streams are cast to the
+        autocast dtype.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
