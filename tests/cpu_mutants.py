@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant("a log weight in one float", "softmax/step.h", "newer ? zero<V>() : past.lo", "zero<V>()", "softmax",
            "precision_of_float32"),
     Mutant("a NaN weight taken for none", "softmax/step.h",
-           "x == zero<V>() ? zero<V>() : splat<V>(1) / x", "x > zero<V>() ? splat<V>(1) / x : zero<V>()", "softmax",
+           "x == zero<V>() ? zero<V>() : reciprocal(x)", "x > zero<V>() ? reciprocal(x) : zero<V>()", "softmax",
            "test_nan"),
     Mutant("a bonus added to a large score", "softmax/step.h",
            "share(distance(score, before.m, before.c) + bonus, before.q)",
