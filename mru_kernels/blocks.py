@@ -58,7 +58,7 @@ class Blocked(torch.nn.Module):
         """
         if isinstance(input, Proxy):
             return fx_node(self, input, state)
-        if private.is_tracing():
+        if not torch.compiler.is_compiling() and private.is_tracing():
             raise RuntimeError("blocked: torch.jit.trace cannot record a run of blocks; trace the network itself")
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
