@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant("resets of a reversed scan", "cpu/plan.h", "(scan.reverse ? scan.time - 1 - first : first)", "first",
            "forward", "scanned_apart"),
     Mutant("a reset recomputed from the checkpoint", "cpu/kernels/backward.h", "const bool resets = segment.resets &&",
-           "const bool resets = false && segment.resets &&", "linear_recurrence", "scanned_apart"),
+           "const bool resets = false && segment.resets &&", "linear_recurrence", "second_derivatives_with_resets"),
     Mutant("a boundary after its reset", "cpu/kernels/backward.h", "if (scan.grad_checkpoints && is_boundary(",
            "if (scan.grad_checkpoints && !segment.resets && is_boundary(", "bmru", "every_few_steps"),
     Mutant("the gradient of a boundary lost where time is cut", "cpu/kernels/summary.h", "if (scan.grad_checkpoints &&",

@@ -72,7 +72,8 @@ def test_compiled_for_devices():
         bad = {
             "spilled": r.spilled > 0,
             "registers": r.registers > most,
-            "barriers": r.barriers > 0 or r.shared > 0,
+            # a state that is complex under real streams has two neighbours that read one element, through shared memory
+            "barriers": (r.barriers > 0 or r.shared > 0) and not v.spec.complex_state,
             # rows of states have another layout than those of half-precision streams; and lanes agree when to stop and
             # share a flag
             "shuffles": r.shuffles > 0 and triton_offline.BYTES[v.element] > 2 and not (v.stops or v.kernel == "check"),
@@ -173,7 +174,8 @@ def test_sizes_are_not_compiled_in(requested, cell, segment, resets):
     kernels = {name for name, *_ in requested}
     adjoint = set() if find(cell).real.adjoint_sees_state.value else {"summarize_adjoint"}
     adjoint |= {"summarize", "carry", "check"}
-    assert kernels == {"forward", "backward"} | (adjoint if segment else set()) | ({"fold"} if resets else set())
+    adjoint = adjoint if segment and spec.composes else set()
+    assert kernels == {"forward", "backward"} | adjoint | ({"fold"} if resets else set())
     assert len(set(requested)) == len(kernels)
 
 

@@ -285,16 +285,23 @@ def check_order(dtype: torch.dtype) -> None:
             require(torch.equal(t, first[name]), name)
 
 
+def _time_major(t: Tensor) -> Tensor:
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def check_layouts(dtype: torch.dtype) -> None:
     """Gates side by side, time-major streams and rows that are not aligned give the same bits."""
     for heads, group in ((8, 1), (2, 8)):
         call = draw(dtype, heads, group, decay="stream", bonus=True)
         first, names = call.results(), ("score", "value", "decay", "grad_y")
 
-        def moved(t: Tensor) -> Tensor:
-            return t.new_empty((*t.shape[:-1], t.shape[-1] + 3))[..., 1:-2].copy_(t)
+        def moved(t: Tensor, offset: int, padding: int) -> Tensor:
+            wide = t.new_empty((*t.shape[:-1], offset + t.shape[-1] + padding))
+            return wide[..., offset : offset + t.shape[-1]].copy_(t)
 
-        for change in (moved, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
+        # pointers that are not aligned, rows that are not, and time-major streams
+        changes = (lambda t: moved(t, 1, 15), lambda t: moved(t, 0, 1), _time_major)
+        for change in changes:
             other = Call(**{**vars(call), **{name: change(getattr(call, name)) for name in names}})
             for name, t in other.results().items():
                 error = errors.relative_error(t, first[name].double(), first[name].double().abs())
