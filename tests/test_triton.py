@@ -34,7 +34,7 @@ OF_EVERY_BACKEND = [
 # else for 8.
 REGISTERS = {"forward": 168, "summarize": 168, "summarize_adjoint": 168, "fold": 168, "carry": 192, "backward": 168}
 REGISTERS |= {"check": 96}
-REGISTERS_HALF = 255  # of `backward`, which holds two tiles: all there are, so only spills can fail
+REGISTERS_HALF = 255  # of `backward`, which holds two tiles, and of steps that do not compose: only spills can fail
 REGISTERS_FP64 = 208
 REGISTERS_AMD = 168
 
@@ -65,7 +65,8 @@ def test_compiled_for_devices():
     for r in rows:
         v = r.variant
         most = REGISTERS_FP64 if v.state == "fp64" else REGISTERS[v.kernel]
-        if v.kernel == "backward" and triton_offline.BYTES[v.element] == 2:
+        half = triton_offline.BYTES[v.element] == 2
+        if half and (v.kernel == "backward" or (v.kernel == "forward" and not v.spec.composes)):
             most = REGISTERS_HALF
         if v.arch.startswith("gfx"):
             most = REGISTERS_AMD
