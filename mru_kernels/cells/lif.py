@@ -214,21 +214,16 @@ def lif(
         >>> spikes.shape, membrane.shape
         (torch.Size([8, 100, 64]), torch.Size([8, 64]))
     """
-    if not isinstance(membrane, bool) and membrane != "only":
-        raise ValueError(f"membrane: expected a bool or 'only', got {membrane!r}")
 
-    def scan(number: float) -> tuple[Tensor, ...]:
+    def scan(membranes: bool) -> tuple[Tensor, ...]:
+        number = number_of(reset, tie, surrogate, detach_reset, "only" if membranes else False)
         return call(
             CELL, (input, beta, threshold), (number, surrogate_scale), initial_state, reverse=reverse,
             cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
             return_boundaries=return_boundaries, backend=backend,
         )  # fmt: skip
 
-    results = scan(number_of(reset, tie, surrogate, detach_reset, membrane))
-    if membrane is not True:
-        return results
-    membranes, *_ = scan(number_of(reset, tie, surrogate, detach_reset, "only"))
-    return (results[0], membranes), *results[1:]
+    return spikes.outputs(scan, membrane)
 
 
 def lif_step(

@@ -142,21 +142,16 @@ def resonate(
         >>> spikes.shape, state.shape, state.dtype
         (torch.Size([8, 100, 64]), torch.Size([8, 64]), torch.complex64)
     """
-    if not isinstance(membrane, bool) and membrane != "only":
-        raise ValueError(f"membrane: expected a bool or 'only', got {membrane!r}")
 
-    def scan(mode: float) -> tuple[Tensor, ...]:
+    def scan(membranes: bool) -> tuple[Tensor, ...]:
+        number = number_of(tie, surrogate, "only" if membranes else False)
         return call(
-            CELL, (input, decay, gain, threshold), (mode, surrogate_scale), initial_state, reverse=reverse,
+            CELL, (input, decay, gain, threshold), (number, surrogate_scale), initial_state, reverse=reverse,
             cu_seqlens=cu_seqlens, resets=resets, reset_state=reset_state, chunk_size=chunk_size,
             return_boundaries=return_boundaries, backend=backend,
         )  # fmt: skip
 
-    results = scan(number_of(tie, surrogate, membrane))
-    if membrane is not True:
-        return results
-    membranes, *_ = scan(number_of(tie, surrogate, "only"))
-    return (results[0], membranes), *results[1:]
+    return spikes.outputs(scan, membrane)
 
 
 def resonate_step(

@@ -66,6 +66,17 @@ def check_surrogate(surrogate: Any) -> None:
         raise ValueError(f"surrogate: expected one of {', '.join(SURROGATES)}, got {surrogate!r}{also}")
 
 
+def outputs(scan: Callable[[bool], tuple[Tensor, ...]], membrane: bool | str) -> tuple[Any, ...]:
+    """The results of a call, as its argument `membrane` asks: of scan(whether h is the membrane)."""
+    if not isinstance(membrane, bool) and membrane != "only":
+        raise ValueError(f"membrane: expected a bool or 'only', got {membrane!r}")
+    results = scan(membrane == "only")
+    if membrane is not True:
+        return results
+    membranes, *_ = scan(True)
+    return (results[0], membranes), *results[1:]
+
+
 def fires(x: Tensor, threshold: Tensor, tie: bool) -> Tensor:
     """Whether x reaches the threshold, or is above it if a tie does not fire. Compared, not subtracted."""
     return x >= threshold if tie else x > threshold

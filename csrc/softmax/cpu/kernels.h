@@ -24,7 +24,7 @@ struct HeadKernels {
   // the adjoint to its left if that from the right is 0.
   void (*carry_adjoint)(const HeadScan&, const void* piece, const void* start, const void* end, const void* offset,
                         void* adjoint);
-  // total [H] = the sums in `count` rows of [4, H], of which `which` is 0 for the decay and 2 for the bonus.
+  // total [H]: the sums over `count` rows [4, H] of the gradients of the decay (`which` 0) or the bonus (2).
   void (*total)(const HeadScan&, const void* sums, int64_t count, int which, void* total);
 };
 
