@@ -110,8 +110,8 @@ def choose_cuda():
 def gencode_flags():
     """Flags for TORCH_CUDA_ARCH_LIST: sm_XY code for each X.Y, PTX too for X.Y+PTX.
 
-    Code for 8.Y and 9.Y is assembled from one PTX, that of the lowest of them. Making PTX takes most of nvcc's time, and
-    the instructions are the same. Code for 10.0 comes from its own PTX, which gives fewer instructions.
+    Code for 8.Y and 9.Y is assembled from one PTX, that of the lowest of them. Making PTX takes most of nvcc's time,
+    and the instructions are the same. Code for 10.0 comes from its own PTX, which gives fewer instructions.
     """
     flags, shared = [], []
     for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
