@@ -198,16 +198,16 @@ class MRUBlock(WithUnits):
             v, last = self._convolved(v, given.pop(0), resets, _parallel)
             after.append(last)
         outputs = []
+        parallel: dict[str, Any] = {} if _parallel is None else {"_parallel": _parallel}
         for unit in self.units:
             if isinstance(unit, SEVERAL_STATES):
                 own, given = given[: unit.num_states], given[unit.num_states :]
-                output, states = unit(v, None if state is None else own)
+                output, states = unit(v, None if state is None else own, **parallel)
                 after += states
             else:
                 before = given.pop(0)
                 options: dict[str, Any] = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
-                if _parallel is not None:
-                    options["_parallel"] = _parallel
+                options |= parallel
                 hx = None if before is None else before.unsqueeze(0)
                 if _one_step and isinstance(unit, MRUBase):
                     options = {name: mask.squeeze(1) for name, mask in options.items()}
