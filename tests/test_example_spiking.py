@@ -46,9 +46,14 @@ def test_the_gradient_of_chunks_is_that_of_the_steps_before_too():
 def test_spiking(tmp_path):
     spiking.main([*SMALL, "--steps", "2", "--out", str(tmp_path)])
     header, _, *rows = page(tmp_path, "spiking")[: 2 + len(spiking.UNITS)]
-    assert header.strip("| ").split(" | ") == ["percent right / rate in percent", "channels", *spiking.CODES]
+    assert header.strip("| ").split(" | ") == [
+        "percent right / rate in percent",
+        "channels",
+        "parameters",
+        *spiking.CODES,
+    ]
     for name, row in zip(spiking.UNITS, rows, strict=True):
-        first, _, *cells = row.strip("| ").split(" | ")
+        first, _, _, *cells = row.strip("| ").split(" | ")
         assert first == name
         for cell in cells:
             accuracy, rate = map(float, cell.split(" / "))
