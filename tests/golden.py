@@ -26,6 +26,7 @@ import mru_kernels as mk
 from bench import inputs
 from bench.errors import state_dtype
 from mru_kernels import backends
+from mru_kernels.ops.spec import CELLS
 from tests import calls
 
 FILE = Path(__file__).with_suffix(".json")
@@ -43,7 +44,10 @@ FORMS = {
     "schmitt": ("schmitt", "candidate low[D] high[D]"),
     "linear": ("linear_recurrence", "update decay"),
     "linear [D]": ("linear_recurrence", "update decay[D]"),
+    "lif": ("lif", "input beta[D] threshold[D]"),
+    "resonate": ("resonate", "input decay[D] gain[D] threshold[D]"),
 }
+FEWER = {"lif": 5, "resonate": 3}  # cases of each dtype, where not ROWS
 
 MODULES = ("BMRU", "CMRU", "AlphaCMRU")  # that hand packed gates to the kernels
 
@@ -60,6 +64,26 @@ FACTORS: dict[str, tuple] = {
     "reverse": (False, True),
 }
 FACTORS_OF_WRITES = {"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "scale": (1.0, 2.5)}
+
+#: The surrogate "sigmoid" is absent, as is leaky_integrator: the C library computes their exp and tanh.
+FACTORS_OF_SPIKES = {
+    "tie": (False, True),
+    "surrogate": ("atan", "fast_sigmoid", "triangle", "straight_through"),
+    "surrogate_scale": (1.0, 2.5),
+    "membrane": (False, False, True),
+}
+FACTORS_OF_LIF = {
+    "reset": ("subtract", "none", "subtract_decayed", "zero", "zero_input"),
+    "detach_reset": (True, False),
+}
+
+#: The factors of a cell's own, and the settings of its steps. Other cells write or hold.
+OWN: dict[str, tuple[dict[str, tuple], tuple[dict[str, Any], ...]]] = {
+    "linear_recurrence": ({}, ({},)),
+    "lif": (FACTORS_OF_SPIKES | FACTORS_OF_LIF, ({"reset": "subtract"}, {"reset": "zero", "tie": True})),
+    "resonate": (FACTORS_OF_SPIKES, ({},)),
+}
+WRITES = (FACTORS_OF_WRITES, ({"epsilon": 0.0}, {"epsilon": 0.5}))
 
 Results = dict[str, Tensor]
 
@@ -101,7 +125,7 @@ class Draw:
             return self.uniform(shape, 0.0, 0.5)
         if name == "high":
             return self.uniform(shape, 0.4, 1.5)
-        if name != "decay":
+        if name not in ("decay", "beta"):
             return self.replaced(self.number(shape, 2.0), 0.03, 0.0, -0.0)
         if self.dtype.is_complex:
             return self.replaced(self.number(shape, 0.7), 0.02, 0.0, 1.0)
@@ -114,35 +138,47 @@ class Draw:
 
 def scan_call(name: str, cell: str, form: str, dtype: torch.dtype, options: dict[str, Any]) -> inputs.Call:
     """The inputs of a case."""
-    draw = Draw(name, dtype, options["values"] == "special")
+    state, special = inputs.CELLS[cell].state_dtype(dtype), options["values"] == "special"
+    draw = Draw(name, dtype, special)
+    of_states = Draw(f"{name}, states", state, special) if CELLS[cell].complex_state else draw
     packed = options["sequences"] == "packed"
     time, channels = options["T"], options["D"]
     shape = (1 if packed else 2, time, channels)
     states = (4 if packed else 2, channels)
     parameters = dtype if options["vectors"] == "vectors-as-streams" else state_dtype(dtype)
+
+    def vector(argument: str, numbers: Callable[[Draw], Tensor]) -> Tensor:
+        """In the state dtype if it is complex though the streams are real."""
+        apart = argument in CELLS[cell].complex_names
+        source = of_states if apart else draw
+        return source.finish(numbers(source), state if apart else parameters, 0.01)
+
     streams, vectors = {}, {}
     for argument in form.split():
         if argument.endswith("[D]"):
             argument = argument.removesuffix("[D]")
-            vectors[argument] = draw.finish(draw.input(argument, shape[2:]), parameters, 0.01)
+            vectors[argument] = vector(argument, lambda draw, argument=argument: draw.input(argument, shape[2:]))
         else:
             streams[argument] = draw.finish(draw.input(argument, shape), dtype)
-    if "candidate" in streams:
-        edges = [t.to(dtype) for name, t in (streams | vectors).items() if name in ("threshold", "low", "high")]
-        streams["candidate"] = draw.replaced(streams["candidate"], 0.03, *edges, *(-t for t in edges))
+    edges = [t.to(dtype) for name, t in (streams | vectors).items() if name in ("threshold", "low", "high")]
+    first = next(iter(streams))
+    streams[first] = draw.replaced(streams[first], 0.03, *edges, *(-t for t in edges))
     tensors = inputs._laid_out(streams, options["layout"]) | vectors
     if options.get("alpha"):
         tensors["alpha"] = draw.finish(draw.number(shape[2:], 2.0), parameters, 0.0)
     if options["initial"]:
-        tensors["initial_state"] = draw.finish(draw.number(states, 2.0), parameters, 0.01)
+        tensors["initial_state"] = vector("initial_state", lambda draw: draw.number(states, 2.0))
     settings: dict[str, Any] = {"reverse": options["reverse"], "chunk_size": options["chunk"]}
     if packed:
         settings["cu_seqlens"] = torch.tensor([0, time // 3, time // 3, time - 1, time])
     if "epsilon" in options:
         settings |= {"epsilon": options["epsilon"], "surrogate_scale": options["scale"]}
-    draw.special = False
+    settings |= {name: options[name] for name in FACTORS_OF_SPIKES | FACTORS_OF_LIF if name in options}
+    if settings.get("membrane"):
+        settings["membrane"] = "only"
+    draw.special = of_states.special = False
     grad_h = draw.finish(draw.number(shape, 1.0), dtype)
-    grad_final = draw.finish(draw.number(states, 1.0), state_dtype(dtype))
+    grad_final = of_states.finish(of_states.number(states, 1.0), state)
     return inputs.Call(cell, tensors, settings, grad_h, grad_final)
 
 
@@ -155,14 +191,15 @@ def run_scan(backend: str, name: str, cell: str, form: str, dtype: torch.dtype, 
         return calls.run(call, calls.op_of(cell, backend), CPU)
 
 
-def run_step(backend: str, name: str, cell: str, form: str, dtype: torch.dtype, epsilon: float | None) -> Results:
+def run_step(backend: str, name: str, cell: str, form: str, dtype: torch.dtype, settings: dict[str, Any]) -> Results:
     """A step has no argument `backend`: CPU tensors take the CPU kernels."""
     options = {"D": 67, "T": 1, "sequences": "batch", "layout": "contiguous", "values": "special"}
-    options |= {"vectors": "wide-vectors", "initial": True, "reverse": False, "chunk": 64, "alpha": epsilon == 0.5}
+    options |= {"vectors": "wide-vectors", "initial": True, "reverse": False, "chunk": 64}
+    options["alpha"] = settings.get("epsilon") == 0.5
     call = scan_call(name, cell, form, dtype, options)
     tensors = {name: t.squeeze(1) if t.dim() == 3 else t for name, t in call.tensors.items()}
     tensors["state"] = tensors.pop("initial_state")
-    h, state = getattr(mk, f"{cell}_step")(**tensors, **({} if epsilon is None else {"epsilon": epsilon}))
+    h, state = getattr(mk, f"{cell}_step")(**tensors, **settings)
     return {"h": h, "state": state}
 
 
@@ -184,34 +221,34 @@ def run_module(backend: str, name: str, unit: str, dtype: torch.dtype, steps: in
     return {name: t.detach() + 0.0 for name, t in results.items()}  # a product may drop the sign of a zero
 
 
-def rows(form: str, factors: dict[str, tuple]) -> list[dict[str, Any]]:
-    """Rows of options in which each value of a factor comes up as often as any other."""
+def rows(form: str, factors: dict[str, tuple], count: int) -> list[dict[str, Any]]:
+    """Rows of options in which each value of a factor comes up about as often as any other."""
     columns = {}
     for factor, values in factors.items():
-        columns[factor] = [values[i % len(values)] for i in range(ROWS)]
+        columns[factor] = [values[i % len(values)] for i in range(count)]
         random.Random(f"{form} {factor}").shuffle(columns[factor])
-    return [{factor: column[i] for factor, column in columns.items()} for i in range(ROWS)]
+    return [{factor: column[i] for factor, column in columns.items()} for i in range(count)]
 
 
 def named_cases() -> dict[str, Callable[[str], Results]]:
     """What runs each case on a backend, by its name."""
     cases = {}
     for form, (cell, arguments) in FORMS.items():
-        linear = cell == "linear_recurrence"
-        for short, dtype in (inputs.DTYPES | (inputs.COMPLEX_DTYPES if linear else {})).items():
-            for options in rows(f"{form} {short}", FACTORS | ({} if linear else FACTORS_OF_WRITES)):
+        own, steps = OWN.get(cell, WRITES)
+        for short, dtype in inputs.CELLS[cell].dtypes.items():
+            for options in rows(f"{form} {short}", FACTORS | own, FEWER.get(form, ROWS)):
                 words = [factor if v is True else str(v) if isinstance(v, str) else f"{factor}={v}"
                          for factor, v in options.items() if v is not False]  # fmt: skip
                 name = f"{form}, {short}, {' '.join(words)}"
                 cases[name] = partial(run_scan, name=name, cell=cell, form=arguments, dtype=dtype, options=options)
-            for epsilon in (None,) if linear else (0.0, 0.5):
-                name = f"{form}, {short}, step" + ("" if linear else f" epsilon={epsilon}")
-                cases[name] = partial(run_step, name=name, cell=cell, form=arguments, dtype=dtype, epsilon=epsilon)
+            for settings in steps:
+                name = " ".join([f"{form}, {short}, step", *(f"{factor}={v}" for factor, v in settings.items())])
+                cases[name] = partial(run_step, name=name, cell=cell, form=arguments, dtype=dtype, settings=settings)
     for unit in MODULES:
         for short, dtype in inputs.DTYPES.items():
-            for steps in (0, 64):
-                name = f"{unit}, {short}, segment={steps}"
-                cases[name] = partial(run_module, name=name, unit=unit, dtype=dtype, steps=steps)
+            for segment in (0, 64):
+                name = f"{unit}, {short}, segment={segment}"
+                cases[name] = partial(run_module, name=name, unit=unit, dtype=dtype, steps=segment)
     return cases
 
 
