@@ -1,4 +1,7 @@
-"""Every cell, backend and dtype against the float64 reference: `python -m bench compare`."""
+"""Every cell, backend and dtype against the float64 reference: `python -m bench compare`.
+
+So is the softmax recurrence, which is no cell.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from . import cli, errors, inputs, records
+from . import cli, errors, inputs, records, softmax_cases
 from .inputs import Call, Case
 from .progress import tqdm
 from .reference import CELLS
+
+T = TypeVar("T")
 
 FORWARD = ("h", "final_state", "boundaries")
 REFERENCE = "reference"  #: as a backend: the plain loop in the state dtype
@@ -56,7 +62,7 @@ class Row:
 
 
 def run(
-    cases: Iterable[Case | Call],
+    cases: Iterable[Case | softmax_cases.Case | Call],
     backend: str,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -65,7 +71,7 @@ def run(
     """Compare each case, or call on given tensors, with the reference.
 
     Args:
-        cases: what to run; see `bench.inputs.case`, `covering_cases` and `call`.
+        cases: what to run; see `bench.inputs.case`, `covering_cases`, `call` and `bench.softmax_cases`.
         backend: a name that the op takes, or "reference".
         device: where the backend runs; the reference runs on the CPU.
         progress: show a bar.
@@ -78,8 +84,8 @@ def run(
     return [_row(item, backend, device) for item in in_time]
 
 
-def _row(item: Case | Call, backend: str, device: torch.device | str) -> Row:
-    call = item.build() if isinstance(item, Case) else item.to("cpu")
+def _row(item: Case | softmax_cases.Case | Call, backend: str, device: torch.device | str) -> Row:
+    call = item.to("cpu") if isinstance(item, Call) else item.build()
     results, failure = (), None
     try:
         got = results_of(call.to(device), _op(call.cell, backend))
@@ -99,8 +105,10 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
         got: "h", "final_state", "boundaries" if they are returned, and the gradient of each of the call's tensors under
             its name.
     """
-    reference_op = CELLS[call.cell]
     wide = replace(call, tensors={name: errors.wide(t) for name, t in call.tensors.items()})  # so gradients are wide
+    if call.cell == softmax_cases.OP:
+        return _judge_softmax(call, got, results_of(wide, softmax_cases.reference))
+    reference_op = CELLS[call.cell]
     state = reference_op.state_dtype(call.stream.dtype)
     reference = results_of(wide, partial(reference_op, state=state) if reference_op.rounds else reference_op)
     given = call.tensors | call.settings | grads_of(call)
@@ -123,6 +131,26 @@ def judge(call: Call, got: dict[str, Tensor]) -> list[Result]:
     dtypes = dict(zip(outputs_of(call), (call.stream.dtype, state, state), strict=False))
     dtypes |= {name: t.dtype for name, t in call.tensors.items()}
     return [result(name, dtype) for name, dtype in dtypes.items()]
+
+
+def _judge_softmax(call: Call, got: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Result]:
+    """The same for the softmax recurrence. Mean and log weight of a state are judged apart, and the worse counts."""
+    state, heads = errors.state_dtype(call.stream.dtype), call.tensors["score"].shape[-1]
+    dtypes = {"h": call.stream.dtype, "final_state": state} | {name: t.dtype for name, t in call.tensors.items()}
+    results = []
+    for name, dtype in dtypes.items():
+        result, right = got[name], reference[name]
+        label = name if name in FORWARD else f"d {name}"
+        if result.dtype != dtype or result.shape != right.shape:
+            results.append(Result(label, math.inf, 0.0, False))
+            continue
+        pairs = [(result, right)]
+        if name == "final_state":
+            pairs = list(zip(softmax_cases.split(result, heads), softmax_cases.split(right, heads), strict=True))
+        error = max(errors.relative_error(x, expected, expected.abs()) for x, expected in pairs)
+        limit = errors.LIMITS[dtype] * (8 if right.dim() == 1 else 1)  # gradients [H] are sums whose terms cancel
+        results.append(Result(label, error, limit, error <= limit))
+    return results
 
 
 def is_exact(call: Call) -> bool:
@@ -271,14 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = available.get(name, "there is no such backend") if name != REFERENCE else None
             if reason is not None:
                 parser.error(f"--backend: {name}: {reason}")
-    select = inputs.brief_cases if arguments.brief else inputs.covering_cases
-    cases = [
-        case
-        for cell in inputs.CELLS
-        for dtype in arguments.dtype
-        if dtype in inputs.CELLS[cell].dtypes
-        for case in select(cell, cli.DTYPES[dtype])
-    ]
+    cases = cases_of(arguments.dtype, arguments.brief)
+    if REFERENCE not in names:  # whose loop in float32 keeps a log weight in one float
+        cases += softmax_cases_of(arguments.dtype, arguments.brief)
     cases = part_of(cases, *arguments.part)
     end = time.monotonic() + arguments.seconds
     rows = [row for name in names for row in run(cases, name, arguments.device, progress=True, end=end)]
@@ -291,7 +314,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed or left or not rows else 0
 
 
-def part_of(cases: list[Case], index: int, count: int) -> list[Case]:
+def cases_of(dtypes: Sequence[str], brief: bool) -> list[Case | softmax_cases.Case]:
+    """The cases of every cell that takes a dtype."""
+    select = inputs.brief_cases if brief else inputs.covering_cases
+    taken = [(cell, inputs.CELLS[cell].dtypes[dtype]) for cell in inputs.CELLS for dtype in dtypes
+             if dtype in inputs.CELLS[cell].dtypes]  # fmt: skip
+    return [case for cell, dtype in taken for case in select(cell, dtype)]
+
+
+def softmax_cases_of(dtypes: Sequence[str], brief: bool) -> list[softmax_cases.Case]:
+    """The cases of the softmax recurrence, whose streams are real."""
+    select = softmax_cases.brief_cases if brief else softmax_cases.covering_cases
+    return [case for dtype in dtypes if dtype in inputs.DTYPES for case in select(inputs.DTYPES[dtype])]
+
+
+def part_of(cases: list[T], index: int, count: int) -> list[T]:
     """Every `count`-th case. Parts start at different cells, so they seldom compile a kernel at the same time."""
     part = cases[index - 1 :: count]
     start = len(part) * (index - 1) // count

@@ -49,7 +49,6 @@ def floor_bytes(call: Call) -> dict[str, int]:
     an input that it does not need) and the gradient of h, and writes the gradients. Per-channel inputs and states do
     not count. Saved tensors do not count: an implementation chooses how much it saves.
     """
-    inputs = sum(t.dim() == 3 for t in call.tensors.values())
-    forward, backward = inputs + 1, 2 * inputs + 1
-    streams = {FORWARD: forward, SAVING: forward, BACKWARD: backward, BOTH: forward + backward}
-    return {name: count * call.stream.nbytes for name, count in streams.items()}
+    inputs, h = sum(t.nbytes for t in call.tensors.values() if t.dim() == 3), call.grad_h.nbytes
+    forward, backward = inputs + h, 2 * inputs + h
+    return {FORWARD: forward, SAVING: forward, BACKWARD: backward, BOTH: forward + backward}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 import mru_kernels
 import python_ref
-from bench import compare, errors, inputs
+from bench import compare, errors, inputs, softmax_cases
 
 NAN, INF = math.nan, math.inf
 DTYPES = list(inputs.DTYPES.values())
@@ -119,6 +121,39 @@ def test_gradients_are_compared_only_where_they_are_specified():
             assert not all(r.passed for r in compare.judge(call, wrong))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", [("wkv", False, True), ("aaren", True, False)])
+def test_a_fault_in_any_one_result_of_the_softmax_recurrence_fails_and_is_named(case, dtype, monkeypatch):
+    call = softmax_cases.Case(case[0], dtype, *case[1:]).build()
+    right = compare.results_of(call, compare._op(call.cell, "cpu"))
+    reference = compare.results_of(replace(call, tensors={name: t.double() for name, t in call.tensors.items()}),
+                                   softmax_cases.reference)  # fmt: skip
+    monkeypatch.setattr(compare, "results_of", lambda *_: reference)  # once
+    assert [r.name for r in compare.judge(call, right) if not r.passed] == []
+    columns = {name: slice(None) for name in right}
+    if case[0] == "aaren":
+        columns |= {"final_state": slice(-6, -3)}  # the log weights of its three heads
+    for name, kept in columns.items():
+        for fault, factor in (("scaled", 1.05), ("zero", 0.0), ("NaN", NAN)):
+            wrong = right[name].clone()
+            wrong[..., kept] *= factor
+            failed = [r.name for r in compare.judge(call, right | {name: wrong}) if not r.passed]
+            assert failed == [name if name in ("h", "final_state") else f"d {name}"], fault
+        failed = [r.name for r in compare.judge(call, right | {name: right[name].unsqueeze(0)}) if not r.passed]
+        assert len(failed) == 1
+
+
+def test_the_cases_of_the_softmax_recurrence():
+    every = {case for dtype in DTYPES for case in softmax_cases.covering_cases(dtype)}
+    wanted = set(product(softmax_cases.FORMS, (False, True), (False, True)))
+    assert {(c.form, c.packed, c.reverse) for c in every} == wanted
+    assert {(c.form, c.reverse) for c in every if c.time >= 256 and not c.packed} == {w[::2] for w in wanted}
+    brief = {case for dtype in DTYPES for case in softmax_cases.brief_cases(dtype)}
+    assert 2 * len(brief) < len(every)
+    assert {c.dtype for c in brief} == set(DTYPES)
+    assert len({(c.form, c.packed, c.reverse, c.time) for c in brief}) == len(every) / len(DTYPES)
+
+
 def test_given_tensors_are_compared_and_not_changed():
     c, b = torch.randn(2, 30, 10).chunk(2, -1)
     copy = c.clone()
@@ -179,6 +214,14 @@ def test_command_in_parts_and_with_no_time(monkeypatch, tmp_path, capsys):
     assert shapes == [list(case.shape) for case in parts[1]]
     assert compare.main([*command, "--seconds", "-1"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"0 calls, 0 failed, no time for {len(parts[1])} more"
+
+
+def test_command_compares_the_softmax_recurrence_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(inputs, "brief_cases", lambda cell, dtype: [])
+    file = tmp_path / "rows.json"
+    assert compare.main(["--backend", "cpu", "--dtype", "bf16", "--brief", "--part", "1/4", "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["cell"] == "softmax_recurrence"
 
 
 def test_command_names_a_backend_that_cannot_run(capsys):

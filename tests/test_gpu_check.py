@@ -15,7 +15,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import peers, records, speed, timing, work
+import mru_kernels as mk
+from bench import peers, records, softmax_cases, speed, timing, work
 from bench.gpu import command, jobs, processes, report, stages
 from bench.gpu.processes import Outcome
 
@@ -220,6 +221,44 @@ def test_times_are_at_the_bytes_of_the_floor(timed):
     ]  # fmt: skip
 
 
+def test_the_other_ops_are_timed_on_one_shape_each(timed):
+    """Bytes of the streams: `lif` and `resonate` read one, wkv two, aaren one and a score."""
+    found = report.read_figures(timed)
+    assert len(found["other"]) == len(jobs.OTHERS) * len(work.MAIN)
+    given = {(f["subject"], f["work"]): f for f in found["other"]}
+    for op, read in (("lif", 3), ("resonate", 3), (softmax_cases.WKV, 16), (softmax_cases.AAREN, 9)):
+        shape = SHAPES[jobs.OTHERS[op]]
+        for name, elements in (("forward", read + shape[2]), ("backward", 2 * read + shape[2])):
+            f = given[f"cpu, {op}", name]
+            assert (*f["shape"], f["dtype"]) == shape
+            moved = elements * shape[0] * shape[1] * {"fp32": 4, "bf16": 2}[shape[3]]
+            assert f["gb_per_s"] == pytest.approx(moved / f["ms"] / 1e6)
+            assert f["percent_of_copy"] == pytest.approx(100 * f["gb_per_s"] / found["copy"][0]["gb_per_s"])
+
+
+@pytest.mark.parametrize("op", jobs.OTHERS)
+def test_another_op_that_is_wrong_is_not_timed(op):
+    written = []
+    name = op if hasattr(mk, op) and op not in softmax_cases.FORMS else softmax_cases.OP
+    right = getattr(mk, name)
+
+    def wrong(*arguments, **options):
+        y, final = right(*arguments, **options)
+        return y * 1.05, final
+
+    with patch.object(mk, name, wrong):
+        jobs.Timing(CPU, lambda *what: written.append(what), 2**16).other(op, "cpu", SHAPES[0])
+    assert [kind for kind, _ in written] == ["copy", "failed"]
+
+
+def test_without_time_the_other_ops_are_left_out():
+    written = []
+    timing = jobs.Timing(CPU, lambda *what: written.append(what), 2**16)
+    with patch.object(timing, "backends", lambda *_: None), patch.object(timing, "calls", lambda *_: None):
+        jobs.time_all(timing, SHAPES, ["cpu"], time.monotonic() - 1, [])
+    assert [kind for kind, _ in written] == ["copy"] + ["left out"] * len(jobs.OTHERS)
+
+
 def test_a_backend_that_is_wrong_is_not_timed():
     written = []
     with patch.object(speed, "meets_limits", lambda *_: False):
@@ -305,7 +344,8 @@ def test_the_report_has_the_measurements_and_the_failures(timed, check, tmp_path
     text = paths[1].read_text()
     assert "timed out" in text
     assert "no time was left" in text
-    assert text.count("| fp32 |") + text.count("| bf16 |") == len(record["figures"])
+    assert text.count("| fp32 |") + text.count("| bf16 |") == len(record["figures"]) + len(record["other"])
+    assert len(record["other"]) == len(report.read_figures(timed)["other"])
     report.copy_out(paths, check.logs, tmp_path / "out")
     names = {p.name for p in paths} | {"compare.json", "gpu-check.log"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
@@ -315,7 +355,9 @@ def test_the_report_has_the_measurements_and_the_failures(timed, check, tmp_path
 
 def test_the_small_set_runs_whole_and_split(capsys):
     assert jobs.run_small_set(["cpu"], CPU)
-    assert capsys.readouterr().out.count("PASS") == 12
+    printed = capsys.readouterr().out
+    assert printed.count("PASS") == 16
+    assert printed.count("softmax_recurrence") == 4
     assert not jobs.run_small_set([], CPU)
 
 

@@ -12,6 +12,9 @@ import pytest
 import simt
 import torch
 
+from bench import compare, softmax_cases
+from mru_kernels.softmax import run
+
 pytestmark = [
     pytest.mark.check,
     pytest.mark.skipif(not simt.SUPPORTED, reason="the host execution of CUDA sources needs x86-64 Linux"),
@@ -41,6 +44,18 @@ def test_kernels(checks, check, element):
     if element not in checks.LOADED:
         pytest.skip("under the sanitizers float32 and bfloat16 stand for all widths")
     getattr(checks, check)(getattr(torch, element))
+
+
+@pytest.mark.parametrize("element", ["float32", "float64", "bfloat16", "float16"])
+def test_the_cases_of_the_comparison(checks, element):
+    """Those that `make gpu-check` runs on a GPU."""
+    if element not in checks.LOADED:
+        pytest.skip("under the sanitizers float32 and bfloat16 stand for all widths")
+    checks.control()
+    simt.register()
+    run._find_kernels.cache_clear()  # it may have been asked before these kernels were loaded
+    rows = compare.run(softmax_cases.covering_cases(getattr(torch, element)), "simt")
+    assert [row for row in rows if not row.passed] == []
 
 
 def test_a_launch_that_fails_raises(checks):

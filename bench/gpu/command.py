@@ -5,6 +5,9 @@ stage's deadline. A failure is reported, and the other stages still run. Nothing
 used in its tree. Results go to `bench/results/<gpu>-torch<version>` (.json, .md, .png). If $OUT is set, results and log
 are copied there.
 
+The comparison has every cell and the softmax recurrence; the sanitizers see one cell and the recurrence. One cell is
+timed on all shapes; the recurrence, `lif` and `resonate` on one each. These three have not yet run on a GPU.
+
 The exit status is 0 if all passed, 1 if something failed, 2 if there is no GPU.
 """
 

@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 def read_figures(path: Path) -> dict[str, list]:
     """The results that `time_all` wrote, by kind. A last line that was cut off is ignored."""
-    found: dict[str, list] = {kind: [] for kind in ("copy", "figure", "call", "left out", "failed")}
+    found: dict[str, list] = {kind: [] for kind in ("copy", "figure", "other", "call", "left out", "failed")}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             kind, what = json.loads(line)
@@ -53,6 +53,12 @@ def markdown(record: Record) -> str:
             "Epsilon is 0, and the threshold is a stream. Half of the steps write; with `seldom writes`, one step in "
             "three hundred. GB/s counts the bytes of the floor, and `of copy` compares it with the copy.",
             _figures(record["figures"]),
+        ]
+    if record.get("other"):
+        parts += [
+            "Other ops. `lif` and `resonate` have one stream. `wkv` has a score for each channel, `aaren` one for each "
+            "head of 64 channels.",
+            _figures(record["other"]),
         ]
     for call in record["call"]:
         lines = (f"- {name}: {value:.1f}" for name, value in call["microseconds"].items())
@@ -118,7 +124,7 @@ def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
     machine = records.machine(torch.device(check.device))
     record = {
         "machine": machine,
-        **{kind: found[kind] for kind in ("copy", "call", "left out")},
+        **{kind: found[kind] for kind in ("copy", "other", "call", "left out")},
         "figures": with_ratios(found["figure"], check.backends),
         "stages": [asdict(outcome) for outcome in outcomes],
     }
