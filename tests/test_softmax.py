@@ -46,9 +46,10 @@ def test_definition_and_gradients(backend, group, decay, bonus):
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
-@pytest.mark.parametrize(("shift", "fastest"), [(1000.0, -1.0), (0.0, -80.0)])
-def test_definition_of_large_scores_and_decays(backend, scale, shift, fastest):
-    call = draw(decay="stream", bonus=True, scale=scale, shift=shift, masked=0.3, fastest=fastest, slowest=-1e-6)
+@pytest.mark.parametrize("decay", ["head", "stream"])
+@pytest.mark.parametrize(("shift", "fastest"), [(1000.0, -1.0), (0.0, -80.0), (0.0, -2000.0)])
+def test_definition_of_large_scores_and_decays(backend, scale, decay, shift, fastest):
+    call = draw(decay=decay, bonus=True, scale=scale, shift=shift, masked=0.3, fastest=fastest, slowest=-1e-6)
     check(call, backend, chunk_size=32)
 
 

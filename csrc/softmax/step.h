@@ -72,9 +72,12 @@ template <class V>
 struct Weight {
   V q, m, c;
 };
+// Without weight, m is the least finite number: every score is at least as large, and differences of finite numbers are numbers.
 template <class V>
 MRU_INLINE Weight<V> open(V Z, V z) {
-  return {Z == splat<V>(-kInfinity<V>) ? zero<V>() : splat<V>(1), Z, z};
+  const auto empty = Z == splat<V>(-kInfinity<V>);
+  const V least = splat<V>(std::numeric_limits<typename Lanes<V>::Scalar>::lowest());
+  return {empty ? zero<V>() : splat<V>(1), empty ? least : Z, z};
 }
 template <class V>
 MRU_INLINE Pair<V> close(const Weight<V>& weight) {
@@ -83,25 +86,38 @@ MRU_INLINE Pair<V> close(const Weight<V>& weight) {
   return {Z, size < splat<V>(kInfinity<V>) ? z : zero<V>()};
 }
 
-// How a mean is mixed from the past and a value: (a q mean + b v) / (a q + b). The larger of a and b is 1.
+// How a mean is mixed from the past and a value: (a q mean + b v) / (a q + b).
 template <class V>
 struct Share {
   V a, b, r;  // r = 1 / (a q + b); 0 if there is no weight
   V k;        // the smaller part of the whole. Its sign bit says that it is the past's
   V total;    // a q + b
 };
-// `gap`: the log of b / a.
+// k, from the parts a q and b of the total.
+template <class V, class Mask>
+MRU_INLINE V smaller_part(Mask newer, V past, V b, V r) {
+  return (newer ? past : b) * (newer ? -r : r);
+}
+// e^-|gap|, for the log `gap` of a new weight over that of the past; and whether the new weight is the larger.
 template <class V>
-MRU_INLINE Share<V> share(V gap, V q) {
-  const auto newer = gap > zero<V>();
-  const V e = Functions<V>::exp(-Lanes<V>::abs(gap)), shrunk = e * q;
-  const V past = newer ? shrunk : q;
+struct Ratio {
+  decltype(V{} > V{}) newer;
+  V e;
+};
+template <class V>
+MRU_INLINE Ratio<V> ratio(V gap) {
+  return {gap > zero<V>(), Functions<V>::exp(-Lanes<V>::abs(gap))};
+}
+// The larger of a and b is 1.
+template <class V>
+MRU_INLINE Share<V> share(Ratio<V> ratio, V q) {
   Share<V> s;
-  s.a = newer ? e : splat<V>(1);
-  s.b = newer ? splat<V>(1) : e;
+  s.a = ratio.newer ? ratio.e : splat<V>(1);
+  s.b = ratio.newer ? splat<V>(1) : ratio.e;
+  const V past = s.a * q;
   s.total = past + s.b;
   s.r = inverse(s.total);
-  s.k = (newer ? shrunk : e) * (newer ? -s.r : s.r);
+  s.k = smaller_part(ratio.newer, past, s.b, s.r);
   return s;
 }
 // The mean. A part of 0 copies the other value.
@@ -117,23 +133,50 @@ MRU_INLINE V distance(V x, V hi, V lo) {
   return x == least ? least : (x - hi) - lo;
 }
 
-// One step of a head: decays the past and adds the weight of `score`. Returns how the step mixes the mean.
+// A step of a head in two parts: m and c, and the ratio of the weights; then q. Together they are `update`, which decays the
+// past and adds the weight of `score`.
+template <bool kDecay, class V>
+MRU_INLINE Ratio<V> weigh(V score, V decay, V& m, V& c) {
+  Pair<V> past{m, c};
+  if constexpr (kDecay) past = plus(m, c, decay);
+  const Ratio<V> r = ratio(distance(score, past.hi, past.lo));
+  m = r.newer ? score : past.hi, c = r.newer ? zero<V>() : past.lo;
+  return r;
+}
 template <bool kDecay, class V>
 MRU_INLINE Share<V> update(V score, V decay, Weight<V>& weight) {
-  Pair<V> past{weight.m, weight.c};
-  if constexpr (kDecay) past = plus(weight.m, weight.c, decay);
-  const V gap = distance(score, past.hi, past.lo);
-  const auto newer = gap > zero<V>();
-  const Share<V> s = share(gap, weight.q);
-  weight = {s.total, newer ? score : past.hi, newer ? zero<V>() : past.lo};
+  const Share<V> s = share(weigh<kDecay>(score, decay, weight.m, weight.c), weight.q);
+  weight.q = s.total;
   return s;
 }
 
 // How a step with a bonus reads the past: before it decays, with its own weight e^(score + bonus). The difference comes first:
 // score + bonus would round away what a large score has.
 template <class V>
+MRU_INLINE Ratio<V> weigh_read(V score, V bonus, V m, V c) {
+  return ratio(distance(score, m, c) + bonus);
+}
+template <class V>
 MRU_INLINE Share<V> read(V score, V bonus, const Weight<V>& before) {
-  return share(distance(score, before.m, before.c) + bonus, before.q);
+  return share(weigh_read(score, bonus, before.m, before.c), before.q);
+}
+
+// How a step reads and how it updates by the ratio of the update alone, and one division: `factor` = e^(decay + bonus) turns
+// the new weight after the decay into that with the bonus before it. Ratios are 0 below e^-87, so |decay + bonus| is at most
+// kModerate: then every weight that is lost is less than e^-47 of the whole.
+template <class V>
+constexpr typename Lanes<V>::Scalar kModerate = 40;
+template <class V>
+struct ReadAndUpdate {
+  Share<V> read, update;
+};
+template <class V>
+MRU_INLINE ReadAndUpdate<V> read_and_update(Ratio<V> ratio, V factor, V q) {
+  const V a = ratio.newer ? ratio.e : splat<V>(1), b = ratio.newer ? splat<V>(1) : ratio.e, read_b = b * factor;
+  const V past = a * q, total = past + b, read_total = past + read_b;
+  const V both = inverse(total * read_total), r = both * read_total, read_r = both * total;
+  return {{a, read_b, read_r, smaller_part(past < read_b, past, read_b, read_r), read_total},
+          {a, b, r, smaller_part(ratio.newer, past, b, r), total}};
 }
 
 // ------------------------------------------------------------------------------------------------ pieces of time

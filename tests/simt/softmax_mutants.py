@@ -42,7 +42,7 @@ class Mutant:
 _FAULTS = {
     "step.h": (
         ("order of rounding", "(x - hi) - lo;", "x - (hi + lo);"),
-        ("sign of a gap", "s.a = newer ? e : splat<V>(1);", "s.a = newer ? splat<V>(1) : e;"),
+        ("sign of a gap", "s.a = ratio.newer ? ratio.e : splat<V>(1);", "s.a = ratio.newer ? splat<V>(1) : ratio.e;"),
         ("low part of a piece", "past.lo) + second.z;", "past.lo);"),
         ("z dropped at a border", "size < splat<V>(kInfinity<V>) ? z : zero<V>()", "zero<V>()"),
         ("factor of the adjoint without decays", "(start.hi - end.hi) + decay)", "(start.hi - end.hi) + zero<V>())"),

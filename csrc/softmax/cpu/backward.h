@@ -7,7 +7,7 @@ namespace mru::softmax {
 namespace {
 
 // What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. `e` is signed: its sign bit says that the past
-// has it as its share a, and else the step as b. `read_e` and `read_r` belong to a bonus.
+// has it as its share a, and else the step as b. The parts of a read are a r and b r. A row that is not needed is not written.
 template <class F>
 struct Records {
   using S = typename F::S;
@@ -15,27 +15,35 @@ struct Records {
   S* rows;
   int64_t chunk, width;
 
-  MRU_INLINE S* at(int row, int64_t t) const { return rows + (t * kHeadRows + row) * width; }
+  MRU_INLINE S* e(int64_t t) const { return at(0, t); }
+  MRU_INLINE S* read_b(int64_t t) const { return at(4, t); }
   S* end() const { return rows + kHeadRows * chunk * width; }
 
   struct Step {
-    V e, r, q, read_e, read_r;
+    V e, q, r, read_a, read_b;
   };
-  template <class L>
+  // All but e, which is there already. kOwn: the means are kept too, and r only serves a y that is read after the update.
+  template <bool kOwn, class L>
   MRU_INLINE void put(L lanes, int64_t t, int64_t j, const Step& s) const {
-    store(lanes, at(0, t) + j, s.e), store(lanes, at(1, t) + j, s.r), store(lanes, at(2, t) + j, s.q);
-    if constexpr (F::kBonus) store(lanes, at(3, t) + j, s.read_e), store(lanes, at(4, t) + j, s.read_r);
+    store(lanes, at(1, t) + j, s.q);
+    if constexpr (!kOwn || !F::kBonus) store(lanes, at(2, t) + j, s.r);
+    if constexpr (F::kBonus) store(lanes, at(3, t) + j, s.read_a), store(lanes, at(4, t) + j, s.read_b);
   }
   template <class L>
   MRU_INLINE Step get(L lanes, int64_t t, int64_t j) const {
-    Step s{load(lanes, at(0, t) + j), load(lanes, at(1, t) + j), load(lanes, at(2, t) + j), V{}, V{}};
-    if constexpr (F::kBonus) s.read_e = load(lanes, at(3, t) + j), s.read_r = load(lanes, at(4, t) + j);
-    return s;
+    return get(t, [&](const S* row) __attribute__((always_inline)) { return load(lanes, row + j); });
   }
   // The record of one head in all lanes.
   MRU_INLINE Step all(int64_t t, int64_t h) const {
-    Step s{splat<V>(at(0, t)[h]), splat<V>(at(1, t)[h]), splat<V>(at(2, t)[h]), V{}, V{}};
-    if constexpr (F::kBonus) s.read_e = splat<V>(at(3, t)[h]), s.read_r = splat<V>(at(4, t)[h]);
+    return get(t, [&](const S* row) __attribute__((always_inline)) { return splat<V>(row[h]); });
+  }
+
+ private:
+  MRU_INLINE S* at(int row, int64_t t) const { return rows + (t * kHeadRows + row) * width; }
+  template <class Read>
+  MRU_INLINE Step get(int64_t t, Read read) const {
+    Step s{read(at(0, t)), read(at(1, t)), read(at(2, t)), V{}, V{}};
+    if constexpr (F::kBonus) s.read_a = read(at(3, t)), s.read_b = read(at(4, t));
     return s;
   }
 };
@@ -51,36 +59,38 @@ template <class V>
 MRU_INLINE V k_of(V e, V r, V q) {
   return Functions<V>::has_sign(e) ? -((Lanes<V>::abs(e) * q) * r) : e * r;
 }
-template <class V>
-MRU_INLINE V e_of(const Share<V>& s) {
-  return Functions<V>::has_sign(s.k) ? -s.a : s.b;
-}
-
-// Scans the heads of a chunk and keeps the records. kOwn: also the means, `means` [chunk][kLanes].
+// Scans the heads of a chunk and keeps the records. kOwn: also the means, `means` [chunk][kLanes]. As in the forward pass, what
+// comes before the divisions is a loop of its own: the ratios lie in the rows of e and of read_b until then.
 template <class F, bool kOwn, class L>
 MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, int64_t end, const Records<F>& records,
                        int64_t column, const typename F::S* mean, const Steps<const typename F::T>& grads,
                        typename F::S* means, Weight<typename F::V>& w) {
   using V = typename F::V;
-  V mean_now;
-  if constexpr (kOwn) mean_now = load(lanes, mean + j);
-  const V bonus = in.bonus_at(lanes, j);
+  const V reading = in.reading_at(lanes, j);
   for (int64_t t = begin; t < end; ++t) {
-    const V score = in.score_at(lanes, j, t);
-    typename Records<F>::Step s;
-    s.q = w.q;
-    if constexpr (F::kBonus) {
-      const Share<V> reads = read(score, bonus, w);
-      s.read_e = e_of(reads), s.read_r = reads.r;
-    }
-    const Share<V> share = update<F::kDecay>(score, in.decay_at(lanes, j, t), w);
-    s.e = e_of(share), s.r = share.r;
-    records.put(lanes, t - begin, column, s);
+    const auto ratios = weigh_step(in, lanes, j, t, reading, w.m, w.c);
+    store(lanes, records.e(t - begin) + column, ratios.update);
+    if constexpr (F::kBonus)
+      if (!in.moderate) store(lanes, records.read_b(t - begin) + column, ratios.read);
     if constexpr (kOwn) {
-      store_raw(Full<F::kLanes>{}, means + (t - begin) * F::kLanes, mean_now);
-      mean_now = mix(share.k, mean_now, in.value_at(lanes, j, t));
       const int64_t next = t - records.chunk;  // in the chunk to the left
       prefetch(in.scores.row(next) + j), prefetch(in.values.row(next) + j), prefetch(grads.row(next) + j);
+    }
+  }
+  V mean_now;
+  if constexpr (kOwn) mean_now = load(lanes, mean + j);
+  for (int64_t t = begin; t < end; ++t) {
+    Ratios<V> ratios{load(lanes, records.e(t - begin) + column), V{}};
+    if constexpr (F::kBonus)
+      if (!in.moderate) ratios.read = load(lanes, records.read_b(t - begin) + column);
+    const auto [read, update] = share_step(in, ratios, reading, w.q);
+    typename Records<F>::Step s{ratios.update, w.q, update.r, V{}, V{}};
+    if constexpr (F::kBonus) s.read_a = read.a * read.r, s.read_b = read.b * read.r;
+    records.template put<kOwn>(lanes, t - begin, column, s);
+    w.q = update.total;
+    if constexpr (kOwn) {
+      store_raw(Full<F::kLanes>{}, means + (t - begin) * F::kLanes, mean_now);
+      mean_now = mix(update.k, mean_now, in.value_at(lanes, j, t));
     }
   }
   if constexpr (kOwn) store_raw(Full<F::kLanes>{}, means + (end - begin) * F::kLanes, mean_now);
@@ -103,11 +113,10 @@ MRU_INLINE typename F::V pull(const typename Records<F>::Step& s, typename F::V 
   V dv = step.b * adjoint.lambda;
   pass(adjoint, step.a);
   if constexpr (F::kBonus) {
-    const Factors<V> reads(s.read_e);
-    const V y = mix(k_of(s.read_e, s.read_r, s.q), mean, v), gr = g * s.read_r;
-    terms.bonus = of_bonus(gr, v, y);
-    dv += reads.b * gr;
-    add_read(adjoint, reads.a, gr, y);
+    const V past = s.read_a * s.q, y = mix(past < s.read_b ? -past : s.read_b, mean, v);
+    terms.bonus = of_bonus(g, v, y);
+    dv += s.read_b * g;
+    add_read(adjoint, s.read_a, g, y);
   }
   return dv;
 }
@@ -139,7 +148,7 @@ struct HeadGradients {
     const Factors<V> factors(s.e);
     V ds = factors.b * terms.score;
     if constexpr (F::kBonus) {
-      const V own = Factors<V>(s.read_e).b * terms.bonus;
+      const V own = s.read_b * terms.bonus;
       ds += own;
       partial.bonus += own;
     }

@@ -6,81 +6,110 @@
 namespace mru::softmax {
 namespace {
 
-// How y and the mean are mixed at a step (Share::k).
+// Rows of the steps from `first` on, two a step: the ratios of heads (see Ratios), or k of y and of the mean (Share::k).
 template <class F>
-struct Mixes {
-  typename F::V y, mean;
+struct StepRows {
+  using S = typename F::S;
+  S* rows;
+  int64_t heads, first;
+
+  MRU_INLINE S* update(int64_t step) const { return rows + 2 * (step - first) * heads; }
+  MRU_INLINE S* read(int64_t step) const { return update(step) + heads; }
+  template <class L>
+  MRU_INLINE void put(L lanes, int64_t j, int64_t step, typename F::V of_update, typename F::V of_read) const {
+    store(lanes, update(step) + j, of_update);
+    if constexpr (F::kBonus) store(lanes, read(step) + j, of_read);
+  }
 };
+
+// The part of steps [t0, t1) that comes before the divisions: their ratios to `rows`. Each part is a loop of its own over the
+// channels, because a step as a whole takes longer than a processor looks ahead.
 template <class F>
-MRU_INLINE Mixes<F> mixes_at(typename F::V score, typename F::V decay, typename F::V bonus,
-                             Weight<typename F::V>& weight) {
-  Mixes<F> mixes;
-  if constexpr (F::kBonus) mixes.y = read(score, bonus, weight).k;
-  mixes.mean = update<F::kDecay>(score, decay, weight).k;
-  return mixes;
+void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, int64_t t0, int64_t t1,
+                 int64_t ahead) {
+  for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+    auto m = load(lanes, weights.m + j), c = load(lanes, weights.c + j);
+    typename F::V reading{};
+    if constexpr (F::kBonus) reading = load(lanes, weights.reading + j);
+    for (int64_t t = t0; t < t1; ++t) {
+      prefetch(in.scores.row(t + ahead) + j);
+      const auto ratios = weigh_step(in, lanes, j, t, reading, m, c);
+      rows.put(lanes, j, t, ratios.update, ratios.read);
+    }
+    store(lanes, weights.m + j, m), store(lanes, weights.c + j, c);
+  });
+}
+// Ratios become k, for each step of each head: calls each(lanes, j, step, shares).
+template <class F, class L, class Each>
+MRU_INLINE void share_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, L lanes, int64_t j,
+                            int64_t t0, int64_t t1, Each each) {
+  using V = typename F::V;
+  V q = load(lanes, weights.q + j), reading{};
+  if constexpr (F::kBonus) reading = load(lanes, weights.reading + j);
+  for (int64_t t = t0; t < t1; ++t) {
+    Ratios<V> ratios{load(lanes, rows.update(t) + j), V{}};
+    if constexpr (F::kBonus)
+      if (!in.moderate) ratios.read = load(lanes, rows.read(t) + j);
+    const auto shares = share_step(in, ratios, reading, q);
+    q = shares.update.total;
+    each(t, shares);
+  }
+  store(lanes, weights.q + j, q);
 }
 
 // Scans [begin, end) of one chunk. kOwn: every channel is a head. A row of y without data is not wanted.
 template <class F, bool kOwn>
 void forward_chunk(const Inputs<F>& in, Steps<typename F::T> y, int64_t begin, int64_t end, const Weights<F>& weights,
-                   typename F::S* mean, typename F::S* mixes) {
-  using S = typename F::S;
+                   typename F::S* mean, typename F::S* scratch) {
   using V = typename F::V;
-  const int64_t heads = in.heads, tile = in.channels <= kFewChannels ? kTile : 1;
-  const int64_t ahead = tile > kRowsAhead ? tile : kRowsAhead;
-  // The steps [t0, t1) of a vector of channels. `mixes` has the rows of head h from the step `from` on.
-  const auto channels = [&](auto lanes, int64_t d, int64_t h, int64_t from, int64_t t0, int64_t t1)
+  const int64_t tile = in.channels <= kFewChannels ? kTile : 1, ahead = tile > kRowsAhead ? tile : kRowsAhead;
+  // A step of a vector of channels.
+  const auto mix_step = [&](auto lanes, int64_t d, int64_t t, V k_read, V k_update, V& mean_now)
                             __attribute__((always_inline)) {
-                              V mean_now = load(lanes, mean + d);
-                              Weight<V> w;
-                              V bonus;
-                              if constexpr (kOwn) w = weights.get(lanes, d), bonus = in.bonus_at(lanes, d);
-                              for (int64_t t = t0; t < t1; ++t) {
-                                Mixes<F> k;
-                                if constexpr (kOwn) {
-                                  prefetch(in.scores.row(t + ahead) + d);
-                                  k = mixes_at<F>(in.score_at(lanes, d, t), in.decay_at(lanes, d, t), bonus, w);
-                                } else {
-                                  const S* const row = mixes + 2 * (t - from) * heads + h;
-                                  k.mean = splat<V>(row[0]);
-                                  if constexpr (F::kBonus) k.y = splat<V>(row[heads]);
-                                }
-                                const V v = in.value_at(lanes, d, t);
-                                prefetch(in.values.row(t + ahead) + d);
-                                V result;
-                                if constexpr (F::kBonus) result = mix(k.y, mean_now, v);
-                                mean_now = mix(k.mean, mean_now, v);
-                                if constexpr (!F::kBonus) result = mean_now;
-                                if (!y.first) continue;
-                                __builtin_prefetch(y.row(t + ahead) + d, 1, 3);
-                                store(lanes, y.row(t) + d, result);
-                              }
-                              if constexpr (kOwn) weights.put(lanes, d, w);
-                              store(lanes, mean + d, mean_now);
+                              const V v = in.value_at(lanes, d, t);
+                              prefetch(in.values.row(t + ahead) + d);
+                              V result{};
+                              if constexpr (F::kBonus) result = mix(k_read, mean_now, v);
+                              mean_now = mix(k_update, mean_now, v);
+                              if constexpr (!F::kBonus) result = mean_now;
+                              if (!y.first) return;
+                              __builtin_prefetch(y.row(t + ahead) + d, 1, 3);
+                              store(lanes, y.row(t) + d, result);
                             };
   for (int64_t step = begin; step < end; step += kTile) {
     const int64_t stop = least(step + kTile, end);
-    if constexpr (!kOwn)
-      for_lanes<F>(heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
-        Weight<V> w = weights.get(lanes, h);
-        const V bonus = in.bonus_at(lanes, h);
-        for (int64_t t = step; t < stop; ++t) {
-          const Mixes<F> k = mixes_at<F>(in.score_at(lanes, h, t), in.decay_at(lanes, h, t), bonus, w);
-          S* const row = mixes + 2 * (t - step) * heads + h;
-          store(lanes, row, k.mean);
-          if constexpr (F::kBonus) store(lanes, row + heads, k.y);
-        }
-        weights.put(lanes, h, w);
+    const StepRows<F> rows{scratch, in.heads, step};
+    if constexpr (!kOwn) {
+      weigh_steps(in, weights, rows, step, stop, kTile);
+      for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
+        share_steps(in, weights, rows, lanes, h, step, stop,
+                    [&](int64_t t, const auto& shares)
+                        __attribute__((always_inline)) { rows.put(lanes, h, t, shares.update.k, shares.read.k); });
       });
+    }
     for (int64_t t0 = step; t0 < stop; t0 += tile) {
       const int64_t t1 = least(t0 + tile, stop);
       if constexpr (kOwn) {
-        for_lanes<F>(
-            heads, [&](auto lanes, int64_t d) __attribute__((always_inline)) { channels(lanes, d, d, step, t0, t1); });
+        weigh_steps(in, weights, rows, t0, t1, ahead);
+        for_lanes<F>(in.heads, [&](auto lanes, int64_t d) __attribute__((always_inline)) {
+          V mean_now = load(lanes, mean + d);
+          share_steps(in, weights, rows, lanes, d, t0, t1,
+                      [&](int64_t t, const auto& shares) __attribute__((always_inline)) {
+                        mix_step(lanes, d, t, shares.read.k, shares.update.k, mean_now);
+                      });
+          store(lanes, mean + d, mean_now);
+        });
       } else {
-        for (int64_t h = 0; h < heads; ++h)
+        for (int64_t h = 0; h < in.heads; ++h)
           for_lanes<F>(in.group, [&](auto lanes, int64_t g) __attribute__((always_inline)) {
-            channels(lanes, h * in.group + g, h, step, t0, t1);
+            const int64_t d = h * in.group + g;
+            V mean_now = load(lanes, mean + d);
+            for (int64_t t = t0; t < t1; ++t) {
+              V k_read{};
+              if constexpr (F::kBonus) k_read = splat<V>(rows.read(t)[h]);
+              mix_step(lanes, d, t, k_read, splat<V>(rows.update(t)[h]), mean_now);
+            }
+            store(lanes, mean + d, mean_now);
           });
       }
     }
@@ -93,11 +122,11 @@ void scan_segment(const HeadScan& scan, const Segment& segment, int64_t h0, int6
   const Inputs<F> in(scan, segment, h0, h1);
   const Steps<typename F::T> y(scan, scan.h, segment, h0 * in.group);
   const StateRow<S> state(scan, row, h0);
-  const Weights<F> weights(static_cast<S*>(scratch), in.heads);
+  const Weights<F> weights(static_cast<S*>(scratch), in);
   for (int64_t begin = segment.begin, end; begin < segment.end; begin = end) {
     end = end_of_chunk(scan, segment, begin);
     weights.open_all(in.heads, state);
-    forward_chunk<F, kOwn>(in, y, begin, end, weights, state.mean, weights.c + in.heads);
+    forward_chunk<F, kOwn>(in, y, begin, end, weights, state.mean, weights.reading + in.heads);
     weights.close_all(in.heads, state);
     if (!scan.checkpoints || !is_border(scan, segment, end)) continue;
     const StateRow<S> border(scan, border_row<S>(scan, segment, end), h0);

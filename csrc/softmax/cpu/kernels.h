@@ -31,12 +31,12 @@ struct HeadKernels {
 constexpr int64_t kTile = 16;  // steps that the forward pass takes with one vector of channels before the next
 constexpr int64_t kMostLanes =
     16;  // of a vector; sums over a head's channels have as many parts on every instruction set
-constexpr int64_t kHeadRows = 5;  // of a step in the backward pass: see Record in kernels.cpp
+constexpr int64_t kHeadRows = 5;  // of a step in the backward pass: see Records in backward.h
 
 // Elements of scratch that a kernel needs for a block of heads.
 inline int64_t scratch_elements(const HeadScan& scan, int64_t heads) {
   const int64_t chunk = scan.chunk < scan.time ? scan.chunk : scan.time;
-  const int64_t forward = (3 + 2 * kTile) * heads;
+  const int64_t forward = (4 + 2 * kTile) * heads;
   const int64_t backward = (kHeadRows + 3) * chunk * (heads + kMostLanes) + (4 * chunk + 1) * kMostLanes + 2 * heads;
   return forward > backward ? forward : backward;
 }

@@ -19,6 +19,7 @@ struct Form {
   using V = Vector<S, kLanes>;
   static constexpr Decay kKind = kDecayKind;
   static constexpr bool kDecay = kDecayKind != Decay::kNone, kBonus = kHasBonus;
+  static constexpr bool kOneRatio = kBonus && kDecayKind != Decay::kStream;  // whether read_and_update may serve
   using WithoutBonus = Form<Element, kDecayKind, false>;
 };
 
@@ -59,6 +60,7 @@ struct Inputs {
   int64_t heads, group, channels;  // of this block; `group` channels a head
   Steps<const T> scores, values, decays;
   const S *decay, *bonus;
+  bool moderate;  // whether read_and_update serves every head
 
   Inputs(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1)
       : heads(h1 - h0),
@@ -68,7 +70,11 @@ struct Inputs {
         values(scan, scan.in[kValue].stream, segment, h0 * group),
         decays(scan, scan.in[kDecay].stream, segment, h0),
         decay(F::kKind == Decay::kHead ? static_cast<const S*>(scan.in[kDecay].channel) + h0 : nullptr),
-        bonus(F::kBonus ? static_cast<const S*>(scan.in[kBonus].channel) + h0 : nullptr) {}
+        bonus(F::kBonus ? static_cast<const S*>(scan.in[kBonus].channel) + h0 : nullptr),
+        moderate(F::kOneRatio) {
+    if constexpr (F::kOneRatio)
+      for (int64_t h = 0; h < heads; ++h) moderate &= std::fabs((decay ? decay[h] : 0) + bonus[h]) <= kModerate<S>;
+  }
 
   template <class L>
   MRU_INLINE V score_at(L lanes, int64_t j, int64_t step) const {
@@ -80,16 +86,55 @@ struct Inputs {
     else if constexpr (F::kKind == Decay::kHead) return load(lanes, decay + j);
     else return zero<V>();
   }
+  // What a step needs to read the past: e^(decay + bonus) for read_and_update, or the bonus.
   template <class L>
-  MRU_INLINE V bonus_at(L lanes, int64_t j) const {
-    if constexpr (F::kBonus) return load(lanes, bonus + j);
-    else return zero<V>();
+  MRU_INLINE V reading_at(L lanes, int64_t j) const {
+    if constexpr (!F::kBonus) return zero<V>();
+    else if (!F::kOneRatio || !moderate) return load(lanes, bonus + j);
+    const V x = decay_at(lanes, j, 0) + load(lanes, bonus + j), e = Functions<V>::exp(-Lanes<V>::abs(x));
+    return x > zero<V>() ? reciprocal(e) : e;
   }
   template <class L>
   MRU_INLINE V value_at(L lanes, int64_t j, int64_t step) const {
     return load(lanes, values.row(step) + j);
   }
 };
+
+// A step of heads in two parts, as `weigh` and what follows. A ratio has the sign bit of a number less than 0 if the new
+// weight is the larger. That of the read is not used where read_and_update serves.
+template <class V>
+struct Ratios {
+  V update, read;
+};
+template <class V>
+MRU_INLINE V with_sign(Ratio<V> ratio) {
+  return ratio.newer ? -ratio.e : ratio.e;
+}
+template <class V>
+MRU_INLINE Ratio<V> of_sign(V e) {
+  return {Functions<V>::has_sign(e), Lanes<V>::abs(e)};
+}
+template <class F, class L>
+MRU_INLINE Ratios<typename F::V> weigh_step(const Inputs<F>& in, L lanes, int64_t j, int64_t step,
+                                            typename F::V reading, typename F::V& m, typename F::V& c) {
+  const auto score = in.score_at(lanes, j, step);
+  Ratios<typename F::V> ratios{};
+  if constexpr (F::kBonus)
+    if (!in.moderate) ratios.read = with_sign(weigh_read(score, reading, m, c));
+  ratios.update = with_sign(weigh<F::kDecay>(score, in.decay_at(lanes, j, step), m, c));
+  return ratios;
+}
+template <class F>
+MRU_INLINE ReadAndUpdate<typename F::V> share_step(const Inputs<F>& in, const Ratios<typename F::V>& ratios,
+                                                   typename F::V reading, typename F::V q) {
+  const auto update = of_sign(ratios.update);
+  if constexpr (F::kOneRatio)
+    if (in.moderate) return read_and_update(update, reading, q);
+  ReadAndUpdate<typename F::V> shares;
+  if constexpr (F::kBonus) shares.read = share(of_sign(ratios.read), q);
+  shares.update = share(update, q);
+  return shares;
+}
 
 // The parts of a state row that belong to the heads [h0, h1).
 template <class S>
@@ -117,29 +162,27 @@ inline int64_t end_of_chunk(const HeadScan& scan, const Segment& segment, int64_
   return least((step / scan.chunk + 1) * scan.chunk, segment.end);
 }
 
-// The weights of heads inside a chunk, as rows.
+// The weights of heads inside a chunk, and what Inputs::reading_at gives, as rows.
 template <class F>
 struct Weights {
   using S = typename F::S;
-  S *q, *m, *c;
+  S *q, *m, *c, *reading;
 
-  Weights(S* scratch, int64_t heads) : q(scratch), m(q + heads), c(m + heads) {}
-  template <class L>
-  MRU_INLINE Weight<typename F::V> get(L lanes, int64_t j) const {
-    return {load(lanes, q + j), load(lanes, m + j), load(lanes, c + j)};
-  }
-  template <class L>
-  MRU_INLINE void put(L lanes, int64_t j, const Weight<typename F::V>& w) const {
-    store(lanes, q + j, w.q), store(lanes, m + j, w.m), store(lanes, c + j, w.c);
+  Weights(S* scratch, const Inputs<F>& in) : q(scratch), m(q + in.heads), c(m + in.heads), reading(c + in.heads) {
+    if constexpr (F::kBonus)
+      for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
+        store(lanes, reading + j, in.reading_at(lanes, j));
+      });
   }
   void open_all(int64_t heads, const StateRow<S>& state) const {
     for_lanes<F>(heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-      put(lanes, j, open(load(lanes, state.Z + j), load(lanes, state.z + j)));
+      const auto w = open(load(lanes, state.Z + j), load(lanes, state.z + j));
+      store(lanes, q + j, w.q), store(lanes, m + j, w.m), store(lanes, c + j, w.c);
     });
   }
   void close_all(int64_t heads, const StateRow<S>& state) const {
     for_lanes<F>(heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-      const auto pair = close(get(lanes, j));
+      const auto pair = close(Weight<typename F::V>{load(lanes, q + j), load(lanes, m + j), load(lanes, c + j)});
       store(lanes, state.Z + j, pair.hi), store(lanes, state.z + j, pair.lo);
     });
   }
