@@ -110,22 +110,23 @@ def choose_cuda():
 def gencode_flags():
     """Flags for TORCH_CUDA_ARCH_LIST: sm_XY code for each X.Y, PTX too for X.Y+PTX.
 
-    Code for 8.Y and 9.Y is assembled from one PTX, that of the lowest of them. Making PTX takes most of nvcc's time,
-    and the instructions are the same. Code for 10.0 comes from its own PTX, which gives fewer instructions.
+    All of it comes from one PTX, that of the lowest architecture: making PTX takes most of nvcc's time. Architectures
+    with a suffix, such as 9.0a, have their own.
     """
-    flags, shared = [], []
+    own, codes = [], {}
     for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 10.0+PTX, got {entry!r}")
-        arch = match[1] + match[2] + match[3]
-        if int(match[1]) in (8, 9) and not match[3]:
-            shared.append(int(arch))
+        arch = match[1] + match[2]
+        if match[3]:
+            own.append((arch + match[3], f"sm_{arch}{match[3]}"))
+            own += [(arch + match[3], f"compute_{arch}{match[3]}")] * bool(match[4])
         else:
-            flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        if match[4]:
-            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return flags + [f"-gencode=arch=compute_{min(shared)},code=sm_{arch}" for arch in shared]
+            codes[int(arch)] = bool(match[4])
+    lowest = min(codes, default=0)
+    pairs = own + [(lowest, f"sm_{arch}") for arch in codes] + [(lowest, f"compute_{lowest}")] * any(codes.values())
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in pairs]
 
 
 def quoted(path):

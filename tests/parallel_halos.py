@@ -133,8 +133,8 @@ def refused(rank: int) -> None:
     for options, error, message in (
         ({"pool": "mean"}, ValueError, "pool: expected None for a network over several ranks, got 'mean'"),
         ({"units": "gru"}, TypeError, "units: expected units of one scan over several ranks, got GRU"),
-        ({"units": "mesa"}, TypeError, "got a MesaNet"),
-        ({"cache": {"segment": 64}}, TypeError, "got a MemoryCache"),
+        ({"units": "mesa"}, TypeError, "got MesaNet"),
+        ({"cache": {"segment": 64}}, TypeError, "got MemoryCache"),
     ):
         with pytest.raises(error, match=message):
             sequence_parallel(_network(**options))

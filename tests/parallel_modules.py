@@ -23,6 +23,7 @@ MODULES = {
     "FirstQuadrantBMRU": {"batch_first": False},
     "MinGRU": {"num_layers": 2, "bidirectional": True},
     "LRU": {"num_layers": 2},
+    "Aaren": {"num_layers": 2, "num_heads": 2, "learn_initial_state": True},
 }
 
 

@@ -37,11 +37,11 @@ CASES = [
 ]
 
 
-def _segment(t: Tensor, spans: list[int], rank: int) -> Tensor:
+def segment(t: Tensor, spans: list[int], rank: int) -> Tensor:
     return t[:, spans[rank] : spans[rank + 1]]
 
 
-def _gathered(t: Tensor, times: tuple[int, ...]) -> Tensor:
+def gathered(t: Tensor, times: tuple[int, ...]) -> Tensor:
     """The segments of all ranks, joined over time."""
     real = torch.view_as_real(t) if t.is_complex() else t
     segments = [real.new_empty((real.shape[0], n, *real.shape[2:])) for n in times]
@@ -54,7 +54,7 @@ def _gathered(t: Tensor, times: tuple[int, ...]) -> Tensor:
     return torch.view_as_complex(whole) if t.is_complex() else whole
 
 
-def _summed(t: Tensor) -> Tensor:
+def summed(t: Tensor) -> Tensor:
     total = torch.view_as_real(t).clone() if t.is_complex() else t.clone()
     dist.all_reduce(total)
     return torch.view_as_complex(total) if t.is_complex() else total
@@ -63,17 +63,17 @@ def _summed(t: Tensor) -> Tensor:
 def _results(call: inputs.Call, times: tuple[int, ...]) -> dict[str, Tensor]:
     """Results and gradients of the whole sequence, joined from the segments of all ranks."""
     rank, spans = dist.get_rank(), list(accumulate(times, initial=0))
-    leaves = {name: _segment(t, spans, rank) if t.dim() == 3 else t for name, t in call.tensors.items()}
+    leaves = {name: segment(t, spans, rank) if t.dim() == 3 else t for name, t in call.tensors.items()}
     settings = dict(call.settings)
     if "resets" in settings:
-        settings["resets"] = _segment(settings["resets"], spans, rank)
+        settings["resets"] = segment(settings["resets"], spans, rank)
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
     h, final = sequence_parallel(getattr(mk, call.cell))(**leaves, **settings)
     share = call.grad_final if rank == 0 else torch.zeros_like(call.grad_final)
-    grads = torch.autograd.grad((h, final), list(leaves.values()), (_segment(call.grad_h, spans, rank), share))
-    results = {"h": _gathered(h.detach(), times), "final_state": final.detach()}
+    grads = torch.autograd.grad((h, final), list(leaves.values()), (segment(call.grad_h, spans, rank), share))
+    results = {"h": gathered(h.detach(), times), "final_state": final.detach()}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        results[name] = _gathered(grad, times) if leaf.dim() == 3 else _summed(grad)
+        results[name] = gathered(grad, times) if leaf.dim() == 3 else summed(grad)
     return results
 
 
@@ -156,7 +156,7 @@ def large_states(rank: int) -> None:
     _, whole = mk.schmitt(torch.ones(1, 40 * ranks, 2), low, high, state, epsilon=0.5)
     h, _ = parallel(torch.ones(1, 40, 2), low, high, state, epsilon=0.5)
     h_whole, _ = mk.schmitt(torch.ones(1, 40 * ranks, 2), low, high, state, epsilon=0.5)
-    torch.testing.assert_close(h, _segment(h_whole, [0, 40, 80, 120], rank), rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(h, segment(h_whole, [0, 40, 80, 120], rank), rtol=2e-6, atol=0.0)
     torch.testing.assert_close(final, whole, rtol=2e-6, atol=0.0)
 
 

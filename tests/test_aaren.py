@@ -221,15 +221,6 @@ def test_bad_states_and_what_it_does_not_support():
         mk.MRUBlock(4, "aaren")(torch.randn(2, 3, 4), [torch.zeros(2, 4)])
 
 
-def test_sequence_parallelism_is_refused():
-    pytest.importorskip("torch.distributed")
-    from mru_kernels.distributed.modules import exchanges
-
-    for module in (make(3, 4), mk.MRUBlock(4, "aaren")):
-        with pytest.raises(TypeError, match=r"^units: expected units of one scan over several ranks, got Aaren"):
-            exchanges(module)
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "match"),
     [

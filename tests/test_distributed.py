@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import mru_kernels as mk
 from mru_kernels.distributed import sequence_parallel
-from tests import parallel_failures, parallel_halos, parallel_modules, parallel_ops, processes
+from tests import parallel_failures, parallel_halos, parallel_modules, parallel_ops, parallel_softmax, processes
 
 pytestmark = pytest.mark.check
 
@@ -38,7 +38,7 @@ def test_a_missing_rank_raises_and_does_not_hang(tmp_path):
 
 #: Jobs by the number of processes. One set of processes runs all of them, because their start takes longest.
 JOBS = {
-    1: [parallel_ops.every_case, parallel_halos.every_halo],
+    1: [parallel_ops.every_case, parallel_halos.every_halo, parallel_softmax.every_call],
     2: [
         parallel_ops.every_case,
         parallel_failures.bad_arguments,
@@ -51,6 +51,10 @@ JOBS = {
         parallel_halos.halves_of_precision,
         parallel_halos.wrapped,
         parallel_halos.refused,
+        parallel_softmax.every_call,
+        parallel_softmax.rwkv4,
+        parallel_softmax.without_gradients,
+        parallel_softmax.refused,
         parallel_failures.two_threads,
         parallel_failures.one_rank_makes_another_call,
     ],
@@ -58,6 +62,9 @@ JOBS = {
         parallel_ops.every_case,
         parallel_modules.every_module,
         parallel_halos.every_halo,
+        parallel_softmax.every_call,
+        parallel_softmax.rwkv4,
+        parallel_softmax.exact,
         parallel_ops.out_of_range,
         parallel_ops.large_states,
         parallel_failures.one_rank_fails_before_the_exchange,
@@ -67,6 +74,7 @@ JOBS = {
         parallel_modules.two_dimensional_mesh,
         parallel_modules.sharded_parameters,
         parallel_halos.every_halo,
+        parallel_softmax.every_call,
     ],
 }
 

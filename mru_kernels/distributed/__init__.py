@@ -1,9 +1,10 @@
 """Sequence parallelism over torch.distributed: each rank has one contiguous segment of time.
 
-For every unit, a segment acts on the state of each channel as one affine map, `s -> a s + b`. Ranks exchange these
-maps, which are two numbers per sequence and channel. Each rank composes the maps of the segments before its own and
-scans its segment from the resulting state. The backward pass composes the adjoint maps in the other direction. Every
-rank composes in the same order, so results are the same from run to run.
+For every unit but Aaren and RWKV-4, a segment acts on the state of each channel as one affine map, `s -> a s + b`.
+Ranks exchange these maps, which are two numbers per sequence and channel. Each rank composes the maps of the segments
+before its own and scans its segment from the resulting state. The backward pass composes the adjoint maps in the other
+direction. Every rank composes in the same order, so results are the same from run to run. Segments of the softmax
+recurrence exchange pieces: the state that a segment makes from an empty one, and the sums of its decays.
 
 Where a composed state leaves the range of its dtype, ranks scan their segments again, one after another, each from the
 state that left the segment before. A convolution gets the steps before its segment from the ranks to its left.
@@ -33,13 +34,13 @@ def sequence_parallel(op_or_module: Scan | torch.nn.Module, mesh_or_group: Devic
     """An op or a module whose time axis is split into one segment per rank.
 
     Args:
-        op_or_module: the scan of a cell, such as `bmru` or one that `define_cell` made, or a module of this package:
-            one with the interface of `torch.nn.GRU`, such as `BMRU`, a `DelayConv`, an `MRUBlock`, or an `MRUNetwork`
-            without `pool`. A block has units of the first kind only. `torch.compile` or DistributedDataParallel may
-            wrap the module.
+        op_or_module: the scan of a cell, such as `bmru` or one that `define_cell` made, `softmax_recurrence`, `wkv`, or
+            a module of this package: one with the interface of `torch.nn.GRU`, such as `BMRU`, a `DelayConv`, an
+            `RWKV4TimeMix`, `RWKV4ChannelMix` or `RWKV4`, an `MRUBlock`, or an `MRUNetwork` without `pool`. The units of
+            a block are of the first kind or "rwkv4". `torch.compile` or DistributedDataParallel may wrap the module.
         mesh_or_group: the ranks, in the order of their segments: a process group, a one-dimensional DeviceMesh, or None
-            for the default group. Segments may differ in length and may be empty; those of a block or network have at
-            least one step. Only one thread at a time may call functions of one group.
+            for the default group. Segments may differ in length and may be empty; those of a block, a network or RWKV-4
+            have at least one step. Only one thread at a time may call functions of one group.
 
     Returns:
         For an op, a function of the same arguments. Streams are this rank's segment `[B, T_rank, D]`. All other

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.func import functional_call
 
-from ..nn import Aaren, DelayConv, MRUBase, MRUBlock, MRUNetwork
+from ..nn import RWKV4, DelayConv, MRUBase, MRUBlock, MRUNetwork, RWKV4ChannelMix, RWKV4TimeMix
 from ..nn.wrappers import unwrapped
 from .halo import halo
 from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
 from .segments import Scan, scan_over_ranks
 
-SPLIT = (MRUBase, DelayConv, MRUBlock, MRUNetwork)  # modules that `sequence_parallel` takes
+_RWKV4 = (RWKV4TimeMix, RWKV4ChannelMix, RWKV4)  # modules without resets
+SPLIT = (MRUBase, DelayConv, MRUBlock, MRUNetwork, *_RWKV4)  # modules that `sequence_parallel` takes
 
 
 def exchanges(module: torch.nn.Module) -> int:
@@ -27,9 +28,13 @@ def exchanges(module: torch.nn.Module) -> int:
         return sum(map(exchanges, module.blocks))
     if isinstance(module, MRUBlock):
         return (module.conv is not None) + sum(map(exchanges, module.units))
-    if isinstance(module, DelayConv):
+    if isinstance(module, RWKV4):
+        return sum(exchanges(m) for m in module.modules() if isinstance(m, (RWKV4TimeMix, RWKV4ChannelMix)))
+    if isinstance(module, RWKV4TimeMix):
+        return 2
+    if isinstance(module, (DelayConv, RWKV4ChannelMix)):
         return 1
-    if isinstance(module, Aaren) or not isinstance(module, MRUBase):
+    if not isinstance(module, MRUBase):
         raise TypeError(f"units: expected units of one scan over several ranks, got {type(module).__name__}")
     return module.num_layers * module.num_directions
 
@@ -79,6 +84,8 @@ class SequenceParallel(torch.nn.Module):
                 resets is not None and is_unit and inner.bidirectional
             ):  # its second direction needs the reset that follows
                 raise ValueError("resets: expected None for a bidirectional module over several ranks, got a mask")
+            if resets is not None and isinstance(inner, _RWKV4):
+                raise ValueError(f"resets: expected None for an {type(inner).__name__}, got a mask")
             name = f"{type(inner).__name__}({inner.extra_repr()}), hx {describe(hx)}, resets {resets is not None}"
             options = {} if resets is None else {"resets": resets}
             parallel = _ParallelScans(call, name, sums=is_unit)
@@ -140,21 +147,24 @@ class _ParallelScans:
     @torch.compiler.disable(reason=NOT_COMPILED)
     def scan(
         self, unit: Scan, gates: Tensor, initial_state: Tensor | None, *, reverse: bool, cu_seqlens: None,
-        chunk_size: int | None, resets: Tensor | None = None, reset_state: Tensor | None = None, **per_channel: Tensor,
+        chunk_size: int | None, resets: Tensor | None = None, reset_state: Tensor | None = None, **others: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`unit`, which is a module's `_scan`, over the segments of all ranks."""
+        """`unit`, which is a module's `_scan`, over the segments of all ranks.
+
+        `others` are further streams `[B, T_rank, D]` and inputs per channel `[D]`.
+        """
         if reset_state is not None:
-            per_channel["reset_state"] = reset_state
+            others["reset_state"] = reset_state
 
         def scan(inputs: Sequence[Tensor], state: Tensor | None, _offsets: None) -> tuple[Tensor, Tensor]:
-            options: dict[str, Any] = dict(zip(per_channel, inputs[1:], strict=True))
+            options: dict[str, Any] = dict(zip(others, inputs[1:], strict=True))
             if resets is not None:
                 options["resets"] = resets[:, : inputs[0].shape[1]]
             return unit(inputs[0], state, reverse=reverse, cu_seqlens=None, chunk_size=chunk_size, **options)
 
         state = describe(initial_state)
         what = f"{self._name}, gates {describe(gates)}, initial_state {state}, reverse {reverse}"
-        inputs = [gates, *per_channel.values()]
+        inputs = [gates, *others.values()]
         return scan_over_ranks(self._call, what, scan, inputs, initial_state, None, reverse)
 
     @torch.compiler.disable(reason=NOT_COMPILED)

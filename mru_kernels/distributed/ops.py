@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cells, checks, ops
+from .. import cells, checks, ops, softmax
 from .ranks import NOT_COMPILED, CollectiveCall, Group, Ranks, describe
 from .segments import Scan, scan_over_ranks
 
 
 def scans() -> list[Scan]:
-    """The public scan of every cell of the package."""
+    """The public scan of every cell of the package, and those of the softmax recurrence."""
     modules = {name: f"{cells.__name__}.{name}" for name in ops.CELLS}
-    return [getattr(import_module(module), name) for name, module in modules.items() if find_spec(module)]
+    found = [getattr(import_module(module), name) for name, module in modules.items() if find_spec(module)]
+    return [*found, softmax.softmax_recurrence, softmax.wkv]
 
 
 def parallel_op(op: Scan, group: Group) -> Scan:
@@ -35,8 +36,8 @@ def parallel_op(op: Scan, group: Group) -> Scan:
             arguments = bound.arguments
             what = ", ".join(f"{name} {describe(value)}" for name, value in arguments.items())
             initial_state, cu_seqlens = arguments.pop("initial_state", None), arguments.pop("cu_seqlens", None)
-            resets = arguments.pop("resets")
-            if arguments.pop("return_boundaries"):
+            resets = arguments.pop("resets", None)
+            if arguments.pop("return_boundaries", False):
                 raise ValueError("return_boundaries: expected False for a sequence over several ranks, got True")
             if arguments.get("membrane") is True:
                 raise ValueError("membrane: expected False or 'only' for a sequence over several ranks, got True")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import checks, ops
 from .. import torch_private as private
+from ..softmax.state import Piece
+from .pieces import Pieces
 from .ranks import CollectiveCall, Ranks
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -34,9 +36,13 @@ def scan_over_ranks(
     if any(map(private.has_tangent, tensors)):
         raise NotImplementedError("sequence_parallel: there is no forward-mode derivative (jvp, jacfwd, hessian)")
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    with torch.no_grad():  # a scan of 0 steps checks the arguments and gives the state dtype
+    with torch.no_grad():  # a scan of 0 steps checks the arguments and gives the state dtype and the kind of map
         no_steps = [t[:, :0] if t.dim() == 3 else t for t in inputs]
-        state = scan(no_steps, initial_state, None if cu_seqlens is None else torch.zeros_like(cu_seqlens))[1]
+        nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+        state = scan(no_steps, initial_state, nowhere)[1]
+        with ops.as_maps():
+            none = scan(no_steps, None, nowhere)
+    kind: Any = Pieces if isinstance(none, Piece) else _Maps
     time = next((t.shape[1] for t in inputs if t.dim() == 3), 0)
     ranks = call.ranks
     with call.agreed(f"{what}{', with gradients' if differentiated else ''}", time) as times:
@@ -48,24 +54,58 @@ def scan_over_ranks(
             if cu_seqlens is not None:
                 offsets = _offsets_of_segment(cu_seqlens, times, ranks.rank)
             with ops.as_maps():
-                return torch.stack(scan(inputs, None, offsets))
+                return kind.message(scan(inputs, None, offsets))
 
         with torch.no_grad():
-            maps = ranks.gather(own_map, state.expand(2, *state.shape))
+            maps = kind(ranks, order, ranks.gather(own_map, kind.message(none)))
             if not differentiated:
-                h, final = _chain(ranks, order, maps, state, lambda entry: scan(inputs, entry, offsets))
+                h, final = maps.forward(state, lambda entry: scan(inputs, entry, offsets))
                 return h, final
         if initial_state is not None:
             state = initial_state.to(state.dtype)
-        return _Segment.apply(
-            call, what, order, maps, lambda leaves, entry: scan(leaves, entry, offsets), *inputs, state
-        )
+        return _Segment.apply(call, what, maps, lambda leaves, entry: scan(leaves, entry, offsets), *inputs, state)
 
 
 def _offsets_of_segment(cu_seqlens: Tensor, times: list[int], rank: int) -> Tensor:
     """`cu_seqlens [N + 1]` clipped to the segment of `rank`; a sequence may be empty there."""
     checks.offsets(cu_seqlens, sum(times))
     return (cu_seqlens - sum(times[:rank])).clamp(0, times[rank])
+
+
+class _Maps:
+    """The affine maps of the segments of all ranks, `[ranks, 2, N, D]`. `Pieces` describes the methods."""
+
+    def __init__(self, ranks: Ranks, order: list[int], messages: Tensor) -> None:
+        self.ranks, self.order, self._messages = ranks, order, messages
+
+    @staticmethod
+    def message(factor_and_offset: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(factor_and_offset))
+
+    def forward(self, state: Tensor, run: Callable[[Tensor], tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
+        return _chain(self.ranks, self.order, self._messages, state, run)
+
+    def backward(
+        self, graph: tuple[Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor],
+        run: Callable[[Tensor], tuple[Any, Tensor]],
+    ) -> tuple[Any, Tensor]:  # fmt: skip
+        (entry, h, final), (grad_h, grad_final) = graph, grads
+        composes = bool(self._messages.any())  # all are 0 where steps do not compose
+
+        def own_map() -> Tensor:
+            (adjoint,) = torch.autograd.grad(h, entry, grad_h, retain_graph=True)
+            if composes:
+                return torch.stack([adjoint, grad_final])
+            (factor,) = torch.autograd.grad(final, entry, torch.ones_like(final), retain_graph=True)
+            return torch.stack([adjoint, grad_final, factor])
+
+        every = self.ranks.gather(own_map, grad_final.expand(2 + (not composes), *grad_final.shape))
+        of_final = every[0, 1]
+        for grad in every[1:, 1]:
+            of_final = of_final + grad
+        factors = self._messages[:, 0].conj() if composes else every[:, 2]
+        maps = torch.stack([factors, every[:, 0]], 1)
+        return _chain(self.ranks, self.order[::-1], maps, of_final, run)
 
 
 def _chain(
@@ -131,7 +171,7 @@ class _Segment(torch.autograd.Function):
     """The scan of a rank's segment; the gradients use the adjoint that enters from the segment that follows."""
 
     @staticmethod
-    def forward(ctx, call: CollectiveCall, what: str, order: list[int], maps: Tensor, scan: Scan, *tensors: Tensor):
+    def forward(ctx, call: CollectiveCall, what: str, maps: _Maps | Pieces, scan: Scan, *tensors: Tensor):
         *inputs, state = tensors
         needs = ctx.needs_input_grad[-len(tensors) :]
         leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=False)]
@@ -142,28 +182,22 @@ class _Segment(torch.autograd.Function):
                 h, final = scan(leaves, entry)
             return (entry, h, final), final.detach()
 
-        (entry, h, final), last = _chain(call.ranks, order, maps, state, run)
-        ctx.graph = (leaves, entry, h, final)
-        ctx.ranks, ctx.order = call.ranks, order
-        ctx.factors = maps[:, 0].conj() if maps.any() else None  # all 0 where steps do not compose
+        graph, last = maps.forward(state, run)
+        ctx.graph, ctx.maps = (leaves, graph), maps
         ctx.name, ctx.what = f"backward pass of {call.name}", what
+        h = graph[1]
         return h.detach(), last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_h: Tensor, grad_final: Tensor):
-        with CollectiveCall(ctx.ranks, scans=1, name=ctx.name) as call:
+        maps = ctx.maps
+        with CollectiveCall(maps.ranks, scans=1, name=ctx.name) as call:
             if ctx.graph is None:
                 raise RuntimeError("sequence_parallel: a second backward pass through the same call; it keeps no graph")
-            (leaves, entry, h, final), ctx.graph = ctx.graph, None
+            (leaves, graph), ctx.graph = ctx.graph, None
+            entry, h, final = graph
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-
-            def own_map() -> Tensor:
-                (adjoint,) = torch.autograd.grad(h, entry, grad_h, retain_graph=True)
-                if ctx.factors is not None:
-                    return torch.stack([adjoint, grad_final])
-                (factor,) = torch.autograd.grad(final, entry, torch.ones_like(final), retain_graph=True)
-                return torch.stack([adjoint, grad_final, factor])
 
             def run(of_final: Tensor) -> tuple[list[Tensor], Tensor]:
                 ends = (grad_h, of_final)
@@ -171,14 +205,8 @@ class _Segment(torch.autograd.Function):
                 return grads, adjoint
 
             with call.agreed(ctx.what, 0):
-                every = ctx.ranks.gather(own_map, grad_final.expand(2 + (ctx.factors is None), *grad_final.shape))
-                of_final = every[0, 1]
-                for grad in every[1:, 1]:
-                    of_final = of_final + grad
-                factors = every[:, 2] if ctx.factors is None else ctx.factors
-                maps = torch.stack([factors, every[:, 0]], 1)
-                grads, of_state = _chain(ctx.ranks, ctx.order[::-1], maps, of_final, run)
+                grads, of_state = maps.backward(graph, (grad_h, grad_final), run)
         given = iter(grads)
-        if ctx.ranks.rank != ctx.order[0]:
+        if maps.ranks.rank != maps.order[0]:
             of_state = torch.zeros_like(of_state)  # the first rank returns the whole gradient, so the sum is right
-        return *[None] * 5, *(next(given) if leaf.requires_grad else None for leaf in leaves), of_state
+        return *[None] * 4, *(next(given) if leaf.requires_grad else None for leaf in leaves), of_state

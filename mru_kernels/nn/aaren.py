@@ -43,8 +43,7 @@ class Aaren(MRUBase, names=("aaren",)):
     does not.
 
     Arguments, calls and errors are those of `BMRU`, without `epsilon`, `surrogate_scale` and `return_boundaries`.
-    There are no traces and no sequence parallelism. The output map and the MLP of the paper's block are those of
-    `MRUBlock`.
+    There are no traces. The output map and the MLP of the paper's block are those of `MRUBlock`.
 
     Args:
         num_heads: number of heads H, which divides D; None for the greatest common divisor of D and 8.

@@ -228,11 +228,11 @@ class MRUBlock(WithUnits):
         self, unit: Any, v: Tensor, own: list[Tensor | None], resets: Tensor | None, parallel: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The output of a unit for `v [B, T, width]`, and its states after it, from those before it."""
+        options: dict[str, Any] = {} if parallel is None else {"_parallel": parallel}
         if isinstance(unit, SEVERAL_STATES):
-            return unit(v, None if own[0] is None else own)
-        options: dict[str, Any] = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
-        if parallel is not None:
-            options["_parallel"] = parallel
+            return unit(v, None if own[0] is None else own, **options)
+        if resets is not None:
+            options["resets"] = resets  # torch.nn.GRU has none
         output, h_n = unit(v, None if own[0] is None else own[0].unsqueeze(0), **options)
         return output, (h_n.squeeze(0),)
 

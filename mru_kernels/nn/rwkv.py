@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Mix(torch.nn.Module):
         if input.shape[2] != self.width or input.shape[1] == 0:
             expected = f"[batch, time >= 1, width={self.width}]"
             raise ValueError(f"input: expected shape {expected}, got {list(input.shape)}")
-        dtype = self.get_parameter("key.weight").dtype
+        dtype = next(self.get_submodule("key").parameters()).dtype  # not a Parameter within `functional_call`
         check_input_dtype(input, dtype)
         if state is None:
             return [None] * self.num_states
@@ -92,10 +93,19 @@ class Mix(torch.nn.Module):
         return output.squeeze(1), after
 
 
-def _step_before(x: Tensor, last: Tensor | None) -> Tensor:
-    """The step before each step of `x [B, T, C]`; before the first it is `last [B, C]`, or 0."""
-    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
-    return torch.cat([first, x[:, :-1]], 1)
+def _shifted(x: Tensor, last: Tensor | None, parallel: Any) -> tuple[Tensor, Tensor]:
+    """The step before each step of `x [B, T, C]`, and the last step `[B, C]`.
+
+    Before the first step it is `last [B, C]`, or 0. `parallel` is a call of `distributed.SequenceParallel`, or None.
+    """
+    first, end = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1), x[:, -1:]
+    if parallel is not None:
+        first, end = parallel.halo(x, first, None)
+    return torch.cat([first, x[:, :-1]], 1), end[:, 0].clone()  # a view would keep the input in memory
+
+
+def _wkv(key: Tensor, state: Tensor | None, *, value: Tensor, decay: Tensor, bonus: Tensor, **options: Any) -> Any:
+    return wkv(key, value, decay, bonus, state, **options)
 
 
 def _mixed(before: Tensor, x: Tensor, share: Tensor) -> Tensor:
@@ -198,19 +208,23 @@ class RWKV4TimeMix(Mix):
             part.weight.zero_()
         orthogonal(self.value.weight)
 
-    def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, input: Tensor, state: Sequence[Tensor] | None = None, *, _parallel: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the mixing; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, None)
         last, past = self._check(input, state)
-        before = _step_before(input, last)
+        before, end = _shifted(input, last, _parallel)
         k = self.key(_mixed(before, input, self.time_mix_k))
         v = self.value(_mixed(before, input, self.time_mix_v))
         r = self.receptance(_mixed(before, input, self.time_mix_r))
         wide = checks.state_dtype(k.dtype)
         decay, bonus = -self.time_decay.to(wide).exp(), self.time_first.to(wide)
-        y, past = wkv(k, v, decay, bonus, past, chunk_size=self.chunk_size)
-        return self.output(r.sigmoid() * y), (input[:, -1].clone(), past)  # a view would keep the input in memory
+        scan = _wkv if _parallel is None else partial(_parallel.scan, _wkv)
+        options = {"reverse": False, "cu_seqlens": None, "chunk_size": self.chunk_size}
+        y, past = scan(k, past, value=v, decay=decay, bonus=bonus, **options)
+        return self.output(r.sigmoid() * y), (end, past)
 
     def _shapes(self, batch: int) -> list[tuple[int, ...]]:
         return [(batch, self.width), (batch, 3 * self.width)]
@@ -288,15 +302,17 @@ class RWKV4ChannelMix(Mix):
             part.weight.zero_()
         orthogonal(self.key.weight)
 
-    def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, input: Tensor, state: Sequence[Tensor] | None = None, *, _parallel: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the mixing; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, None)
         (last,) = self._check(input, state)
-        before = _step_before(input, last)
+        before, end = _shifted(input, last, _parallel)
         k = self.key(_mixed(before, input, self.time_mix_k))
         r = self.receptance(_mixed(before, input, self.time_mix_r))
-        return r.sigmoid() * self.value(k.relu().square()), (input[:, -1].clone(),)
+        return r.sigmoid() * self.value(k.relu().square()), (end,)
 
 
 class RWKV4Unit(RWKV4TimeMix):

@@ -30,12 +30,14 @@ class RWKV4Block(torch.nn.Module):
         self.att = RWKV4TimeMix(width, layer, layers, chunk_size=chunk_size, **where)
         self.ffn = RWKV4ChannelMix(width, layer, layers, hidden_size=hidden_size, **where)
 
-    def forward(self, x: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x: Tensor, state: Sequence[Tensor] | None, _parallel: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.att.layer == 0:
             x = self.ln0(x)
-        y, after = self.att(self.ln1(x), None if state is None else state[:2])
+        y, after = self.att(self.ln1(x), None if state is None else state[:2], _parallel=_parallel)
         x = x + y
-        y, last = self.ffn(self.ln2(x), None if state is None else state[2:])
+        y, last = self.ffn(self.ln2(x), None if state is None else state[2:], _parallel=_parallel)
         return x + y, (*after, *last)
 
 
@@ -155,7 +157,9 @@ class RWKV4(torch.nn.Module):
         mixings = [m for m in self.modules() if isinstance(m, Mix)]  # in the order of the state
         return [start for mixing in mixings for start in mixing._starts()]
 
-    def forward(self, input: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, input: Tensor, state: Sequence[Tensor] | None = None, *, _parallel: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the model; the class describes the arguments, results and errors."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, None)
@@ -166,7 +170,7 @@ class RWKV4(torch.nn.Module):
         after: tuple[Tensor, ...] = ()
         for block in self.blocks:
             first = len(after)
-            x, states = block(x, None if state is None else state[first : first + 3])
+            x, states = block(x, None if state is None else state[first : first + 3], _parallel)
             after += states
         return self.head(self.ln_out(x)), after
 

@@ -32,7 +32,8 @@ _wanted = _Wanted()
 def as_maps() -> Iterator[None]:
     """A context in which `scan` returns the map of each whole sequence, (factor, offset), both `[N, D]`.
 
-    Those of a cell that does not compose are zeros, a guess: it has no such map.
+    Those of a cell that does not compose are zeros, a guess: it has no such map. The softmax recurrence returns a
+    `Piece` (`mru_kernels.softmax.state`).
     """
     before, _wanted.maps = _wanted.maps, True
     try:

@@ -219,8 +219,7 @@ def _call(
         checks.offsets(cu_seqlens, score.shape[1])
     checks.flag("reverse", reverse)
     arguments = (score, value, heads, decay, bonus, initial_state, cu_seqlens, reverse)
-    y, final = run(arguments, checks.chunk_size(chunk_size), backend)
-    return y, final
+    return run(arguments, checks.chunk_size(chunk_size), backend)
 
 
 def _autocast(score: Tensor, *others: Tensor | None) -> list[Tensor | None]:

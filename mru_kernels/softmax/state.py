@@ -6,10 +6,24 @@ a rounding error, the gradient of a final z has no effect, and that of an initia
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..checks import state_dtype
+
+
+class Piece(NamedTuple):
+    """What the steps of each sequence do to a state.
+
+    Attributes:
+        state: `[N, D + 2 H]`, the state that they make from an empty one.
+        decay: `[N, 2 H]`, the sum of their decays as two numbers, like Z and z.
+    """
+
+    state: Tensor
+    decay: Tensor
 
 
 def empty_state(like: Tensor, sequences: int, channels: int, heads: int) -> Tensor:
