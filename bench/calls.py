@@ -22,7 +22,7 @@ from . import cli, inputs, records, timing
 
 _SHAPE = {"batch": 2, "time": 256, "channels": 64}
 _WIDTH = 512  # channels of the unit that makes a step
-_ROUNDS = 100
+_IN_A_ROUND = 3  # calls: few enough that some rounds are not interrupted on a busy machine
 
 Subjects = dict[str, Callable[[], object]]
 
@@ -92,7 +92,7 @@ def below(op: private.OpOverload, *arguments: Any) -> object:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("calls"), description=__doc__)
     parser.add_argument("--threads", type=cli.positive, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--calls", type=cli.positive, default=1000, help="of each subject (default: 1000)")
+    parser.add_argument("--calls", type=cli.positive, default=1500, help="of each subject (default: 1500)")
     arguments = parser.parse_args(argv)
     before = torch.get_num_threads()
     figures: dict[str, list[str]] = {}
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for name, subject in (of_op() | of_step()).items():
-                seconds = timing.per_call(subject, arguments.calls, _ROUNDS)
+                seconds = timing.per_call(subject, arguments.calls, max(arguments.calls // _IN_A_ROUND, 1))
                 figures.setdefault(name, []).append(f"{1e6 * seconds:.1f}")
     finally:
         torch.set_num_threads(before)
