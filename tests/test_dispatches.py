@@ -68,3 +68,16 @@ def test_step_of_a_network():
     of_min_gru = {"chunk": 1, "neg": 1, "ge": 1, "add": 1, "sigmoid": 3, "where": 1, "mul": 1}
     of_network = {"linear": 2, "rms_norm": 1, "to": 1}
     assert seen == sum(2 * [Counter(of_block), Counter(of_min_gru)], Counter(of_network))
+
+
+def test_hooks_of_every_module_run_in_a_step():
+    network, x = mk.MRUNetwork(3, 5, width=4, num_blocks=1, units=("bmru", "min_gru")).eval(), torch.randn(2, 3)
+    expected, state = network.step(x)
+    ran = []
+    leaves = [m for m in network.modules() if not isinstance(m, torch.nn.ModuleList)]
+    for module in leaves:
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+    output, after = network.step(x)
+    assert torch.equal(output, expected)
+    assert all(map(torch.equal, after, state))
+    assert {id(m) for m in ran} == {id(m) for m in leaves}
