@@ -43,6 +43,9 @@ class Scalar:
 
     def number(self, value: float | Tensor) -> float:
         """`value` as a number, checked. In compiled code the kernel checks the range of a scheduled scalar."""
+        if type(value) is float and not self.scheduled:  # the rest takes 0.3 us
+            self.check(value)
+            return value
         if self.scheduled and isinstance(value, Tensor):
             self._check_tensor(value)
             if torch.compiler.is_compiling():
@@ -69,8 +72,7 @@ class Scalar:
             known = self._known.get(value)
             if known is not None:
                 return known
-        if plain and type(value) is Tensor and _is_double(value):
-            self.check(value.item())
+        if plain and type(value) is Tensor and _is_double(value) and self.least <= value.item() <= self.most:
             return value
         if isinstance(value, Tensor) and (compiling or not has_value(value)):
             self._check_tensor(value)

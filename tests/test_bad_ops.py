@@ -156,6 +156,13 @@ SAVED_DTYPES = [("grad_h", torch.int64), ("grad_h", torch.complex64), ("checkpoi
 SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]
 
 
+def test_raw_backward_without_the_gradient_of_the_final_state(backend, device):
+    named = with_results(good_call(device), backend)
+    zeros = named | {"grad_final": torch.zeros_like(named["grad_final"])}
+    absent = named | {"grad_final": None}
+    assert all(map(torch.equal, backward(absent, backend), backward(zeros, backend)))
+
+
 @pytest.mark.parametrize(("name", "shape"), SAVED)
 def test_raw_backward_of_a_cpp_backend_checks_what_it_is_given(name, shape):
     named = with_results(good_call(torch.device("cpu")))

@@ -122,7 +122,7 @@ class BoundArguments {
     MRU_EXPECT(t.dim() == 2 && t.size(0) == rows && t.size(1) == scan.channels && t.scalar_type() == as, name,
                ": expected [", rows, ", ", scan.channels, "] as the forward pass made it");
     expect_device(t, name);
-    return const_cast<void*>(keep(torch::stable::contiguous(t)));
+    return const_cast<void*>(keep(as_state(t, as)));
   }
   // `of_state`: whether it is a state, or like one; else it is real where the streams are.
   void expect_like(const Tensor& t, const char* name, bool of_state = false) const {
@@ -138,6 +138,11 @@ class BoundArguments {
 
   Tensor rows(int64_t rows, ScalarType as) const { return allocate(streams[0], {rows, scan.channels}, as); }
   Tensor states(int64_t rows) const { return this->rows(rows, state); }
+  Tensor zero_states() const {
+    Tensor zeros = states(scan.sequences);
+    torch::stable::zero_(zeros);
+    return zeros;
+  }
   // Zeros the spare rows of both tensors, and all of `events` if forward packed no codes.
   void clear_unused(Tensor& checkpoints, Tensor& events) const {
     if (spare_rows_ == 0) return;
@@ -273,7 +278,7 @@ class BoundArguments {
       MRU_EXPECT(
           t.dim() == 2 && t.size(0) == scan.batch && t.size(1) == scan.time && t.scalar_type() == ScalarType::Bool,
           "resets: expected bool [", scan.batch, ", ", scan.time, "]");
-      scan.resets = static_cast<const bool*>(keep(torch::stable::contiguous(t)));
+      scan.resets = static_cast<const bool*>(keep(as_state(t, ScalarType::Bool)));
     }
     MRU_EXPECT(arguments.resets || !arguments.reset_state, "reset_state: expected resets with it");
     has_reset_state = arguments.reset_state.has_value();

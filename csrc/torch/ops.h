@@ -69,10 +69,10 @@ inline Tensors allocate_gradients(BoundArguments& bound, const Tensors& inputs, 
 }
 
 template <class Backend, class C>
-Tensors backward(Tensor grad_h, Tensor grad_final, OptionalTensor grad_checkpoints, Tensors inputs, int64_t given,
-                 int64_t packed, std::vector<double> numbers, OptionalTensor initial_state, OptionalTensor cu_seqlens,
-                 OptionalTensor resets, OptionalTensor reset_state, bool reverse, int64_t chunk, int64_t segment,
-                 OptionalTensor checkpoints, OptionalTensor events) {
+Tensors backward(Tensor grad_h, OptionalTensor grad_final, OptionalTensor grad_checkpoints, Tensors inputs,
+                 int64_t given, int64_t packed, std::vector<double> numbers, OptionalTensor initial_state,
+                 OptionalTensor cu_seqlens, OptionalTensor resets, OptionalTensor reset_state, bool reverse,
+                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor events) {
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
       {inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment});
@@ -83,7 +83,7 @@ Tensors backward(Tensor grad_h, Tensor grad_final, OptionalTensor grad_checkpoin
   bound.expect_like(grad_h, "grad_h");
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);
-  scan.grad_final = bound.keep(bound.sequence_states(grad_final, "grad_final"));
+  scan.grad_final = bound.keep(grad_final ? bound.sequence_states(*grad_final, "grad_final") : bound.zero_states());
   if (!checkpoints && !events) {
     const Tensors again = forward<Backend, C>(inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
                                               reset_state, reverse, chunk, segment, /*save=*/true);

@@ -37,7 +37,7 @@ class Backend:
     needs: str  # the reason in an error for a device of another type
     module_name: str
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether this is plain torch, without ops."""
         return not self.device_types

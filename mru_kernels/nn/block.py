@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
+from .. import torch_private as private
 from ..cells import spikes
 from .arguments import (
     check_choice,
@@ -182,10 +183,13 @@ class MRUBlock(WithUnits):
         self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False,
         _parallel: Any = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """Run the block; the class describes the arguments, results and errors."""
+        """Run the block; the class describes the arguments, results and errors.
+
+        With `_one_step`, input and output are `[B, width]` and resets `[B]`. That saves 6 views a unit, 1 us each.
+        """
         if isinstance(input, Proxy):
             return fx_node(self, input, state, resets)
-        check_shape(input, self.width, "width", 3)
+        check_shape(input, self.width, "width", 2 if _one_step else 3)
         self._check_resets(resets, input)
         check_input_dtype(input, dtype_of(self.norm))
         given = self._given(state, input)
@@ -195,32 +199,47 @@ class MRUBlock(WithUnits):
             # `cat` does not mix the two half precisions, also not under autocast
             v = v.to(checks.autocast_dtype(v.device) or v.dtype)
         if self.conv is not None:
-            v, last = self._convolved(v, given.pop(0), resets, _parallel)
+            past = given.pop(0)
+            if _one_step:
+                v, last = self._convolved(v.unsqueeze(1), past, _with_time(resets), None)
+                v = v.squeeze(1)
+            else:
+                v, last = self._convolved(v, past, resets, _parallel)
             after.append(last)
         outputs = []
-        parallel: dict[str, Any] = {} if _parallel is None else {"_parallel": _parallel}
         for unit in self.units:
-            if isinstance(unit, SEVERAL_STATES):
-                own, given = given[: unit.num_states], given[unit.num_states :]
-                output, states = unit(v, None if state is None else own, **parallel)
-                after += states
+            count = unit.num_states if isinstance(unit, SEVERAL_STATES) else 1
+            own, given = given[:count], given[count:]
+            if not _one_step:
+                output, states = self._through(unit, v, own, resets, _parallel)
+            elif isinstance(unit, MRUBase):
+                output, *states = unit.step_in_block(v, own[0], resets)
             else:
-                before = given.pop(0)
-                options: dict[str, Any] = {} if resets is None else {"resets": resets}  # torch.nn.GRU has none
-                options |= parallel
-                hx = None if before is None else before.unsqueeze(0)
-                if _one_step and isinstance(unit, MRUBase):
-                    options = {name: mask.squeeze(1) for name, mask in options.items()}
-                    output, h_n = unit.step(v.squeeze(1), hx, **options)
-                    output = output.unsqueeze(1)
-                else:
-                    output, h_n = unit(v, hx, **options)
-                after.append(h_n.squeeze(0))
+                output, states = self._through(unit, v.unsqueeze(1), own, _with_time(resets), None)
+                output = output.squeeze(1)
             outputs.append(output)
+            after += states
         mixed = torch.cat(outputs, -1) if self.combine == "concatenate" else sum(outputs[1:], start=outputs[0])
         # A gate that changes sign with the input, like SiLU, gives what was stored long ago gradients of either sign.
-        x = input + self.dropout(self.out(mixed * self.gate(u).sigmoid()))
-        return x + self.dropout(self.mlp_out(self._inside(self.mlp_norm(x)))), tuple(after)
+        x = input + self._dropped(self.out(mixed * self.gate(u).sigmoid()))
+        return x + self._dropped(self.mlp_out(self._inside(self.mlp_norm(x)))), tuple(after)
+
+    def _through(
+        self, unit: Any, v: Tensor, own: list[Tensor | None], resets: Tensor | None, parallel: Any
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The output of a unit for `v [B, T, width]`, and its states after it, from those before it."""
+        options: dict[str, Any] = {} if parallel is None else {"_parallel": parallel}
+        if isinstance(unit, SEVERAL_STATES):
+            return unit(v, None if own[0] is None else own, **options)
+        if resets is not None:
+            options["resets"] = resets  # torch.nn.GRU has none
+        output, h_n = unit(v, None if own[0] is None else own[0].unsqueeze(0), **options)
+        return output, (h_n.squeeze(0),)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Dropout of x. In evaluation it returns x, and the call of a module that does so takes 4 us."""
+        dropout = self.dropout
+        return dropout(x) if dropout.training or private.has_hooks(dropout) else x
 
     def _inside(self, u: Tensor) -> Tensor:
         """What the last map of the MLP reads."""
@@ -281,7 +300,12 @@ class MRUBlock(WithUnits):
 
 def dtype_of(module: torch.nn.Module) -> torch.dtype:
     """The dtype of the parameters, without computing `module.weight`, which may be parametrized."""
-    return next(module.parameters()).dtype
+    weight = module._parameters.get("weight")
+    return (next(module.parameters()) if weight is None else weight).dtype  # `parameters` takes 4 us
+
+
+def _with_time(resets: Tensor | None) -> Tensor | None:
+    return None if resets is None else resets.unsqueeze(1)
 
 
 def check_shape(input: Tensor, size: int, name: str, rank: int) -> None:

@@ -79,17 +79,17 @@ class MinGRU(MRUBase, names=("min_gru",)):
             if "forget" in biases:
                 biases["forget"].copy_(odds.log())
 
-    def _log_odds(self, *gates: Tensor) -> Tensor:
-        """Log-odds of keeping the state; the decay is its sigmoid."""
+    def _log_odds(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-odds of keeping the state, whose sigmoid is the decay, and those of writing it, their negative."""
         (update,) = gates
-        return -update
+        return -update, update
 
     def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """The decay and the update of the recurrence, in the shape of one gate."""
         candidate, *others = gates.chunk(len(self.gates), -1)
-        keep = self._log_odds(*others)
+        keep, write = self._log_odds(*others)
         value = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
-        return keep.sigmoid(), keep.neg().sigmoid() * value
+        return keep.sigmoid(), write.sigmoid() * value
 
     def _scan(self, gates, initial_state, **options):
         return linear_recurrence(*self._coefficients(gates), initial_state, **options)
@@ -123,9 +123,10 @@ class MinLSTM(MinGRU, names=("min_lstm",)):
 
     gates = {"candidate": None, "update": 0.0, "forget": 0.0}
 
-    def _log_odds(self, *gates: Tensor) -> Tensor:
+    def _log_odds(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
         update, forget = gates
-        return F.logsigmoid(forget) - F.logsigmoid(update)
+        keep = F.logsigmoid(forget) - F.logsigmoid(update)
+        return keep, -keep
 
 
 class LRU(MRUBase, names=("lru",)):

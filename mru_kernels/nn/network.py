@@ -121,10 +121,11 @@ class MRUNetwork(WithUnits):
         self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False,
         _parallel: Any = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """Run the network; the class describes the arguments, results and errors."""
+        """Run the network; the class describes the arguments, results and errors. With `_one_step`, `step` does."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, resets)
-        self._check_shape(input, 2)
+        if not _one_step:
+            self._check_shape(input, 2)
         dtype = dtype_of(self.norm)
         if not self.tokens:
             check_input_dtype(input, dtype)
@@ -137,7 +138,7 @@ class MRUNetwork(WithUnits):
             own = None if state is None else state[first : first + count]
             x, states = block(x, own, resets=resets, _one_step=_one_step, _parallel=_parallel)
             after += states
-        if self.pool == "last":
+        if self.pool == "last" and not _one_step:
             x = x[:, -1]
         x = self.norm(x)
         if self.pool == "mean":
@@ -189,11 +190,9 @@ class MRUNetwork(WithUnits):
             raise RuntimeError('step: the mean over all steps, pool="mean", is not known after one')
         self._check_shape(input, 1)
         check_resets(resets, input if input.dim() == 2 else input.unsqueeze(-1), "[batch]")
-        begins = None if resets is None else resets.unsqueeze(1)
 
         def run(before: State | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-            output, after = self(input.unsqueeze(1), before, resets=begins, _one_step=True)
-            return (output if self.pool else output.squeeze(1)), after
+            return self(input, before, resets=resets, _one_step=True)
 
         if state_indices is None:
             return run(state)

@@ -85,13 +85,11 @@ class UnitScan(UnitParameters):
         return {"resets": resets, "reset_state": self._learned_state(p) if self.learn_initial_state else None}
 
     def _initial_state(self, given: Tensor | None, sequences: int, p: dict[str, Tensor]) -> Tensor | None:
-        if not self.learn_initial_state:
+        if not self.learn_initial_state or (given is not None and not torch.is_grad_enabled()):
             return given
         learned = self._learned_state(p)
         if given is None:
             return learned.expand(sequences, -1)
-        if not torch.is_grad_enabled():
-            return given
         # DistributedDataParallel waits for a gradient of every parameter, so that of `learned` is zero, not absent.
         return torch.where(given.new_ones((), dtype=torch.bool), given, learned)
 

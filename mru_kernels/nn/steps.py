@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,10 +114,18 @@ class UnitSteps(UnitScan):
     def _run_step(
         self, x: Tensor, hx: Tensor | None, resets: Tensor | None, state_indices: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        output, finals = self._step_layers(x, None if hx is None else hx.unbind(), resets, state_indices)
+        if hx is not None and state_indices is not None:
+            return output, hx
+        return output, finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+
+    def _step_layers(
+        self, x: Tensor, states: Sequence[Tensor | None] | None, resets: Tensor | None, state_indices: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output of a step and the states after it, from those before it, both one `[B, D]` a layer."""
         parameters = self._parameters_by_scan()
-        states = [None] * len(parameters) if hx is None else hx.unbind()
         finals: list[Tensor] = []
-        for p, given in zip(parameters, states, strict=True):
+        for p, given in zip(parameters, states or [None] * len(parameters), strict=True):
             if finals and self.dropout > 0.0 and self.training:
                 x = F.dropout(x, self.dropout)
             gates = self._project(x, p)
@@ -130,9 +140,21 @@ class UnitSteps(UnitScan):
             h, final = self._step(gates, state, state_indices, **self._vectors(p))
             finals.append(final)
             x = self._output(h, x, p)
-        if hx is not None and state_indices is not None:
-            return x, hx
-        return x, finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+        return x, finals
+
+    def step_in_block(self, input: Tensor, state: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`step` without gradients on the state `[B, D]` of the only layer. It saves the views of `hx`, 4 us."""
+        is_half = state is not None and state.dtype in checks.HALF_DTYPES
+        is_quick = resets is None and not is_half and len(self._names_by_scan) == 1
+        if not is_quick or torch.compiler.is_compiling() or private.has_hooks(self):
+            output, h_n = self.step(input, None if state is None else state.unsqueeze(0), resets=resets)
+            return output, h_n.squeeze(0)
+        try:
+            output, (after,) = self._step_layers(input, (state,), None, None)
+        except Exception:
+            self._check_step(input, None if state is None else state.unsqueeze(0), None, None)
+            raise
+        return output, after
 
     def _step_in_reset_slots(
         self, input: Tensor, hx: Tensor, resets: Tensor, state_indices: Tensor

@@ -23,10 +23,11 @@ Arguments that they share:
                 all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
     save        whether to return also the checkpoints and events that the backward op needs
 
-If the backward op gets neither checkpoints nor events, it scans again. `grad_checkpoints` is the gradient of the
-checkpoints, for callers that use them as results. The gradients come in the order of `inputs`, without the scalars,
-then those of `initial_state` and `reset_state`, where these are given. The map of a sequence with a reset has the
-factor 0. A cell whose steps do not compose has no map, and `segment` does not cut its time.
+If the backward op gets neither checkpoints nor events, it scans again. Without `grad_final` it takes zeros.
+`grad_checkpoints` is the gradient of the checkpoints, for callers that use them as results. The gradients come in the
+order of `inputs`, without the scalars, then those of `initial_state` and `reset_state`, where these are given. The map
+of a sequence with a reset has the factor 0. A cell whose steps do not compose has no map, and `segment` does not cut
+its time.
 
 With `save` the results of the scan include the checkpoints `[B floor((T - 1) / chunk), D]` and `events`, the write
 codes `[B (floor(T / 16) + (N or 1)), D]`: int32, 16 steps of 2 bits; `(N or 1)` is N with `cu_seqlens`, else 1.

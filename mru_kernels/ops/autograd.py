@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import torch_private as private
 from .batching import BACKWARD_NAMES, FORWARD_NAMES
 from .derivatives import LINEAR, tangent, tangent_of_gradient
-from .layout import allocate_backward, first_stream, sequences_of
+from .layout import allocate_backward, first_stream
 from .spec import Cell
 
 
@@ -117,6 +117,17 @@ def below_autograd(op: private.OpOverload, arguments) -> list[Tensor]:
         return op(*arguments)
 
 
+def run_backward(op: private.OpOverload, arguments) -> list[Tensor]:
+    """A backward op in the backward of a Function: the kernel, or the autograd kernel if it may be differentiated.
+
+    The autograd kernel is Python, so that a call through it takes 10 us longer.
+    """
+    if torch.is_grad_enabled() or private.may_have_tangents():
+        return op(*arguments)
+    with private.BelowAutograd():
+        return op(*arguments)
+
+
 class Scan(torch.autograd.Function):
     """`mru::<cell>` below autograd, and `mru::<cell>_backward` as its gradient."""
 
@@ -141,16 +152,13 @@ class Scan(torch.autograd.Function):
     def backward(ctx, grad_h, grad_final, grad_checkpoints=None, _events=None):
         cell, backend, *_ = ctx.call
         call, saved = _call_and_saved(ctx, ctx.saved_tensors)
-        inputs, _given, packed, _numbers, initial_state, cu_seqlens, _resets, reset_state = call[:8]
-        if grad_h is None or grad_final is None:
+        inputs, _given, packed, _numbers, initial_state, _cu_seqlens, _resets, reset_state = call[:8]
+        if grad_h is None:
             first = first_stream(inputs, packed)
-            if grad_h is None:
-                grad_h = first.new_zeros(first.shape)
-            if grad_final is None:
-                states = (sequences_of(inputs, cu_seqlens), first.shape[-1])
-                grad_final = first.new_zeros(states, dtype=cell.state_dtype(first.dtype))
+            grad_h = first.new_zeros(first.shape)
         try:
-            grads = cell.backward[backend](grad_h, grad_final, grad_checkpoints, *call, *(saved or (None, None)))
+            arguments = (grad_h, grad_final, grad_checkpoints, *call, *(saved or (None, None)))
+            grads = run_backward(cell.backward[backend], arguments)
         except RuntimeError as error:
             raise_as_torch(error, allocate_backward, cell, inputs, initial_state, reset_state)
             raise
@@ -164,6 +172,10 @@ class Scan(torch.autograd.Function):
             named = dict(zip(FORWARD_NAMES, (*call, len(saved) > 0), strict=True))
             h, final, *checkpoints = tangent(cell, backend, named, tangents)
         return h.to(call[0][0].dtype), final, *checkpoints, *[None] * (len(saved) - len(checkpoints))
+
+
+#: `Scan.apply` where no transform of torch.func is active.
+apply_scan = private.direct_apply(Scan)
 
 
 def _call_and_saved(ctx, tensors) -> tuple[list, list[Tensor]]:
@@ -208,7 +220,7 @@ class Gradient(torch.autograd.Function):
         grads, call = Gradient._call(ctx, ctx.saved_tensors)
         of_results = tangent(ctx.cell, ctx.backend, call, tangents)
         of_inputs = tangent_of_gradient(ctx.cell, ctx.backend, call, grads, (None, None, None), tangents)
-        of_grads = [t.to(grad.dtype) for t, grad in zip(of_results, grads, strict=False)]
+        of_grads = [None if grad is None else t.to(grad.dtype) for t, grad in zip(of_results, grads, strict=False)]
         missing = [None] * (len(grads) - len(of_grads))
         return None, None, None, *of_grads, *missing, *of_inputs
 

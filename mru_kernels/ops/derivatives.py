@@ -54,7 +54,7 @@ def tangent_of_gradient(
 
     Args:
         call, tangents: as for `tangent`.
-        grads: grad_h `[B, T, D]`, grad_final `[N, D]` and, or None, grad_checkpoints.
+        grads: grad_h `[B, T, D]`, and grad_final `[N, D]` and grad_checkpoints; None for zeros.
         of_grads: their tangents; None for zeros.
     """
     (update, decay), enters = _by_input(cell, call, _values(cell, call))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
 from .. import torch_private as private
-from .autograd import Scan, differentiable_inputs, raise_as_torch, requires_grad
+from .autograd import apply_scan, differentiable_inputs, raise_as_torch, requires_grad
 from .layout import allocate, sequences_of
 from .spec import Cell
 
@@ -123,7 +124,7 @@ def _run(cell: Cell, backend: str, arguments: tuple, differentiated: bool) -> Se
     """The results of the op in an eager call."""
     try:
         if differentiated or private.in_forward_mode():  # what the autograd kernel does, without the dispatcher
-            return Scan.apply(cell, backend, arguments, *differentiable_inputs(cell, arguments))
+            return apply_scan(cell, backend, arguments, *differentiable_inputs(cell, arguments))
         with private.BelowAutograd():
             return cell.forward[backend](*arguments)
     except RuntimeError as error:
@@ -147,7 +148,15 @@ def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Te
     batch, time, channels = first.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     channels //= packed.bit_count() or 1
-    return row.module.segment(sequences, batch * time, channels, first.itemsize, first.device)
+    choose = row.module.segment
+    sizes = (sequences, batch * time, channels, first.itemsize, first.device)
+    return choose(*sizes) if private.modes_active() else _chosen(choose, *sizes)  # a mode may have symbolic sizes
+
+
+@lru_cache(maxsize=1024)
+def _chosen(choose: Callable[..., int], *sizes: object) -> int:
+    """A backend's choice, kept because the op that makes it takes 3 us."""
+    return choose(*sizes)
 
 
 def step(

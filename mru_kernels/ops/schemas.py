@@ -6,7 +6,7 @@ This module imports nothing, so that setup.py can run it by its path.
 _INPUTS = "Tensor[] inputs, int given, int packed, float[] numbers"
 _RESETS = "Tensor? cu_seqlens, Tensor? resets, Tensor? reset_state"
 _CALL = f"{_INPUTS}, Tensor? initial_state, {_RESETS}, bool reverse, int chunk, int segment"
-_GRADS = "Tensor grad_h, Tensor grad_final, Tensor? grad_checkpoints"
+_GRADS = "Tensor grad_h, Tensor? grad_final, Tensor? grad_checkpoints"
 
 #: From the suffix after the cell's name in the name of an op to the op's schema; see `mru_kernels.ops`.
 SCHEMAS = {

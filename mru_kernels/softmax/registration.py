@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from .. import torch_private as private
-from ..ops.autograd import WithoutDerivative, apply_function, below_autograd
+from ..ops.autograd import WithoutDerivative, apply_function, below_autograd, run_backward
 from ..ops.batching import legacy
 from .layout import allocate, allocate_backward, border_rows, check, check_cut, sizes, split_gates
 from .schemas import SCHEMAS
@@ -148,12 +148,16 @@ class SoftmaxScan(torch.autograd.Function):
             grad_y, grad_final = _zeros(call, grad_y, grad_final)
         if not borders:
             borders = FORWARD[ctx.backend](*(call[name] for name in _CALL), True)[2:]
-        grads = BACKWARD[ctx.backend](grad_y, grad_final, *(call[name] for name in _CALL), *borders)
+        grads = run_backward(BACKWARD[ctx.backend], (grad_y, grad_final, *(call[name] for name in _CALL), *borders))
         return None, None, *grads
 
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError("mru::softmax_recurrence: there is no forward-mode derivative")
+
+
+#: `SoftmaxScan.apply` where no transform of torch.func is active.
+apply_scan = private.direct_apply(SoftmaxScan)
 
 
 def _zeros(call, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..ops import entry
 from ..ops.autograd import raise_as_torch
 from . import plain
 from .layout import allocate, chunk_sizes, sizes
-from .registration import FORWARD, SoftmaxScan, differentiable_inputs
+from .registration import FORWARD, apply_scan, differentiable_inputs
 from .state import Piece
 
 SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
@@ -55,7 +55,7 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
         return y, final
     try:
         if differentiated or private.in_forward_mode():  # what the autograd kernel does, without the dispatcher
-            y, final, *_ = SoftmaxScan.apply(row.name, call, *inputs)
+            y, final, *_ = apply_scan(row.name, call, *inputs)
         else:
             with private.BelowAutograd():
                 y, final, *_ = FORWARD[row.name](*call)

@@ -150,6 +150,8 @@ def backward(
     sequences = ops.sequences_of(inputs, cu_seqlens)
     checks.like("grad_h", grad_h, first, (batch, time, channels), "[batch, time, channels]")
     sizes = (sequences, channels)
+    if grad_final is None:
+        grad_final = first.new_zeros(sizes, dtype=cell.state_dtype(first.dtype))
     checks.like("grad_final", grad_final, first, sizes, "[sequences, channels]", cell.complex_state)
     if checkpoints is None and events is None:
         again = (
