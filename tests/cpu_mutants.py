@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "if (count == 0 || shift_of(segment.begin) == 0) return", "if (true) return", "bmru",
            "before_a_reset_is_remembered"),
-    Mutant("a log weight in one float", "softmax/step.h", "newer ? zero<V>() : past.lo", "zero<V>()", "softmax",
+    Mutant("a log weight in one float", "softmax/step.h", "r.newer ? zero<V>() : past.lo", "zero<V>()", "softmax",
            "precision_of_float32"),
     Mutant("a bonus added to a large score", "softmax/step.h",
            "ratio(distance(score, m, c) + bonus)", "ratio(distance(score + bonus, m, c))", "softmax",
