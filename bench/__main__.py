@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "compare": ("compare", "errors of every backend against the float64 reference"),
     "speed": ("speed", "times against a pass over the same bytes"),
     "gpu-check": ("gpu.command", "on a machine with a GPU: build, tests, comparison, times; see `make gpu-check`"),
-    "calls": ("calls", "microseconds of small calls and of what they cannot do without"),
+    "calls": ("calls", "microseconds of small calls and of their unavoidable parts"),
     "profile": ("profile", "the time of each op or kernel in a call"),
     "memory": ("memory", "memory of a training step for each chunk_size"),
     "resets": ("resets", "times of calls with resets against those without"),

@@ -1,7 +1,7 @@
 """Microseconds of small calls, where Python and torch's dispatcher take most of the time: `python -m bench calls`.
 
-A figure is the least mean of many short rounds: what else runs on the machine only adds to it. The op alone, the
-projection alone and an autograd Function that does nothing are what a call cannot do without.
+Each figure is the lowest mean of many short rounds; other load only adds time. The op alone, the projection alone and
+an autograd Function that does nothing are the unavoidable parts of a call.
 """
 
 from __future__ import annotations

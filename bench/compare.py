@@ -1,7 +1,4 @@
-"""Every cell, backend and dtype against the float64 reference: `python -m bench compare`.
-
-So is the softmax recurrence, which is no cell.
-"""
+"""Every cell and the softmax recurrence against the float64 reference: `python -m bench compare`."""
 
 from __future__ import annotations
 
@@ -317,9 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def cases_of(dtypes: Sequence[str], brief: bool) -> list[Case | softmax_cases.Case]:
     """The cases of every cell that takes a dtype."""
     select = inputs.brief_cases if brief else inputs.covering_cases
-    taken = [(cell, inputs.CELLS[cell].dtypes[dtype]) for cell in inputs.CELLS for dtype in dtypes
+    cell_dtypes = [(cell, inputs.CELLS[cell].dtypes[dtype]) for cell in inputs.CELLS for dtype in dtypes
              if dtype in inputs.CELLS[cell].dtypes]  # fmt: skip
-    return [case for cell, dtype in taken for case in select(cell, dtype)]
+    return [case for cell, dtype in cell_dtypes for case in select(cell, dtype)]
 
 
 def softmax_cases_of(dtypes: Sequence[str], brief: bool) -> list[softmax_cases.Case]:

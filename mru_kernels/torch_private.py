@@ -103,8 +103,16 @@ class NoGrad:
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without what it does in Python for torch.func, which takes 5 us; no transform may be active."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    """`function.apply` where no transform of torch.func is active, without 5 us of Python code for transforms."""
+    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and is_wrapped(argument):  # by a transform that has ended
+                return function.apply(*arguments)
+        return direct(*arguments)
+
+    return apply
 
 
 def in_forward_mode() -> bool:
@@ -132,7 +140,8 @@ def primals(ctx) -> list[Any]:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of `module` runs hooks: its own or those of all modules."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or _has_any_global_hook())
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks or _has_any_global_hook())
 
 
 def assume_constant_result(function: Callable) -> Callable:

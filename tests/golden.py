@@ -77,7 +77,7 @@ FACTORS_OF_LIF = {
     "detach_reset": (True, False),
 }
 
-#: The factors of a cell's own, and the settings of its steps. Other cells write or hold.
+#: Per cell: its own factors, and the settings of its steps. Other cells write or hold.
 OWN: dict[str, tuple[dict[str, tuple], tuple[dict[str, Any], ...]]] = {
     "linear_recurrence": ({}, ({},)),
     "lif": (FACTORS_OF_SPIKES | FACTORS_OF_LIF, ({"reset": "subtract"}, {"reset": "zero", "tie": True})),

@@ -71,6 +71,26 @@ def test_a_build_does_not_require_a_download_of_torch(builder):
     assert {re.match(r"\w+", name)[0] for name in project["build-system"]["requires"]} == {"setuptools", "ninja"}
 
 
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (None, ["80 sm_80", "80 sm_90", "80 sm_100", "80 compute_80"]),
+        ("9.0", ["90 sm_90"]),
+        ("10.0+PTX 9.0", ["90 sm_100", "90 sm_90", "90 compute_90"]),
+        ("8.0;9.0a+PTX", ["90a sm_90a", "90a compute_90a", "80 sm_80"]),
+    ],
+)
+def test_all_architectures_share_the_lowest_ptx(monkeypatch, architectures, expected):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    flags = runpy.run_path(str(ROOT / "setup.py"))["gencode_flags"]
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if architectures:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    assert [re.fullmatch(r"-gencode=arch=compute_(\w+),code=(\w+)", flag).groups() for flag in flags()] == [
+        tuple(pair.split()) for pair in expected
+    ]
+
+
 @pytest.mark.check
 def test_paths_with_spaces(builder, tmp_path, monkeypatch):
     """An object compiles and links where the folders of the repository and of torch have a space in their names."""

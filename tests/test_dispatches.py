@@ -70,6 +70,22 @@ def test_step_of_a_network():
     assert seen == sum(2 * [Counter(of_block), Counter(of_min_gru)], Counter(of_network))
 
 
+def test_another_dropout_runs_in_evaluation():
+    class Doubled(torch.nn.Dropout):
+        def forward(self, input):
+            return 2.0 * input
+
+    block = mk.MRUBlock(4, units=("min_gru",)).eval()
+    x = torch.randn(2, 3, 4)
+    before = block(x)[0]
+    called_with = []
+    block.dropout.register_full_backward_pre_hook(lambda *_: called_with.append(1))
+    block(x)[0].sum().backward()
+    assert called_with
+    block.dropout = Doubled()
+    assert not torch.equal(block(x)[0], before)
+
+
 def test_hooks_of_every_module_run_in_a_step():
     network, x = mk.MRUNetwork(3, 5, width=4, num_blocks=1, units=("bmru", "min_gru")).eval(), torch.randn(2, 3)
     expected, state = network.step(x)

@@ -343,9 +343,11 @@ def test_exponential_over_its_whole_range(backend):
 # ------------------------------------------------------------------------------------------------ threads, layouts
 
 
+@pytest.mark.parametrize("fastest", [-5.0, -80.0])
 @pytest.mark.parametrize("group", [1, 4])
-def test_results_do_not_depend_on_the_number_of_threads(backend, group):
+def test_results_do_not_depend_on_the_number_of_threads(backend, group, fastest):
     call = draw(time=200, heads=37, group=group, decay="head", bonus=True, state=True, dtype=torch.float32)
+    call["decay"][0] = fastest
     found = []
     for threads in (1, 2, 3):
         with calls.threads(threads):

@@ -277,6 +277,20 @@ def test_transforms_of_modules(device, make):
     compare(torch.vmap(grad, (0, 0, None))(*stacked, x[0]), [by_autograd(module, x[0]) for module in modules])
 
 
+@pytest.mark.parametrize("op", [mk.bmru, lambda k, v: mk.wkv(k, v, k.new_full((2,), -1.0), k.new_zeros(2))])
+def test_a_tensor_that_outlives_its_transform_keeps_its_graph(device, op):
+    kept = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    leaf, other = draw(1, 5, 2, device=device).requires_grad_(), draw(1, 5, 2, seed=1, device=device)
+    torch.func.grad(keep)(leaf)
+    found, expected = (torch.autograd.grad(op(x, other)[0].sum(), leaf) for x in (kept[0], leaf))
+    assert torch.equal(*found, *expected)
+
+
 def test_transforms_in_other_modes(backend, device):
     """Transforms work under no_grad, inference mode, anomaly detection, functionalize and save_on_cpu."""
     x, b = draw(2, 20, 3, device=device), draw(2, 20, 3, seed=1, device=device)

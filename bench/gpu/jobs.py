@@ -221,9 +221,9 @@ def _in_graph(backend: str, device: torch.device, calls: int = 100) -> dict[str,
 
 
 def run_small_set(backends: Sequence[str], device: torch.device) -> bool:
-    """Compare each backend with the reference on a few small calls of one cell, with time whole and split.
+    """Compare each backend with the reference on a few small calls, with time whole and split.
 
-    So are both forms of the softmax recurrence. The calls are few because a sanitizer slows each one.
+    They are of one cell and of both forms of the softmax recurrence. They are few because a sanitizer slows each one.
     """
     from mru_kernels.backends import TABLE
 

@@ -90,12 +90,12 @@ MRU_INLINE Pair<V> close(const Weight<V>& weight) {
 template <class V>
 struct Share {
   V a, b, r;  // r = 1 / (a q + b); 0 if there is no weight
-  V k;        // the smaller part of the whole. Its sign bit says that it is the past's
+  V k;        // what `mix` takes: the part of the past with the sign bit set, or that of the new value with it clear
   V total;    // a q + b
 };
-// k, from the parts a q and b of the total.
+// k, from a q and b; `newer`: whether it is the part of the past. The smaller part is the more precise one.
 template <class V, class Mask>
-MRU_INLINE V smaller_part(Mask newer, V past, V b, V r) {
+MRU_INLINE V signed_part(Mask newer, V past, V b, V r) {
   return (newer ? past : b) * (newer ? -r : r);
 }
 // e^-|gap|, for the log `gap` of a new weight over that of the past; and whether the new weight is the larger.
@@ -117,7 +117,7 @@ MRU_INLINE Share<V> share(Ratio<V> ratio, V q) {
   const V past = s.a * q;
   s.total = past + s.b;
   s.r = inverse(s.total);
-  s.k = smaller_part(ratio.newer, past, s.b, s.r);
+  s.k = signed_part(ratio.newer, past, s.b, s.r);
   return s;
 }
 // The mean. A part of 0 copies the other value.
@@ -175,8 +175,8 @@ MRU_INLINE ReadAndUpdate<V> read_and_update(Ratio<V> ratio, V factor, V q) {
   const V a = ratio.newer ? ratio.e : splat<V>(1), b = ratio.newer ? splat<V>(1) : ratio.e, read_b = b * factor;
   const V past = a * q, total = past + b, read_total = past + read_b;
   const V both = inverse(total * read_total), r = both * read_total, read_r = both * total;
-  return {{a, read_b, read_r, smaller_part(past < read_b, past, read_b, read_r), read_total},
-          {a, b, r, smaller_part(ratio.newer, past, b, r), total}};
+  return {{a, read_b, read_r, signed_part(past < read_b, past, read_b, read_r), read_total},
+          {a, b, r, signed_part(ratio.newer, past, b, r), total}};
 }
 
 // ------------------------------------------------------------------------------------------------ pieces of time
@@ -225,8 +225,8 @@ MRU_INLINE V close_adjoint(const Adjoint<V>& adjoint, V mean, V q, V& d_mean) {
   return (adjoint.lambda * mean + adjoint.mu) * q;
 }
 
-// Adds what y's gradient gives to the past: `part` is share.a of a step with a bonus, else 1 (y is read after the update,
-// and the past is what the update leaves). `gr` = gradient of y times share.r.
+// Adds what y's gradient g gives to the past: `part` gr = a r g of `read`. Callers have r in either factor. Without a bonus y is
+// read after the update, and a is 1.
 template <class V>
 MRU_INLINE void add_read(Adjoint<V>& adjoint, V part, V gr, V y) {
   adjoint.lambda += part * gr;
@@ -238,7 +238,7 @@ template <class V>
 MRU_INLINE V of_score(const Adjoint<V>& adjoint, V v) {
   return adjoint.lambda * v + adjoint.mu;
 }
-// Summed over a head's channels and times share.b of `read` this is what y gives to the score and to the bonus.
+// Summed over a head's channels and times b of `read` this is what y gives to the score and to the bonus; times b r if gr is g.
 template <class V>
 MRU_INLINE V of_bonus(V gr, V v, V y) {
   return gr * v - gr * y;

@@ -1,6 +1,7 @@
 """Pieces of the softmax recurrence: how the states of a sequence and their gradients pass through the segments.
 
-States compose in float64, whose errors are below those of a state in float32 with its weight in two numbers.
+States compose in float64, whose errors are below those of a state in float32 with its weight in two numbers. A state in
+float64 loses z, about 1e-16 of Z.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ class Pieces:
 
     def __init__(self, ranks: Ranks, order: list[int], messages: Tensor) -> None:
         self.ranks, self.order, self._messages = ranks, order, messages
-        self._kept: list[Tensor] = []  # of each place in the order: the share of the past in the weight after it
-        self._moved: list[Tensor] = []  # and the mean before it less the mean after it
+        # Of each place in the order after this rank's: the share of the past in the weight after it, and the mean
+        # before it less the mean after it.
+        self._past_share: dict[int, Tensor] = {}
+        self._mean_change: dict[int, Tensor] = {}
 
     @staticmethod
     def message(piece: Sequence[Tensor]) -> Tensor:
@@ -69,9 +72,9 @@ class Pieces:
         place = self.order.index(self.ranks.rank)
         for later in range(len(self.order) - 1, place, -1):
             mean, log = _by_head(every[self.order[later], 0], channels, heads)
-            kept, moved = self._kept[later], self._moved[later]
-            of_log = kept * (of_log + (of_mean * moved).sum(-1, keepdim=True)) + log
-            of_mean = kept * of_mean + mean
+            share, change = self._past_share[later], self._mean_change[later]
+            of_log = share * (of_log + (of_mean * change).sum(-1, keepdim=True)) + log
+            of_mean = share * of_mean + mean
         of_final = join_state(of_mean.flatten(1), of_log.squeeze(-1), torch.zeros_like(of_log.squeeze(-1)))
         result, states = self._run(run, of_final.to(entry.dtype))
         return result, states[self.order[0]]
@@ -93,7 +96,8 @@ class Pieces:
         channels, heads = self._sizes(state)
         mean, log = _read(state, channels, heads)
         entries = [state]
-        for rank in self.order:
+        own_place = self.order.index(self.ranks.rank)
+        for place, rank in enumerate(self.order):
             piece, decay = self._messages[rank].split([channels + 2 * heads, 2 * heads], -1)
             own_mean, own = _read(piece, channels, heads)
             past = log + decay.double().unflatten(-1, (2, heads)).sum(1).unsqueeze(-1)
@@ -101,8 +105,8 @@ class Pieces:
             newer = gap > 0
             larger, smaller = torch.where(newer, own_mean, mean), torch.where(newer, mean, own_mean)
             after = larger + torch.sigmoid(-gap.abs()) * (smaller - larger)  # exact where a share is 0
-            self._kept.append(torch.sigmoid(-gap))
-            self._moved.append(mean - after)
+            if place > own_place:
+                self._past_share[place], self._mean_change[place] = torch.sigmoid(-gap), mean - after
             mean, log = after, torch.logaddexp(past, own)
             entries.append(_write(mean, log, state.dtype))
         return entries

@@ -80,7 +80,7 @@ class MinGRU(MRUBase, names=("min_gru",)):
                 biases["forget"].copy_(odds.log())
 
     def _log_odds(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-odds of keeping the state, whose sigmoid is the decay, and those of writing it, their negative."""
+        """The log-odds of keeping and of writing the state. Their sigmoids are the decay and 1 - decay."""
         (update,) = gates
         return -update, update
 

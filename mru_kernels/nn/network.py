@@ -121,7 +121,7 @@ class MRUNetwork(WithUnits):
         self, input: Tensor, state: State | None = None, *, resets: Tensor | None = None, _one_step: bool = False,
         _parallel: Any = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """Run the network; the class describes the arguments, results and errors. With `_one_step`, `step` does."""
+        """Run the network; the class describes the arguments, results and errors. With `_one_step`, those of `step`."""
         if isinstance(input, Proxy):
             return fx_node(self, input, state, resets)
         if not _one_step:

@@ -149,8 +149,10 @@ def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Te
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     channels //= packed.bit_count() or 1
     choose = row.module.segment
-    sizes = (sequences, batch * time, channels, first.itemsize, first.device)
-    return choose(*sizes) if private.modes_active() else _chosen(choose, *sizes)  # a mode may have symbolic sizes
+    sizes = (sequences, batch * time, channels)
+    if any(type(size) is not int for size in sizes):  # they are symbolic, or tensors of a trace
+        return choose(*sizes, first.itemsize, first.device)
+    return _chosen(choose, *sizes, first.itemsize, first.device)
 
 
 @lru_cache(maxsize=1024)

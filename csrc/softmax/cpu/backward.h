@@ -6,8 +6,9 @@
 namespace mru::softmax {
 namespace {
 
-// What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. `e` is signed: its sign bit says that the past
-// has it as its share a, and else the step as b. The parts of a read are a r and b r. A row that is not needed is not written.
+// What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. The sign bit of e is set
+// for a = |e|, b = 1, and clear for a = 1, b = e. `read_a` and `read_b` are a r and b r of the read. Rows that are not needed
+// stay as they are.
 template <class F>
 struct Records {
   using S = typename F::S;
@@ -22,7 +23,7 @@ struct Records {
   struct Step {
     V e, q, r, read_a, read_b;
   };
-  // All but e, which is there already. kOwn: the means are kept too, and r only serves a y that is read after the update.
+  // Stores every row but e. With kOwn and a bonus r is not used.
   template <bool kOwn, class L>
   MRU_INLINE void put(L lanes, int64_t t, int64_t j, const Step& s) const {
     store(lanes, at(1, t) + j, s.q);
@@ -66,12 +67,12 @@ MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, i
                        int64_t column, const typename F::S* mean, const Steps<const typename F::T>& grads,
                        typename F::S* means, Weight<typename F::V>& w) {
   using V = typename F::V;
-  const V reading = in.reading_at(lanes, j);
+  const V read_factor = in.read_factor_at(lanes, j);
   for (int64_t t = begin; t < end; ++t) {
-    const auto ratios = weigh_step(in, lanes, j, t, reading, w.m, w.c);
+    const auto ratios = weigh_step(in, lanes, j, t, read_factor, w.m, w.c);
     store(lanes, records.e(t - begin) + column, ratios.update);
     if constexpr (F::kBonus)
-      if (!in.moderate) store(lanes, records.read_b(t - begin) + column, ratios.read);
+      if (!in.one_ratio) store(lanes, records.read_b(t - begin) + column, ratios.read);
     if constexpr (kOwn) {
       const int64_t next = t - records.chunk;  // in the chunk to the left
       prefetch(in.scores.row(next) + j), prefetch(in.values.row(next) + j), prefetch(grads.row(next) + j);
@@ -82,8 +83,8 @@ MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, i
   for (int64_t t = begin; t < end; ++t) {
     Ratios<V> ratios{load(lanes, records.e(t - begin) + column), V{}};
     if constexpr (F::kBonus)
-      if (!in.moderate) ratios.read = load(lanes, records.read_b(t - begin) + column);
-    const auto [read, update] = share_step(in, ratios, reading, w.q);
+      if (!in.one_ratio) ratios.read = load(lanes, records.read_b(t - begin) + column);
+    const auto [read, update] = share_step(in, ratios, read_factor, w.q);
     typename Records<F>::Step s{ratios.update, w.q, update.r, V{}, V{}};
     if constexpr (F::kBonus) s.read_a = read.a * read.r, s.read_b = read.b * read.r;
     records.template put<kOwn>(lanes, t - begin, column, s);

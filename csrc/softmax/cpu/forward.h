@@ -22,18 +22,18 @@ struct StepRows {
   }
 };
 
-// The part of steps [t0, t1) that comes before the divisions: their ratios to `rows`. Each part is a loop of its own over the
-// channels, because a step as a whole takes longer than a processor looks ahead.
+// The part of steps [t0, t1) that comes before the divisions: their ratios to `rows`. The two parts are two loops
+// over the channels, because the operations of a whole step wait for each other longer than a processor looks ahead.
 template <class F>
 void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, int64_t t0, int64_t t1,
                  int64_t ahead) {
   for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
     auto m = load(lanes, weights.m + j), c = load(lanes, weights.c + j);
-    typename F::V reading{};
-    if constexpr (F::kBonus) reading = load(lanes, weights.reading + j);
+    typename F::V read_factor{};
+    if constexpr (F::kBonus) read_factor = load(lanes, weights.read_factor + j);
     for (int64_t t = t0; t < t1; ++t) {
       prefetch(in.scores.row(t + ahead) + j);
-      const auto ratios = weigh_step(in, lanes, j, t, reading, m, c);
+      const auto ratios = weigh_step(in, lanes, j, t, read_factor, m, c);
       rows.put(lanes, j, t, ratios.update, ratios.read);
     }
     store(lanes, weights.m + j, m), store(lanes, weights.c + j, c);
@@ -44,13 +44,13 @@ template <class F, class L, class Each>
 MRU_INLINE void share_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, L lanes, int64_t j,
                             int64_t t0, int64_t t1, Each each) {
   using V = typename F::V;
-  V q = load(lanes, weights.q + j), reading{};
-  if constexpr (F::kBonus) reading = load(lanes, weights.reading + j);
+  V q = load(lanes, weights.q + j), read_factor{};
+  if constexpr (F::kBonus) read_factor = load(lanes, weights.read_factor + j);
   for (int64_t t = t0; t < t1; ++t) {
     Ratios<V> ratios{load(lanes, rows.update(t) + j), V{}};
     if constexpr (F::kBonus)
-      if (!in.moderate) ratios.read = load(lanes, rows.read(t) + j);
-    const auto shares = share_step(in, ratios, reading, q);
+      if (!in.one_ratio) ratios.read = load(lanes, rows.read(t) + j);
+    const auto shares = share_step(in, ratios, read_factor, q);
     q = shares.update.total;
     each(t, shares);
   }
@@ -126,7 +126,7 @@ void scan_segment(const HeadScan& scan, const Segment& segment, int64_t h0, int6
   for (int64_t begin = segment.begin, end; begin < segment.end; begin = end) {
     end = end_of_chunk(scan, segment, begin);
     weights.open_all(in.heads, state);
-    forward_chunk<F, kOwn>(in, y, begin, end, weights, state.mean, weights.reading + in.heads);
+    forward_chunk<F, kOwn>(in, y, begin, end, weights, state.mean, weights.read_factor + in.heads);
     weights.close_all(in.heads, state);
     if (!scan.checkpoints || !is_border(scan, segment, end)) continue;
     const StateRow<S> border(scan, border_row<S>(scan, segment, end), h0);

@@ -60,7 +60,8 @@ struct Inputs {
   int64_t heads, group, channels;  // of this block; `group` channels a head
   Steps<const T> scores, values, decays;
   const S *decay, *bonus;
-  bool moderate;  // whether read_and_update serves every head
+  bool
+      one_ratio;  // whether read_and_update serves every head of the call, so that no result depends on how heads are cut
 
   Inputs(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1)
       : heads(h1 - h0),
@@ -71,9 +72,10 @@ struct Inputs {
         decays(scan, scan.in[kDecay].stream, segment, h0),
         decay(F::kKind == Decay::kHead ? static_cast<const S*>(scan.in[kDecay].channel) + h0 : nullptr),
         bonus(F::kBonus ? static_cast<const S*>(scan.in[kBonus].channel) + h0 : nullptr),
-        moderate(F::kOneRatio) {
+        one_ratio(F::kOneRatio) {
     if constexpr (F::kOneRatio)
-      for (int64_t h = 0; h < heads; ++h) moderate &= std::fabs((decay ? decay[h] : 0) + bonus[h]) <= kModerate<S>;
+      for (int64_t h = -h0; h < scan.heads - h0; ++h)
+        one_ratio &= std::fabs((decay ? decay[h] : 0) + bonus[h]) <= kModerate<S>;
   }
 
   template <class L>
@@ -88,9 +90,9 @@ struct Inputs {
   }
   // What a step needs to read the past: e^(decay + bonus) for read_and_update, or the bonus.
   template <class L>
-  MRU_INLINE V reading_at(L lanes, int64_t j) const {
+  MRU_INLINE V read_factor_at(L lanes, int64_t j) const {
     if constexpr (!F::kBonus) return zero<V>();
-    else if (!F::kOneRatio || !moderate) return load(lanes, bonus + j);
+    else if (!F::kOneRatio || !one_ratio) return load(lanes, bonus + j);
     const V x = decay_at(lanes, j, 0) + load(lanes, bonus + j), e = Functions<V>::exp(-Lanes<V>::abs(x));
     return x > zero<V>() ? reciprocal(e) : e;
   }
@@ -100,8 +102,8 @@ struct Inputs {
   }
 };
 
-// A step of heads in two parts, as `weigh` and what follows. A ratio has the sign bit of a number less than 0 if the new
-// weight is the larger. That of the read is not used where read_and_update serves.
+// A step of heads in two parts, as `weigh` and what follows. The sign bit of a ratio is set if the new weight is the larger.
+// `read` is not used with Inputs::one_ratio.
 template <class V>
 struct Ratios {
   V update, read;
@@ -116,20 +118,20 @@ MRU_INLINE Ratio<V> of_sign(V e) {
 }
 template <class F, class L>
 MRU_INLINE Ratios<typename F::V> weigh_step(const Inputs<F>& in, L lanes, int64_t j, int64_t step,
-                                            typename F::V reading, typename F::V& m, typename F::V& c) {
+                                            typename F::V read_factor, typename F::V& m, typename F::V& c) {
   const auto score = in.score_at(lanes, j, step);
   Ratios<typename F::V> ratios{};
   if constexpr (F::kBonus)
-    if (!in.moderate) ratios.read = with_sign(weigh_read(score, reading, m, c));
+    if (!in.one_ratio) ratios.read = with_sign(weigh_read(score, read_factor, m, c));
   ratios.update = with_sign(weigh<F::kDecay>(score, in.decay_at(lanes, j, step), m, c));
   return ratios;
 }
 template <class F>
 MRU_INLINE ReadAndUpdate<typename F::V> share_step(const Inputs<F>& in, const Ratios<typename F::V>& ratios,
-                                                   typename F::V reading, typename F::V q) {
+                                                   typename F::V read_factor, typename F::V q) {
   const auto update = of_sign(ratios.update);
   if constexpr (F::kOneRatio)
-    if (in.moderate) return read_and_update(update, reading, q);
+    if (in.one_ratio) return read_and_update(update, read_factor, q);
   ReadAndUpdate<typename F::V> shares;
   if constexpr (F::kBonus) shares.read = share(of_sign(ratios.read), q);
   shares.update = share(update, q);
@@ -162,16 +164,16 @@ inline int64_t end_of_chunk(const HeadScan& scan, const Segment& segment, int64_
   return least((step / scan.chunk + 1) * scan.chunk, segment.end);
 }
 
-// The weights of heads inside a chunk, and what Inputs::reading_at gives, as rows.
+// The weights of heads inside a chunk, and what Inputs::read_factor_at gives, as rows.
 template <class F>
 struct Weights {
   using S = typename F::S;
-  S *q, *m, *c, *reading;
+  S *q, *m, *c, *read_factor;
 
-  Weights(S* scratch, const Inputs<F>& in) : q(scratch), m(q + in.heads), c(m + in.heads), reading(c + in.heads) {
+  Weights(S* scratch, const Inputs<F>& in) : q(scratch), m(q + in.heads), c(m + in.heads), read_factor(c + in.heads) {
     if constexpr (F::kBonus)
       for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-        store(lanes, reading + j, in.reading_at(lanes, j));
+        store(lanes, read_factor + j, in.read_factor_at(lanes, j));
       });
   }
   void open_all(int64_t heads, const StateRow<S>& state) const {
