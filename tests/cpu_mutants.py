@@ -135,6 +135,8 @@ MUTANTS = (
            "definition_and_gradients"),
     Mutant("one ratio for any decay", "softmax/cpu/rows.h", "<= kModerate<S>", "<= 1e9", "softmax",
            "large_scores_and_decays"),
+    Mutant("one ratio by block of heads", "softmax/cpu/rows.h", "h = -h0; h < scan.heads - h0;", "h = 0; h < heads;",
+           "softmax", "number_of_threads"),
     Mutant("the wrong one of two weights", "softmax/step.h", "newer ? score : past.hi", "newer ? past.hi : score",
            "softmax", "definition_and_gradients"),
     Mutant("borders of packed sequences in one row", "softmax/cpu/rows.h",
