@@ -60,8 +60,7 @@ struct Inputs {
   int64_t heads, group, channels;  // of this block; `group` channels a head
   Steps<const T> scores, values, decays;
   const S *decay, *bonus;
-  bool
-      one_ratio;  // whether read_and_update serves every head of the call, so that no result depends on how heads are cut
+  bool one_ratio;  // whether read_and_update serves every head of the call: no result depends on the blocks of heads
 
   Inputs(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1)
       : heads(h1 - h0),
