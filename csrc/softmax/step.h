@@ -93,7 +93,7 @@ struct Share {
   V k;        // what `mix` takes: the part of the past with the sign bit set, or that of the new value with it clear
   V total;    // a q + b
 };
-// k, from a q and b; `newer`: whether it is the part of the past. The smaller part is the more precise one.
+// Share::k. `newer`: whether it is the part of the past, a q r, and not that of the new value, b r.
 template <class V, class Mask>
 MRU_INLINE V signed_part(Mask newer, V past, V b, V r) {
   return (newer ? past : b) * (newer ? -r : r);

@@ -6,9 +6,8 @@
 namespace mru::softmax {
 namespace {
 
-// What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. The sign bit of e is set
-// for a = |e|, b = 1, and clear for a = 1, b = e. `read_a` and `read_b` are a r and b r of the read. Rows that are not needed
-// stay as they are.
+// What the adjoint needs of the steps of a chunk: [chunk][kHeadRows][width]. The sign bit of e is set for a = |e|, b = 1, and
+// clear for a = 1, b = e. `read_a` and `read_b` are a r and b r of the read. Rows that are not needed are not written.
 template <class F>
 struct Records {
   using S = typename F::S;

@@ -22,8 +22,8 @@ struct StepRows {
   }
 };
 
-// The part of steps [t0, t1) that comes before the divisions: their ratios to `rows`. The two parts are two loops
-// over the channels, because the operations of a whole step wait for each other longer than a processor looks ahead.
+// Stores the ratios of the steps [t0, t1) in `rows`. This is a loop of its own over the channels, because the operations of a
+// whole step depend on each other, and a processor does not look far enough ahead to overlap several steps.
 template <class F>
 void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, int64_t t0, int64_t t1,
                  int64_t ahead) {
@@ -39,7 +39,7 @@ void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<
     store(lanes, weights.m + j, m), store(lanes, weights.c + j, c);
   });
 }
-// Ratios become k, for each step of each head: calls each(lanes, j, step, shares).
+// Calls each(step, shares) for the steps [t0, t1) of a vector of heads, from their ratios.
 template <class F, class L, class Each>
 MRU_INLINE void share_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, L lanes, int64_t j,
                             int64_t t0, int64_t t1, Each each) {

@@ -101,8 +101,8 @@ struct Inputs {
   }
 };
 
-// A step of heads in two parts, as `weigh` and what follows. The sign bit of a ratio is set if the new weight is the larger.
-// `read` is not used with Inputs::one_ratio.
+// A step of heads has two parts: `weigh_step` gives its ratios, `share_step` what follows from them. The sign bit of a ratio is
+// set if the new weight is the larger. `read` is not used with Inputs::one_ratio.
 template <class V>
 struct Ratios {
   V update, read;
