@@ -84,8 +84,8 @@ def cuda_home():
     nvcc = nvcc or shutil.which("nvcc")
     if nvcc is None:
         return None
-    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
-    top = re.search(r"^#\$ TOP=(.*)$", told.stderr, re.MULTILINE)
+    output = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", output.stderr, re.MULTILINE)
     return Path(top[1] if top else Path(nvcc).parents[1]).resolve()
 
 

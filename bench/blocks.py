@@ -114,11 +114,11 @@ def measure(policy: Policy, steps: int) -> tuple[int, float]:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
+        seconds = pipe.read()
     _, status, usage = os.wait4(child, 0)
-    if not said:
+    if not seconds:
         raise RuntimeError(f"{policy}, {steps} steps: the process failed with status {status}")
-    return 1024 * usage.ru_maxrss, float(said)
+    return 1024 * usage.ru_maxrss, float(seconds)
 
 
 def longest(points: Sequence[tuple[int, int]], fixed: int) -> int:

@@ -94,10 +94,10 @@ def chunk_size(text: str) -> int | None:
 
 def check_dtypes(parser: ArgumentParser, cell: str, names: list[str]) -> None:
     """End the command unless the cell takes each dtype."""
-    taken = inputs.CELLS[cell].dtypes
+    dtypes = inputs.CELLS[cell].dtypes
     for name in names:
-        if name not in taken:
-            parser.error(f"--dtype: expected one of {', '.join(taken)} for {cell}, got {name}")
+        if name not in dtypes:
+            parser.error(f"--dtype: expected one of {', '.join(dtypes)} for {cell}, got {name}")
 
 
 def resolve(parser: ArgumentParser, name: str | None, device: torch.device) -> backends.Backend:

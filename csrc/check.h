@@ -18,14 +18,14 @@ inline std::string text(double part) {
 
 // A RuntimeError in Python, with what the parts say.
 template <class... Parts>
-[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Parts&... parts) {
+[[noreturn, gnu::cold, gnu::noinline]] void throw_error(const Parts&... parts) {
   throw std::runtime_error((std::string() + ... + text(parts)));
 }
 
 }  // namespace mru
 
-#define MRU_EXPECT(condition, ...) \
-  do {                             \
-    if (!(condition)) [[unlikely]] \
-      ::mru::refuse(__VA_ARGS__);  \
+#define MRU_CHECK(condition, ...)      \
+  do {                                 \
+    if (!(condition)) [[unlikely]]     \
+      ::mru::throw_error(__VA_ARGS__); \
   } while (false)

@@ -68,17 +68,17 @@ struct Lanes {
   static MRU_INLINE V abs(V x) { return std::fabs(x); }
   static MRU_INLINE V exp(V x) { return std::exp(x); }
   static MRU_INLINE V tanh(V x) { return std::tanh(x); }
-  static MRU_INLINE V turned(V v, V x) {
+  static MRU_INLINE V flip_sign(V v, V x) {
 #ifdef __CUDA_ARCH__  // a GPU compares and selects at half the rate of other instructions
     if constexpr (sizeof(V) == 4) return with_sign(v, x + V(0));
 #endif
     return x < 0 ? -v : v;
   }
-  static MRU_INLINE V signed_as(V v, V x) {
+  static MRU_INLINE V multiply_sign(V v, V x) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(V) == 4) return with_sign(x == 0 ? 0 : v, x);
 #endif
-    return x == 0 ? 0 : turned(v, x);
+    return x == 0 ? 0 : flip_sign(v, x);
   }
 
 #ifdef __CUDA_ARCH__
@@ -104,13 +104,13 @@ MRU_INLINE V tanh(V x) {
 
 // v sgn(x): -v if x < 0, else v.
 template <class V>
-MRU_INLINE V turned(V v, V x) {
-  return Lanes<V>::turned(v, x);
+MRU_INLINE V flip_sign(V v, V x) {
+  return Lanes<V>::flip_sign(v, x);
 }
 // v sign(x) with sign(0) = 0: v times the derivative of |x|.
 template <class V>
-MRU_INLINE V signed_as(V v, V x) {
-  return Lanes<V>::signed_as(v, x);
+MRU_INLINE V multiply_sign(V v, V x) {
+  return Lanes<V>::multiply_sign(v, x);
 }
 
 // a b + c and 1 / x, rounded as is fastest on a device: for gradients, which need not be the same bits on every backend.

@@ -12,9 +12,9 @@
 
 namespace mru {
 
-constexpr int kMaxInputs = 4;       // array inputs of a cell
-constexpr int kMaxScalars = 2;      // scalars of a cell
-constexpr int kEventsPerWord = 16;  // write codes of 2 bits in an int32
+constexpr int kMaxInputs = 4;      // array inputs of a cell
+constexpr int kMaxScalars = 2;     // scalars of a cell
+constexpr int kCodesPerWord = 16;  // write codes of 2 bits in an int32
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kComplex64, kComplex128 };
 
@@ -72,9 +72,9 @@ struct Scan {
   Stream h;
   void* final_state = nullptr;  // [sequences, D] state dtype
   void* checkpoints = nullptr;  // [B, checkpoint_rows, D] state dtype, or null: not saved
-  int32_t* events = nullptr;    // [B, event_rows, D] write codes, or null: not packed
+  int32_t* codes = nullptr;     // [B, code_rows, D] write codes, or null: not packed
   bool save = false;            // whether the backward pass is given these codes
-  int64_t checkpoint_rows = 0, event_rows = 0;
+  int64_t checkpoint_rows = 0, code_rows = 0;
 
   // Backward: given, and results. Null: not wanted.
   Stream grad_h;

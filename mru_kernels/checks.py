@@ -183,14 +183,14 @@ def slot_indices(value: Tensor, first: Tensor) -> None:
 
 def slot_values(state_indices: Tensor, count: int) -> None:
     """Raise ValueError unless every index is -1 or a slot below `count`, and no slot occurs twice. Reads the values."""
-    taken: set[int] = set()
+    used: set[int] = set()
     for i, slot in enumerate(state_indices.tolist()):
         if not -1 <= slot < count:
             raise ValueError(f"state_indices: expected -1 or a slot below {count}, got {slot} at index {i}")
-        if slot in taken:
+        if slot in used:
             raise ValueError(f"state_indices: expected every slot once, got {slot} again at index {i}")
         if slot >= 0:
-            taken.add(slot)
+            used.add(slot)
 
 
 def flag(name: str, value: bool) -> bool:

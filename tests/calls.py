@@ -99,8 +99,8 @@ def factors_of(cell: str) -> dict[str, tuple]:
 
 def step_settings(call: inputs.Call) -> dict[str, Any]:
     """The call's settings that the cell's step takes."""
-    taken = inspect.signature(getattr(mk, f"{call.cell}_step")).parameters
-    return {name: x for name, x in call.settings.items() if name in taken}
+    parameters = inspect.signature(getattr(mk, f"{call.cell}_step")).parameters
+    return {name: x for name, x in call.settings.items() if name in parameters}
 
 
 @contextmanager

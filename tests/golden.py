@@ -261,8 +261,8 @@ def cases_of(backend: str) -> list[str]:
         return list(CASES)
     least, most = backends.TABLE[backend].module.CHUNK_SIZES
     scans = [name for name, run in CASES.items() if run.func is run_scan]
-    taken = [name for name in scans if least <= (CASES[name].keywords["options"]["chunk"] or 64) <= most]
-    return taken[::INTERPRETED] if backend == "triton" else taken
+    cases = [name for name in scans if least <= (CASES[name].keywords["options"]["chunk"] or 64) <= most]
+    return cases[::INTERPRETED] if backend == "triton" else cases
 
 
 # ------------------------------------------------------------------------------------------------ hashes

@@ -16,7 +16,7 @@ from mru_kernels.cells import lif, resonate
 INPUTS = ("inputs", "given", "packed", "numbers")
 RESETS = ("cu_seqlens", "resets", "reset_state")
 FORWARD = (*INPUTS, "initial_state", *RESETS, "reverse", "chunk", "segment", "save")
-BACKWARD = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD[:-1], "checkpoints", "events")
+BACKWARD = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD[:-1], "checkpoints", "codes")
 STEP = (*INPUTS, "state")
 STEP_SLOTS = (*STEP, "state_indices")
 MAP = (*INPUTS, *RESETS, "reverse", "segment")
@@ -91,7 +91,7 @@ def scan(call: inputs.Call, *, gates: bool = False, **options: Any) -> dict[str,
 
 def backward(scan: Mapping[str, Any], results: Sequence[Tensor]) -> dict[str, Any]:
     """Arguments of the backward op. The results h and final state of the forward op serve as gradients."""
-    names = ("grad_h", "grad_final", "checkpoints", "events")
+    names = ("grad_h", "grad_final", "checkpoints", "codes")
     given = {**scan, "grad_checkpoints": None, **dict(zip(names, results, strict=True))}
     return dict(zip(BACKWARD, of(BACKWARD, given), strict=True))
 

@@ -47,8 +47,8 @@ def backward(named: dict[str, Any], backend: str = "cpu") -> list[torch.Tensor]:
 
 def with_results(named: dict[str, Any], backend: str = "cpu") -> dict[str, Any]:
     """Valid arguments of the backward op, from the results of the forward op."""
-    h, final, checkpoints, events = forward(named, backend)
-    saved = {"checkpoints": checkpoints, "events": events, "grad_checkpoints": None}
+    h, final, checkpoints, codes = forward(named, backend)
+    saved = {"checkpoints": checkpoints, "codes": codes, "grad_checkpoints": None}
     return named | {"grad_h": h, "grad_final": final, **saved}
 
 
@@ -149,11 +149,11 @@ SAVED = [
     ("checkpoints", (2 * B - 1, D)),
     ("checkpoints", (B, 2, D)),
     ("checkpoints", (2 * B, D + 1)),
-    ("events", (10 * B - 1, D)),
+    ("codes", (10 * B - 1, D)),
     ("grad_checkpoints", (2 * B - 1, D)),
 ]
 SAVED_DTYPES = [("grad_h", torch.int64), ("grad_h", torch.complex64), ("checkpoints", torch.float64)]
-SAVED_DTYPES += [("events", torch.int64), ("grad_final", torch.bool)]
+SAVED_DTYPES += [("codes", torch.int64), ("grad_final", torch.bool)]
 
 
 def test_raw_backward_without_the_gradient_of_the_final_state(backend, device):

@@ -121,7 +121,7 @@ def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[st
     one = torch.ones((), device=scan["inputs"][0].device)
     made = shapes(forward, raw.of(raw.FORWARD, scan | {"save": True}))
     given = [one.to(dtype).expand(shape) for shape, dtype in made]
-    grads = dict(zip(("grad_h", "grad_final", "checkpoints", "events"), given, strict=True))
+    grads = dict(zip(("grad_h", "grad_final", "checkpoints", "codes"), given, strict=True))
     return scan | grads | {"grad_checkpoints": given[2]}
 
 

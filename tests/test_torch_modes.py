@@ -252,14 +252,14 @@ def test_saved_memory(backend, device, dtype, chunk_size, segment, monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         h, _ = mk.bmru(c, b, state, epsilon=epsilon, alpha=alpha, chunk_size=chunk_size, backend=backend)
-    events = sum(t.nbytes for t in saved.values() if t.dtype == torch.int32)
+    codes = sum(t.nbytes for t in saved.values() if t.dtype == torch.int32)
     states = sum(t.nbytes for t in saved.values() if t.dtype != torch.int32)
     rows = (shape[1] - 1) // chunk_size if chunk_size else 0
     assert states == rows * state.nbytes
     if chunk_size == 64:
         assert states <= c.nbytes / 32
     words = shape[1] // 16 + 1
-    assert events == (4 * shape[0] * words * shape[2] if segment and chunk_size else 0)
+    assert codes == (4 * shape[0] * words * shape[2] if segment and chunk_size else 0)
     h.float().sum().backward()
 
 

@@ -389,7 +389,7 @@ FAULTS = {
     ),
     "sums of the cut kept": (
         sums_are_replaced, "put(grads[k].data, row, c.at, sums[k], c.at.mask)",
-        "put(grads[k].data, row, c.at, sums[k], when(c.scan.redo == 0, c.at.mask))",
+        "put(grads[k].data, row, c.at, sums[k], when(c.scan.rescan == 0, c.at.mask))",
     ),
     "rounding measured by what entered": (
         a_factor_of_few_bits_grows, "* terms + ROUNDING * late", "* terms + ROUNDING * rules.magnitude(entry)",

@@ -344,12 +344,12 @@ def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
     inputs_, *arguments = arguments_of(dict(zip(("candidate", "threshold"), streams, strict=True)), segment)
     tensors = {
         "grad_h": torch.zeros(1, 70, 4), "grad_final": torch.zeros(1, 4), "grad_checkpoints": torch.zeros(1, 4),
-        "checkpoints": torch.zeros(1, 4), "events": torch.zeros(5 if segment else 0, 4, dtype=torch.int32),
+        "checkpoints": torch.zeros(1, 4), "codes": torch.zeros(5 if segment else 0, 4, dtype=torch.int32),
     }  # fmt: skip
 
     def backward(streams=streams, **changed):
-        *grads, checkpoints, events = (tensors | changed).values()
-        saved = (checkpoints, events)
+        *grads, checkpoints, codes = (tensors | changed).values()
+        saved = (checkpoints, codes)
         return CELLS["bmru"].backward["triton"](*grads, [*streams, *inputs_[2:]], *arguments, *saved)
 
     backward()

@@ -37,11 +37,11 @@ struct Bmru : WriteOrHold<Bmru<S, kAmplitude>, S> {
   }
   template <class V>
   static MRU_INLINE V written(const V* x) {
-    return turned(amplitude(x), x[0]);
+    return flip_sign(amplitude(x), x[0]);
   }
   template <class V>
   static MRU_INLINE V value(const V* x, V first, V) {
-    return turned(first, x[0]);
+    return flip_sign(first, x[0]);
   }
   template <class V>
   static MRU_INLINE auto is_second(const V* x) {
@@ -54,9 +54,9 @@ struct Bmru : WriteOrHold<Bmru<S, kAmplitude>, S> {
     const V dz = gained * multiply_add(splat<V>(this->epsilon - 1), s, written(x));
     const V dgate = dz * step_slope(Lanes<V>::abs(x[0]) - Lanes<V>::abs(x[1]), surrogate);
     const V passed = writes(x) ? gained : splat<V>(0);
-    dx[0] = multiply_add(passed * amplitude(x), sgn_slope(x[0], surrogate), signed_as(dgate, x[0]));
-    dx[1] = -signed_as(dgate, x[1]);
-    if constexpr (kAmplitude) dx[2] = turned(writes(x) ? lambda : splat<V>(0), x[0]);
+    dx[0] = multiply_add(passed * amplitude(x), sgn_slope(x[0], surrogate), multiply_sign(dgate, x[0]));
+    dx[1] = -multiply_sign(dgate, x[1]);
+    if constexpr (kAmplitude) dx[2] = flip_sign(writes(x) ? lambda : splat<V>(0), x[0]);
     dx[kAlpha] = g * after;
     return this->pull(x, lambda);
   }

@@ -23,8 +23,8 @@ struct Resonate : CellBase {
 
   template <class V>
   MRU_INLINE V step(const V* x, V s) const {
-    const V turned = x[1] * s;
-    return {turned.re + x[2].re * x[0].re, turned.im};
+    const V rotated = x[1] * s;
+    return {rotated.re + x[2].re * x[0].re, rotated.im};
   }
   template <class V>
   MRU_INLINE V recompute(const V* x, V s) const {

@@ -54,7 +54,7 @@ void skip(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1) {
 void look_back(const Scan& scan, const Kernels& k, const ResetStates& resets, const Segment& segment, int64_t d0,
                int64_t d1, MapRow map) {
   Scan reads = scan;
-  reads.events = nullptr;
+  reads.codes = nullptr;
   Maps far(scan, 1);
   const int64_t n = d1 - d0, reset = find_reset(scan, segment, segment.end - 1, segment.begin - 1, -1);
   const int64_t begin = std::max(reset, segment.begin);
@@ -100,7 +100,7 @@ void forward_looking_back(Scan scan, const Kernels& k, const ResetStates& resets
     k.apply(scan.channels, /*resets=*/true, maps.at(i - 1), entry.at(i));
   });
   Rows exit = entry;
-  const auto kernel = scan.events && scan.save ? k.forward_to_codes : k.forward;
+  const auto kernel = scan.codes && scan.save ? k.forward_to_codes : k.forward;
   for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
     scan_segment(scan, kernel, resets, segments.list[i], d0, d1, exit.at(i, d0));
   });
@@ -129,7 +129,7 @@ bool forward_composing(const Scan& scan, const Kernels& k, const ResetStates& re
     summarize(scan, k, resets, segments.list[i], d0, d1, cut_maps.maps.at(i, d0), cut_maps.late.at(i, d0));
   });
   cut_maps.compose(scan.final_state);
-  const auto kernel = scan.events ? k.forward_from_codes : k.forward;
+  const auto kernel = scan.codes ? k.forward_from_codes : k.forward;
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
     scan_segment(scan, kernel, resets, segments.list[i], d0, d1, cut_maps.exit.at(i, d0));
   });
@@ -145,7 +145,7 @@ void forward(Scan scan, const Kernels& k) {
   if (scan.offsets) {  // there are rows between the sequences
     const int64_t rows = scan.batch * scan.channels;
     if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));
-    if (scan.events) std::memset(scan.events, 0, scan.event_rows * rows * sizeof(int32_t));
+    if (scan.codes) std::memset(scan.codes, 0, scan.code_rows * rows * sizeof(int32_t));
   }
   const Ones ones(scan, k);
   const ResetStates resets(scan, k);

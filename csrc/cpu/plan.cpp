@@ -8,24 +8,24 @@ void check_offsets(const Scan& scan) {
   if (!scan.offsets) return;
   constexpr const char* expected = "cu_seqlens: expected offsets that rise from 0 to the total length ";
   const int64_t first = scan.offsets[0], last = scan.offsets[scan.sequences];
-  MRU_EXPECT(first == 0 && last == scan.time, expected, scan.time, ", got ", first, " to ", last);
+  MRU_CHECK(first == 0 && last == scan.time, expected, scan.time, ", got ", first, " to ", last);
   for (int64_t n = 0; n < scan.sequences; ++n) {
     const int64_t begin = scan.offsets[n], end = scan.offsets[n + 1];
-    MRU_EXPECT(0 <= begin && begin <= end && end <= scan.time, expected, scan.time, ", got ", begin, " and ", end,
-               " for sequence ", n);
+    MRU_CHECK(0 <= begin && begin <= end && end <= scan.time, expected, scan.time, ", got ", begin, " and ", end,
+              " for sequence ", n);
   }
 }
 
 void check_slots(const Scan& scan) {
   if (!scan.slots) return;
-  std::vector<bool> taken(scan.slot_count);
+  std::vector<bool> used(scan.slot_count);
   for (int64_t n = 0; n < scan.sequences; ++n) {
     const int64_t slot = scan.slots[n];
-    MRU_EXPECT(-1 <= slot && slot < scan.slot_count, "state_indices: expected -1 or a slot below ", scan.slot_count,
-               ", got ", slot, " at index ", n);
+    MRU_CHECK(-1 <= slot && slot < scan.slot_count, "state_indices: expected -1 or a slot below ", scan.slot_count,
+              ", got ", slot, " at index ", n);
     if (slot < 0) continue;
-    MRU_EXPECT(!taken[slot], "state_indices: expected every slot once, got ", slot, " again at index ", n);
-    taken[slot] = true;
+    MRU_CHECK(!used[slot], "state_indices: expected every slot once, got ", slot, " again at index ", n);
+    used[slot] = true;
   }
 }
 
@@ -41,7 +41,7 @@ Segments cut(const Scan& scan) {
       segment.start = scan.reverse ? scan.time - end : begin;
       segment.length = end - begin;
       // Words are not shared: a sequence takes at most one word more than its share of whole ones.
-      segment.word = segment.start / kEventsPerWord + (scan.reverse ? scan.sequences - 1 - n : n);
+      segment.word = segment.start / kCodesPerWord + (scan.reverse ? scan.sequences - 1 - n : n);
     }
     const int64_t most = scan.segment > 0 ? scan.segment : segment.length;
     for (; segment.begin < segment.length; segment.begin = segment.end) {

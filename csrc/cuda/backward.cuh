@@ -75,22 +75,22 @@ class BackwardAgent : public BackwardBase<F> {
     if (joins(scan, call.plan, span, span.end))
       m = add<Single>(m, boundary_grad<Single>(scan, call.plan, span, span.end, d));
     room.carried(c) = m.at[0];
-    if (!span.right) room.taken(c) = room.taken_lost(c) = 0;
+    if (!span.right) room.reset_grad(c) = room.reset_grad_lost(c) = 0;
   }
   // m at the left end: what reaches a reset is a gradient of the reset state and goes no further.
   __device__ __forceinline__ void leave_to_left(int64_t segment, int c, int64_t d) const {
     const Scan& scan = call.scan;
-    Sum<S> taken{room.taken(c), room.taken_lost(c)};
+    Sum<S> reset_grad{room.reset_grad(c), room.reset_grad_lost(c)};
     if (span.resets) {
-      taken.add(room.carried(c));
+      reset_grad.add(room.carried(c));
       room.carried(c) = 0;
-      room.taken(c) = taken.sum, room.taken_lost(c) = taken.lost;
+      room.reset_grad(c) = reset_grad.sum, room.reset_grad_lost(c) = reset_grad.lost;
     }
     if (span.first) store_states<Single>(scan.grad_initial, span.sequence, scan.channels, d, {{room.carried(c)}});
     if (!scan.grad_reset_state || span.left) return;
-    void* const to = span.whole ? scan.grad_reset_state : call.work.taken;
+    void* const to = span.whole ? scan.grad_reset_state : call.work.reset_grad;
     const int64_t row = span.whole ? span.sequence : 2 * segment + span.first;
-    store_states<Single>(to, row, scan.channels, d, {{taken.total()}});
+    store_states<Single>(to, row, scan.channels, d, {{reset_grad.total()}});
   }
 
   // Copies a tile's streams, and the state before its first step, to shared memory.

@@ -50,8 +50,9 @@ struct Workspace {
   int* again;                      // [1]: whether uncut kernels scan the call again; null where nothing is checked
   S* sums;                         // [sum_rows, sums, D]
   uint32_t* reset_bits;            // where states are reset (resets.cuh); null: nowhere
-  S* taken;  // [segments, 2, D]: m summed over the resets of a segment in a sequence that began before it; in one that
-             // begins in it and ends after it
+  // [segments, 2, D]: m summed over the resets of a segment in a sequence that began before it; in one that begins in it
+  // and ends after it
+  S* reset_grad;
   bool overwrites;  // whether every write overwrites the state: factors are 0 or 1
 };
 

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kComposeThreads)
   if (first == last) return;
   Sum<S> sum;
   for (int64_t segment = first; segment <= last; ++segment)
-    sum.add(load<Traffic::kState, 1>(work.taken + (2 * segment + (segment == first)) * scan.channels + d).at[0]);
+    sum.add(load<Traffic::kState, 1>(work.reset_grad + (2 * segment + (segment == first)) * scan.channels + d).at[0]);
   store<Traffic::kState>(static_cast<S*>(scan.grad_reset_state) + thread, Vector<S, 1>{{sum.total()}});
 }
 

@@ -11,7 +11,7 @@ namespace mru::cuda {
 
 // The codes of the 16 steps from a position on, a multiple of 16.
 __device__ __forceinline__ int32_t* code_row(const Scan& scan, int64_t row, int64_t position, int64_t d) {
-  return scan.events + (row * scan.event_rows + position / kEventsPerWord) * scan.channels + d;
+  return scan.codes + (row * scan.code_rows + position / kCodesPerWord) * scan.channels + d;
 }
 
 // The codes of a segment as a thread comes past them, from the left or (direction -1) from the right. A word is loaded
@@ -20,13 +20,13 @@ template <class F>
 class CodesAhead {
  public:
   __device__ __forceinline__ CodesAhead(const Scan& scan, const Plan& plan, int64_t segment, int64_t d, int direction)
-      : scan_(scan), d_(d), row_(plan.row_of(segment)), ahead_by_(direction * kEventsPerWord) {
+      : scan_(scan), d_(d), row_(plan.row_of(segment)), ahead_by_(direction * kCodesPerWord) {
     begin_ = plan.in_row(segment) * scan.segment;
     end_ = begin_ + scan.segment < scan.time ? begin_ + scan.segment : scan.time;
   }
   // The codes from a position on: that of the first step is not shifted.
   __device__ __forceinline__ Vector<int32_t, F::W> at(int64_t position) {
-    const int64_t first = position / kEventsPerWord * kEventsPerWord;
+    const int64_t first = position / kCodesPerWord * kCodesPerWord;
     if (first != first_) {
       words_ = first == first_ + ahead_by_ ? ahead_ : load_from(first);
       first_ = first;
@@ -59,7 +59,7 @@ class CodeWriter {
   __device__ __forceinline__ CodeWriter(const Scan& scan, int64_t d) : scan_(scan), d_(d) {}
   // Begins the word of a position, unless it has begun. Returns the place of the position's step in it.
   __device__ __forceinline__ int begin(int64_t row, int64_t position) {
-    const int before = position % kEventsPerWord;
+    const int before = position % kCodesPerWord;
     if (position - before != first_) {
       if (first_ >= 0) store_word(row);
       first_ = position - before;
@@ -74,7 +74,7 @@ class CodeWriter {
 
  private:
   __device__ __forceinline__ void store_word(int64_t row) const {
-    if (scan_.events) store<Traffic::kCodes>(code_row(scan_, row, first_, d_), words_);
+    if (scan_.codes) store<Traffic::kCodes>(code_row(scan_, row, first_, d_), words_);
   }
 
   const Scan& scan_;

@@ -12,14 +12,14 @@ namespace mru::cuda {
 // allocator, which knows streams and graph captures.
 template <class Run>
 void launch(int64_t bytes, const Tensor& like, Run run) {
-  MRU_EXPECT(aoti_torch_get_current_cuda_stream, "backend: 'cuda' needs a torch that is built with CUDA");
+  MRU_CHECK(aoti_torch_get_current_cuda_stream, "backend: 'cuda' needs a torch that is built with CUDA");
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   Tensor workspace = allocate(like, {bytes}, ScalarType::Byte);
   const char* const error = run(workspace.data_ptr(), stream);
-  MRU_EXPECT(!error, "CUDA: ", error ? error : "");
+  MRU_CHECK(!error, "CUDA: ", error ? error : "");
 }
 
 }  // namespace mru::cuda

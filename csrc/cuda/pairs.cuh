@@ -97,7 +97,7 @@ struct Lanes<cuda::Pair<T>> {
   using Scalar = float;
   static MRU_INLINE V splat(float x) { return {cuda::narrow_pair(T{}, x, x)}; }
   static MRU_INLINE cuda::Magnitudes abs(V x) { return {x.bits & ~cuda::kSigns}; }
-  static MRU_INLINE V turned(V v, V x) {
+  static MRU_INLINE V flip_sign(V v, V x) {
     const uint32_t plus_zero = fused(x, splat(1).bits, 0);  // x, but +0 for both zeros
     return {v.bits ^ (plus_zero & cuda::kSigns)};
   }

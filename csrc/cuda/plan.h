@@ -74,7 +74,7 @@ struct Plan {
     if (scan.resets) reset_groups = (scan.time + kResetGroup - 1) / kResetGroup;
     resets_bytes_ = aligned(scan.batch * reset_groups * kResetWords * int64_t(sizeof(uint32_t)));
     if (!backward) return;
-    if (is_cut() && scan.grad_reset_state) taken_bytes_ = 2 * segments * scan.channels * state_size_;
+    if (is_cut() && scan.grad_reset_state) reset_grad_bytes_ = 2 * segments * scan.channels * state_size_;
     for (const Input& input : scan.in) sums += input.channel != nullptr;
     sum_rows = sums > 0 ? std::min(segments, kMostSumRows) : segments;
     uncut_sum_rows = std::min(scan.sequences, kMostSumRows);
@@ -85,15 +85,15 @@ struct Plan {
   MRU_INLINE int64_t row_of(int64_t segment) const { return row_divisor(segment); }
   MRU_INLINE int64_t in_row(int64_t segment) const { return segment - row_of(segment) * row_segments; }
   // Layout: kSegmentStates arrays [segments, D], the flag, the rows of sums, the bits of resets, the sums over resets.
-  int64_t workspace_bytes() const { return taken_offset() + taken_bytes_; }
+  int64_t workspace_bytes() const { return reset_grad_offset() + reset_grad_bytes_; }
   int64_t flag_offset() const { return kSegmentStates * states_bytes; }
   int64_t sums_offset() const { return is_cut() ? flag_offset() + 16 : 0; }
   int64_t resets_offset() const { return sums_offset() + sums_bytes_; }
-  int64_t taken_offset() const { return resets_offset() + resets_bytes_; }
+  int64_t reset_grad_offset() const { return resets_offset() + resets_bytes_; }
 
  private:
   static int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-  int64_t state_size_ = 4, sums_bytes_ = 0, resets_bytes_ = 0, taken_bytes_ = 0;
+  int64_t state_size_ = 4, sums_bytes_ = 0, resets_bytes_ = 0, reset_grad_bytes_ = 0;
 };
 
 // Whether threads may move 16-byte words, `width` channels each: every row of every tensor starts on a word.
@@ -111,7 +111,7 @@ inline bool moves_words(const Scan& scan, int64_t width) {
   }
   for (const void* p : {scan.initial, scan.grad_final, scan.reset_state, scan.grad_checkpoints}) word(p);
   for (const void* p : {scan.final_state, scan.checkpoints, scan.grad_initial}) word(p);
-  word(scan.events);
+  word(scan.codes);
   return all;
 }
 

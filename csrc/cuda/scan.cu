@@ -57,7 +57,7 @@ class Op {
     if (checks_) work.exit = states(4), work.again = reinterpret_cast<int*>(base + plan_.flag_offset());
     work.sums = reinterpret_cast<S*>(base + plan_.sums_offset());
     if (scan_.resets) work.reset_bits = reinterpret_cast<uint32_t*>(base + plan_.resets_offset());
-    work.taken = reinterpret_cast<S*>(base + plan_.taken_offset());
+    work.reset_grad = reinterpret_cast<S*>(base + plan_.reset_grad_offset());
     work.overwrites = overwrites();
     return work;
   }

@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kSegmentBlocks<F>) expand(con
     };
     for (int64_t position = span.begin; position < span.end;) {
       const int64_t end = checkpoints.end();
-      for_tiles<kEventsPerWord>(position, end, expand_tile);
+      for_tiles<kCodesPerWord>(position, end, expand_tile);
       checkpoints.pass(end, s);
       position = end;
     }

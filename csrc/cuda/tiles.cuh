@@ -88,8 +88,8 @@ class TileRoom {
     return carried_[(1 + (tile & 1)) * channels + channel];
   }
   // The sum of m over resets, and what it has lost (sum.h).
-  __device__ __forceinline__ S& taken(int channel) const { return carried_[3 * channels + channel]; }
-  __device__ __forceinline__ S& taken_lost(int channel) const { return carried_[4 * channels + channel]; }
+  __device__ __forceinline__ S& reset_grad(int channel) const { return carried_[3 * channels + channel]; }
+  __device__ __forceinline__ S& reset_grad_lost(int channel) const { return carried_[4 * channels + channel]; }
   __device__ __forceinline__ Elements& staged(int tile, int k, int t) const { return staged_[slot(tile, k, t)]; }
   // The element staged by thread `other`; call after a barrier.
   __device__ __forceinline__ const Elements& staged_by(int other, int tile, int k, int t) const {

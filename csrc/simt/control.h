@@ -31,7 +31,7 @@ void launch(int64_t bytes, Run run) {
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), &std::free);
   poison(workspace.get(), bytes);
   const char* const error = run(workspace.get());
-  MRU_EXPECT(!error, "simt: ", error ? error : "");
+  MRU_CHECK(!error, "simt: ", error ? error : "");
 }
 
 inline std::map<std::string, std::array<uint64_t, 2>> traffic() {

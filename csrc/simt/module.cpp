@@ -26,7 +26,7 @@ struct Simt {
     poison(scan, scan.h, scan.channels);
     if (!scan.slots) poison(scan.final_state, scan.sequences * row_bytes(scan));
     poison(scan.checkpoints, scan.batch * scan.checkpoint_rows * row_bytes(scan));
-    poison(scan.events, scan.batch * scan.event_rows * scan.channels * int64_t(sizeof(int32_t)));
+    poison(scan.codes, scan.batch * scan.code_rows * scan.channels * int64_t(sizeof(int32_t)));
     launch(scan, false, [&](void* work) { return kernels<C>(scan.dtype).forward(scan, work, nullptr); });
   }
   template <class C>

@@ -38,17 +38,17 @@ class BoundHeads {
 
   template <class Backend>
   BoundHeads(Backend, const Arguments& arguments) : first(unit_channels(arguments.score)), score(first), value(first) {
-    MRU_EXPECT(arguments.score.dim() == 3, "score: expected 3 dimensions, got ", arguments.score.dim());
+    MRU_CHECK(arguments.score.dim() == 3, "score: expected 3 dimensions, got ", arguments.score.dim());
     kept_.reserve(8);
     bind_streams(arguments);
     bind_heads(arguments);
     bind_sequences(arguments);
     scan.reverse = arguments.reverse, scan.chunk = arguments.chunk;
-    MRU_EXPECT(scan.chunk > 0 && scan.chunk <= Backend::kMostChunk && scan.chunk % 16 == 0,
-               "chunk: expected a positive multiple of 16 up to ", Backend::kMostChunk, ", got ", scan.chunk);
-    MRU_EXPECT(arguments.segment >= -1 && arguments.segment <= kMostElements,
-               "segment: expected -1 for the backend's own choice, 0 or a number of steps up to 2^60, got ",
-               arguments.segment);
+    MRU_CHECK(scan.chunk > 0 && scan.chunk <= Backend::kMostChunk && scan.chunk % 16 == 0,
+              "chunk: expected a positive multiple of 16 up to ", Backend::kMostChunk, ", got ", scan.chunk);
+    MRU_CHECK(arguments.segment >= -1 && arguments.segment <= kMostElements,
+              "segment: expected -1 for the backend's own choice, 0 or a number of steps up to 2^60, got ",
+              arguments.segment);
     const HeadSizes sizes{{scan.sequences, scan.batch * scan.time, scan.channels, element_bytes(scan.dtype)},
                           scan.heads};
     const int64_t segment = arguments.segment < 0 ? Backend::segment(sizes) : arguments.segment;
@@ -64,8 +64,8 @@ class BoundHeads {
   void* bind(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
     expect(t, shape, name);
     const ScalarType own = t.scalar_type();
-    MRU_EXPECT(own == type || own == state || own == ScalarType::Float, name,
-               ": expected the streams' dtype, the state dtype or float32");
+    MRU_CHECK(own == type || own == state || own == ScalarType::Float, name,
+              ": expected the streams' dtype, the state dtype or float32");
     kept_.push_back(as_state(t, state));
     return kept_.back().data_ptr();
   }
@@ -86,9 +86,9 @@ class BoundHeads {
       fits = fits && t.size(i) == shape.begin()[i];
       sizes += (i ? ", " : "") + std::to_string(shape.begin()[i]);
     }
-    MRU_EXPECT(fits, name, ": expected [", sizes.c_str(), "]");
-    MRU_EXPECT(device_type(t) == device_type(score) && t.get_device_index() == score.get_device_index(), name,
-               ": expected the score's device");
+    MRU_CHECK(fits, name, ": expected [", sizes.c_str(), "]");
+    MRU_CHECK(device_type(t) == device_type(score) && t.get_device_index() == score.get_device_index(), name,
+              ": expected the score's device");
   }
 
   // Binds score and value, which set the sizes, the dtype and the device of the call.
@@ -96,24 +96,24 @@ class BoundHeads {
     type = first.scalar_type();
     state = state_type(type);
     scan.dtype = dtype_of(type), scan.state = dtype_of(state);
-    MRU_EXPECT(!is_complex(scan.dtype), "score: expected float32, float64, bfloat16 or float16");
+    MRU_CHECK(!is_complex(scan.dtype), "score: expected float32, float64, bfloat16 or float16");
     if (arguments.value) {
-      MRU_EXPECT(arguments.value->dim() == 3 && arguments.value->scalar_type() == type,
-                 "value: expected [batch, time, channels] in the score's dtype");
+      MRU_CHECK(arguments.value->dim() == 3 && arguments.value->scalar_type() == type,
+                "value: expected [batch, time, channels] in the score's dtype");
       value = unit_channels(*arguments.value);
     } else {
       const int64_t heads = arguments.heads, all = first.size(2);
-      MRU_EXPECT(0 <= heads && heads <= all, "heads: expected 0 to ", all, " of the gates, got ", heads);
+      MRU_CHECK(0 <= heads && heads <= all, "heads: expected 0 to ", all, " of the gates, got ", heads);
       score = torch::stable::narrow(first, 2, 0, heads);
       value = torch::stable::narrow(first, 2, heads, all - heads);
     }
     scan.batch = score.size(0), scan.time = score.size(1);
     scan.heads = score.size(2), scan.channels = value.size(2);
     expect(value, {scan.batch, scan.time, scan.channels}, "value");
-    MRU_EXPECT(scan.heads ? scan.channels % scan.heads == 0 : scan.channels == 0, "value: expected channels that ",
-               scan.heads, " heads divide, got ", scan.channels);
-    MRU_EXPECT(size(scan.batch) * size(scan.time) * size(columns()) <= double(kMostElements),
-               "score: expected a size that 64 bits can address");
+    MRU_CHECK(scan.heads ? scan.channels % scan.heads == 0 : scan.channels == 0, "value: expected channels that ",
+              scan.heads, " heads divide, got ", scan.channels);
+    MRU_CHECK(size(scan.batch) * size(scan.time) * size(columns()) <= double(kMostElements),
+              "score: expected a size that 64 bits can address");
     scan.in[kScore].stream = stream_of(score);
     scan.in[kValue].stream = stream_of(value);
   }
@@ -126,7 +126,7 @@ class BoundHeads {
       scan.in[kDecay].channel = bind(t, {scan.heads}, "decay");
       return;
     }
-    MRU_EXPECT(t.scalar_type() == type, "decay: expected the score's dtype");
+    MRU_CHECK(t.scalar_type() == type, "decay: expected the score's dtype");
     expect(t, {scan.batch, scan.time, scan.heads}, "decay");
     decays = unit_channels(t);
     scan.in[kDecay].stream = stream_of(*decays);
@@ -137,16 +137,16 @@ class BoundHeads {
     if (arguments.cu_seqlens) {
       const Tensor& t = *arguments.cu_seqlens;
       const ScalarType offset = t.scalar_type();
-      MRU_EXPECT(t.dim() == 1 && t.numel() > 0 && (offset == ScalarType::Int || offset == ScalarType::Long),
-                 "cu_seqlens: expected int32 or int64 [sequences + 1]");
+      MRU_CHECK(t.dim() == 1 && t.numel() > 0 && (offset == ScalarType::Int || offset == ScalarType::Long),
+                "cu_seqlens: expected int32 or int64 [sequences + 1]");
       expect(t, {t.numel()}, "cu_seqlens");
-      MRU_EXPECT(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
+      MRU_CHECK(scan.batch == 1, "cu_seqlens: expected streams of batch 1, got ", scan.batch);
       scan.sequences = t.numel() - 1;
       kept_.push_back(as_state(t, ScalarType::Long));
       scan.offsets = static_cast<const int64_t*>(kept_.back().data_ptr());
     }
-    MRU_EXPECT(size(scan.sequences) * size(columns()) <= double(kMostElements),
-               "cu_seqlens: expected a number of sequences that 64 bits can address");
+    MRU_CHECK(size(scan.sequences) * size(columns()) <= double(kMostElements),
+              "cu_seqlens: expected a number of sequences that 64 bits can address");
     if (arguments.initial_state)
       scan.initial = bind(*arguments.initial_state, {scan.sequences, columns()}, "initial_state");
   }

@@ -24,12 +24,12 @@ Tensors forward(Tensors inputs, int64_t given, int64_t packed, std::vector<doubl
   scan.final_state = results[1].data_ptr();
   scan.save = save;
   if (save) {
-    results.push_back(bound.rows(bound.kept_rows, bound.state));
+    results.push_back(bound.rows(bound.total_checkpoint_rows, bound.state));
     scan.checkpoints = results.back().data_ptr();
   }
   if (save || bound.packs_codes) {  // without save, the scan itself uses the codes
-    results.push_back(bound.rows(bound.code_rows, ScalarType::Int));
-    if (bound.packs_codes) scan.events = static_cast<int32_t*>(results.back().data_ptr());
+    results.push_back(bound.rows(bound.total_code_rows, ScalarType::Int));
+    if (bound.packs_codes) scan.codes = static_cast<int32_t*>(results.back().data_ptr());
   }
   Backend::template forward<C>(scan, results[0]);
   if (save) bound.clear_unused(results[2], results[3]);
@@ -72,29 +72,30 @@ template <class Backend, class C>
 Tensors backward(Tensor grad_h, OptionalTensor grad_final, OptionalTensor grad_checkpoints, Tensors inputs,
                  int64_t given, int64_t packed, std::vector<double> numbers, OptionalTensor initial_state,
                  OptionalTensor cu_seqlens, OptionalTensor resets, OptionalTensor reset_state, bool reverse,
-                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor events) {
+                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor codes) {
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
       {inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment});
   Scan& scan = bound.scan;
-  MRU_EXPECT(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
-                 grad_h.size(2) == scan.channels,
-             "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
+  MRU_CHECK(grad_h.dim() == 3 && grad_h.size(0) == scan.batch && grad_h.size(1) == scan.time &&
+                grad_h.size(2) == scan.channels,
+            "grad_h: expected [", scan.batch, ", ", scan.time, ", ", scan.channels, "]");
   bound.expect_like(grad_h, "grad_h");
   grad_h = unit_channels(grad_h.scalar_type() == bound.type ? grad_h : torch::stable::to(grad_h, bound.type));
   scan.grad_h = stream_of(grad_h);
   scan.grad_final = bound.keep(grad_final ? bound.sequence_states(*grad_final, "grad_final") : bound.zero_states());
-  if (!checkpoints && !events) {
+  if (!checkpoints && !codes) {
     const Tensors again = forward<Backend, C>(inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
                                               reset_state, reverse, chunk, segment, /*save=*/true);
-    checkpoints = again[2], events = again[3];
+    checkpoints = again[2], codes = again[3];
   }
-  MRU_EXPECT(checkpoints && events, "checkpoints, events: expected both or neither");
-  scan.checkpoints = bound.saved(*checkpoints, bound.kept_rows, bound.state, "checkpoints");
-  void* const rows = bound.saved(*events, bound.code_rows, ScalarType::Int, "events");
-  if (bound.packs_codes) scan.events = static_cast<int32_t*>(rows);
+  MRU_CHECK(checkpoints && codes, "checkpoints, codes: expected both or neither");
+  scan.checkpoints = bound.saved(*checkpoints, bound.total_checkpoint_rows, bound.state, "checkpoints");
+  void* const rows = bound.saved(*codes, bound.total_code_rows, ScalarType::Int, "codes");
+  if (bound.packs_codes) scan.codes = static_cast<int32_t*>(rows);
   if (grad_checkpoints)
-    scan.grad_checkpoints = bound.saved(*grad_checkpoints, bound.kept_rows, bound.state, "grad_checkpoints");
+    scan.grad_checkpoints =
+        bound.saved(*grad_checkpoints, bound.total_checkpoint_rows, bound.state, "grad_checkpoints");
   Tensors grads = allocate_gradients(bound, inputs, packed);
   Backend::template backward<C>(scan, grad_h);
 
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor> step(Tensors inputs, int64_t given, int64_t packed, s
   const OptionalTensor initial = state, none;
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
-      {inputs, given, packed, numbers, initial, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+      {inputs, given, packed, numbers, initial, none, none, none, /*reverse=*/false, /*chunk=*/kCodesPerWord,
        /*segment=*/0, /*rank=*/2});
   Tensor h = bound.rows(bound.scan.batch, bound.type), after = bound.states(bound.scan.sequences);
   bound.scan.h = stream_of(h);
@@ -131,7 +132,7 @@ Tensor step_slots(Tensors inputs, int64_t given, int64_t packed, std::vector<dou
   const OptionalTensor none;
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
-      {inputs, given, packed, numbers, none, none, none, none, /*reverse=*/false, /*chunk=*/kEventsPerWord,
+      {inputs, given, packed, numbers, none, none, none, none, /*reverse=*/false, /*chunk=*/kCodesPerWord,
        /*segment=*/0, /*rank=*/2});
   bound.bind_slots(state, state_indices);
   Tensor h = bound.rows(bound.scan.batch, bound.type);
@@ -145,11 +146,11 @@ template <class Backend, class C>
 std::tuple<Tensor, Tensor> map(Tensors inputs, int64_t given, int64_t packed, std::vector<double> numbers,
                                OptionalTensor cu_seqlens, OptionalTensor resets, OptionalTensor reset_state,
                                bool reverse, int64_t segment) {
-  MRU_EXPECT(info_of<C>.composes, "map: expected a cell whose steps compose; those of this one do not");
+  MRU_CHECK(info_of<C>.composes, "map: expected a cell whose steps compose; those of this one do not");
   const OptionalTensor none;
   BoundArguments bound(info_of<C>, Backend::kInfo,
                        {inputs, given, packed, numbers, none, cu_seqlens, resets, reset_state, reverse,
-                        /*chunk=*/kEventsPerWord, segment});
+                        /*chunk=*/kCodesPerWord, segment});
   Tensor factor = bound.states(bound.scan.sequences), offset = bound.states(bound.scan.sequences);
   Backend::template map<C>(bound.scan, factor, offset);
   return {factor, offset};

@@ -11,11 +11,11 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 namespace mru {
 
 // Raises with torch's own message, which users and tools look for ("out of memory", "can't allocate memory").
-[[noreturn, gnu::cold, gnu::noinline]] inline void refuse_as_torch(const char* call) {
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_as_torch(const char* call) {
   const auto words = torch_exception_get_what_without_backtrace;
-  const char* const said = words ? words() : nullptr;
-  if (said && *said) refuse(said);
-  refuse("torch: ", call, " failed");
+  const char* const message = words ? words() : nullptr;
+  if (message && *message) throw_error(message);
+  throw_error("torch: ", call, " failed");
 }
 
 }  // namespace mru
@@ -26,7 +26,7 @@ namespace mru {
 #define TORCH_ERROR_CODE_CHECK(call)          \
   {                                           \
     if ((call) != TORCH_SUCCESS) [[unlikely]] \
-      ::mru::refuse_as_torch(#call);          \
+      ::mru::throw_as_torch(#call);           \
   }
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 
@@ -72,7 +72,7 @@ inline Dtype dtype_of(ScalarType type) {
     case ScalarType::Half: return Dtype::kFloat16;
     case ScalarType::ComplexFloat: return Dtype::kComplex64;
     case ScalarType::ComplexDouble: return Dtype::kComplex128;
-    default: refuse("inputs[0]: expected float32, float64, bfloat16, float16, complex64 or complex128");
+    default: throw_error("inputs[0]: expected float32, float64, bfloat16, float16, complex64 or complex128");
   }
 }
 
@@ -144,8 +144,8 @@ inline Stream stream_of(const Tensor& t) {
 
 // A scheduled scalar, which may change between calls.
 inline double scalar_of(const Tensor& t) {
-  MRU_EXPECT(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
-             "inputs: expected a scalar as one float64 value on the CPU");
+  MRU_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double,
+            "inputs: expected a scalar as one float64 value on the CPU");
   return *static_cast<const double*>(t.data_ptr());
 }
 

@@ -40,9 +40,9 @@ def _gates(x, p):
 
 def _step(gates, u, p):
     decay, update = gates
-    turned = decay * u
+    rotated = decay * u
     # Real and imaginary part apart: torch's complex sum makes one part NaN if the other is infinite.
-    return torch.complex(turned.real + update, turned.imag)
+    return torch.complex(rotated.real + update, rotated.imag)
 
 
 def _output(x, u, p):

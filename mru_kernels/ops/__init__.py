@@ -21,17 +21,17 @@ Arguments that they share:
     segment     steps of a segment that is scanned in parallel with others, rounded up to a multiple of `chunk`; 0
                 scans each sequence as a whole; -1 lets the backend choose at run time, so that a recorded graph serves
                 all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
-    save        whether to return also the checkpoints and events that the backward op needs
+    save        whether to return also the checkpoints and codes that the backward op needs
 
-If the backward op gets neither checkpoints nor events, it scans again. Without `grad_final` it takes zeros.
+If the backward op gets neither checkpoints nor codes, it scans again. Without `grad_final` it takes zeros.
 `grad_checkpoints` is the gradient of the checkpoints, for callers that use them as results. The gradients come in the
 order of `inputs`, without the scalars, then those of `initial_state` and `reset_state`, where these are given. The map
 of a sequence with a reset has the factor 0. A cell whose steps do not compose has no map, and `segment` does not cut
 its time.
 
-With `save` the results of the scan include the checkpoints `[B floor((T - 1) / chunk), D]` and `events`, the write
+With `save` the results of the scan include the checkpoints `[B floor((T - 1) / chunk), D]` and `codes`, the write
 codes `[B (floor(T / 16) + (N or 1)), D]`: int32, 16 steps of 2 bits; `(N or 1)` is N with `cu_seqlens`, else 1.
-`events` has no rows if `segment` is 0 or the cell packs no codes. If `segment` is -1, both have two more rows, and
+`codes` has no rows if `segment` is 0 or the cell packs no codes. If `segment` is -1, both have two more rows, and
 codes that a backend does not pack are zeros.
 
 h and the gradient of a stream have the layout that `dense_like` gives the stream. States have the state dtype: float64

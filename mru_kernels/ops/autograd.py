@@ -149,7 +149,7 @@ class Scan(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    def backward(ctx, grad_h, grad_final, grad_checkpoints=None, _events=None):
+    def backward(ctx, grad_h, grad_final, grad_checkpoints=None, _codes=None):
         cell, backend, *_ = ctx.call
         call, saved = _call_and_saved(ctx, ctx.saved_tensors)
         inputs, _given, packed, _numbers, initial_state, _cu_seqlens, _resets, reset_state = call[:8]

@@ -14,7 +14,7 @@ FORWARD_NAMES = (
     *("inputs", "given", "packed", "numbers", "initial_state", "cu_seqlens", "resets", "reset_state"),
     *("reverse", "chunk", "segment", "save"),
 )
-BACKWARD_NAMES = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD_NAMES[:-1], "checkpoints", "events")
+BACKWARD_NAMES = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD_NAMES[:-1], "checkpoints", "codes")
 _OF_ALL_CHANNELS = ("cu_seqlens", "resets")
 
 

@@ -99,11 +99,11 @@ def _register_fakes(cell: Cell, backend: str) -> None:
 
     @torch.library.register_fake(f"mru::{cell.name}_backward.{backend}", lib=_library)
     def _(grad_h, grad_final, grad_checkpoints, inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
-          reset_state, reverse, chunk, segment, checkpoints, events):  # fmt: skip
+          reset_state, reverse, chunk, segment, checkpoints, codes):  # fmt: skip
         check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
         check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
         tensors = {"grad_h": grad_h, "grad_final": grad_final, "grad_checkpoints": grad_checkpoints}
-        tensors |= {"checkpoints": checkpoints, "events": events}
+        tensors |= {"checkpoints": checkpoints, "codes": codes}
         for name, t in tensors.items():
             if t is not None and t.device != inputs[0].device:
                 raise ValueError(f"{name}: expected the streams' device {inputs[0].device}, got {t.device}")

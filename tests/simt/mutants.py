@@ -165,7 +165,7 @@ _FAULTS = {
         ("copies of the adjoint not waited for", _WAIT, ""),
         ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
         ("m passes a reset", "      room.carried(c) = 0;\n", ""),
-        ("sums over resets added plainly", "taken.add(room.carried(c));", "taken.sum += room.carried(c);"),
+        ("sums over resets added plainly", "reset_grad.add(room.carried(c));", "reset_grad.sum += room.carried(c);"),
         ("state after a reset from a checkpoint", "enters = span.enters() &&", "enters = span.first &&"),
         ("state between boundaries a step short", "begin < position; ++begin", "begin < position - 1; ++begin"),
         (

@@ -65,7 +65,7 @@ __global__ void shuffles_in_two_branches(int* out) {
   if (threadIdx.x % 2) out[threadIdx.x] = __shfl_sync(~0u, 1, 0);
   else out[threadIdx.x] = __shfl_up_sync(~0u, 1, 1);
 }
-__global__ void spins_for_ever(volatile int* flag) {
+__global__ void spins_without_end(volatile int* flag) {
   while (*flag == 0) __nanosleep(1);
 }
 __global__ void reads_off_its_alignment(const float* in, float* out) {
@@ -99,36 +99,36 @@ int main(int, char** argv) {
   alignas(16) float values[64] = {};
   simt::control.budget = 100'000;
   const std::string name = argv[1];
-  std::string said;
+  std::string outcome;
   if (name == "warp") {
     launch(sum_of_a_warp, 1, 32, out);
-    said = all(32, out, [](int, int x) { return x == 1; });
+    outcome = all(32, out, [](int, int x) { return x == 1; });
   } else if (name == "static shared memory") {
     launch(reversed_in_shared_memory, 4, 64, out);
-    said = all(256, out, [](int i, int x) { return x == i / 64 * 64 + 63 - i % 64; });
+    outcome = all(256, out, [](int i, int x) { return x == i / 64 * 64 + 63 - i % 64; });
   } else if (name == "atomics") {
     launch(tickets, 4, 64, &counter, out);
-    said = all(256, out, [](int, int x) { return x == 1; });
+    outcome = all(256, out, [](int, int x) { return x == 1; });
   } else if (name == "chain of blocks") {
     launch(chain, 40, 1, out, &counter);
-    said = all(40, out, [](int i, int x) { return x == i + 1; });
+    outcome = all(40, out, [](int i, int x) { return x == i + 1; });
   } else if (name == "shared memory not written") {
     launch(reads_before_it_is_written, 1, 64, values);
-    said = "right";
+    outcome = "right";
     for (float x : values)
-      if (std::isnan(x)) said = "NaN";
+      if (std::isnan(x)) outcome = "NaN";
   } else if (name == "barriers that differ") {
-    said = launch(meets_at_two_places, 1, 64);
+    outcome = launch(meets_at_two_places, 1, 64);
   } else if (name == "a thread that left") {
-    said = launch(leaves_before_the_barrier, 1, 64);
+    outcome = launch(leaves_before_the_barrier, 1, 64);
   } else if (name == "deadlock") {
-    said = launch(waits_for_a_lane_that_never_comes, 1, 32);
+    outcome = launch(waits_for_a_lane_that_never_comes, 1, 32);
   } else if (name == "divergent shuffles") {
-    said = launch(shuffles_in_two_branches, 1, 32, out);
+    outcome = launch(shuffles_in_two_branches, 1, 32, out);
   } else if (name == "livelock") {
-    said = launch(spins_for_ever, 1, 1, &zero);
+    outcome = launch(spins_without_end, 1, 1, &zero);
   } else if (name == "misaligned") {
-    said = launch(reads_off_its_alignment, 1, 1, static_cast<const float*>(values), values);
+    outcome = launch(reads_off_its_alignment, 1, 1, static_cast<const float*>(values), values);
   }
-  std::puts(said.c_str());
+  std::puts(outcome.c_str());
 }

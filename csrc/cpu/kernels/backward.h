@@ -128,7 +128,7 @@ struct Backward {
   }
 
   MRU_INLINE void go_left(int64_t begin, int64_t end, bool has_next) {
-    const int64_t summed_from = begin - begin % kEventsPerWord;  // a multiple of the tile
+    const int64_t summed_from = begin - begin % kCodesPerWord;  // a multiple of the tile
     for (int64_t right = end; right > begin;) {
       const int64_t steps = tile_before<kTile>(right, begin);
       advance(-steps);

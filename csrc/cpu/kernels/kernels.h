@@ -8,7 +8,7 @@ namespace mru {
 struct Segment {
   int64_t batch, sequence;  // the batch row that contains the sequence; the number of the sequence
   int64_t start, length;    // scan position of its first step in that row; its number of steps
-  int64_t word;             // the row of `events` with its first word
+  int64_t word;             // the row of `codes` with its first word
   int64_t begin, end;
   bool resets = false;  // whether the state that enters `begin` is the reset state
 };
@@ -33,7 +33,7 @@ struct Kernels {
   void (*forward_to_codes)(const Scan&, const Segment&, int64_t d0, int64_t d1, void* carry);
 
   // The next two are null for a cell that does not compose (cell.h): its segments are whole sequences.
-  // `map` becomes: map, then the segment as one map of the state. Packs the codes if scan.events is given. `late`: a row
+  // `map` becomes: map, then the segment as one map of the state. Packs the codes if scan.codes is given. `late`: a row
   // in the real dtype of the state (`recent` of maps/cut.h), or null: not wanted.
   void (*summarize)(const Scan&, const Segment&, int64_t d0, int64_t d1, MapRow map, void* late);
   // The same for m = dL/ds, right to left. If adjoint_sees_state: the factor only, and `late` becomes 0.

@@ -50,7 +50,7 @@ MRU_INLINE void for_lanes(int64_t n, Each each) {
 // order of memory.
 template <class Each>
 MRU_INLINE void with_tile(int64_t channels, Each each) {
-  if (channels <= kFewChannels) each.template operator()<kEventsPerWord>();
+  if (channels <= kFewChannels) each.template operator()<kCodesPerWord>();
   else each.template operator()<1>();
 }
 // The steps of the tile from `step` on. Tiles begin at multiples of kTile; the first and the last may be shorter.
@@ -178,10 +178,10 @@ struct LateRow {
 
 // The codes of the word that contains `step`: [n].
 MRU_INLINE int32_t* word_row(const Scan& scan, const Segment& segment, int64_t step, int64_t d0) {
-  const int64_t row = segment.batch * scan.event_rows + segment.word + step / kEventsPerWord;
-  return scan.events + row * scan.channels + d0;
+  const int64_t row = segment.batch * scan.code_rows + segment.word + step / kCodesPerWord;
+  return scan.codes + row * scan.channels + d0;
 }
-MRU_INLINE int shift_of(int64_t step) { return step % kEventsPerWord; }
+MRU_INLINE int shift_of(int64_t step) { return step % kCodesPerWord; }
 
 template <class F, class L>
 MRU_INLINE typename F::Word load_word(L lanes, const int32_t* words) {

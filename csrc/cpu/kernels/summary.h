@@ -37,11 +37,11 @@ void summarize_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t 
   LateRow<F> recently(late, n);
   Word last_word{};  // as CarriedRow::last
   if constexpr (kCodes)
-    if (scan.events) last_word = last_word_before<F>(scan, segment, d0, n);
+    if (scan.codes) last_word = last_word_before<F>(scan, segment, d0, n);
   Inputs<F> in(scan, segment, segment.begin, d0);
   for (int64_t step = segment.begin; step < segment.end;) {
     const int64_t steps = tile_of<kTile>(step, segment.end);
-    int32_t* const words = scan.events ? word_row(scan, segment, step, d0) : nullptr;
+    int32_t* const words = scan.codes ? word_row(scan, segment, step, d0) : nullptr;
     for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
       const InputLanes<F, L> inputs(in, lanes, j);
       Affine<Value> m = carried.get(lanes, j);
@@ -129,7 +129,7 @@ template <class F>
 void summarize_adjoint(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, MapRow map, void* late) {
   with_tile(d1 - d0, [&]<int kTile>() {
     if constexpr (F::Cell::kCodes)
-      if (scan.events) return summarize_adjoint_by<F, kTile, true>(scan, segment, d0, d1, map, late);
+      if (scan.codes) return summarize_adjoint_by<F, kTile, true>(scan, segment, d0, d1, map, late);
     summarize_adjoint_by<F, kTile, false>(scan, segment, d0, d1, map, late);
   });
 }

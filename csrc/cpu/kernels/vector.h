@@ -95,8 +95,8 @@ struct VectorLanes {
     const auto power_of_2 = [](Int e) { return from_bits((e + kBias) << kMantissa); };
     return sum * power_of_2(half) * power_of_2(whole - half);
   }
-  static MRU_INLINE V turned(V v, V x) { return x < V{} ? -v : v; }
-  static MRU_INLINE V signed_as(V v, V x) { return x == V{} ? V{} : (V)((Int)v ^ ((Int)x & kSign)); }
+  static MRU_INLINE V flip_sign(V v, V x) { return x < V{} ? -v : v; }
+  static MRU_INLINE V multiply_sign(V v, V x) { return x == V{} ? V{} : (V)((Int)v ^ ((Int)x & kSign)); }
 
  private:
   static constexpr I kSign = std::numeric_limits<I>::min();

@@ -197,7 +197,7 @@ class Call:
         if name == "forward" and self.overwrites:
             return  # values were only copied
         self.launch("check", self.segments, **walked, lates=lates, exits=exits)
-        whole = scan._replace(segment_size=encode(0), redo=encode(1))
+        whole = scan._replace(segment_size=encode(0), rescan=encode(1))
         self.launch(name, self.sequences, **own | {"scan": whole})
 
     def summarize(self, name: str, own: dict, enters: str, leaves: str, lates: Tensor) -> Maps:

@@ -141,7 +141,7 @@ def _as_states(t: Tensor, parts: int) -> Tensor:
 
 def backward(
     cell: ops.Cell, grad_h, grad_final, grad_checkpoints, inputs, given, packed, numbers, initial_state, cu_seqlens,
-    resets, reset_state, reverse, chunk, segment, checkpoints, events,
+    resets, reset_state, reverse, chunk, segment, checkpoints, codes,
 ) -> list[Tensor]:  # fmt: skip
     _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment)
     first = inputs[0]
@@ -153,13 +153,13 @@ def backward(
     if grad_final is None:
         grad_final = first.new_zeros(sizes, dtype=cell.state_dtype(first.dtype))
     checks.like("grad_final", grad_final, first, sizes, "[sequences, channels]", cell.complex_state)
-    if checkpoints is None and events is None:
+    if checkpoints is None and codes is None:
         again = (
             inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment
         )  # fmt: skip
-        *_, checkpoints, events = forward(cell, *again, True)
-    if checkpoints is None or events is None:
-        raise ValueError("checkpoints, events: expected both or neither")
+        *_, checkpoints, codes = forward(cell, *again, True)
+    if checkpoints is None or codes is None:
+        raise ValueError("checkpoints, codes: expected both or neither")
     rows = (
         ops.checkpoint_rows(first, chunk, segment),
         ops.code_rows(cell, inputs, given, cu_seqlens, segment),
@@ -180,7 +180,7 @@ def backward(
     in_place = to_initial if to_initial is not None and to_initial.dtype == call.state else None
     grad_initial = call.rows(call.sequences) if in_place is None else in_place
     grads = _gradients(call, cell, written, given, packed, chunk)
-    checkpoints, codes = _saved(call, checkpoints, events, rows)
+    checkpoints, codes = _saved(call, checkpoints, codes, rows)
     states = call.rows(call.segments * (min(call.time, chunk) // tile("backward", call.reads)))
     grad_final = call.vector(grad_final)
     own = {
@@ -220,11 +220,11 @@ def _gradients(call: Call, cell: ops.Cell, written, given: int, packed: int, chu
     return grads
 
 
-def _saved(call: Call, checkpoints: Tensor, events: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _saved(call: Call, checkpoints: Tensor, codes: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The saved tensors as kernels take them. ValueError unless shape, dtype and device are this call's."""
     _check_rows("checkpoints", real(checkpoints), (rows[0], call.channels), call.state, call.first)
-    _check_rows("events", events, (rows[1], call.channels // call.parts), torch.int32, call.first)
-    return real(checkpoints).contiguous(), events.contiguous()
+    _check_rows("codes", codes, (rows[1], call.channels // call.parts), torch.int32, call.first)
+    return real(checkpoints).contiguous(), codes.contiguous()
 
 
 def _check_rows(name: str, t: Tensor, expected: tuple[int, int], dtype: torch.dtype, first: Tensor) -> None:

@@ -48,8 +48,8 @@ def adjoint_segment(sequences: int, steps: int, channels: int, itemsize: int, de
     lengths: dict[int, int] = {}
     for rounds in range(1, 5):
         segment = ceil_div(ceil_div(length, max(rounds * at_once // programs, 1)), CHUNK) * CHUNK
-        taken = ceil_div(programs * ceil_div(length, segment), at_once)
-        lengths.setdefault(taken * (segment + _START), segment)
+        needed = ceil_div(programs * ceil_div(length, segment), at_once)
+        lengths.setdefault(needed * (segment + _START), segment)
     return lengths[min(lengths)]
 
 

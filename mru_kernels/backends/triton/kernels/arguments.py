@@ -64,7 +64,7 @@ class Scan(NamedTuple):
     has_initial: Any
     has_reset_state: Any
     saved: Any  # rows of checkpoints; 0: none are wanted
-    redo: Any  # whether this launch scans sequences whole after a split, and only if `flag` is set
+    rescan: Any  # whether this launch scans sequences whole after a split, and only if `flag` is set
     slot_count: Any  # rows of the states in slots; -1: the state of sequence n has row n
 
 
@@ -129,7 +129,7 @@ def sizes(scan, block):
     return Scan(
         scan.offsets, scan.flag, scan.slots, size(scan.sequences), size(scan.time), size(scan.channels) * block.align,
         size(scan.segment_size), size(scan.segments), size(scan.reverse), size(scan.packed), size(scan.given),
-        size(scan.has_initial), size(scan.has_reset_state), size(scan.saved), size(scan.redo), size(scan.slot_count),
+        size(scan.has_initial), size(scan.has_reset_state), size(scan.saved), size(scan.rescan), size(scan.slot_count),
     )  # fmt: skip
 
 

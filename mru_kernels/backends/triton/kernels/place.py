@@ -40,7 +40,7 @@ def program(scan, block):
 def works(scan, segment):
     """Whether this program has a segment or sequence to scan."""
     programs = tl.where(scan.segment_size != 0, scan.segments, scan.sequences)
-    return (segment < programs) & (tl.load(scan.flag, mask=scan.redo != 0, other=1) != 0)
+    return (segment < programs) & (tl.load(scan.flag, mask=scan.rescan != 0, other=1) != 0)
 
 
 @triton.jit
