@@ -33,7 +33,7 @@ FILE = Path(__file__).with_suffix(".json")
 BACKENDS = ("cpu", "simt", "triton")
 CPU = torch.device("cpu")
 ROWS = 9  # cases of each form and dtype, a multiple of the values of epsilon
-INTERPRETED = 10  # one case in so many runs under Triton's interpreter, which is slow
+INTERPRETED = 10  # every tenth case runs under Triton's interpreter, which is slow
 
 #: Each form of a cell's inputs: the cell, then the inputs by name. Those marked `[D]` have one value per channel.
 FORMS = {

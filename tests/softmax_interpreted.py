@@ -112,7 +112,7 @@ def packed_sequences_read_after_the_update() -> None:
 
 
 def groups_of_segments() -> None:
-    """If segments are so many that groups of them are composed first."""
+    """Results stay the same when there are many segments, so that groups of them are composed first."""
     launch = importlib.import_module(f"{backend.__name__}.launch")
     usual, launch._MOST_WALKED = launch._MOST_WALKED, 3
     try:

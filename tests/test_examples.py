@@ -15,7 +15,7 @@ SMALL = ["--seeds", "1", "--workers", "1"]
 
 
 def page(folder, name: str) -> list[str]:
-    """Lines of the table that the example wrote beside a plot."""
+    """Lines of the table that the example wrote together with a plot."""
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     return (folder / f"{name}.md").read_text().splitlines()
 
@@ -238,7 +238,7 @@ def test_reads_sequences_of_unequal_length(utterances):
 
 
 @pytest.mark.parametrize("name", vowels.UNITS)
-def test_a_sequence_does_not_depend_on_those_beside_it(name):
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch(name):
     torch.manual_seed(0)
     model = vowels.Model(name).double()
     sequences = [torch.randn(n, vowels.FEATURES, dtype=torch.float64) for n in (5, 9, 1, 9)]

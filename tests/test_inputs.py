@@ -13,7 +13,7 @@ DTYPES = list(inputs.DTYPES.values())
 
 
 def most_pairs(factors, apart) -> int:
-    """The most pairs of values of two factors, of which one at least is not in `apart`."""
+    """The most pairs of values of two factors, over all pairs of factors that are not both in `apart`."""
     return max(len(factors[a]) * len(factors[b]) for a, b in combinations(factors, 2) if not {a, b} <= apart)
 
 

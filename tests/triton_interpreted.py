@@ -200,7 +200,7 @@ def test_offsets_beyond_32_bits(segment):
 
 @pytest.mark.parametrize("cell", COMPOSING)
 def test_groups_of_segments(monkeypatch, cell):
-    """If segments are so many that groups of them are composed first, results stay the same, and so does the map."""
+    """Results and the map stay the same when there are many segments, so that groups of them are composed first."""
     dtype = list(inputs.CELLS[cell].dtypes.values())[-1]
     call = inputs.case(cell, dtype, batch=1, time=3 * 64 + 3, channels=4, initial_state="real").build()
     op = calls.op_of(cell, "triton")

@@ -99,7 +99,7 @@ struct Lif : CellBase {
     if (to_zero()) drop = reset == kZero ? x[1] * s : x[1] * s + x[0];
     return slope == zero ? zero : drop * slope * m;  // an infinite s has no slope
   }
-  // dU'/dU m, of which `through` is subtracted.
+  // dU'/dU m without the reset, minus `through`, the part of the reset.
   template <class V>
   MRU_INLINE V pulled(const V* x, V s, V m, V through) const {
     V kept = x[1] * m;
