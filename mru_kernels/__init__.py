@@ -43,7 +43,7 @@ from .nn import (
     RWKV4ChannelMix,
     RWKV4TimeMix,
 )
-from .nn.rwkv import wkv_state_from_sums, wkv_sums_from_state
+from .nn.rwkv_states import wkv_state_from_sums, wkv_sums_from_state
 from .schedule import EpsilonSchedule
 from .softmax import softmax_recurrence, softmax_recurrence_step, wkv, wkv_step
 from .streaming import stream

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .draw import DTYPES, Draw
-from .scan import over_sequences, positions, scan
+from .scan import boundaries_of, over_sequences, positions, reset_mask_and_state, scan
 
 Term = Callable[[Any], Any]
 
@@ -63,27 +63,9 @@ def _one(s: Tensor, **_: Any) -> Tensor:
     return torch.ones_like(s)
 
 
-def _resets(
-    resets: Tensor | None, reset_state: Tensor | None, like: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """The mask of resets `[B, T, 1]`, and the state after one, in the dtype of the states `like [N, D]`."""
-    mask = torch.zeros(shape[:2], dtype=torch.bool, device=like.device) if resets is None else resets
-    state = torch.zeros_like(like) if reset_state is None else reset_state.to(like.dtype).expand_as(like)
-    return mask.unsqueeze(-1), state
-
-
 def _state_dtype(stream: Tensor) -> torch.dtype:
     """The dtype of the states of real streams."""
     return torch.float64 if stream.dtype == torch.float64 else torch.float32
-
-
-def _boundaries(s: Tensor, reverse: bool, cu_seqlens: Tensor | None, every: int) -> Tensor:
-    """The states `[B, floor((T - 1) / every), D]` after every `every` steps of a sequence, from all states."""
-    time = s.shape[1]
-    rows = [torch.zeros_like(s[:, 0]) for _ in range(max(time - 1, 0) // every)]
-    for row, t in positions(time, reverse, cu_seqlens, every):
-        rows[row] = s[:, t]
-    return torch.stack(rows, 1) if rows else s[:, :0]
 
 
 @dataclass(frozen=True)
@@ -185,7 +167,7 @@ class Cell:
         tensors_, scalars = self._split(x)
         given = (*tensors, *(t for t in arguments.values() if isinstance(t, Tensor)))
         rounded = _rounded(state or _state_dtype(next(t for t in given if t.dim() == 3)))
-        mask, reset_state = _resets(resets, reset_state, initial_state, shape)
+        mask, reset_state = reset_mask_and_state(resets, reset_state, initial_state, shape)
 
         def one(streams: list[Tensor], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             *streams, mask = streams
@@ -203,7 +185,7 @@ class Cell:
         over_time = [name for name, t in tensors_.items() if t is not None and t.shape == shape]
         streams = [*(tensors_[name] for name in over_time), mask]
         (h, s), (final_state,) = over_sequences(one, streams, [initial_state, reset_state], reverse, cu_seqlens)
-        return (h, final_state, *((_boundaries(s, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
+        return (h, final_state, *((boundaries_of(s, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
 
     @torch.no_grad()
     def adjoint(
@@ -243,7 +225,7 @@ class Cell:
         given = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name not in self.scalars}
         x, s_0, shape = self._arguments({**arguments, "initial_state": initial_state}, cu_seqlens, torch.float64)
         tensors, scalars = self._split(x)
-        mask, s_reset = _resets(resets, reset_state, s_0, shape)
+        mask, s_reset = reset_mask_and_state(resets, reset_state, s_0, shape)
         like = grad_h.to(s_0.dtype)
         streams = [torch.ones_like(like) if t is None else t.expand(shape) for t in tensors.values()]
         rounded = _rounded(_state_dtype(grad_h))
@@ -262,7 +244,7 @@ class Cell:
         (h, s, *grads), (final_state, ds_0, d_reset) = results, states
         found = {"h": h, "final_state": final_state}
         if return_boundaries:
-            found["boundaries"] = _boundaries(s, reverse, cu_seqlens, chunk_size)
+            found["boundaries"] = boundaries_of(s, reverse, cu_seqlens, chunk_size)
         for name, grad in zip(tensors, grads, strict=True):
             if name in given:
                 grad = grad if given[name].is_complex() else grad.real
@@ -317,7 +299,7 @@ class Cell:
         like = torch.ones(shape, dtype=s_0.dtype)
         streams = [like if t is None else t.expand(shape) for t in tensors.values()]
         changes = [like * tangents[name].to(s_0.dtype) if name in tangents else 0 * like for name in tensors]
-        mask, s_reset = _resets(resets, reset_state, s_0, shape)
+        mask, s_reset = reset_mask_and_state(resets, reset_state, s_0, shape)
         rounded = _rounded(_state_dtype(next(t for t in arguments.values() if isinstance(t, Tensor) and t.dim() == 3)))
         of_states = [
             tangents.get(name, torch.zeros_like(s_0)).to(s_0.dtype) for name in ("initial_state", "reset_state")
@@ -345,7 +327,7 @@ class Cell:
         (dh, ds), (d_final,) = over_sequences(
             one, [*streams, *changes, mask], [s_0, s_reset, *of_states], reverse, cu_seqlens
         )
-        return (dh, d_final, *((_boundaries(ds, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
+        return (dh, d_final, *((boundaries_of(ds, reverse, cu_seqlens, chunk_size),) if return_boundaries else ()))
 
     def _scan(self, x, scalars, mask, like, s_0, s_reset, term, rounded):
         """Of a batch of sequences in scan order, or their terms: steps without gradients, s_T, h, dh/ds."""

@@ -45,6 +45,24 @@ def positions(time: int, reverse: bool, cu_seqlens: Tensor | None, every: int) -
     return found
 
 
+def boundaries_of(s: Tensor, reverse: bool, cu_seqlens: Tensor | None, every: int) -> Tensor:
+    """The states `[B, floor((T - 1) / every), D]` after every `every` steps of a sequence, from all states."""
+    time = s.shape[1]
+    rows = [torch.zeros_like(s[:, 0]) for _ in range(max(time - 1, 0) // every)]
+    for row, t in positions(time, reverse, cu_seqlens, every):
+        rows[row] = s[:, t]
+    return torch.stack(rows, 1) if rows else s[:, :0]
+
+
+def reset_mask_and_state(
+    resets: Tensor | None, reset_state: Tensor | None, like: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """The mask of resets `[B, T, 1]`, and the state after one, in the dtype of the states `like [N, D]`."""
+    mask = torch.zeros(shape[:2], dtype=torch.bool, device=like.device) if resets is None else resets
+    state = torch.zeros_like(like) if reset_state is None else reset_state.to(like.dtype).expand_as(like)
+    return mask.unsqueeze(-1), state
+
+
 def over_sequences(
     one: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]],
     streams: Tensors,

@@ -64,7 +64,8 @@ def _files(*names: str) -> tuple[str, ...]:
 
 
 #: The files of the tests that run on a mutant, by the object that is compiled anew; `COMMON` for the others.
-TESTS = {name: _files(name.removesuffix("_driver")) for name in ("lif", "resonate", "softmax", "softmax_driver")}
+TESTS = {"lif": _files("lif"), "resonate": _files("resonate")}
+TESTS |= dict.fromkeys(("softmax", "softmax_driver"), _files("softmax", "softmax_precision"))
 COMMON = _files("precision", "isa", "cuts", "resets")
 
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
@@ -146,7 +147,7 @@ MUTANTS = (
            "int64_t width = kMostLanes / 2; width > 1", "softmax", "definition_and_gradients"),
     Mutant("the mean that moves in a segment left out", "softmax/cpu/carry.h",
            "f[i] * (d_Z + sum_of_parts(parts))", "f[i] * d_Z", "softmax", "time_cut"),
-    Mutant("a piece that decays after its end", "softmax/step.h", "plus(first.Z, first.z, second.decay)",
+    Mutant("a map that decays after its end", "softmax/step.h", "plus(first.Z, first.z, second.decay)",
            "plus(first.Z, first.z, first.decay)", "softmax", "time_cut"),
     Mutant("no gradient of the initial z", "softmax/cpu/register.cpp", "std::memcpy(of_Z + heads, of_Z, heads);", "",
            "softmax_driver", "definition_and_gradients"),

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
-from . import triton_offline
+from . import triton_offline, triton_variants
 from .test_cuda_binary import kernels_of
 
 ARITHMETIC = {"FADD", "FMUL", "FFMA", "IMAD", "HADD2", "HMUL2", "HFMA2", "DADD", "DMUL", "DFMA"}
@@ -41,7 +41,7 @@ def runs(listing: str) -> Iterator[Counter[str]]:
 def listings(element: str, name: str, architecture: str) -> Iterator[tuple[str, str]]:
     """Name and instructions of every kernel that matches."""
     if element == "triton":
-        for variant in triton_offline.variants():
+        for variant in triton_variants.variants():
             if (variant.name, variant.arch) == (name, architecture):
                 _, listing = triton_offline.disassemble(triton_offline.compile_variant(variant).asm["cubin"])
                 yield variant.name, listing

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from tests import sass
-from tests.triton_offline import DTYPES, _constants, _leaves, disassemble
+from tests.triton_offline import _constants, _leaves, disassemble
+from tests.triton_variants import DTYPES
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 STREAMS = ("score", "value", "y", "grad_y", "grad_score", "grad_value")

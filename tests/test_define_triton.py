@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mru_kernels import backends
 from mru_kernels.define import cell as definitions
 from tests import triton_defined
-from tests.triton_offline import ARCHITECTURES, Variant
+from tests.triton_variants import ARCHITECTURES, Variant
 
 pytest.importorskip("triton")
 

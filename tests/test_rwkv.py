@@ -1,4 +1,4 @@
-"""RWKV-4's mixings and network: equations, initial values, states, checkpoints, tools and bad input."""
+"""RWKV-4's mixings and network: equations, initial values, states, tools and bad input."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
+from tests.rwkv_public import channel_mix, close, random, time_mix
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the tensors are too small for two
 
@@ -21,100 +22,6 @@ def drawn(module: torch.nn.Module) -> torch.nn.Module:
         for p in module.parameters():
             p.normal_()
     return module
-
-
-def random(*shape: int, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype)
-
-
-def close(got, expected, tolerance=1e-12) -> None:
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-# ------------------------------------------------------------------------------------------------ public code
-
-
-def sums(key, value, time_decay, time_first, state=None):
-    """The loop of the public code: outputs, and the sums (aa, bb, pp) after the last step."""
-    aa, bb, pp = state or (0 * key[:, 0], 0 * key[:, 0], torch.full_like(key[:, 0], -1e38))
-    outputs = []
-    for k, v in zip(key.unbind(1), value.unbind(1), strict=True):
-        most = torch.maximum(pp, time_first + k)
-        e1, e2 = (pp - most).exp(), (time_first + k - most).exp()
-        outputs.append((e1 * aa + e2 * v) / (e1 * bb + e2))
-        most = torch.maximum(pp - time_decay.exp(), k)
-        e1, e2 = (pp - time_decay.exp() - most).exp(), (k - most).exp()
-        aa, bb, pp = e1 * aa + e2 * v, e1 * bb + e2, most
-    return torch.stack(outputs, 1), (aa, bb, pp)
-
-
-def shifted(x):
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-
-
-def time_mix(x, p, prefix=""):
-    w = {name.removeprefix(prefix): t for name, t in p.items() if name.startswith(prefix)}
-    mixed = {c: x * w["time_mix_" + c] + shifted(x) * (1 - w["time_mix_" + c]) for c in "kvr"}
-    k, v, r = (mixed[n[0]] @ w[n + ".weight"].T for n in ("key", "value", "receptance"))
-    return (r.sigmoid() * sums(k, v, w["time_decay"], w["time_first"])[0]) @ w["output.weight"].T
-
-
-def channel_mix(x, p, prefix=""):
-    w = {name.removeprefix(prefix): t for name, t in p.items() if name.startswith(prefix)}
-    mixed = {c: x * w["time_mix_" + c] + shifted(x) * (1 - w["time_mix_" + c]) for c in "kr"}
-    k = (mixed["k"] @ w["key.weight"].T).clamp(min=0) ** 2
-    return (mixed["r"] @ w["receptance.weight"].T).sigmoid() * (k @ w["value.weight"].T)
-
-
-def model(tokens, p):
-    """The authors' network, by the names of their parameters."""
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"] + p[name + ".bias"]
-
-    x, layer = p["emb.weight"][tokens], 0
-    x = norm(x, "blocks.0.ln0")
-    while (block := f"blocks.{layer}.") + "ln1.weight" in p:
-        x = x + time_mix(norm(x, block + "ln1"), p, block + "att.")
-        x = x + channel_mix(norm(x, block + "ln2"), p, block + "ffn.")
-        layer += 1
-    return norm(x, "ln_out") @ p["head.weight"].T
-
-
-def checkpoint(layers=2, width=6, tokens=11, hidden=24) -> dict[str, torch.Tensor]:
-    """Random parameters with the names and shapes of a file of the authors."""
-    torch.manual_seed(3)
-    matrix = {"emb.weight": (tokens, width), "head.weight": (tokens, width)}
-    shapes: dict[str, tuple[int, ...]] = matrix | {"ln_out.weight": (width,), "ln_out.bias": (width,)}
-    for i in range(layers):
-        block = f"blocks.{i}."
-        for norm in ("ln0",) * (i == 0) + ("ln1", "ln2"):
-            shapes |= {f"{block}{norm}.{part}": (width,) for part in ("weight", "bias")}
-        shapes |= {f"{block}att.time_{name}": (width,) for name in ("decay", "first")}
-        shapes |= {f"{block}att.time_mix_{c}": (1, 1, width) for c in "kvr"}
-        shapes |= {f"{block}att.{name}.weight": (width, width) for name in ("key", "value", "receptance", "output")}
-        shapes |= {f"{block}ffn.time_mix_{c}": (1, 1, width) for c in "kr"}
-        shapes |= {f"{block}ffn.key.weight": (hidden, width), f"{block}ffn.value.weight": (width, hidden)}
-        shapes[block + "ffn.receptance.weight"] = (width, width)
-    return {name: random(*shape) for name, shape in shapes.items()}
-
-
-HUGGING_FACE = {
-    "emb.": "embeddings.",
-    ".ln0.": ".pre_ln.",
-    ".att.": ".attention.",
-    ".ffn.": ".feed_forward.",
-    ".time_mix_k": ".time_mix_key",
-    ".time_mix_v": ".time_mix_value",
-    ".time_mix_r": ".time_mix_receptance",
-}
-
-
-def renamed(name: str) -> str:
-    for old, new in HUGGING_FACE.items():
-        name = name.replace(old, new)
-    return name if name == "head.weight" else "rwkv." + name
 
 
 # ------------------------------------------------------------------------------------------------ equations
@@ -223,97 +130,6 @@ def test_streams_and_blocks_of_time(name):
         mk.stream(module, gradient="traces")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_states_convert_both_ways(dtype):
-    key, value = 30 * random(2, 9, 4, dtype=dtype), random(2, 9, 4, dtype=dtype)
-    time_decay, first = random(4, dtype=dtype), random(4, dtype=dtype)
-    expected, (aa, bb, pp) = sums(key, value, time_decay, first)
-    decay = -time_decay.exp()
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
-    _, state = mk.wkv(key[:, :5], value[:, :5], decay, first)
-    rest, _ = sums(key[:, 5:], value[:, 5:], time_decay, first, mk.wkv_sums_from_state(state))
-    close(rest, expected[:, 5:], tolerance)
-    _, before = sums(key[:, :5], value[:, :5], time_decay, first)
-    stacked = torch.stack(before, -1)  # Hugging Face's [B, C, 3]
-    rest, final = mk.wkv(key[:, 5:], value[:, 5:], decay, first, mk.wkv_state_from_sums(*stacked.unbind(-1)))
-    close(rest, expected[:, 5:], tolerance)
-    again = mk.wkv_state_from_sums(aa, bb, pp)
-    mean, total, low = again.split(4, -1)
-    close(mean, aa / bb)
-    close(total.double() + low, pp.double() + bb.double().log(), 1e-6 if dtype == torch.float32 else 1e-15)
-    close(again, final, tolerance)
-
-
-def test_a_converted_state_keeps_what_one_float_loses():
-    """At a log scale near 1000 one float32 has steps of 6e-5; the two parts of the state have 1e-9 and less."""
-    bb = torch.linspace(1.0, 2.0, 100).unsqueeze(0)
-    pp = torch.full_like(bb, 1000.0)
-    _, total, low = mk.wkv_state_from_sums(bb, bb, pp).split(100, -1)
-    exact = pp.double() + bb.double().log()
-    assert (total.double() - exact).abs().max() > 1e-5
-    assert (total.double() + low - exact).abs().max() < 1e-6
-    aa, back, scale = mk.wkv_sums_from_state(mk.wkv_state_from_sums(3 * bb, bb, pp))
-    close(scale.double() + back.double().log(), exact, 1e-9)
-    close(aa / back, torch.full_like(bb, 3.0), 1e-6)
-
-
-def test_an_empty_state_converts_both_ways():
-    zeros = torch.zeros(2, 3)
-    state = mk.wkv_state_from_sums(zeros, zeros, zeros - 1e38)
-    assert state.tolist() == [[0.0] * 3 + [-math.inf] * 3 + [0.0] * 3] * 2
-    assert [t.tolist() for t in mk.wkv_sums_from_state(state)] == [t.tolist() for t in (zeros, zeros, zeros - 1e38)]
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-@pytest.mark.parametrize("names", ["BlinkDL", "Hugging Face"])
-def test_a_public_checkpoint_becomes_a_network(names, tmp_path):
-    parameters = checkpoint()
-    file = tmp_path / "checkpoint.pth"
-    torch.save({renamed(n) if names == "Hugging Face" else n: t for n, t in parameters.items()}, file)
-    network = mk.RWKV4.from_checkpoint(torch.load(file, map_location="cpu", weights_only=True))
-    tokens = torch.randint(11, (2, 9))
-    close(network(tokens)[0], model(tokens, parameters), 1e-9)
-    assert network.extra_repr() == "11, 6, layers=2"
-    again = mk.RWKV4.from_checkpoint(network.state_dict(), dtype=torch.float32)
-    assert again.head.weight.dtype == torch.float32
-    close(again(tokens)[0].double(), network(tokens)[0], 1e-3)
-
-
-def test_a_checkpoint_in_half_precision_keeps_its_decay_in_float32():
-    network = mk.RWKV4.from_checkpoint({name: t.bfloat16() for name, t in checkpoint().items()})
-    assert network.head.weight.dtype == torch.bfloat16
-    assert network.blocks[0].att.time_decay.dtype == torch.float32
-    assert network.blocks[0].att.time_first.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        (lambda c: [c], TypeError, "^checkpoint: expected a mapping from names to tensors, got list"),
-        (lambda c: c | {"emb.weight": 3}, TypeError, "^checkpoint: expected a tensor for emb.weight, got int"),
-        (lambda c: {}, ValueError, "^checkpoint: expected a parameter emb.weight, got none"),
-        (lambda c: c | {"emb.weight": torch.ones(3)}, ValueError, r"^checkpoint: expected a matrix for emb.weight"),
-        (
-            lambda c: {n: t for n, t in c.items() if n != "blocks.1.ln2.bias"},
-            ValueError,
-            "^checkpoint: expected a parameter blocks.1.ln2.bias, got none",
-        ),
-        (lambda c: c | {"head_q.weight": torch.ones(3, 6)}, ValueError, "^checkpoint: expected no parameter head_q"),
-        (lambda c: c | {"blocks.x": torch.ones(3)}, ValueError, "^checkpoint: expected no parameter blocks.x"),
-        (
-            lambda c: c | {"blocks.1.att.time_decay": torch.ones(5)},
-            ValueError,
-            r"^checkpoint: expected shape \[6\] for blocks.1.att.time_decay, got \[5\]",
-        ),
-    ],
-)
-def test_bad_checkpoints(change, error, match):
-    with pytest.raises(error, match=match):
-        mk.RWKV4.from_checkpoint(change(checkpoint()))
-
-
 # ------------------------------------------------------------------------------------------------ tools, bad input
 
 
@@ -410,23 +226,3 @@ def test_bad_calls():
     ):
         with pytest.raises(error, match=match):
             call()
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda t: mk.wkv_state_from_sums(t, t[0], t), ValueError, r"^bb: expected 2 dimensions \[batch, channels\]"),
-        (lambda t: mk.wkv_state_from_sums(t, t[:1], t), ValueError, r"^bb: expected aa's shape \[2, 3\], got \[1, 3\]"),
-        (lambda t: mk.wkv_state_from_sums(t, t, t.half()), TypeError, "^pp: expected float32 or float64 as aa, got"),
-        (
-            lambda t: mk.wkv_sums_from_state(t.half()),
-            TypeError,
-            "^state: expected float32 or float64, got",
-        ),
-        (lambda t: mk.wkv_sums_from_state(t[:, :2]), ValueError, r"^state: expected \[batch, 3 channels\], got shape"),
-        (lambda t: mk.wkv_sums_from_state(None), TypeError, r"^state: expected a tensor \[batch, 3 channels\]"),
-    ],
-)
-def test_bad_conversions(call, error, match):
-    with pytest.raises(error, match=match):
-        call(torch.ones(2, 3))

@@ -1,6 +1,7 @@
 """The softmax recurrence's CUDA kernels without a GPU, under host execution (csrc/simt), x86-64 Linux only.
 
-`pytest tests/test_softmax.py --backend simt` runs the tests of every backend on them as well.
+`pytest tests/test_softmax.py tests/test_softmax_precision.py --backend simt` runs the tests of every backend
+on them too.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
 from mru_kernels.ops import CELLS
-from tests import sass, triton_offline
+from tests import sass, triton_offline, triton_variants
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.check
@@ -65,7 +65,7 @@ def test_compiled_for_devices():
     for r in rows:
         v = r.variant
         most = REGISTERS_FP64 if v.state == "fp64" else REGISTERS[v.kernel]
-        half = triton_offline.BYTES[v.element] == 2
+        half = triton_variants.BYTES[v.element] == 2
         if half and (v.kernel == "backward" or (v.kernel == "forward" and not v.spec.composes)):
             most = REGISTERS_HALF
         if v.arch.startswith("gfx"):
@@ -79,7 +79,7 @@ def test_compiled_for_devices():
             # rows of states have another layout than those of half-precision streams; and lanes agree when to stop and
             # share a flag
             "shuffles": r.shuffles > 0
-            and triton_offline.BYTES[v.element] > 2
+            and triton_variants.BYTES[v.element] > 2
             and not (v.stops or v.kernel == "check" or shares),
             "rows not loaded whole": v.row_bits and r.wide_loads < triton_offline.rows_read(v),
             # a lane's codes are 8 bytes if its streams are fp64; a flag is one number

@@ -9,7 +9,7 @@ import torch
 
 import mru_kernels as mk
 from mru_kernels import backends
-from tests import sass, triton_offline
+from tests import sass, triton_offline, triton_variants
 
 
 def min_gru(candidate, update):
@@ -60,7 +60,7 @@ def added(name: str, kinds: tuple[str, ...]) -> str:
     return CELLS[name]._cells[kinds].name
 
 
-def examine(variant: triton_offline.Variant) -> tuple[triton_offline.Report, int]:
+def examine(variant: triton_variants.Variant) -> tuple[triton_offline.Report, int]:
     """What a binary holds, and how many instructions. The variant's cell is a name in CELLS, or one of the package."""
     if variant.cell in CELLS:
         inputs = CELLS[variant.cell].inputs

@@ -139,14 +139,9 @@ class MRUBlock(WithUnits):
             raise ValueError(f'mlp_size: expected None with mlp="spiking", whose size is the width, got {mlp_size}')
         mlp_size = (width if mlp == "spiking" else 2 * width) if mlp_size is None else mlp_size
         check_sizes(hidden_size=hidden_size, mlp_size=mlp_size)
-        check_sizes(0, conv_size=conv_size)
         check_choice("combine", combine, ("sum", "concatenate"))
         check_choice("mlp", mlp, ("glu", "spiking"))
-        for name, value in (("cache", cache), ("delay", delay)):
-            if not (value is None or isinstance(value, Mapping)):
-                raise TypeError(f"{name}: expected a mapping of arguments or None, got {type(value).__name__}")
-        if conv_size and delay is not None:
-            raise ValueError(f"delay: expected None with conv_size={conv_size}, got {dict(delay)}")
+        _check_parts(conv_size, delay, cache)
         named = _units(units)
         self.width = width
         self.hidden_size = hidden_size
@@ -316,6 +311,16 @@ def check_shape(input: Tensor, size: int, name: str, rank: int) -> None:
     if input.dim() != rank or input.shape[-1] != size or 0 in input.shape[1:]:
         expected = "[batch, time >= 1, " if rank == 3 else "[batch, "
         raise ValueError(f"input: expected shape {expected}{name}={size}], got {list(input.shape)}")
+
+
+def _check_parts(conv_size: int, delay: Mapping[str, Any] | None, cache: Mapping[str, Any] | None) -> None:
+    """Check the arguments of the parts that a block may have: a convolution or learned delays, and a cache."""
+    check_sizes(0, conv_size=conv_size)
+    for name, value in (("cache", cache), ("delay", delay)):
+        if not (value is None or isinstance(value, Mapping)):
+            raise TypeError(f"{name}: expected a mapping of arguments or None, got {type(value).__name__}")
+    if conv_size and delay is not None:
+        raise ValueError(f"delay: expected None with conv_size={conv_size}, got {dict(delay)}")
 
 
 def _units(units: Units) -> list[tuple[str, Mapping[str, Any]]]:

@@ -161,7 +161,6 @@ _FAULTS = {
         ("NaN that enters overlooked", "copies = copies && !is_nan(s.at[w]);", ";"),
     ),
     "backward.cuh": (
-        ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
         ("copies of the adjoint not waited for", _WAIT, ""),
         ("wrong chunk boundary", "begin > span.begin ? begin : span.begin, d", "span.begin, d"),
         ("m passes a reset", "      room.carried(c) = 0;\n", ""),
@@ -173,6 +172,15 @@ _FAULTS = {
             "if (joins(scan, call.plan, span, span.end))",
             "if (span.right && joins(scan, call.plan, span, span.end))",
         ),
+        ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
+        (
+            "rows of sums left out",
+            "segment < plan.segments; segment += plan.sum_rows",
+            "segment < plan.sum_rows; segment += plan.sum_rows",
+        ),
+    ),
+    "backward_tile.cuh": (
+        ("dropped barrier in a tile of the adjoint", _AFTER_ADJOINT_MAPS + _BARRIER, _AFTER_ADJOINT_MAPS),
         ("gradient of a boundary lost in a tile", "position > agent_.span.begin &&", "false &&"),
         ("walk from the wrong end", "last = c + (groups - 1) * room_.channels;", "last = c;"),
         (
@@ -192,12 +200,6 @@ _FAULTS = {
             "pull_at(cell_, x, states_[t].at[w], a.at[w])",
             "pull_at(cell_, x, states_[t + 1].at[w], a.at[w])",
             "lif",
-        ),
-        ("terms of a thread added plainly", "if (summed_ == kSummed) add_up(), summed_ = 0;", ";"),
-        (
-            "rows of sums left out",
-            "segment < plan.segments; segment += plan.sum_rows",
-            "segment < plan.sum_rows; segment += plan.sum_rows",
         ),
     ),
     "pairs.cuh": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -160,10 +161,7 @@ def backward(
         *_, checkpoints, codes = forward(cell, *again, True)
     if checkpoints is None or codes is None:
         raise ValueError("checkpoints, codes: expected both or neither")
-    rows = (
-        ops.checkpoint_rows(first, chunk, segment),
-        ops.code_rows(cell, inputs, given, cu_seqlens, segment),
-    )
+    rows = ops.checkpoint_rows(first, chunk, segment), ops.code_rows(cell, inputs, given, cu_seqlens, segment)
     segment = backend.backward_segment(segment, *_sizes(inputs, packed, cu_seqlens)) if cell.composes else 0
     grad_h = grad_h.to(first.dtype)
     grad_h = real(grad_h if channels <= 1 or grad_h.stride(-1) == 1 else grad_h.contiguous())
@@ -195,10 +193,7 @@ def backward(
         grad_reset = call.sums(chunk)
         own["resets"] = call.arguments["resets"]._replace(grads=grad_reset)
     call.scan("backward", own, "grad_final", "grad_initial", adjoint_of=grad_final)
-    for t, place in zip(grads, ops.places(cell, given, packed), strict=False):
-        if t is not None and place is not None and t.dim() == 2:
-            total = t.sum(0, dtype=torch.float64)  # in a fixed order
-            written[place].copy_(total[::2] if written[place].shape < total.shape else total)
+    _add_up_chunks(grads, ops.places(cell, given, packed), written)
     if to_initial is not None and in_place is None:
         to_initial.copy_(grad_initial)
     if reset_state is not None:
@@ -218,6 +213,14 @@ def _gradients(call: Call, cell: ops.Cell, written, given: int, packed: int, chu
         else:
             grads.append(next(gates) if place == 0 else written[place])
     return grads
+
+
+def _add_up_chunks(grads: Sequence[Tensor | None], places: Sequence[int | None], written: Sequence[Tensor]) -> None:
+    """Write the gradients of the per-channel inputs: of each, the sum of its rows, which are sums over chunks."""
+    for t, place in zip(grads, places, strict=False):
+        if t is not None and place is not None and t.dim() == 2:
+            total = t.sum(0, dtype=torch.float64)  # in a fixed order
+            written[place].copy_(total[::2] if written[place].shape < total.shape else total)
 
 
 def _saved(call: Call, checkpoints: Tensor, codes: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
