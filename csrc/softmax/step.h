@@ -103,17 +103,18 @@ template <class V>
 struct Ratio {
   decltype(V{} > V{}) newer;
   V e;
+  // The weights of the past and of the new value (Share), in the scale in which the larger is 1.
+  MRU_INLINE V a() const { return newer ? e : splat<V>(1); }
+  MRU_INLINE V b() const { return newer ? splat<V>(1) : e; }
 };
 template <class V>
 MRU_INLINE Ratio<V> ratio(V gap) {
   return {gap > zero<V>(), Functions<V>::exp(-Lanes<V>::abs(gap))};
 }
-// The larger of a and b is 1.
 template <class V>
 MRU_INLINE Share<V> share(Ratio<V> ratio, V q) {
   Share<V> s;
-  s.a = ratio.newer ? ratio.e : splat<V>(1);
-  s.b = ratio.newer ? splat<V>(1) : ratio.e;
+  s.a = ratio.a(), s.b = ratio.b();
   const V past = s.a * q;
   s.total = past + s.b;
   s.r = inverse(s.total);
@@ -172,7 +173,7 @@ struct ReadAndUpdate {
 };
 template <class V>
 MRU_INLINE ReadAndUpdate<V> read_and_update(Ratio<V> ratio, V factor, V q) {
-  const V a = ratio.newer ? ratio.e : splat<V>(1), b = ratio.newer ? splat<V>(1) : ratio.e, read_b = b * factor;
+  const V a = ratio.a(), b = ratio.b(), read_b = b * factor;
   const V past = a * q, total = past + b, read_total = past + read_b;
   const V both = inverse(total * read_total), r = both * read_total, read_r = both * total;
   return {{a, read_b, read_r, signed_part(past < read_b, past, read_b, read_r), read_total},

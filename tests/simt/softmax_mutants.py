@@ -42,8 +42,8 @@ class Mutant:
 _FAULTS = {
     "step.h": (
         ("order of rounding", "(x - hi) - lo;", "x - (hi + lo);"),
-        ("sign of a gap", "s.a = ratio.newer ? ratio.e : splat<V>(1);", "s.a = ratio.newer ? splat<V>(1) : ratio.e;"),
-        ("low part of a piece", "past.lo) + second.z;", "past.lo);"),
+        ("sign of a gap", "a() const { return newer ? e : splat<V>(1)", "a() const { return newer ? splat<V>(1) : e"),
+        ("low part of a map", "past.lo) + second.z;", "past.lo);"),
         ("z dropped at a border", "size < splat<V>(kInfinity<V>) ? z : zero<V>()", "zero<V>()"),
         ("factor of the adjoint without decays", "(start.hi - end.hi) + decay)", "(start.hi - end.hi) + zero<V>())"),
     ),

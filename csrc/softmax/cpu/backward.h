@@ -48,7 +48,7 @@ struct Records {
   }
 };
 
-// The factors of a Share from a record.
+// Share::a, b and k from the e of a record. As `of_sign` gives them, but where e has no sign it is taken as it is.
 template <class V>
 struct Factors {
   V a, b;
@@ -222,34 +222,59 @@ MRU_INLINE S sum_of_parts(const S* parts) {
   return sum[0];
 }
 
+// The rows that `backward_shared` keeps behind the records.
+template <class F>
+struct SharedRows {
+  using S = typename F::S;
+  static constexpr int64_t kParts = kMostLanes;
+  const int64_t chunk, width;
+  S* const terms;                  // [3][chunk][heads]: sums over the channels of each head
+  S* const means;                  // [chunk][kLanes]: of one vector of channels
+  S* const parts;                  // [3][chunk][kParts], and one more row
+  S *const q_start, *const q_end;  // [heads]
+
+  explicit SharedRows(const Records<F>& records)
+      : chunk(records.chunk),
+        width(records.width),
+        terms(records.end()),
+        means(terms + 3 * chunk * width),
+        parts(means + chunk * kParts),
+        q_start(parts + (3 * chunk + 1) * kParts),
+        q_end(q_start + width) {}
+
+  MRU_INLINE S* part(int which, int64_t t) const { return parts + (which * chunk + t) * kParts; }
+  MRU_INLINE S* term(int which, int64_t t) const { return terms + (which * chunk + t) * width; }
+  MRU_INLINE void clear_parts() const { __builtin_memset(parts, 0, (3 * chunk + 1) * kParts * sizeof(S)); }
+  // Adds up the parts of a head's terms.
+  MRU_INLINE void add_up(int64_t h, int64_t steps) const {
+    for (int64_t t = 0; t < steps; ++t) {
+      term(0, t)[h] = sum_of_parts(part(0, t));
+      if constexpr (F::kDecay) term(1, t)[h] = sum_of_parts(part(1, t));
+      if constexpr (F::kBonus) term(2, t)[h] = sum_of_parts(part(2, t));
+    }
+  }
+};
+
 // One chunk of heads with several channels.
 template <class F>
 void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grads,
                      const Steps<typename F::T>& grad_values, const HeadGradients<F>& heads, int64_t begin, int64_t end,
                      const StateRow<typename F::S>& border, const StateRow<typename F::S>& carry,
                      const Records<F>& records) {
-  using S = typename F::S;
   using V = typename F::V;
   constexpr int N = F::kLanes;
-  constexpr int64_t kParts = kMostLanes;
-  const int64_t steps = end - begin, width = records.width;
-  S* const terms = records.end();                      // [3][chunk][heads]: sums over the channels of each head
-  S* const means = terms + 3 * records.chunk * width;  // [chunk][kLanes]: of one vector of channels
-  S* const parts = means + records.chunk * kParts;     // [3][chunk][kParts], and one more row
-  S* const q_start = parts + (3 * records.chunk + 1) * kParts;
-  S* const q_end = q_start + width;
-  const auto part = [&](int which, int64_t t) { return parts + (which * records.chunk + t) * kParts; };
-  const auto term = [&](int which, int64_t t) { return terms + (which * records.chunk + t) * width; };
-  S* const of_start = part(3, 0);
+  const int64_t steps = end - begin;
+  const SharedRows<F> rows(records);
+  const auto means = rows.means, of_start = rows.part(3, 0);
 
   for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     Weight<V> w = open(load(lanes, border.Z + h), load(lanes, border.z + h));
-    store(lanes, q_start + h, w.q);
+    store(lanes, rows.q_start + h, w.q);
     record<F, false>(in, lanes, h, begin, end, records, h, border.mean, grads, means, w);
-    store(lanes, q_end + h, w.q);
+    store(lanes, rows.q_end + h, w.q);
   });
   for (int64_t h = 0; h < in.heads; ++h) {
-    __builtin_memset(parts, 0, (3 * records.chunk + 1) * kParts * sizeof(S));
+    rows.clear_parts();
     for_lanes<F>(in.group, [&](auto lanes, int64_t g) __attribute__((always_inline)) {
       const int64_t d = h * in.group + g;
       V after = load(lanes, border.mean + d);
@@ -260,7 +285,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
       }
       V d_Z{};
       if (g == 0) d_Z[0] = carry.Z[h];
-      auto adjoint = open_adjoint(load(lanes, carry.mean + d), d_Z, after, splat<V>(q_end[h]));
+      auto adjoint = open_adjoint(load(lanes, carry.mean + d), d_Z, after, splat<V>(rows.q_end[h]));
       for (int64_t t = steps - 1; t >= 0; --t) {
         const V v = in.value_at(lanes, d, begin + t), mean = load_raw<V>(Full<N>{}, means + t * N);
         const V grad = load(lanes, grads.row(begin + t) + d);
@@ -269,28 +294,24 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
         __builtin_prefetch(grad_values.row(next) + d, 1, 3);
         Terms<F> own;
         store(lanes, grad_values.row(begin + t) + d, pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own));
-        add_part<F>(lanes, part(0, t), g, own.score);
-        if constexpr (F::kDecay) add_part<F>(lanes, part(1, t), g, own.decay);
-        if constexpr (F::kBonus) add_part<F>(lanes, part(2, t), g, own.bonus);
+        add_part<F>(lanes, rows.part(0, t), g, own.score);
+        if constexpr (F::kDecay) add_part<F>(lanes, rows.part(1, t), g, own.decay);
+        if constexpr (F::kBonus) add_part<F>(lanes, rows.part(2, t), g, own.bonus);
         after = mean;
       }
       V d_mean;
-      add_part<F>(lanes, of_start, g, close_adjoint(adjoint, after, splat<V>(q_start[h]), d_mean));
+      add_part<F>(lanes, of_start, g, close_adjoint(adjoint, after, splat<V>(rows.q_start[h]), d_mean));
       store(lanes, carry.mean + d, d_mean);
     });
-    for (int64_t t = 0; t < steps; ++t) {
-      term(0, t)[h] = sum_of_parts(part(0, t));
-      if constexpr (F::kDecay) term(1, t)[h] = sum_of_parts(part(1, t));
-      if constexpr (F::kBonus) term(2, t)[h] = sum_of_parts(part(2, t));
-    }
+    rows.add_up(h, steps);
     carry.Z[h] = sum_of_parts(of_start);
   }
   for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     typename HeadGradients<F>::Partial partial;
     for (int64_t t = steps - 1; t >= 0; --t) {
-      Terms<F> sums{load(lanes, term(0, t) + h), V{}, V{}};
-      if constexpr (F::kDecay) sums.decay = load(lanes, term(1, t) + h);
-      if constexpr (F::kBonus) sums.bonus = load(lanes, term(2, t) + h);
+      Terms<F> sums{load(lanes, rows.term(0, t) + h), V{}, V{}};
+      if constexpr (F::kDecay) sums.decay = load(lanes, rows.term(1, t) + h);
+      if constexpr (F::kBonus) sums.bonus = load(lanes, rows.term(2, t) + h);
       heads.write(lanes, begin + t, h, records.get(lanes, t, h), sums, partial);
       if (t % kTile == 0) heads.flush(lanes, h, partial);
     }
