@@ -1,9 +1,9 @@
-"""A sequence that is too long for one process: each rank scans a piece of time.
+"""A sequence that is too long for one process: each rank scans a segment of time.
 
     torchrun --standalone --nproc-per-node 2 -m examples.sequence_parallel
 
-The sequence has ten million steps. Every rank draws its own piece, so no process has the whole sequence. Ranks exchange
-one map per channel. Then rank 0 scans the pieces alone, one after another, and compares the results.
+The sequence has ten million steps. Every rank draws its own segment, so no process has the whole sequence. Ranks exchange
+one map per channel. Then rank 0 scans the segments alone, one after another, and compares the results.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 import mru_kernels as mk
 
 
-def gates(piece: int, steps: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Candidate and threshold of a piece. Every process draws the same values for a piece."""
-    generator = torch.Generator().manual_seed(piece)
+def gates(segment: int, steps: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Candidate and threshold of a segment. Every process draws the same values for a segment."""
+    generator = torch.Generator().manual_seed(segment)
     candidate, threshold = torch.randn(2, 1, steps, channels, generator=generator).unbind()
     return candidate.requires_grad_(), threshold.add_(3).requires_grad_()
 
@@ -45,7 +45,7 @@ def main() -> None:
     h.sum().backward()
     both = time.perf_counter() - start
     # In each pass a rank sends a description of its call, a map (a, w) with one flag, and the state that leaves its
-    # piece, with two flags.
+    # segment, with two flags.
     exchanged = 2 * (512 + (2 * final.numel() + 1 + final.numel() + 2) * final.element_size())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rows: list = [None] * ranks
@@ -54,11 +54,11 @@ def main() -> None:
     if rank == 0:
         torch.set_num_threads(os.cpu_count() or 1)
         state, alone = None, 0.0
-        for piece in range(ranks):
-            c, b = gates(piece, steps, arguments.channels)
+        for segment in range(ranks):
+            c, b = gates(segment, steps, arguments.channels)
             start = time.perf_counter()
             h_alone, state = mk.bmru(c, b, state)
-            if piece == rank:
+            if segment == rank:
                 assert torch.equal(h_alone, h)
             h_alone.sum().backward()
             alone += time.perf_counter() - start
@@ -69,7 +69,7 @@ def main() -> None:
         print("|---|---:|---:|---:|---:|---:|")
         for i, (f, fb, sent, memory) in enumerate(rows):
             print(f"| {i} | {f:.2f} | {fb:.2f} | {sent} | {2 * candidate.nbytes:,} | {memory} |")
-        print(f"| rank 0 alone, no gradient between pieces | | {alone:.2f} | | | |")
+        print(f"| rank 0 alone, no gradient between segments | | {alone:.2f} | | | |")
     dist.barrier()
     dist.destroy_process_group()
 

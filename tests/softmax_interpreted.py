@@ -201,7 +201,7 @@ FAULTS = {
         precision, "distance(s, state.m, state.c) + bonus", "distance(s + bonus, state.m, state.c)",
     ),
     "one float of log weight": (precision, "tl.where(share.newer, 0.0, low)", "low * 0.0"),
-    "pieces in one float": (
+    "maps in one float": (
         precision_of_segments,
         "Z, z = add(tl.where(newer, second.Z, d), tl.where(newer, second.z, low), logarithm_of_1_plus(e))",
         "Z, z = add(tl.where(newer, second.Z, d), 0.0 * low, logarithm_of_1_plus(e))",
@@ -236,8 +236,8 @@ FAULTS = {
     "gradient of Z at every channel": (
         whole_sequences_of_heads, "c.channels.mask & (tl.arange(0, c.block.group)[None, :] == 0)", "c.channels.mask",
     ),
-    "pieces that do not decay": (segments, "put(c, pieces, at.segment, mean, (total + rest,",
-                                 "put(c, pieces, at.segment, mean, (total * 0,"),
+    "maps that do not decay": (segments, "put(c, maps, at.segment, mean, (total + rest,",
+                                 "put(c, maps, at.segment, mean, (total * 0,"),
     "means that do not shift": (segments, "shift += change", "shift += 0.0 * change"),
     "a group too many": (
         groups_of_segments, "group_shifts, unit + 1, n + c.scan.groups", "group_shifts, unit, n + c.scan.groups",

@@ -9,7 +9,7 @@ import mru_kernels as mk
 from mru_kernels import ops
 from mru_kernels.softmax import empty_state, run, scan_gates
 from mru_kernels.softmax.registration import BACKWARD, FORWARD
-from mru_kernels.softmax.state import Piece
+from mru_kernels.softmax.state import SegmentMap
 from tests.softmax_calls import draw, leaves, scan
 
 B, T, H, D = 2, 40, 3, 6
@@ -245,10 +245,10 @@ def test_backends_without_kernels_are_refused():
 def test_a_piece_is_a_state_and_a_sum_of_decays():
     call = draw(group=2, decay="stream", dtype=torch.float32)
     with ops.as_maps():
-        piece = mk.softmax_recurrence(**call)
-    assert isinstance(piece, Piece)
-    assert torch.equal(piece.state, mk.softmax_recurrence(**call)[1])
-    high, low = piece.decay.double().chunk(2, -1)
+        map_ = mk.softmax_recurrence(**call)
+    assert isinstance(map_, SegmentMap)
+    assert torch.equal(map_.state, mk.softmax_recurrence(**call)[1])
+    high, low = map_.decay.double().chunk(2, -1)
     torch.testing.assert_close(high + low, call["decay"].double().sum(1), rtol=1e-8, atol=0.0)
     with ops.as_maps(), pytest.raises(RuntimeError, match="'torch' cannot run this call: it has no sequence parall"):
         mk.softmax_recurrence(**call, backend="torch")

@@ -4,8 +4,8 @@
 //   inside chunk  (mean, q, m, c): the weight is e^(m + c) q. `open` and `close` convert at the borders of chunks
 //
 // Everything is a template over a value type V: a scalar (one CUDA thread) or a vector of lanes (CPU); see lanes.h. A head's
-// values are the same for all its channels: Weight, Share, Piece. The order of operations decides the precision, and a weight
-// that is 0 or 1 must copy a value bit for bit, so nothing here may be reordered, or fused but by `multiply_add`.
+// values are the same for all its channels: Weight, Share, SegmentMap. The order of operations decides the precision, and a
+// weight that is 0 or 1 must copy a value bit for bit, so nothing here may be reordered, or fused but by `multiply_add`.
 #pragma once
 #include <limits>
 
@@ -180,21 +180,22 @@ MRU_INLINE ReadAndUpdate<V> read_and_update(Ratio<V> ratio, V factor, V q) {
           {a, b, r, signed_part(ratio.newer, past, b, r), total}};
 }
 
-// ------------------------------------------------------------------------------------------------ pieces of time
+// ------------------------------------------------------------------------------------------------ segments of time
 
-// Steps as one: the sum of their decays, and the log of the weight that they leave from an empty state. The identity is
-// (0, -inf, 0), and the mean of each channel 0.
+// What the steps of a segment do to a state: the sum of their decays, and the log of the weight that they leave from an empty
+// state. The identity is (0, -inf, 0), and the mean of each channel 0.
 template <class V>
-struct Piece {
+struct SegmentMap {
   V decay, Z, z;
 };
 template <class V>
-MRU_INLINE Piece<V> no_steps() {
+MRU_INLINE SegmentMap<V> no_steps() {
   return {zero<V>(), splat<V>(-kInfinity<V>), zero<V>()};
 }
-// `first` becomes: first, then second. Returns k: the mean is mix(k, mean of first, mean of second). A state is a piece, too.
+// `first` becomes: first, then second. Returns k: the mean is mix(k, mean of first, mean of second). A state is a map
+// without decay.
 template <class V>
-MRU_INLINE V then(Piece<V>& first, const Piece<V>& second) {
+MRU_INLINE V then(SegmentMap<V>& first, const SegmentMap<V>& second) {
   const Pair<V> past = plus(first.Z, first.z, second.decay);
   const V least = splat<V>(-kInfinity<V>);
   const V gap = second.Z == least ? least : ((second.Z - past.hi) - past.lo) + second.z;

@@ -4,7 +4,7 @@ For every unit but Aaren and RWKV-4, a segment acts on the state of each channel
 Ranks exchange these maps, which are two numbers per sequence and channel. Each rank composes the maps of the segments
 before its own and scans its segment from the resulting state. The backward pass composes the adjoint maps in the other
 direction. Every rank composes in the same order, so results are the same from run to run. Segments of the softmax
-recurrence exchange pieces: the state that a segment makes from an empty one, and the sums of its decays.
+recurrence exchange maps of another kind: the state that a segment makes from an empty one, and the sums of its decays.
 
 Where a composed state leaves the range of its dtype, ranks scan their segments again, one after another, each from the
 state that left the segment before. A convolution gets the steps before its segment from the ranks to its left.

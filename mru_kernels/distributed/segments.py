@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import checks, ops
 from .. import torch_private as private
-from ..softmax.state import Piece
-from .pieces import Pieces
+from ..softmax.state import SegmentMap
 from .ranks import CollectiveCall, Ranks
+from .softmax_maps import SoftmaxMaps
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
@@ -42,7 +42,7 @@ def scan_over_ranks(
         state = scan(no_steps, initial_state, nowhere)[1]
         with ops.as_maps():
             none = scan(no_steps, None, nowhere)
-    kind: Any = Pieces if isinstance(none, Piece) else _Maps
+    kind: Any = SoftmaxMaps if isinstance(none, SegmentMap) else _AffineMaps
     time = next((t.shape[1] for t in inputs if t.dim() == 3), 0)
     ranks = call.ranks
     with call.agreed(f"{what}{', with gradients' if differentiated else ''}", time) as times:
@@ -72,8 +72,8 @@ def _offsets_of_segment(cu_seqlens: Tensor, times: list[int], rank: int) -> Tens
     return (cu_seqlens - sum(times[:rank])).clamp(0, times[rank])
 
 
-class _Maps:
-    """The affine maps of the segments of all ranks, `[ranks, 2, N, D]`. `Pieces` describes the methods."""
+class _AffineMaps:
+    """The affine maps of the segments of all ranks, `[ranks, 2, N, D]`. `SoftmaxMaps` describes the methods."""
 
     def __init__(self, ranks: Ranks, order: list[int], messages: Tensor) -> None:
         self.ranks, self.order, self._messages = ranks, order, messages
@@ -171,7 +171,7 @@ class _Segment(torch.autograd.Function):
     """The scan of a rank's segment; the gradients use the adjoint that enters from the segment that follows."""
 
     @staticmethod
-    def forward(ctx, call: CollectiveCall, what: str, maps: _Maps | Pieces, scan: Scan, *tensors: Tensor):
+    def forward(ctx, call: CollectiveCall, what: str, maps: _AffineMaps | SoftmaxMaps, scan: Scan, *tensors: Tensor):
         *inputs, state = tensors
         needs = ctx.needs_input_grad[-len(tensors) :]
         leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=False)]

@@ -33,7 +33,7 @@ def as_maps() -> Iterator[None]:
     """A context in which `scan` returns the map of each whole sequence, (factor, offset), both `[N, D]`.
 
     Those of a cell that does not compose are zeros, a guess: it has no such map. The softmax recurrence returns a
-    `Piece` (`mru_kernels.softmax.state`).
+    `SegmentMap` (`mru_kernels.softmax.state`).
     """
     before, _wanted.maps = _wanted.maps, True
     try:

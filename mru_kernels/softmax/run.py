@@ -16,7 +16,7 @@ from ..ops.autograd import raise_as_torch
 from . import plain
 from .layout import allocate, chunk_sizes, sizes
 from .registration import FORWARD, apply_scan, differentiable_inputs
-from .state import Piece
+from .state import SegmentMap
 
 SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
 
@@ -24,7 +24,7 @@ _TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and calls t
 
 
 def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Return y `[B, T, D]` and the final state `[N, D + 2 H]`; within `ops.as_maps` a `Piece` instead.
+    """Return y `[B, T, D]` and the final state `[N, D + 2 H]`; within `ops.as_maps` a `SegmentMap` instead.
 
     Args:
         arguments: those of the op up to `reverse`.
@@ -37,7 +37,7 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row, None if row.plain else chunk_sizes(row.name))
     if entry.wants_maps():
-        return _piece(row, arguments, chunk)
+        return _segment_map(row, arguments, chunk)
     if row.plain:
         return plain.scan(*(*arguments, chunk))
     inputs = differentiable_inputs(arguments)
@@ -66,8 +66,8 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
     return y, final
 
 
-def _piece(row: backends.Backend, arguments: tuple[Any, ...], chunk: int) -> Piece:
-    """The piece of each whole sequence. The bonus and the initial state have no part in it."""
+def _segment_map(row: backends.Backend, arguments: tuple[Any, ...], chunk: int) -> SegmentMap:
+    """The map of each whole sequence. The bonus and the initial state have no part in it."""
     if row.plain:
         raise RuntimeError(f"backend: {row.name!r} cannot run this call: it has no sequence parallelism")
     score, value, heads, decay, _, _, cu_seqlens, reverse = arguments
@@ -79,11 +79,11 @@ def _piece(row: backends.Backend, arguments: tuple[Any, ...], chunk: int) -> Pie
     state = final(score, value, heads, decay, None, None)
     heads, _ = sizes(score, value, heads)
     if decay is None:
-        return Piece(state, state.new_zeros(len(state), 2 * heads))
+        return SegmentMap(state, state.new_zeros(len(state), 2 * heads))
     # Masked steps only decay a state, so the op adds the decays in two numbers.
     masked, zeros = (score.new_full((heads,), x).expand(*score.shape[:2], heads) for x in (-torch.inf, 0.0))
     start = state.new_zeros(len(state), 3 * heads)
-    return Piece(state, final(masked, zeros, 0, decay, None, start)[:, heads:])
+    return SegmentMap(state, final(masked, zeros, 0, decay, None, start)[:, heads:])
 
 
 def _resolve(name: str | None, score: Tensor) -> backends.Backend:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..checks import state_dtype
 
 
-class Piece(NamedTuple):
-    """What the steps of each sequence do to a state.
+class SegmentMap(NamedTuple):
+    """The map of each sequence: what its steps do to a state.
 
     Attributes:
         state: `[N, D + 2 H]`, the state that they make from an empty one.

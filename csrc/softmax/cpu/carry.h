@@ -1,4 +1,4 @@
-// What joins segments: pieces, adjoints and sums, row by row.
+// What joins segments: their maps, adjoints and sums, row by row.
 #pragma once
 #include "backward.h"
 
@@ -6,36 +6,36 @@ namespace mru::softmax {
 namespace {
 
 template <class F>
-void carry(const HeadScan& scan, const void* piece_row, void* state_row) {
+void carry(const HeadScan& scan, const void* map_row, void* state_row) {
   using S = typename F::S;
   using V = typename F::V;
-  const StateRow<S> piece(scan, const_cast<void*>(piece_row), 0), state(scan, state_row, 0);
+  const StateRow<S> map(scan, const_cast<void*>(map_row), 0), state(scan, state_row, 0);
   const int64_t group = scan.channels / scan.heads;
   for_lanes<F>(scan.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
-    Piece<V> first{zero<V>(), load(lanes, state.Z + h), load(lanes, state.z + h)};
-    const V k = then(first, Piece<V>{load(lanes, piece.decay + h), load(lanes, piece.Z + h), load(lanes, piece.z + h)});
+    SegmentMap<V> first{zero<V>(), load(lanes, state.Z + h), load(lanes, state.z + h)};
+    const V k = then(first, SegmentMap<V>{load(lanes, map.decay + h), load(lanes, map.Z + h), load(lanes, map.z + h)});
     store(lanes, state.Z + h, first.Z), store(lanes, state.z + h, first.z);
     for (int64_t i = 0; i < least(F::kLanes, scan.heads - h); ++i)
       for_lanes<F>(group, [&](auto channels, int64_t g) __attribute__((always_inline)) {
         const int64_t d = (h + i) * group + g;
         store(channels, state.mean + d,
-              mix(splat<V>(k[i]), load(channels, state.mean + d), load(channels, piece.mean + d)));
+              mix(splat<V>(k[i]), load(channels, state.mean + d), load(channels, map.mean + d)));
       });
   });
 }
 
 template <class F>
-void carry_adjoint(const HeadScan& scan, const void* piece_row, const void* start_row, const void* end_row,
+void carry_adjoint(const HeadScan& scan, const void* map_row, const void* start_row, const void* end_row,
                    const void* offset_row, void* adjoint_row) {
   using S = typename F::S;
   using V = typename F::V;
-  const StateRow<S> piece(scan, const_cast<void*>(piece_row), 0), start(scan, const_cast<void*>(start_row), 0),
+  const StateRow<S> map(scan, const_cast<void*>(map_row), 0), start(scan, const_cast<void*>(start_row), 0),
       end(scan, const_cast<void*>(end_row), 0), offset(scan, const_cast<void*>(offset_row), 0),
       adjoint(scan, adjoint_row, 0);
   const int64_t group = scan.channels / scan.heads;
   for_lanes<F>(scan.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     const V f = adjoint_factor(Pair<V>{load(lanes, start.Z + h), load(lanes, start.z + h)},
-                               Pair<V>{load(lanes, end.Z + h), load(lanes, end.z + h)}, load(lanes, piece.decay + h));
+                               Pair<V>{load(lanes, end.Z + h), load(lanes, end.z + h)}, load(lanes, map.decay + h));
     for (int64_t i = 0; i < least(F::kLanes, scan.heads - h); ++i) {
       S parts[kMostLanes] = {};
       for_lanes<F>(group, [&](auto channels, int64_t g) __attribute__((always_inline)) {

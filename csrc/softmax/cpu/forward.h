@@ -1,4 +1,4 @@
-// The forward pass over a segment of time, and the segment as a piece.
+// The forward pass over a segment of time, and the segment's map.
 #pragma once
 #include "../../sum.h"
 #include "rows.h"
@@ -146,23 +146,23 @@ template <class F>
 void sum_decays(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* row) {
   using V = typename F::V;
   const Inputs<F> in(scan, segment, h0, h1);
-  const StateRow<typename F::S> piece(scan, row, h0);
+  const StateRow<typename F::S> map(scan, row, h0);
   for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
     Sum<V> decays;
     if constexpr (F::kDecay)
       for (int64_t t = segment.begin; t < segment.end; ++t) decays.add(in.decay_at(lanes, j, t));
-    store(lanes, piece.decay + j, decays.total());
+    store(lanes, map.decay + j, decays.total());
   });
 }
 
 template <class F>
 void summarize(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* row, void* scratch) {
   using S = typename F::S;
-  const StateRow<S> piece(scan, row, h0);
+  const StateRow<S> map(scan, row, h0);
   const int64_t heads = h1 - h0, channels = heads * (scan.channels / scan.heads);
-  __builtin_memset(piece.mean, 0, channels * sizeof(S));
-  __builtin_memset(piece.z, 0, heads * sizeof(S));
-  for (int64_t j = 0; j < heads; ++j) piece.Z[j] = -kInfinity<S>;
+  __builtin_memset(map.mean, 0, channels * sizeof(S));
+  __builtin_memset(map.z, 0, heads * sizeof(S));
+  for (int64_t j = 0; j < heads; ++j) map.Z[j] = -kInfinity<S>;
   sum_decays<F>(scan, segment, h0, h1, row);
   HeadScan without_results = scan;
   without_results.h = {}, without_results.checkpoints = nullptr;

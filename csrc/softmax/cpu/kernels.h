@@ -6,23 +6,23 @@
 namespace mru::softmax {
 
 // A kernel works on the heads [h0, h1) of a segment and on their channels. Rows are in the state dtype: `state` [D + 2 H] is
-// mean | Z | z, `piece` [D + 3 H] has the sum of the decays, too, and `adjoint` [D + 2 H] is dL/dmean | dL/dZ | unused.
+// mean | Z | z, `map` [D + 3 H] has the sum of the decays, too, and `adjoint` [D + 2 H] is dL/dmean | dL/dZ | unused.
 // `scratch` has scratch_elements(...) elements of the state dtype.
 struct HeadKernels {
   // Writes y and the borders. `state`: before the segment -> after it.
   void (*forward)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* state, void* scratch);
-  // `piece` becomes the segment as one piece; or only its sum of decays.
-  void (*summarize)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* piece, void* scratch);
-  void (*sum_decays)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* piece);
+  // `map` becomes the segment's map; or only its sum of decays.
+  void (*summarize)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* map, void* scratch);
+  void (*sum_decays)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* map);
   // Writes the gradients of the streams. `adjoint`: from the right of the segment -> to its left. `sums` [4, H]: adds the
   // gradients of a decay and a bonus [H], each a sum and what it lost (sum.h).
   void (*backward)(const HeadScan&, const Segment&, int64_t h0, int64_t h1, void* adjoint, void* sums, void* scratch);
 
-  // Rows of all heads. `state` becomes: state, then piece.
-  void (*carry)(const HeadScan&, const void* piece, void* state);
+  // Rows of all heads. `state` becomes: state, then map.
+  void (*carry)(const HeadScan&, const void* map, void* state);
   // `adjoint` from the right of a segment becomes that to its left. `start`, `end`: the states around the segment; `offset`:
   // the adjoint to its left if that from the right is 0.
-  void (*carry_adjoint)(const HeadScan&, const void* piece, const void* start, const void* end, const void* offset,
+  void (*carry_adjoint)(const HeadScan&, const void* map, const void* start, const void* end, const void* offset,
                         void* adjoint);
   // total [H]: the sums over `count` rows [4, H] of the gradients of the decay (`which` 0) or the bonus (2).
   void (*total)(const HeadScan&, const void* sums, int64_t count, int which, void* total);

@@ -90,15 +90,15 @@ char* row_of(void* rows, const HeadScan& scan, int64_t n) {
   return static_cast<char*>(rows) + n * state_row_bytes(scan);
 }
 
-// The segments as pieces, and the states that enter them. `final` [N, D + 2 H]: initial states -> final states.
-struct Pieces {
-  Rows pieces, entry;
+// The maps of the segments, and the states that enter them. `final` [N, D + 2 H]: initial states -> final states.
+struct SegmentMaps {
+  Rows maps, entry;
 
-  Pieces(const HeadScan& scan, const HeadKernels& k, const Segments& segments)
-      : pieces(scan, segments.count(), state_columns(scan) + scan.heads),
+  SegmentMaps(const HeadScan& scan, const HeadKernels& k, const Segments& segments)
+      : maps(scan, segments.count(), state_columns(scan) + scan.heads),
         entry(scan, segments.count(), state_columns(scan)) {
     for_heads(scan, segments.count(), kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
-      k.summarize(scan, segments.list[i], h0, h1, pieces.at(i), scratch);
+      k.summarize(scan, segments.list[i], h0, h1, maps.at(i), scratch);
     });
     for (int64_t n = 0; n < scan.sequences; ++n)
       for (int64_t i = segments.first[n]; i < segments.first[n + 1]; ++i) {
@@ -106,7 +106,7 @@ struct Pieces {
           write_initial(scan, n, entry.at(i));
         } else {
           std::memcpy(entry.at(i), entry.at(i - 1), state_row_bytes(scan));
-          k.carry(scan, pieces.at(i - 1), entry.at(i));
+          k.carry(scan, maps.at(i - 1), entry.at(i));
         }
       }
   }
@@ -127,7 +127,7 @@ void run_forward(const HeadScan& scan) {
     });
     return;
   }
-  Pieces cut(scan, k, segments);
+  SegmentMaps cut(scan, k, segments);
   for_heads(scan, segments.count(), kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
     k.forward(scan, segments.list[i], h0, h1, cut.entry.at(i), scratch);
   });
@@ -171,10 +171,10 @@ class BackwardPass {
 // Finds the adjoint from the right of every segment. `exits` has grad_final in the last segment of each sequence, and zeros.
 void carry_adjoints(const HeadScan& scan, const HeadKernels& k, const Segments& segments, Rows& exits) {
   const int64_t count = segments.count(), bytes = state_row_bytes(scan);
-  Rows offsets = exits, pieces(scan, count, state_columns(scan) + scan.heads);
+  Rows offsets = exits, maps(scan, count, state_columns(scan) + scan.heads);
   const auto is_first = [&](int64_t i) { return i == segments.first[segments.list[i].sequence]; };
   for_heads(scan, count, kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void*) {
-    if (!is_first(i)) k.sum_decays(scan, segments.list[i], h0, h1, pieces.at(i));
+    if (!is_first(i)) k.sum_decays(scan, segments.list[i], h0, h1, maps.at(i));
   });
   // What the pass writes is overwritten later. Its sums are dropped.
   BackwardPass(scan, k, segments).run([&](int64_t i) -> void* { return is_first(i) ? nullptr : offsets.at(i); });
@@ -192,7 +192,7 @@ void carry_adjoints(const HeadScan& scan, const HeadKernels& k, const Segments& 
         continue;
       }
       std::memcpy(exits.at(i - 1), exits.at(i), bytes);
-      k.carry_adjoint(scan, pieces.at(i), border(i), border(i + 1), offsets.at(i), exits.at(i - 1));
+      k.carry_adjoint(scan, maps.at(i), border(i), border(i + 1), offsets.at(i), exits.at(i - 1));
     }
   }
 }

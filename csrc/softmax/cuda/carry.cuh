@@ -51,28 +51,28 @@ __device__ __forceinline__ void put(S* p, S x) {
   store<Traffic::kState>(p, Vector<S, 1>{{x}});
 }
 
-// Steps of one channel as one.
+// The map of a segment at one channel.
 template <class S>
-struct ChannelPiece {
-  Piece<S> head;
+struct ChannelMap {
+  SegmentMap<S> head;
   S mean;
 
-  // This piece, then another.
-  __device__ __forceinline__ ChannelPiece then(const ChannelPiece& second) const {
-    ChannelPiece both = *this;
+  // The map of these steps, then of those of `second`.
+  __device__ __forceinline__ ChannelMap then(const ChannelMap& second) const {
+    ChannelMap both = *this;
     const S k = softmax::then(both.head, second.head);
     both.mean = mix(k, mean, second.mean);
     return both;
   }
   template <class Shuffle>
-  __device__ __forceinline__ ChannelPiece from(Shuffle shuffle) const {
+  __device__ __forceinline__ ChannelMap from(Shuffle shuffle) const {
     return {{shuffle(head.decay), shuffle(head.Z), shuffle(head.z)}, shuffle(mean)};
   }
 };
-// That of a row of states, at a channel.
+// The map of a row of states, at a channel.
 template <class F>
-__device__ __forceinline__ ChannelPiece<typename F::S> piece_of(const Call<F>& call, const RowChannel<F>& place,
-                                                                const typename F::S* state, typename F::S decay) {
+__device__ __forceinline__ ChannelMap<typename F::S> map_of(const Call<F>& call, const RowChannel<F>& place,
+                                                            const typename F::S* state, typename F::S decay) {
   const typename F::S* const of_head = state + call.scan.channels + place.head;
   return {{decay, at(of_head), at(of_head + call.scan.heads)}, at(state + place.channel)};
 }
@@ -86,16 +86,16 @@ __global__ void __launch_bounds__(kCarryChannels* int(kWarp)) carry(const __grid
   const RowChannel<F> place(call);
   if (place.channel >= scan.channels) return;
   const int64_t first = place.row * plan.row_segments;
-  const ChannelPiece<S> none{no_steps<S>(), S(0)};
-  ChannelPiece<S> entry = none;
-  if (scan.initial) entry = piece_of(call, place, static_cast<const S*>(scan.initial) + place.row * plan.columns, S(0));
+  const ChannelMap<S> none{no_steps<S>(), S(0)};
+  ChannelMap<S> entry = none;
+  if (scan.initial) entry = map_of(call, place, static_cast<const S*>(scan.initial) + place.row * plan.columns, S(0));
   scan_row(
       plan.row_segments, none, entry,
       [&](int64_t i) {
         const S decay = at(call.work(plan.decays) + (first + i) * scan.heads + place.head);
-        return piece_of(call, place, call.work(plan.first) + (first + i) * plan.columns, decay);
+        return map_of(call, place, call.work(plan.first) + (first + i) * plan.columns, decay);
       },
-      [&](int64_t i, const ChannelPiece<S>& state) {
+      [&](int64_t i, const ChannelMap<S>& state) {
         S* const to = call.work(plan.second) + (first + i) * plan.columns;
         put(to + place.channel, state.mean);
         if (place.channel != place.head * plan.group) return;
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kCarryChannels* int(kWarp)) carry_adjoint(cons
   const int64_t chunks = plan.chunk_divisor(scan.segment);  // of a segment
   const auto border = [&](int64_t segment) {                // the state that enters a segment
     const S* const states = static_cast<const S*>(segment == 0 ? scan.initial : scan.checkpoints);
-    if (!states) return ChannelPiece<S>{no_steps<S>(), S(0)};
+    if (!states) return ChannelMap<S>{no_steps<S>(), S(0)};
     const int64_t row = segment == 0 ? place.row : place.row * scan.checkpoint_rows + segment * chunks - 1;
-    return piece_of(call, place, states + row * plan.columns, S(0));
+    return map_of(call, place, states + row * plan.columns, S(0));
   };
   const auto of = [&](int64_t array, int64_t segment) {
     return call.work(array) + (first + segment) * scan.channels + place.channel;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kCarryChannels* int(kWarp)) carry_adjoint(cons
       last, AdjointMap<S>{1, 0, 0, 0}, AdjointMap<S>{0, 0, own(plan.first, last), own(plan.second, last)},
       [&](int64_t i) {
         const int64_t segment = last - 1 - i;
-        const ChannelPiece<S> start = border(segment), end = border(segment + 1);
+        const ChannelMap<S> start = border(segment), end = border(segment + 1);
         const S decay = at(call.work(plan.decays) + (first + segment) * scan.heads + place.head);
         const S f = adjoint_factor<S>({start.head.Z, start.head.z}, {end.head.Z, end.head.z}, decay);
         return AdjointMap<S>{f, f * (start.mean - end.mean), own(plan.first, segment), own(plan.second, segment)};

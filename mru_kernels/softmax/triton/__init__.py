@@ -4,7 +4,7 @@
     launch.py       from the arguments of an op to those of kernels, and how they are compiled
     forward.py, backward.py       the kernels; in each the pass itself, then time in parallel
     layout.py       what a kernel is given, and where a program finds its numbers
-    step.py         one step, pieces of time, and the adjoint
+    step.py         one step, maps of segments, and the adjoint
 
 A kernel is compiled for each dtype, form of the decay, bonus or none, alignment, and number of channels of a head up
 to a power of two; never for other sizes. Not yet run on a GPU.

@@ -117,9 +117,9 @@ def empty(c, STATE: tl.constexpr):
 
 
 @triton.jit
-def summarize_segment(c, score, value, decay, pieces):
+def summarize_segment(c, score, value, decay, maps):
     """`summarize` for the segment of a program."""
-    STATE: tl.constexpr = pieces.dtype.element_ty
+    STATE: tl.constexpr = maps.dtype.element_ty
     at = c.at
     inputs = open_inputs(c, score, value, decay, 0, STATE)
     mean, Z, zeros = empty(c, STATE)
@@ -135,46 +135,46 @@ def summarize_segment(c, score, value, decay, pieces):
     if c.form.decay == PER_HEAD:
         total = tl.where(end > at.begin, inputs.decay[0] * (end - at.begin).to(STATE), 0.0)
     mean, Z, z = close(state)
-    put(c, pieces, at.segment, mean, (total + rest, Z, z))
+    put(c, maps, at.segment, mean, (total + rest, Z, z))
 
 
 @triton.jit
 def summarize(
     form, block, score, value, decay, scan,
-    pieces,  # [segments, D + 4 H]: of each the mean, the sum of decays, Z and z
+    maps,  # [segments, D + 4 H]: of each the mean, the sum of decays, Z and z
 ):  # fmt: skip
-    """The piece of each segment: the state that it makes from an empty one, and the sum of its decays."""
+    """The map of each segment: the state that it makes from an empty one, and the sum of its decays."""
     scan = sizes(scan, block)
     segment, b = program(scan, block)
     if segment < scan.segments:
         at = place(scan, block, segment, b)
         summarize_segment(
-            Context(form, block, scan, at, channels_of(block, scan, at)), score, value, decay, pieces
+            Context(form, block, scan, at, channels_of(block, scan, at)), score, value, decay, maps
         )  # fmt: skip
 
 
 @triton.jit
-def get_piece(c, pieces, row, exists):
-    """A piece and the sum of its decays; the identity if there is none."""
+def get_map(c, maps, row, exists):
+    """The sum of the decays and the state of a map; the identity if there is none."""
     mask = tl.where(exists, c.at.mask, False)
-    mean = tl.load(mean_at(c, pieces, row, 4), mask=tl.where(exists, c.channels.mask, False), other=0.0)
-    decay = tl.load(plane_at(c, pieces, row, 4, 0), mask=mask, other=0.0)
-    Z = tl.load(plane_at(c, pieces, row, 4, 1), mask=mask, other=float("-inf"))
-    z = tl.load(plane_at(c, pieces, row, 4, 2), mask=mask, other=0.0)
+    mean = tl.load(mean_at(c, maps, row, 4), mask=tl.where(exists, c.channels.mask, False), other=0.0)
+    decay = tl.load(plane_at(c, maps, row, 4, 0), mask=mask, other=0.0)
+    Z = tl.load(plane_at(c, maps, row, 4, 1), mask=mask, other=float("-inf"))
+    z = tl.load(plane_at(c, maps, row, 4, 2), mask=mask, other=0.0)
     return decay, Border(mean, Z, z)
 
 
 @triton.jit
-def walk(c, state, total, pieces, begin, end, entries, WRITES: tl.constexpr):
-    """The state after the pieces in rows `begin` to `end`, and `total` plus their decays.
+def walk(c, state, total, maps, begin, end, entries, WRITES: tl.constexpr):
+    """The state after the segments in rows `begin` to `end` of `maps`, and `total` plus their decays.
 
-    What enters each piece goes to `entries` if WRITES.
+    What enters each segment goes to `entries` if WRITES.
     """
     for first in range(begin, end, c.block.tile):
         decays = ()
         seconds = ()
         for i in tl.static_range(c.block.tile):
-            decay, second = get_piece(c, pieces, first + i, first + i < end)
+            decay, second = get_map(c, maps, first + i, first + i < end)
             decays = decays + (decay,)
             seconds = seconds + (second,)
         for i in tl.static_range(c.block.tile):
@@ -196,47 +196,47 @@ def group_of(scan, at, group):
 
 
 @triton.jit
-def fold_group(c, unit, pieces, groups):
+def fold_group(c, unit, maps, groups):
     """`fold` for the group of a program."""
     begin, end, _ = group_of(c.scan, c.at, unit % c.scan.groups)
-    mean, Z, zeros = empty(c, pieces.dtype.element_ty)
-    state, total = walk(c, Border(mean, Z, zeros), zeros, pieces, begin, end, pieces, False)
+    mean, Z, zeros = empty(c, maps.dtype.element_ty)
+    state, total = walk(c, Border(mean, Z, zeros), zeros, maps, begin, end, maps, False)
     put(c, groups, unit, state.mean, (total, state.Z, state.z))
 
 
 @triton.jit
 def fold(
-    form, block, scan, pieces,
+    form, block, scan, maps,
     groups,  # [N groups, D + 4 H]
 ):  # fmt: skip
-    """The segments of each group as one piece."""
+    """The map of each group of segments."""
     scan = sizes(scan, block)
     unit, b = program(scan, block)
     if unit < scan.sequences * scan.groups:
         at = place(uncut(scan), block, unit // scan.groups, b)
-        fold_group(Context(form, block, scan, at, channels_of(block, scan, at)), unit, pieces, groups)
+        fold_group(Context(form, block, scan, at, channels_of(block, scan, at)), unit, maps, groups)
 
 
 @triton.jit
-def carry_group(c, unit, initial, pieces, groups, entries, final_state):
+def carry_group(c, unit, initial, maps, groups, entries, final_state):
     """`carry` for the group of a program."""
     n = c.at.n * c.scan.groups
     begin, end, is_last = group_of(c.scan, c.at, unit - n)
     mean, Z, z = get_border(c, initial, c.at.index, c.scan.has_initial != 0)
     state, total = walk(c, Border(mean, Z, z), tl.zeros_like(Z), groups, n, unit, entries, False)
-    state, total = walk(c, state, total, pieces, begin, end, entries, True)
+    state, total = walk(c, state, total, maps, begin, end, entries, True)
     if is_last:
         put(c, final_state, c.at.index, state.mean, (state.Z, state.z))
 
 
 @triton.jit
-def carry(form, block, scan, initial, pieces, groups, entries, final_state):
+def carry(form, block, scan, initial, maps, groups, entries, final_state):
     """What enters each segment, `entries` [segments, D + 2 H], and the final states [N, D + 2 H]."""
     scan = sizes(scan, block)
     unit, b = program(scan, block)
     if unit < scan.sequences * scan.groups:
         at = place(uncut(scan), block, unit // scan.groups, b)
         carry_group(
-            Context(form, block, scan, at, channels_of(block, scan, at)), unit, initial, pieces, groups, entries,
+            Context(form, block, scan, at, channels_of(block, scan, at)), unit, initial, maps, groups, entries,
             final_state,
         )  # fmt: skip

@@ -28,7 +28,7 @@ KERNELS = {
     )
     for name in names
 }
-#: Steps whose rows are loaded before the first is used, or pieces: with float32 states, and with float64.
+#: Steps whose rows are loaded before the first is used, or maps of segments: with float32 states, and with float64.
 TILES = {"forward": (4, 2), "summarize": (4, 2), "backward": (4, 2)}
 _TILE_OF_WALKS = (4, 2)
 #: The most registers of a lane. Without a limit ptxas sometimes takes too few and spills.
@@ -174,12 +174,12 @@ class Call:
     def forward(self, y: Tensor, final_state: Tensor, borders: Tensor) -> None:
         own = {"y": self.stream(y), "final_state": final_state, "borders": borders, "entries": self.nothing}
         if self.segment > 0:
-            pieces, groups = self.rows(self.segments, 4), self.rows(self.sequences * self.groups, 4)
+            maps, groups = self.rows(self.segments, 4), self.rows(self.sequences * self.groups, 4)
             own["entries"] = self.rows(self.segments, 2)
-            self.launch("summarize", self.segments, pieces=pieces)
+            self.launch("summarize", self.segments, maps=maps)
             if self.groups > 1:
-                self.launch("fold", self.sequences * self.groups, pieces=pieces, groups=groups)
-            self.launch("carry", self.sequences * self.groups, pieces=pieces, groups=groups, **own)
+                self.launch("fold", self.sequences * self.groups, maps=maps, groups=groups)
+            self.launch("carry", self.sequences * self.groups, maps=maps, groups=groups, **own)
         self.launch("forward", self.segments, **own)
 
     def backward(self, grads: dict[str, Any], grad_final: Tensor, grad_initial: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One step of the softmax recurrence, pieces of it, and its adjoint: csrc/softmax/step.h on blocks of Triton.
+"""One step of the softmax recurrence, maps of segments, and the adjoint: csrc/softmax/step.h on blocks of Triton.
 
     mean [channels]            weighted mean of the values so far
     q, m, c [heads]            their total weight is exp(m + c) q
@@ -169,7 +169,7 @@ def step(s, v, decay, bonus, state, form):
 
 @triton.jit
 def then(first, decay, second, form):
-    """The state after a piece that makes `second` from an empty state, and whose decays sum to `decay`."""
+    """The state after a segment that makes `second` from an empty state, and whose decays sum to `decay`."""
     d, low = add(first.Z, first.z, decay)
     gap = distance(second.Z, d, low) + second.z
     newer = gap > 0

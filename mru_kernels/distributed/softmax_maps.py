@@ -1,4 +1,4 @@
-"""Pieces of the softmax recurrence: how the states of a sequence and their gradients pass through the segments.
+"""Maps of the softmax recurrence: how the states of a sequence and their gradients pass through the segments.
 
 States compose in float64, whose errors are below those of a state in float32 with its weight in two numbers. A state in
 float64 loses z, about 1e-16 of Z.
@@ -16,12 +16,12 @@ from ..softmax import join_state, split_state
 from .ranks import Ranks
 
 
-class Pieces:
-    """The pieces of the segments of all ranks.
+class SoftmaxMaps:
+    """The maps of the segments of all ranks.
 
     Args:
         order: the ranks, in the order in which the state passes through their segments.
-        messages: `[ranks, N, D + 4 H]`, the piece of each segment as `message` returns it.
+        messages: `[ranks, N, D + 4 H]`, the map of each segment as `message` returns it.
     """
 
     def __init__(self, ranks: Ranks, order: list[int], messages: Tensor) -> None:
@@ -32,9 +32,9 @@ class Pieces:
         self._mean_change: dict[int, Tensor] = {}
 
     @staticmethod
-    def message(piece: Sequence[Tensor]) -> Tensor:
-        """The state `[N, D + 2 H]` and the decay `[N, 2 H]` of a piece as one tensor."""
-        return torch.cat(list(piece), -1)
+    def message(map_: Sequence[Tensor]) -> Tensor:
+        """The state `[N, D + 2 H]` and the decay `[N, 2 H]` of a map as one tensor."""
+        return torch.cat(list(map_), -1)
 
     def forward(self, state: Tensor, run: Callable[[Tensor], tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
         """Run this rank's segment; return its result and the final state `[N, D + 2 H]` of the last segment.
@@ -98,8 +98,8 @@ class Pieces:
         entries = [state]
         own_place = self.order.index(self.ranks.rank)
         for place, rank in enumerate(self.order):
-            piece, decay = self._messages[rank].split([channels + 2 * heads, 2 * heads], -1)
-            own_mean, own = _read(piece, channels, heads)
+            own_state, decay = self._messages[rank].split([channels + 2 * heads, 2 * heads], -1)
+            own_mean, own = _read(own_state, channels, heads)
             past = log + decay.double().unflatten(-1, (2, heads)).sum(1).unsqueeze(-1)
             gap = torch.where(own == -torch.inf, -torch.inf, own - past)
             newer = gap > 0
