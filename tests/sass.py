@@ -1,7 +1,7 @@
 """Counts the instructions that kernels issue, without a GPU.
 
     python -m tests.sass bfloat16 "backward<Form<cells::bmru, BFloat16, 4" sm_90
-    python -m tests.sass triton "backward bf16 bmru codes 2 inputs epsilon 0" sm_90
+    python -m tests.sass triton "backward bf16 bmru codes candidate+threshold epsilon 0" sm_90
 
 Prints the longer straight runs of instructions, and how many of each go to the units that add and multiply, and to
 those that compare, select and move bits, which run at half the rate on NVIDIA devices. It shows the CUDA kernels whose
