@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m examples.sequence_parallel
 
-The sequence has ten million steps. Every rank draws its own segment, so no process has the whole sequence. Ranks exchange
-one map per channel. Then rank 0 scans the segments alone, one after another, and compares the results.
+The sequence has ten million steps. Every rank draws its own segment, so no process has the whole sequence. Ranks
+exchange one map per channel. Then rank 0 scans the segments alone, one after another, and compares the results.
 """
 
 from __future__ import annotations
