@@ -17,13 +17,14 @@ __device__ __forceinline__ Place place(const Call<F>& call) {
   return {segment, thread * F::W - segment * call.scan.channels};
 }
 
+// The first step of packed sequence n, in the order of cu_seqlens. Device data: any value must stay in bounds.
+__device__ __forceinline__ int64_t offset_of(const Scan& scan, int64_t n) {
+  const int64_t at = load<Traffic::kIndex, 1>(scan.offsets + n).at[0];
+  return at < 0 ? 0 : (at < scan.time ? at : scan.time);
+}
 // The positions [begin, end) of sequence n.
 __device__ __forceinline__ void bounds(const Scan& scan, int64_t n, int64_t& begin, int64_t& end) {
-  const auto offset = [&](int64_t i) {  // device data: any value must stay in bounds
-    const int64_t at = load<Traffic::kIndex, 1>(scan.offsets + i).at[0];
-    return at < 0 ? 0 : (at < scan.time ? at : scan.time);
-  };
-  begin = offset(n), end = offset(n + 1);
+  begin = offset_of(scan, n), end = offset_of(scan, n + 1);
   if (end < begin) end = begin;
   if (scan.reverse) {
     const int64_t left = begin;

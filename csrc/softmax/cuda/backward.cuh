@@ -182,7 +182,7 @@ class BackwardAgent {
     room_.copy(Lines<F>(scan_, place_, range_.row, begin), count);
     const bool enters = begin == range_.start;
     const State<F> border(call_, place_, enters ? scan_.initial : scan_.checkpoints,
-                          enters ? range_.sequence : border_row(call_, range_, begin));
+                          enters ? range_.sequence : border_row(call_, range_.row, begin));
     const Inner<F> start(border);
     const int tiles = (count + F::kTile - 1) / F::kTile;
     Inner<F> inner = start;
@@ -309,7 +309,7 @@ class BackwardAgent {
   // The gradients of the initial state and of the inputs [H].
   __device__ __forceinline__ void leave(const Gradient<F>& gradient) const {
     const Plan& plan = call_.plan;
-    if (range_.begin == range_.start) {
+    if (range_.first) {
       State<F> initial;
 #pragma unroll
       for (int h = 0; h < F::kScores; ++h) initial.Z[h] = 0;

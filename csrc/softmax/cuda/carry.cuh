@@ -1,5 +1,5 @@
-// What happens between the segments of a row. `carry` finds the state that enters each, from the left; `carry_adjoint` finds
-// what enters each from the right. A warp has a channel of a row.
+// What happens between the segments of a sequence. `carry` finds the state that enters each, from the left; `carry_adjoint`
+// finds what enters each from the right. A warp has a channel of a sequence.
 #pragma once
 #include "threads.cuh"
 
@@ -11,7 +11,7 @@ constexpr unsigned kAllLanes = 0xffffffff;
 // Goes through `count` maps in turns; each lane has one of a turn. map_of(i) is the i-th, and enters(i, map) is given all maps
 // before it as one, with `entry` first.
 template <class Map, class MapOf, class Enters>
-__device__ __forceinline__ void scan_row(int64_t count, const Map& none, Map entry, MapOf map_of, Enters enters) {
+__device__ __forceinline__ void scan_sequence(int64_t count, const Map& none, Map entry, MapOf map_of, Enters enters) {
   const int lane = int(threadIdx.x);
   for (int64_t turn = 0; turn < count; turn += kWarp) {
     const bool inside = turn + lane < count;
@@ -29,15 +29,15 @@ __device__ __forceinline__ void scan_row(int64_t count, const Map& none, Map ent
   }
 }
 
-// The row and the channel of a thread, and its head.
+// The sequence and the channel of a thread, and its head.
 template <class F>
-struct RowChannel {
-  int64_t row, channel, head;
+struct SequenceChannel {
+  int64_t sequence, channel, head;
 
-  __device__ __forceinline__ explicit RowChannel(const Call<F>& call) {
+  __device__ __forceinline__ explicit SequenceChannel(const Call<F>& call) {
     const int64_t blocks = (call.scan.channels + kCarryChannels - 1) / kCarryChannels;
-    row = blockIdx.x / unsigned(blocks);
-    channel = (blockIdx.x - row * blocks) * kCarryChannels + threadIdx.y;
+    sequence = blockIdx.x / unsigned(blocks);
+    channel = (blockIdx.x - sequence * blocks) * kCarryChannels + threadIdx.y;
     head = int64_t(unsigned(channel) / unsigned(call.plan.group));
   }
 };
@@ -71,32 +71,33 @@ struct ChannelMap {
 };
 // The map of a row of states, at a channel.
 template <class F>
-__device__ __forceinline__ ChannelMap<typename F::S> map_of(const Call<F>& call, const RowChannel<F>& place,
+__device__ __forceinline__ ChannelMap<typename F::S> map_of(const Call<F>& call, const SequenceChannel<F>& place,
                                                             const typename F::S* state, typename F::S decay) {
   const typename F::S* const of_head = state + call.scan.channels + place.head;
   return {{decay, at(of_head), at(of_head + call.scan.heads)}, at(state + place.channel)};
 }
 
-// The states that enter the segments of a row (Plan::second), but for the first.
+// The states that enter the segments of a sequence (Plan::second), but for the first.
 template <class F>
 __global__ void __launch_bounds__(kCarryChannels* int(kWarp)) carry(const __grid_constant__ Call<F> call) {
   using S = typename F::S;
   const HeadScan& scan = call.scan;
   const Plan& plan = call.plan;
-  const RowChannel<F> place(call);
+  const SequenceChannel<F> place(call);
   if (place.channel >= scan.channels) return;
-  const int64_t first = place.row * plan.row_segments;
+  const Sequence all(call, place.sequence);
   const ChannelMap<S> none{no_steps<S>(), S(0)};
   ChannelMap<S> entry = none;
-  if (scan.initial) entry = map_of(call, place, static_cast<const S*>(scan.initial) + place.row * plan.columns, S(0));
-  scan_row(
-      plan.row_segments, none, entry,
+  if (scan.initial)
+    entry = map_of(call, place, static_cast<const S*>(scan.initial) + place.sequence * plan.columns, S(0));
+  scan_sequence(
+      all.count, none, entry,
       [&](int64_t i) {
-        const S decay = at(call.work(plan.decays) + (first + i) * scan.heads + place.head);
-        return map_of(call, place, call.work(plan.first) + (first + i) * plan.columns, decay);
+        const S decay = at(call.work(plan.decays) + (all.first + i) * scan.heads + place.head);
+        return map_of(call, place, call.work(plan.first) + (all.first + i) * plan.columns, decay);
       },
       [&](int64_t i, const ChannelMap<S>& state) {
-        S* const to = call.work(plan.second) + (first + i) * plan.columns;
+        S* const to = call.work(plan.second) + (all.first + i) * plan.columns;
         put(to + place.channel, state.mean);
         if (place.channel != place.head * plan.group) return;
         put(to + scan.channels + place.head, state.head.Z);
@@ -126,28 +127,28 @@ __global__ void __launch_bounds__(kCarryChannels* int(kWarp)) carry_adjoint(cons
   using S = typename F::S;
   const HeadScan& scan = call.scan;
   const Plan& plan = call.plan;
-  const RowChannel<F> place(call);
+  const SequenceChannel<F> place(call);
   if (place.channel >= scan.channels) return;
-  const int64_t last = plan.row_segments - 1, first = place.row * plan.row_segments;
-  const int64_t chunks = plan.chunk_divisor(scan.segment);  // of a segment
-  const auto border = [&](int64_t segment) {                // the state that enters a segment
+  const Sequence all(call, place.sequence);
+  const int64_t last = all.count - 1;
+  const auto border = [&](int64_t segment) {  // the state that enters a segment
     const S* const states = static_cast<const S*>(segment == 0 ? scan.initial : scan.checkpoints);
     if (!states) return ChannelMap<S>{no_steps<S>(), S(0)};
-    const int64_t row = segment == 0 ? place.row : place.row * scan.checkpoint_rows + segment * chunks - 1;
+    const int64_t row = segment == 0 ? place.sequence : border_row(call, all.row, all.start + segment * plan.steps);
     return map_of(call, place, states + row * plan.columns, S(0));
   };
   const auto of = [&](int64_t array, int64_t segment) {
-    return call.work(array) + (first + segment) * scan.channels + place.channel;
+    return call.work(array) + (all.first + segment) * scan.channels + place.channel;
   };
   const auto own = [&](int64_t array, int64_t segment) {  // not `at`: this launch overwrites it
     return load<Traffic::kSlot, 1>(of(array, segment)).at[0];
   };
-  scan_row(
+  scan_sequence(
       last, AdjointMap<S>{1, 0, 0, 0}, AdjointMap<S>{0, 0, own(plan.first, last), own(plan.second, last)},
       [&](int64_t i) {
         const int64_t segment = last - 1 - i;
         const ChannelMap<S> start = border(segment), end = border(segment + 1);
-        const S decay = at(call.work(plan.decays) + (first + segment) * scan.heads + place.head);
+        const S decay = at(call.work(plan.decays) + (all.first + segment) * scan.heads + place.head);
         const S f = adjoint_factor<S>({start.head.Z, start.head.z}, {end.head.Z, end.head.z}, decay);
         return AdjointMap<S>{f, f * (start.mean - end.mean), own(plan.first, segment), own(plan.second, segment)};
       },

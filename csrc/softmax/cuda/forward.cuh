@@ -63,9 +63,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<F>) forward(const __grid_con
   const Place<F> place(call);
   if (!place.inside) return;
   const Range range(call, place.segment);
-  const bool enters = range.begin == range.start;
-  State<F> state(call, place, enters ? scan.initial : call.template work<char>(call.plan.second),
-                 enters ? range.sequence : place.segment);
+  State<F> state(call, place, range.first ? scan.initial : call.template work<char>(call.plan.second),
+                 range.first ? range.sequence : place.segment);
   const HeadInputs<F> heads(scan, place);
   Line<T> y(scan, scan.h, range.row, range.begin, place.channel);
   over_chunks<F>(
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<F>) forward(const __grid_con
       },
       [&](const State<F>& border, int64_t position) {
         if (scan.checkpoints && position != range.start)
-          border.save(call, place, scan.checkpoints, border_row(call, range, position));
+          border.save(call, place, scan.checkpoints, border_row(call, range.row, position));
       });
   if (range.last) state.save(call, place, scan.final_state, range.sequence);
 }

@@ -1,8 +1,9 @@
 // What both sides of a launch agree on: how a call is cut into segments, which threads have which channels, and the
 // workspace. Plain C++. Not yet run on a GPU.
 //
-//   segment   scan positions that are scanned without the others: a whole sequence; where time is cut, scan.segment steps
-//             of a batch row. Time is not cut if sequences are packed
+//   segment   positions of a sequence that are scanned without the others: all, or where time is cut scan.segment steps
+//             from the sequence's start on. Packed sequence n has the numbers from n + offset / scan.segment on: as many
+//             as it needs, whatever the offsets are. A number that is left over is a segment of no steps
 //   part      of a head: up to a warp of threads, side by side, W channels each. Its sums over channels are shuffles
 //   forward   uncut: `forward`. Cut: `summarize` each segment; `carry` gives the state that enters each; `forward`
 //   backward  uncut: `backward`. Cut: `backward` of each segment from 0, which stores no gradients of streams;
@@ -34,18 +35,21 @@ constexpr int64_t segment(const Sizes& n) {
 
 struct Plan {
   int64_t row_segments = 1, segments = 0;  // of a batch row; of the call
+  int64_t steps = 1;                       // of a segment; more than there are if time is not cut
   int64_t group = 1, columns = 0;          // channels of a head; columns of a state: mean | Z | z
   int64_t threads = 1, parts = 1;          // of a head; if a thread has several heads, of those
   int lanes = 1, first_shuffle = 0;        // threads of a part; the power of two, at least half of them, of its sums
   int64_t warps = 0;                       // of a segment, where heads have several channels
-  Divisor row_divisor, chunk_divisor, across;  // by row_segments; by the chunk; by the threads or warps of a segment
+  Divisor row_divisor, steps_divisor, chunk_divisor;  // by row_segments; by steps; by the chunk
+  Divisor across;                                     // by the threads or warps of a segment
 
   // width: channels of a thread
   Plan(const HeadScan& scan, bool backward, int width) : group(scan.channels / std::max<int64_t>(scan.heads, 1)) {
-    if (scan.segment > 0 && !scan.offsets) row_segments = std::max<int64_t>(1, ceil_div(scan.time, scan.segment));
-    segments = is_cut() ? scan.batch * row_segments : scan.sequences;
+    if (scan.segment > 0 && scan.sequences > 0) row_segments = std::max<int64_t>(1, ceil_div(scan.time, scan.segment));
+    steps = is_cut() ? scan.segment : scan.time + 1;
+    segments = scan.offsets ? scan.sequences + scan.time / steps : scan.sequences * row_segments;
     columns = scan.channels + 2 * scan.heads;
-    row_divisor = Divisor(row_segments), chunk_divisor = Divisor(scan.chunk);
+    row_divisor = Divisor(row_segments), steps_divisor = Divisor(steps), chunk_divisor = Divisor(scan.chunk);
     if (group > 1) {
       threads = group / width;
       parts = ceil_div(threads, kWarp);

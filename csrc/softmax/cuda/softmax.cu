@@ -37,7 +37,7 @@ class Op {
                         scan.batch * scan.checkpoint_rows * call_.plan.columns * int64_t(sizeof(S)));
     if (call_.plan.is_cut()) {
       over_segments(summarize<NoBonus>, kThreads, 0, call_.template as<NoBonus>());
-      over_rows(carry<Plain>);
+      over_sequences(carry<Plain>);
     }
     over_segments(cuda::forward<F>, kThreads, 0, call_);
     return launch_.result();
@@ -48,7 +48,7 @@ class Op {
       call_.from_zero = true;
       over_segments(cuda::backward<F>, kBackwardThreads, Room<F>::bytes(scan), call_);
       call_.from_zero = false;
-      over_rows(carry_adjoint<Plain>);
+      over_sequences(carry_adjoint<Plain>);
     }
     over_segments(cuda::backward<F>, kBackwardThreads, Room<F>::bytes(scan), call_);
     if (call_.plan.parts > 1) {
@@ -67,8 +67,8 @@ class Op {
     const int64_t count = call_.plan.segments * call_.plan.across.divisor() * (F::kHeads ? kWarp : 1);
     launch_(kernel, call_.scan.channels ? ceil_div(count, threads) : 0, dim3(unsigned(threads)), shared, call);
   }
-  void over_rows(void (*kernel)(Call<Plain>)) {
-    launch_(kernel, call_.scan.batch * ceil_div(call_.scan.channels, kCarryChannels),
+  void over_sequences(void (*kernel)(Call<Plain>)) {
+    launch_(kernel, call_.scan.sequences * ceil_div(call_.scan.channels, kCarryChannels),
             dim3(unsigned(kWarp), kCarryChannels), 0, call_.template as<Plain>());
   }
   void add(int64_t place, int64_t rows, const Stream& stream) {

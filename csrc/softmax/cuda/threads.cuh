@@ -87,25 +87,52 @@ __device__ __forceinline__ typename F::S sum_of_part(const Plan& plan, const Pla
   return x;
 }
 
+// The number of the first segment of a sequence. That of the next sequence is greater.
+template <class F>
+__device__ __forceinline__ int64_t first_segment(const Call<F>& call, int64_t sequence) {
+  if (!call.scan.offsets) return sequence * call.plan.row_segments;
+  return sequence + call.plan.steps_divisor(offset_of(call.scan, sequence));
+}
+// The sequence of a segment: the last one whose first segment has no greater number.
+template <class F>
+__device__ __forceinline__ int64_t sequence_of(const Call<F>& call, int64_t segment) {
+  if (!call.scan.offsets) return call.plan.row_divisor(segment);
+  if (!call.plan.is_cut()) return segment;
+  int64_t low = 0, high = call.scan.sequences;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (first_segment(call, middle) <= segment) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+// A sequence: positions [start, end) of a row, and `count` segments from number `first` on.
+struct Sequence {
+  int64_t row, start, end, first, count;
+
+  template <class F>
+  __device__ __forceinline__ Sequence(const Call<F>& call, int64_t sequence)
+      : row(sequence), start(0), end(call.scan.time), first(first_segment(call, sequence)) {
+    if (call.scan.offsets) row = 0, bounds(call.scan, sequence, start, end);
+    count = call.plan.steps_divisor(end - start + call.plan.steps - 1);
+    if (count == 0) count = 1;  // an empty sequence has a final state
+  }
+};
+
 // The steps of a segment: positions [begin, end) of a row.
 struct Range {
   int64_t row, sequence, start, begin, end;  // start: position of the sequence's first step
-  bool last;                                 // whether the sequence ends at `end`
+  bool first, last;                          // whether the sequence begins at `begin`, ends at `end`
 
   template <class F>
-  __device__ __forceinline__ Range(const Call<F>& call, int64_t segment) {
-    const HeadScan& scan = call.scan;
-    row = sequence = segment, start = begin = 0, end = scan.time, last = true;
-    if (call.plan.is_cut()) {
-      row = sequence = call.plan.row_divisor(segment);
-      begin = (segment - row * call.plan.row_segments) * scan.segment;
-      last = begin + scan.segment >= scan.time;
-      if (!last) end = begin + scan.segment;
-    } else if (scan.offsets) {
-      row = 0;
-      bounds(scan, segment, begin, end);
-      start = begin;
-    }
+  __device__ __forceinline__ Range(const Call<F>& call, int64_t segment) : sequence(sequence_of(call, segment)) {
+    const Sequence all(call, sequence);
+    const int64_t index = segment - all.first;
+    row = all.row, start = begin = end = all.start, first = index == 0, last = index == all.count - 1;
+    if (index < 0 || index >= all.count) return;  // a number that is left over
+    begin += index * call.plan.steps;
+    end = last ? all.end : begin + call.plan.steps;
   }
 };
 
@@ -154,8 +181,8 @@ struct State {
 
 // The row of the borders that has the state before a position, the first of a chunk that is not its sequence's first.
 template <class F>
-__device__ __forceinline__ int64_t border_row(const Call<F>& call, const Range& range, int64_t position) {
-  return range.row * call.scan.checkpoint_rows + call.plan.chunk_divisor(position) - 1;
+__device__ __forceinline__ int64_t border_row(const Call<F>& call, int64_t row, int64_t position) {
+  return row * call.scan.checkpoint_rows + call.plan.chunk_divisor(position) - 1;
 }
 
 // Inside a chunk.
