@@ -179,13 +179,39 @@ def check_numbers(dtype: torch.dtype) -> None:
         compare(draw(dtype, heads, group, masked=masked, **options), (heads, group, options))
 
 
+#: Packed sequences of 90 steps: empty ones on both ends and between others; those of 32 and 49 steps are cut.
+#: They do not begin at multiples of a segment in the row, in either direction.
+OFFSETS = [0, 0, 9, 9, 41, 90, 90]
+
+
+def draw_packed(dtype: torch.dtype, group: int, **options) -> Call:
+    return draw(dtype, 2, group, batch=1, time=OFFSETS[-1], offsets=OFFSETS, state=True, **options)
+
+
 def check_packed(dtype: torch.dtype) -> None:
-    for group, reverse, decay in product((1, 3, 200), (False, True), ("head", "stream")):
-        options = {"decay": decay, "bonus": True, "state": True, "reverse": reverse, "segment": 16}
-        call = draw(dtype, 2, group, batch=1, time=90, offsets=[0, 0, 9, 9, 41, 90], **options)
+    for i, (group, reverse, segment) in enumerate(product((1, 3, 200), (False, True), (0, 16, 32))):
+        control().configure(seed=i, resident=(1, 24, 200)[i % 3])
+        options = {"bonus": i % 4 > 0, "reverse": reverse, "segment": segment}
+        call = draw_packed(dtype, group, decay=("head", "stream")[i % 2], **options)
         compare(call, (group, options))
         *_, borders = call.forward()
         require(not borders.isnan().any(), "borders that no chunk has are not cleared")
+
+
+def check_packed_as_separate(dtype: torch.dtype) -> None:
+    """A packed sequence has the bits of a call of its own with the same segments. A NaN stays in its sequence."""
+    for group, reverse, segment in product((1, 3, 200), (False, True), (0, 16)):
+        call = draw_packed(dtype, group, decay="stream", bonus=True, reverse=reverse, segment=segment)
+        call.score[0, 20, 1] = torch.nan
+        together = call.results()
+        for n, (begin, end) in enumerate(pairwise(OFFSETS)):
+            own = {name: getattr(call, name)[:, begin:end] for name in ("score", "value", "decay", "grad_y")}
+            own |= {name: getattr(call, name)[n : n + 1] for name in ("initial_state", "grad_final")}
+            for name, t in Call(**{**vars(call), **own, "cu_seqlens": None}).results().items():
+                if name == "bonus":
+                    continue  # its gradient is the sum over all sequences
+                right = together[name][:, begin:end] if t.dim() == 3 else together[name][n : n + 1]
+                require(torch.equal(t.nan_to_num(7), right.nan_to_num(7)), f"{name} of {n}, {group=} {segment=}")
 
 
 def check_large(dtype: torch.dtype) -> None:
@@ -200,9 +226,11 @@ def check_large(dtype: torch.dtype) -> None:
 
 def check_many_segments(dtype: torch.dtype) -> None:
     """More segments than a warp of `carry` takes at once."""
-    for group in (1, 3):
-        call = draw(dtype, 2, group, batch=2, time=16 * 70 + 5, decay="stream", slow=0.1, state=True, segment=16)
-        compare(call, group, 4)
+    time = 16 * 70 + 5
+    for group, offsets in product((1, 3), (None, [0, 16 * 33 + 2, 16 * 34, time])):
+        options = {"batch": 1 if offsets else 2, "time": time, "offsets": offsets}
+        call = draw(dtype, 2, group, decay="stream", slow=0.1, state=True, segment=16, **options)
+        compare(call, (group, offsets), 4)
 
 
 def check_exact(dtype: torch.dtype) -> None:
@@ -276,8 +304,9 @@ def check_nan(dtype: torch.dtype) -> None:
 
 def check_order(dtype: torch.dtype) -> None:
     """Results depend on sizes only, not on the order of threads and blocks."""
-    for heads, group, segment in ((6, 1, 16), (2, 200, 32), (5, 3, 0)):
-        call = draw(dtype, heads, group, decay="stream", bonus=True, state=True, segment=segment)
+    calls = [draw(dtype, heads, group, decay="stream", bonus=True, state=True, segment=segment)
+             for heads, group, segment in ((6, 1, 16), (2, 200, 32), (5, 3, 0))]  # fmt: skip
+    for call in (*calls, draw_packed(dtype, 200, decay="head", bonus=True, segment=16)):
         control().configure(seed=1, resident=24)
         first = call.results()
         control().configure(seed=7, resident=1)
@@ -317,9 +346,15 @@ def check_layouts(dtype: torch.dtype) -> None:
 
 def check_offsets_are_clamped(dtype: torch.dtype) -> None:
     """The kernels cannot check the values of cu_seqlens, but wrong ones must not lead out of bounds."""
-    for offsets, group in product(([0, 2**40, 50], [-7, 60, 9999], [49, 20, 3], [50, 50, 0]), (1, 3)):
-        call = draw(dtype, 2, group, batch=1, time=50, offsets=offsets, decay="stream", bonus=True, state=True)
-        call.results()
+    wrong = ([0, 2**40, 50], [-7, 60, 9999], [49, 20, 3], [50, 50, 0], [49, 50], [30, 40, 20, 45], [0])
+    for offsets, group, segment, reverse in product(wrong, (1, 3), (0, 16), (False, True)):
+        options = {"decay": "stream", "bonus": True, "state": True, "segment": segment, "reverse": reverse}
+        call = draw(dtype, 2, group, batch=1, time=50, offsets=offsets, **options)
+        call.cu_seqlens = torch.tensor([*offsets, 50])[:-1]  # 50: what a read past the end gets
+        outside = torch.ones(50, dtype=torch.bool)
+        for begin, end in pairwise(offsets):
+            outside[max(begin, 0) : max(end, 0)] = False
+        require(call.results()["y"][:, outside].isnan().all(), f"steps of no sequence, {offsets=} {segment=}")
 
 
 def check_empty(dtype: torch.dtype) -> None:
@@ -341,10 +376,12 @@ def check_traffic(dtype: torch.dtype) -> None:
 
     Each thread of a head reads the head's score. A warp does so in one access, but here every thread counts.
     """
-    batch, time, e = 2, 64, dtype.itemsize
-    wide = errors.state_dtype(dtype).itemsize
-    for (heads, group), decay, segment in product(((8, 1), (4, 32), (1, 256)), (None, "head", "stream"), (0, 16)):
-        call = draw(dtype, heads, group, time=time, batch=batch, decay=decay, bonus=True, segment=segment)
+    e, wide = dtype.itemsize, errors.state_dtype(dtype).itemsize
+    sizes, decays, packed = ((8, 1), (4, 32), (1, 256)), (None, "head", "stream"), (None, [0, 41, 41, 128])
+    for (heads, group), decay, segment, offsets in product(sizes, decays, (0, 16), packed):
+        batch, time, sequences = (1, 128, len(offsets) - 1) if offsets else (2, 64, 2)
+        options = {"decay": decay, "bonus": True, "segment": segment, "offsets": offsets}
+        call = draw(dtype, heads, group, time=time, batch=batch, **options)
         n, passes, columns = batch * time * heads * group, 2 if segment else 1, heads * (group + 2)
         width = 1 if group == 1 else 2 if dtype == torch.float64 else 4
         threads, narrow = group // width, 2 if decay == "stream" else 1
@@ -352,21 +389,22 @@ def check_traffic(dtype: torch.dtype) -> None:
         control().reset_traffic()
         _, _, borders = call.forward()
         moved = control().traffic()
-        where = f"{heads} heads of {group}, {decay=} {segment=} {moved}"
+        where = f"{heads} heads of {group}, {options} {moved}"
         require(moved["stream"] == [passes * once, n * e], f"forward: {where}, not {passes * once}")
-        segments = batch * time // segment if segment else 0
-        states = (batch * (1 + (time - 1) // call.chunk) + 2 * segments) * columns + segments * heads
+        segments = batch * time // segment + (sequences if offsets else 0) if segment else 0
+        states = (sequences + batch * ((time - 1) // call.chunk) + 2 * segments) * columns + segments * heads
         require(moved["state"][1] <= states * wide, f"states of forward: {where}, not {states * wide}")
         control().reset_traffic()
         call.backward(borders)
         moved = control().traffic()
-        where = f"{heads} heads of {group}, {decay=} {segment=} {moved}"
+        where = f"{heads} heads of {group}, {options} {moved}"
         right = [passes * (once + n * e), n * e + narrow * batch * time * heads * e]
         require(moved["stream"] == right, f"backward: {where}, not {right}")
 
 
-CHECKS = (check_exact, check_nan, check_shifted, check_packed, check_traffic, check_order, check_layouts, check_empty,
-          check_offsets_are_clamped, check_large, check_many_segments, check_numbers)  # fmt: skip
+CHECKS = (check_exact, check_nan, check_shifted, check_packed, check_packed_as_separate, check_traffic, check_order,
+          check_layouts, check_empty, check_offsets_are_clamped, check_large, check_many_segments,
+          check_numbers)  # fmt: skip
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -52,6 +52,15 @@ _FAULTS = {
         ("sums beyond a part", "if (place.lane + by < plan.lanes) x += other;", "x += other;"),
         ("threads without channels add to sums", "if (!place.inside) x = 0;", ""),
         ("wrong end of a reversed scan", "scan.time - 1 - position : position)", "scan.time - position : position)"),
+        ("numbers that sequences share", "return sequence + call.plan.", "return call.plan."),
+        ("sequence before that of a segment", "(call, middle) <= segment", "(call, middle) < segment"),
+        ("empty sequence without a segment", "if (count == 0) count = 1;", ""),
+        ("numbers left over are scanned", "if (index < 0 || index >= all.count)", "if (index < 0)"),
+        ("numbers before the first sequence are scanned", "if (index < 0 || index >= all.count)",
+         "if (index >= all.count)"),
+        ("final state of a number left over", "last = index == all.count - 1;", "last = index >= all.count - 1;"),
+        ("segment at steps of the row", "begin += index * call.plan.steps;", "begin = index * call.plan.steps;"),
+        ("segment to the row's end", "last ? all.end :", "last ? call.scan.time :"),
     ),
     "cuda/forward.cuh": (
         ("a step beyond the segment", "if (t < left_) lines_.next(next_[t]);", "lines_.next(next_[t]);"),
@@ -62,7 +71,8 @@ _FAULTS = {
         ("maps before a turn lost", "lane == 0 ? entry : entry.then(before)", "lane == 0 ? entry : before"),
         ("shuffle by too few lanes", "if (lane >= by) all =", "if (lane > by) all ="),
         ("adjoint carried without the mean", "f * (start.mean - end.mean)", "S(0)"),
-        ("border of another segment", "segment * chunks - 1;", "segment * chunks;"),
+        ("border of another segment", "all.start + segment * plan.steps", "all.start + (segment + 1) * plan.steps"),
+        ("border at steps of the row", "all.start + segment * plan.steps", "segment * plan.steps"),
     ),
     "cuda/backward.cuh": (
         ("copies not waited for", "    wait_for_copies<0>();\n", ""),
@@ -72,7 +82,12 @@ _FAULTS = {
         ("state of another tile", "before[0] = room_.saved(first / F::kTile);", "before[0] = room_.saved(0);"),
         ("adjoint opened at every tile", "tile == tiles - 1, gradient", "true, gradient"),
     ),
+    "cuda/plan.h": (
+        ("too few numbers for packed segments", "scan.sequences + scan.time / steps", "scan.time / steps"),
+        ("time of no sequence is cut", "if (scan.segment > 0 && scan.sequences > 0)", "if (scan.segment > 0)"),
+    ),
     "cuda/softmax.cu": (
+        ("only the first packed sequence is carried", "scan.sequences * ceil_div(", "scan.batch * ceil_div("),
         ("misaligned words", "return is_aligned && s.batch", "return s.batch"),
         ("misaligned rows", "s.batch % width == 0 && s.time % width == 0;", "true;"),
         ("streams read twice", "    over_segments(cuda::forward<F>, kThreads, 0, call_);\n",
