@@ -18,13 +18,13 @@ from .reference import python_ref
 OP = "softmax_recurrence"
 WKV, AAREN = FORMS = "wkv", "aaren"
 
-_CUT = 300  # steps that the GPU backends cut, if sequences are not packed
+_CUT, _PACKED_CUT = 300, 1500  # steps that the GPU backends cut: of two rows; in total, of packed sequences
 #: Whether sequences are packed, whether the scan is reversed, and the steps.
 _VARIANTS = (
     (False, False, 150), (True, True, 150), (False, True, _CUT),
-    (True, False, 150), (False, False, _CUT), (False, True, 150),
+    (True, False, _PACKED_CUT), (False, False, _CUT), (False, True, 150),
 )  # fmt: skip
-_OFFSETS = (0, 0, 37, 101, 101, 150)
+_OFFSETS = (0, 0, 37, 101, 101, 150)  # of 150 steps
 
 
 def vectors(channels: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -61,7 +61,9 @@ class Case:
         if self.reverse:
             parts = normal(sequences, channels + heads), torch.zeros(sequences, heads)
             tensors["initial_state"] = torch.cat(parts, 1).to(state)
-        settings = {"reverse": self.reverse} | ({"cu_seqlens": torch.tensor(_OFFSETS)} if self.packed else {})
+        settings: dict[str, object] = {"reverse": self.reverse}
+        if self.packed:
+            settings["cu_seqlens"] = torch.tensor(_OFFSETS) * self.time // _OFFSETS[-1]
         label = " ".join([self.form, *["packed"] * self.packed, *["reverse"] * self.reverse])
         grad_y, grad_final = normal(batch, self.time, channels), normal(sequences, channels + 2 * heads)
         return Call(OP, tensors, settings, grad_y.to(self.dtype), grad_final.to(state), label=label)

@@ -148,6 +148,7 @@ def test_the_cases_of_the_softmax_recurrence():
     wanted = set(product(softmax_cases.FORMS, (False, True), (False, True)))
     assert {(c.form, c.packed, c.reverse) for c in every} == wanted
     assert {(c.form, c.reverse) for c in every if c.time >= 256 and not c.packed} == {w[::2] for w in wanted}
+    assert {c.form for c in every if c.time >= 5 * 256 and c.packed} == set(softmax_cases.FORMS)  # 5 sequences
     brief = {case for dtype in DTYPES for case in softmax_cases.brief_cases(dtype)}
     assert 2 * len(brief) < len(every)
     assert {c.dtype for c in brief} == set(DTYPES)
