@@ -41,6 +41,8 @@ struct Functions {
 
 template <class V>
 constexpr typename Lanes<V>::Scalar kInfinity = std::numeric_limits<typename Lanes<V>::Scalar>::infinity();
+template <class V>
+constexpr typename Lanes<V>::Scalar kLowest = std::numeric_limits<typename Lanes<V>::Scalar>::lowest();  // finite
 
 template <class V>
 MRU_INLINE V zero() {
@@ -76,8 +78,7 @@ struct Weight {
 template <class V>
 MRU_INLINE Weight<V> open(V Z, V z) {
   const auto empty = Z == splat<V>(-kInfinity<V>);
-  const V least = splat<V>(std::numeric_limits<typename Lanes<V>::Scalar>::lowest());
-  return {empty ? zero<V>() : splat<V>(1), empty ? least : Z, z};
+  return {empty ? zero<V>() : splat<V>(1), empty ? splat<V>(kLowest<V>) : Z, z};
 }
 template <class V>
 MRU_INLINE Pair<V> close(const Weight<V>& weight) {
