@@ -60,7 +60,7 @@ _FAULTS = {
          "if (index >= all.count)"),
         ("final state of a number left over", "last = index == all.count - 1;", "last = index >= all.count - 1;"),
         ("segment at steps of the row", "begin += index * call.plan.steps;", "begin = index * call.plan.steps;"),
-        ("segment to the row's end", "last ? all.end :", "last ? call.scan.time :"),
+        ("segment beyond its sequence", "last ? all.end :", "last ? call.scan.time :"),
     ),
     "cuda/forward.cuh": (
         ("a step beyond the segment", "if (t < left_) lines_.next(next_[t]);", "lines_.next(next_[t]);"),
