@@ -63,8 +63,8 @@ MRU_INLINE V k_of(V e, V r, V q) {
 // comes before the divisions is a loop of its own: the ratios lie in the rows of e and of read_b until then.
 template <class F, bool kOwn, class L>
 MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, int64_t end, const Records<F>& records,
-                       int64_t column, const typename F::S* mean, const Steps<const typename F::T>& grads,
-                       typename F::S* means, Weight<typename F::V>& w) {
+                       int64_t column, const typename F::S* mean, typename F::S* means, Weight<typename F::V>& w,
+                       const Steps<const typename F::T>& grads, Sweep& to_left) {
   using V = typename F::V;
   const V read_factor = in.read_factor_at(lanes, j);
   for (int64_t t = begin; t < end; ++t) {
@@ -72,10 +72,7 @@ MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, i
     store(lanes, records.e(t - begin) + column, ratios.update);
     if constexpr (F::kBonus)
       if (!in.one_ratio) store(lanes, records.read_b(t - begin) + column, ratios.read);
-    if constexpr (kOwn) {
-      const int64_t next = t - records.chunk;  // in the chunk to the left
-      prefetch(in.scores.row(next) + j), prefetch(in.values.row(next) + j), prefetch(grads.row(next) + j);
-    }
+    if constexpr (kOwn) to_left.template fetch<F::kLanes>(in.scores, in.values, grads);
   }
   V mean_now;
   if constexpr (kOwn) mean_now = load(lanes, mean + j);
@@ -183,18 +180,18 @@ void backward_own(const Inputs<F>& in, const Steps<const typename F::T>& grads, 
   using V = typename F::V;
   constexpr int N = F::kLanes;
   typename F::S* const means = records.end();
+  Sweep inputs_to_left(begin - records.chunk, begin, in.heads), results_to_left = inputs_to_left;
   for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
     Weight<V> w = open(load(lanes, border.Z + j), load(lanes, border.z + j));
     const V q_start = w.q;
-    record<F, true>(in, lanes, j, begin, end, records, 0, border.mean, grads, means, w);
+    record<F, true>(in, lanes, j, begin, end, records, 0, border.mean, means, w, grads, inputs_to_left);
     V after = load_raw<V>(Full<N>{}, means + (end - begin) * N);
     auto adjoint = open_adjoint(load(lanes, carry.mean + j), load(lanes, carry.Z + j), after, w.q);
     typename HeadGradients<F>::Partial partial;
     for (int64_t t = end - 1; t >= begin; --t) {
       const auto s = records.get(lanes, t - begin, 0);
       const V v = in.value_at(lanes, j, t), mean = load_raw<V>(Full<N>{}, means + (t - begin) * N);
-      __builtin_prefetch(heads.scores.row(t - records.chunk) + j, 1, 3);  // in the chunk to the left
-      __builtin_prefetch(grad_values.row(t - records.chunk) + j, 1, 3);
+      results_to_left.fetch<N>(heads.scores, grad_values);
       Terms<F> terms;
       store(lanes, grad_values.row(t) + j, pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms));
       heads.write(lanes, t, j, s, terms, partial);
@@ -266,11 +263,12 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
   const int64_t steps = end - begin;
   const SharedRows<F> rows(records);
   const auto means = rows.means, of_start = rows.part(3, 0);
+  Sweep to_left(begin - records.chunk, begin, in.channels);
 
   for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     Weight<V> w = open(load(lanes, border.Z + h), load(lanes, border.z + h));
     store(lanes, rows.q_start + h, w.q);
-    record<F, false>(in, lanes, h, begin, end, records, h, border.mean, grads, means, w);
+    record<F, false>(in, lanes, h, begin, end, records, h, border.mean, means, w, grads, to_left);
     store(lanes, rows.q_end + h, w.q);
   });
   for (int64_t h = 0; h < in.heads; ++h) {
@@ -289,9 +287,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
       for (int64_t t = steps - 1; t >= 0; --t) {
         const V v = in.value_at(lanes, d, begin + t), mean = load_raw<V>(Full<N>{}, means + t * N);
         const V grad = load(lanes, grads.row(begin + t) + d);
-        const int64_t next = begin + t - records.chunk;  // in the chunk to the left
-        prefetch(in.values.row(next) + d), prefetch(grads.row(next) + d);
-        __builtin_prefetch(grad_values.row(next) + d, 1, 3);
+        to_left.fetch<N>(in.values, grads, grad_values);
         Terms<F> own;
         store(lanes, grad_values.row(begin + t) + d, pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own));
         add_part<F>(lanes, rows.part(0, t), g, own.score);

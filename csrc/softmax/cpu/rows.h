@@ -51,6 +51,25 @@ MRU_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
+// Fetches the rows [row, end) of a chunk into the second-level cache, a vector at a call, in the order of memory. Its callers
+// go through all steps of another chunk with one vector after another; fetched in that order rows would take up to twice as long.
+class Sweep {
+ public:
+  Sweep(int64_t row, int64_t end, int64_t columns) : row_(row), end_(end), columns_(columns) {}
+
+  template <int kLanes, class... Rows>
+  MRU_INLINE void fetch(const Rows&... streams) {
+    if (row_ == end_) return;
+    (__builtin_prefetch(streams.row(row_) + column_, 0, 2), ...);
+    column_ += kLanes;
+    if (column_ >= columns_) column_ = 0, ++row_;
+  }
+
+ private:
+  int64_t row_, column_ = 0;
+  const int64_t end_, columns_;
+};
+
 // The inputs of the heads [h0, h1) and of their channels.
 template <class F>
 struct Inputs {
