@@ -25,14 +25,13 @@ struct StepRows {
 // Stores the ratios of the steps [t0, t1) in `rows`. This is a loop of its own over the channels, because the operations of a
 // whole step depend on each other, and a processor does not look far enough ahead to overlap several steps.
 template <class F>
-void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, int64_t t0, int64_t t1,
-                 int64_t ahead) {
+void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, int64_t t0, int64_t t1) {
   for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
     auto m = load(lanes, weights.m + j), c = load(lanes, weights.c + j);
     typename F::V read_factor{};
     if constexpr (F::kBonus) read_factor = load(lanes, weights.read_factor + j);
     for (int64_t t = t0; t < t1; ++t) {
-      prefetch(in.scores.row(t + ahead) + j);
+      prefetch(in.scores.row(t + kTile) + j);
       const auto ratios = weigh_step(in, lanes, j, t, read_factor, m, c);
       rows.put(lanes, j, t, ratios.update, ratios.read);
     }
@@ -62,57 +61,50 @@ template <class F, bool kOwn>
 void forward_chunk(const Inputs<F>& in, Steps<typename F::T> y, int64_t begin, int64_t end, const Weights<F>& weights,
                    typename F::S* mean, typename F::S* scratch) {
   using V = typename F::V;
-  const int64_t tile = in.channels <= kFewChannels ? kTile : 1, ahead = tile > kRowsAhead ? tile : kRowsAhead;
   // A step of a vector of channels.
   const auto mix_step = [&](auto lanes, int64_t d, int64_t t, V k_read, V k_update, V& mean_now)
                             __attribute__((always_inline)) {
                               const V v = in.value_at(lanes, d, t);
-                              prefetch(in.values.row(t + ahead) + d);
+                              prefetch(in.values.row(t + kTile) + d);
                               V result{};
                               if constexpr (F::kBonus) result = mix(k_read, mean_now, v);
                               mean_now = mix(k_update, mean_now, v);
                               if constexpr (!F::kBonus) result = mean_now;
                               if (!y.first) return;
-                              __builtin_prefetch(y.row(t + ahead) + d, 1, 3);
+                              __builtin_prefetch(y.row(t + kTile) + d, 1, 3);
                               store(lanes, y.row(t) + d, result);
                             };
   for (int64_t step = begin; step < end; step += kTile) {
     const int64_t stop = least(step + kTile, end);
     const StepRows<F> rows{scratch, in.heads, step};
-    if constexpr (!kOwn) {
-      weigh_steps(in, weights, rows, step, stop, kTile);
-      for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
-        share_steps(in, weights, rows, lanes, h, step, stop,
-                    [&](int64_t t, const auto& shares)
-                        __attribute__((always_inline)) { rows.put(lanes, h, t, shares.update.k, shares.read.k); });
+    weigh_steps(in, weights, rows, step, stop);
+    if constexpr (kOwn) {
+      for_lanes<F>(in.heads, [&](auto lanes, int64_t d) __attribute__((always_inline)) {
+        V mean_now = load(lanes, mean + d);
+        share_steps(in, weights, rows, lanes, d, step, stop,
+                    [&](int64_t t, const auto& shares) __attribute__((always_inline)) {
+                      mix_step(lanes, d, t, shares.read.k, shares.update.k, mean_now);
+                    });
+        store(lanes, mean + d, mean_now);
       });
+      continue;
     }
-    for (int64_t t0 = step; t0 < stop; t0 += tile) {
-      const int64_t t1 = least(t0 + tile, stop);
-      if constexpr (kOwn) {
-        weigh_steps(in, weights, rows, t0, t1, ahead);
-        for_lanes<F>(in.heads, [&](auto lanes, int64_t d) __attribute__((always_inline)) {
-          V mean_now = load(lanes, mean + d);
-          share_steps(in, weights, rows, lanes, d, t0, t1,
-                      [&](int64_t t, const auto& shares) __attribute__((always_inline)) {
-                        mix_step(lanes, d, t, shares.read.k, shares.update.k, mean_now);
-                      });
-          store(lanes, mean + d, mean_now);
-        });
-      } else {
-        for (int64_t h = 0; h < in.heads; ++h)
-          for_lanes<F>(in.group, [&](auto lanes, int64_t g) __attribute__((always_inline)) {
-            const int64_t d = h * in.group + g;
-            V mean_now = load(lanes, mean + d);
-            for (int64_t t = t0; t < t1; ++t) {
-              V k_read{};
-              if constexpr (F::kBonus) k_read = splat<V>(rows.read(t)[h]);
-              mix_step(lanes, d, t, k_read, splat<V>(rows.update(t)[h]), mean_now);
-            }
-            store(lanes, mean + d, mean_now);
-          });
-      }
-    }
+    for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
+      share_steps(in, weights, rows, lanes, h, step, stop,
+                  [&](int64_t t, const auto& shares)
+                      __attribute__((always_inline)) { rows.put(lanes, h, t, shares.update.k, shares.read.k); });
+    });
+    for (int64_t h = 0; h < in.heads; ++h)
+      for_lanes<F>(in.group, [&](auto lanes, int64_t g) __attribute__((always_inline)) {
+        const int64_t d = h * in.group + g;
+        V mean_now = load(lanes, mean + d);
+        for (int64_t t = step; t < stop; ++t) {
+          V k_read{};
+          if constexpr (F::kBonus) k_read = splat<V>(rows.read(t)[h]);
+          mix_step(lanes, d, t, k_read, splat<V>(rows.update(t)[h]), mean_now);
+        }
+        store(lanes, mean + d, mean_now);
+      });
   }
 }
 

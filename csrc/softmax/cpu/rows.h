@@ -6,9 +6,6 @@
 namespace mru::softmax {
 namespace {
 
-constexpr int64_t kFewChannels = 32;  // see forward_chunk: many channels go row by row, in the order of memory
-constexpr int64_t kRowsAhead = 4;     // rows that are prefetched at least; hardware prefetches too few
-
 enum class Decay { kNone, kHead, kStream };
 
 template <class Element, Decay kDecayKind, bool kHasBonus>
