@@ -1,7 +1,8 @@
 """Time, memory and accuracy of `mk.wkv` against other forms of RWKV-4's recurrence: `python -m bench softmax`.
 
 The public kernels (the authors', Hugging Face's and fla's) scan in sequence. Their state is two sums and the log of
-their scale, the largest exponent so far, in one float.
+their scale, the largest exponent so far, in one float. `torch.add` reads and writes the bytes that a pass cannot avoid:
+two streams in and one out forward, three in and two out backward.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from .mesa import both_passes, saved
 
 Form = Callable[..., Tensor]
 CHANNELS = 16  # of the accuracy table
+FLOOR = "torch.add"
 LIMIT = 1e-4  # of the relative error of each form before it is timed; the keys are small
 
 
@@ -124,17 +125,42 @@ def check(forms: dict[str, Form], leaves: Sequence[Tensor]) -> None:
                 )
 
 
+def floor(leaves: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+    """The passes of `torch.add` over the bytes of the forward pass, and of both."""
+    key, value = (t.detach() for t in leaves[:2])
+    out = torch.empty_like(key)
+
+    def both() -> None:
+        for second in (value, value, 1.0):
+            torch.add(key, second, out=out)
+
+    return {"forward": partial(torch.add, key, value, out=out), "both": both}
+
+
 def times(forms: dict[str, Form], leaves: Sequence[Tensor], device: torch.device) -> list[tuple[str, ...]]:
     check(forms, leaves)
-    subjects: dict[tuple[str, str], Callable[[], object]] = {}
+    subjects = {(FLOOR, pass_): run for pass_, run in floor(leaves).items()}
     for name, form in forms.items():
         subjects[name, "forward"] = partial(form, *(t.detach() for t in leaves))
         subjects[name, "both"] = partial(both_passes, form, leaves)
     measured = timing.measure(subjects, device)
-    rows = [("form", "forward, ms", "with backward, ms", "spread", "saved, MiB")]
-    for name, form in forms.items():
-        forward, (both, spread) = measured[name, "forward"][0], measured[name, "both"]
-        rows.append((name, f"{1e3 * forward:.2f}", f"{1e3 * both:.2f}", f"{spread:.0%}", f"{saved(form, leaves):.1f}"))
+    header = (
+        "form",
+        "forward, ms",
+        "spread",
+        f"of {FLOOR}",
+        "with backward, ms",
+        "spread",
+        f"of {FLOOR}",
+        "saved, MiB",
+    )
+    rows = [header]
+    for name in (FLOOR, *forms):
+        row = [name]
+        for pass_ in ("forward", "both"):
+            seconds, spread = measured[name, pass_]
+            row += [f"{1e3 * seconds:.2f}", f"{spread:.0%}", f"{seconds / measured[FLOOR, pass_][0]:.2f}"]
+        rows.append((*row, f"{saved(forms[name], leaves):.1f}" if name in forms else ""))
     return rows
 
 
@@ -154,25 +180,29 @@ def accuracy(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("softmax"), description=__doc__.split(":")[0])
-    parser.add_argument("--shape", type=cli.shape, default=(4, 1024, 256), metavar="B,T,D")
+    parser.add_argument("--shape", type=cli.shape, nargs="+", default=[(4, 1024, 256)], metavar="B,T,D")
     parser.add_argument("--device", default="cpu", type=cli.device)
     parser.add_argument(
-        "--keys", type=float, nargs="+", default=[0, 10, 100, 1000], help="means of the keys in the accuracy table"
+        "--keys", type=float, nargs="*", default=[0, 10, 100, 1000], help="means of the keys in the accuracy table"
     )
     parser.add_argument("--time-decays", type=float, nargs="+", default=[-5, -10], help="logs of -decay")
     parser.add_argument("--steps", type=int, nargs="+", default=[1024, 16384], help="T of the accuracy table")
+    parser.add_argument("--alone", action="store_true", help="time mk.wkv and no other form")
     parser.add_argument("--fla", action="store_true", help="also fla-core's kernel, which needs a GPU")
     arguments = parser.parse_args(argv)
     forms: dict[str, Form] = {"mk.wkv": kernel, "public form": public, "on linear_recurrence": composed}
-    timed: dict[str, Any] = forms | {"associative_scan": scanned}
+    timed: dict[str, Form] = forms | {"associative_scan": scanned}
     if arguments.fla:
         forms, timed = ({**group, "fla": fla} for group in (forms, timed))
-    leaves = [t.requires_grad_() for t in inputs(arguments.shape, arguments.device)]
-    print(records.aligned(times(timed, leaves, arguments.device)))
-    batch, time, channels = arguments.shape
-    print(f"\nB = {batch}, T = {time}, D = {channels}, float32; saved: between the passes, without the inputs.")
-    print(f"{torch.get_num_threads()} threads; allocator: {allocator.describe()}\n")
-    table = accuracy(forms, arguments.keys, arguments.time_decays, arguments.steps, arguments.device)
-    print(records.aligned(table))
-    print(f"\nRMS error of y in float32, relative to the public form in float64; B = 1, D = {CHANNELS}.")
+    if arguments.alone:
+        timed = {"mk.wkv": kernel}
+    for batch, time, channels in arguments.shape:
+        leaves = [t.requires_grad_() for t in inputs((batch, time, channels), arguments.device)]
+        print(records.aligned(times(timed, leaves, arguments.device)))
+        print(f"\nB = {batch}, T = {time}, D = {channels}, float32; saved: between the passes, without the inputs.\n")
+    print(f"{torch.get_num_threads()} threads; allocator: {allocator.describe()}")
+    if arguments.keys:
+        table = accuracy(forms, arguments.keys, arguments.time_decays, arguments.steps, arguments.device)
+        print(f"\n{records.aligned(table)}")
+        print(f"\nRMS error of y in float32, relative to the public form in float64; B = 1, D = {CHANNELS}.")
     return 0

@@ -47,6 +47,14 @@ def test_the_public_form_loses_digits_where_keys_are_large():
 def test_the_tables(capsys, monkeypatch):
     monkeypatch.setattr(softmax.timing.measure, "__defaults__", (0.0,))
     assert softmax.main(["--shape", "1,8,2", "--keys", "0", "3", "--time-decays", "-5", "--steps", "8"]) == 0
-    times, _, errors, _ = capsys.readouterr().out.strip().split("\n\n")
-    assert [line.split("  ")[0] for line in times.splitlines()] == ["form", *FORMS]
+    times, _, _, errors, _ = capsys.readouterr().out.strip().split("\n\n")
+    assert [line.split("  ")[0] for line in times.splitlines()] == ["form", softmax.FLOOR, *FORMS]
     assert len(errors.splitlines()) == 3
+
+
+def test_the_kernel_alone_at_several_shapes(capsys, monkeypatch):
+    monkeypatch.setattr(softmax.timing.measure, "__defaults__", (0.0,))
+    assert softmax.main(["--shape", "1,8,2", "2,4,3", "--alone", "--keys"]) == 0
+    first, _, second, _, _ = capsys.readouterr().out.strip().split("\n\n")
+    for table in (first, second):
+        assert [line.split("  ")[0] for line in table.splitlines()] == ["form", softmax.FLOOR, "mk.wkv"]
