@@ -28,8 +28,7 @@ struct HeadKernels {
   void (*total)(const HeadScan&, const void* sums, int64_t count, int which, void* total);
 };
 
-constexpr int64_t kTile =
-    8;  // steps that the forward pass takes with one vector of channels, and rows that it prefetches
+constexpr int64_t kTile = 8;  // steps of one vector in the forward pass, which fetches as many rows ahead
 constexpr int64_t kMostLanes =
     16;  // of a vector; sums over a head's channels have as many parts on every instruction set
 constexpr int64_t kHeadRows = 5;  // of a step in the backward pass: see Records in backward.h
