@@ -18,6 +18,8 @@ from .cells.bmru import bmru, bmru_step
 from .cells.leaky_integrator import leaky_integrator, leaky_integrator_step
 from .cells.lif import lif, lif_step
 from .cells.linear_recurrence import linear_recurrence, linear_recurrence_step
+from .cells.min_gru import min_gru, min_gru_step
+from .cells.min_lstm import min_lstm, min_lstm_step
 from .cells.resonate import resonate, resonate_step
 from .cells.schmitt import schmitt, schmitt_step
 from .define import Affine, DefinedCell, Write, define_cell, heaviside, sign
@@ -90,6 +92,10 @@ __all__ = [
     "linear_recurrence_step",
     "mesa",
     "mesa_step",
+    "min_gru",
+    "min_gru_step",
+    "min_lstm",
+    "min_lstm_step",
     "mismatch",
     "quantizable",
     "quantized",

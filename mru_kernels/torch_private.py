@@ -39,6 +39,7 @@ __all__ = [
     "has_hooks",
     "has_kernel",
     "has_tangent",
+    "has_tangent_below_python",
     "in_forward_mode",
     "is_batched",
     "is_fake",
@@ -128,6 +129,11 @@ def may_have_tangents() -> bool:
 def has_tangent(t: torch.Tensor) -> bool:
     """Whether `t` has a tangent at the current level of forward-mode differentiation."""
     return in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None
+
+
+def has_tangent_below_python(t: torch.Tensor | None) -> bool:
+    """`has_tangent` in the autograd kernel of an op, also in code that is being compiled."""
+    return t is not None and torch._VF._unpack_dual(t, level=0)[1] is not None
 
 
 def primals(ctx) -> list[Any]:

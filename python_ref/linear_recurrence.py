@@ -64,5 +64,4 @@ CELL = Cell(
     draw=draw_inputs,
     factors={"decay": ("stream", "channel")},
     dtypes=DTYPES | COMPLEX_DTYPES,
-    unit="MinGRU",
 )

@@ -307,14 +307,10 @@ class DefinedCell:
             used = [t for name, t in zip(functions.inputs, x, strict=True) if name in parameters(functions.gate)]
             return write_or_hold.gates(_as(first, like), _as(second, like), used)
 
-        def affine(gates, s, p):
-            factor, offset = gates
-            return factor * s + offset
-
         def outputs(x, s, p):
             return _as(functions.outputs(s, named(x, p)), s)
 
-        plain = ops.Plain(write_or_hold.step if writes else affine, gates)
+        plain = ops.Plain(write_or_hold.step, gates) if writes else ops.affine(gates)
         return plain if functions.output is None else ops.Plain(plain.step, gates, outputs)
 
 

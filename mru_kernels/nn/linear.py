@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .. import backends
 from ..cells.linear_recurrence import linear_recurrence, linear_recurrence_step
+from ..cells.min_gru import min_gru_packed, min_gru_packed_step
+from ..cells.min_lstm import min_lstm_packed, min_lstm_packed_step
 from .arguments import check_number, constructor
 from .base import MRUBase
 
@@ -24,7 +26,7 @@ class MinGRU(MRUBase, names=("min_gru",)):
         h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t)
 
     W_c, W_z `[D, features]` and b_c, b_z `[D]` are trained. Initial states are zero, whether they are learned or not.
-    In half precision a decay 1 - z_t that is closer to 1 than 2^-9 (bfloat16) or 2^-12 (float16) rounds to 1.
+    The scan is `mru_kernels.min_gru`, which computes the gates in the state dtype: float32 for half precision.
 
     Arguments, calls and errors are those of `BMRU`, without `epsilon` and `surrogate_scale`. `bias=False` removes b_c
     only.
@@ -79,23 +81,11 @@ class MinGRU(MRUBase, names=("min_gru",)):
             if "forget" in biases:
                 biases["forget"].copy_(odds.log())
 
-    def _log_odds(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-odds of keeping and of writing the state. Their sigmoids are the decay and 1 - decay."""
-        (update,) = gates
-        return -update, update
-
-    def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """The decay and the update of the recurrence, in the shape of one gate."""
-        candidate, *others = gates.chunk(len(self.gates), -1)
-        keep, write = self._log_odds(*others)
-        value = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
-        return keep.sigmoid(), write.sigmoid() * value
-
     def _scan(self, gates, initial_state, **options):
-        return linear_recurrence(*self._coefficients(gates), initial_state, **options)
+        return min_gru_packed(gates, initial_state, **options)
 
     def _step(self, gates, state, state_indices, **per_channel):
-        return linear_recurrence_step(*self._coefficients(gates), state, state_indices=state_indices)
+        return min_gru_packed_step(gates, state, state_indices)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_time_scale={self.max_time_scale:g}"
@@ -110,9 +100,8 @@ class MinLSTM(MinGRU, names=("min_lstm",)):
         i_t = sigmoid(update_t)            f_t = sigmoid(forget_t)
         h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) g(candidate_t)
 
-    The decay f_t / (f_t + i_t) is evaluated as `sigmoid(log f_t - log i_t)`, which is accurate also where a gate is
-    near 0. Initially b_f = -b_i, which gives the time scales described in `MinGRU`. All arguments, calls and errors are
-    those of `MinGRU`.
+    The scan is `mru_kernels.min_lstm`, which is accurate also where a gate is near 0. Initially b_f = -b_i, which gives
+    the time scales described in `MinGRU`. All arguments, calls and errors are those of `MinGRU`.
 
     Example::
 
@@ -123,10 +112,11 @@ class MinLSTM(MinGRU, names=("min_lstm",)):
 
     gates = {"candidate": None, "update": 0.0, "forget": 0.0}
 
-    def _log_odds(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
-        update, forget = gates
-        keep = F.logsigmoid(forget) - F.logsigmoid(update)
-        return keep, -keep
+    def _scan(self, gates, initial_state, **options):
+        return min_lstm_packed(gates, initial_state, **options)
+
+    def _step(self, gates, state, state_indices, **per_channel):
+        return min_lstm_packed_step(gates, state, state_indices)
 
 
 class LRU(MRUBase, names=("lru",)):

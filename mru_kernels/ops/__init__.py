@@ -63,7 +63,7 @@ from .layout import (
     split_gates,
 )
 from .registration import add_backend, add_cell
-from .spec import CELLS, Cell, Input, Plain
+from .spec import CELLS, Cell, Input, Plain, affine
 
 __all__ = [
     "CELLS",
@@ -73,6 +73,7 @@ __all__ = [
     "Plain",
     "add_backend",
     "add_cell",
+    "affine",
     "allocate",
     "allocate_backward",
     "allocate_codes",

@@ -1,4 +1,4 @@
-"""Autograd of the ops: gradients and tangents; a second derivative of the linear recurrence. Others raise."""
+"""Autograd of the ops: gradients and tangents; second derivatives of affine cells. Those of others raise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import torch_private as private
 from .batching import BACKWARD_NAMES, FORWARD_NAMES
-from .derivatives import LINEAR, tangent, tangent_of_gradient
+from .derivatives import LINEAR, gradient_by_parts, has_second_derivative, tangent, tangent_of_gradient
 from .layout import allocate_backward, first_stream
 from .spec import Cell
 
@@ -38,6 +38,10 @@ def gradient(cell: Cell, backend: str):
         if _is_differentiated(*inputs):
             if cell.name == LINEAR:
                 return list(apply_function(Gradient, cell, backend, arguments, *inputs))
+            if has_second_derivative(cell):
+                if any(map(private.has_tangent_below_python, inputs)):
+                    return gradient_by_parts(cell, backend, dict(zip(BACKWARD_NAMES, arguments, strict=True)))
+                return list(apply_function(GradientByParts, cell, backend, arguments, *inputs))
             reason = f"mru::{cell.name}: there is no second derivative (gradient of a gradient, hessian)"
             return list(apply_function(WithoutDerivative, cell.backward[backend], reason, arguments, *inputs))
         with private.BelowAutograd():
@@ -103,7 +107,7 @@ def apply_function(function: type[torch.autograd.Function], *arguments):
 @cache
 def _single_level(function: type[torch.autograd.Function]) -> Any:
     """`function` as a class whose `apply` works on one level of torch.func."""
-    members = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
+    members = {name: vars(function)[name] for name in ("forward", "backward", "jvp") if name in vars(function)}
     return type(function.__name__, (private.SingleLevelFunction,), members)
 
 
@@ -229,6 +233,42 @@ class Gradient(torch.autograd.Function):
         with private.enable_forward_gradients(True):
             grads, call = Gradient._call(ctx, private.primals(ctx))
             return tuple(tangent_of_gradient(ctx.cell, ctx.backend, call, grads, tangents[:3], tangents[3:]))
+
+
+class GradientByParts(torch.autograd.Function):
+    """`mru::<cell>_backward` below autograd, of a cell with `Plain.vjp`. Its gradient is that of `gradient_by_parts`.
+
+    In forward mode the caller runs `gradient_by_parts` itself, as the tangents are there.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, backend, arguments, *inputs):
+        ctx.set_materialize_grads(False)
+        named = dict(zip(BACKWARD_NAMES, arguments, strict=True))
+        ctx.save_for_backward(*inputs, named["cu_seqlens"], named["resets"])
+        ctx.cell, ctx.backend = cell, backend
+        ctx.states = [name for name in ("initial_state", "reset_state") if named[name] is not None]
+        ctx.constants = {name: None if isinstance(t, (Tensor, list)) else t for name, t in named.items()}
+        return tuple(below_autograd(cell.backward[backend], arguments))
+
+    @staticmethod
+    def backward(ctx, *tangents):
+        create_graph = torch.is_grad_enabled()
+        *saved, cu_seqlens, resets = ctx.saved_tensors
+        with torch.enable_grad():
+            # The gradient by a view does not pass another argument, which may have been computed from this one.
+            views = [t.view_as(t) if t is not None and t.requires_grad else t for t in saved]
+            grads, inputs = dict(zip(BACKWARD_NAMES[:3], views, strict=False)), views[3:]
+            states = {name: inputs.pop() for name in reversed(ctx.states)}
+            call = ctx.constants | grads | {"inputs": inputs, "cu_seqlens": cu_seqlens, "resets": resets} | states
+            results = gradient_by_parts(ctx.cell, ctx.backend, call)
+        pairs = [(t, tangent) for t, tangent in zip(results, tangents, strict=True) if tangent is not None]
+        wanted = [t for t in views if t is not None and t.requires_grad]
+        if not pairs:
+            return (None,) * (3 + len(views))
+        results, of_results = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(results, wanted, of_results, create_graph=create_graph, allow_unused=True))
+        return None, None, None, *(next(found) if t is not None and t.requires_grad else None for t in views)
 
 
 class WithoutDerivative(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Tangents of the ops: forward mode, and the derivatives of the gradient of the linear recurrence.
+"""Tangents of the ops: forward mode, and the derivatives of the gradients of affine cells.
 
 The tangent of a result is its derivative along a change of the inputs; `dx` is the tangent of `x`. A step is pointwise,
 so the tangent of the states is a linear recurrence: with the states s before each step,
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import state_dtype
 from .batching import BACKWARD_NAMES, FORWARD_NAMES
-from .layout import places, split_gates
+from .layout import arrays, places, split_gates
 from .spec import CELLS, Cell
 
 #: The cell whose op scans tangents. It is its own tangent, so its gradient is differentiable.
@@ -83,6 +83,35 @@ def tangent_of_gradient(
     of_initial, of_reset = scan.enter_gradients(mu, first)
     results += [t for t, given in ((of_initial, enters.initial), (of_reset, enters.reset)) if given is not None]
     return [t.to(value.dtype) for t, value in zip(results, _values(cell, call), strict=True)]
+
+
+def has_second_derivative(cell: Cell) -> bool:
+    """Whether the gradient of the cell has derivatives, of any order."""
+    return cell.name == LINEAR or (cell.plain is not None and cell.plain.vjp is not None)
+
+
+def gradient_by_parts(cell: Cell, backend: str, call: Call) -> list[Tensor]:
+    """What the backward op of a cell with `Plain.vjp` computes, by ops that have derivatives.
+
+    These are plain torch for the gates, and the backward op of the linear recurrence.
+
+    Args:
+        call: the arguments of the backward op, by name. All inputs are streams.
+    """
+    assert cell.plain is not None
+    assert cell.plain.vjp is not None
+    inputs, packed = call["inputs"], call["packed"]
+    state = state_dtype(inputs[0].dtype)
+    x = [t.to(state) for t in arrays(cell, inputs, call["given"], packed) if t is not None]
+    decay, update = cell.plain.gates(x, [])
+    of_scan = {"inputs": [update, decay], "given": CELLS[LINEAR].required, "packed": 0, "numbers": []}
+    of_scan |= {"checkpoints": None, "events": None}  # it scans again
+    names = ("grad_h", "grad_final", "grad_checkpoints", "initial_state", "reset_state")
+    of_scan |= {name: None if call[name] is None else call[name].to(state) for name in names}
+    of_update, of_decay, *of_states = CELLS[LINEAR].backward[backend](*(call | of_scan).values())
+    of_inputs = cell.plain.vjp(x, of_decay, of_update)
+    found = [torch.cat(list(of_inputs), -1)] if packed else [*of_inputs]
+    return [t.to(value.dtype) for t, value in zip([*found, *of_states], _values(cell, call), strict=True)]
 
 
 def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +51,27 @@ class Plain:
         step: (gates, s, p) -> the state after one step, from its gates and the state before, all `[B, D]`.
         gates: (x, p) -> what the steps need and no state decides, a sequence of tensors `[B, T, D]`.
         output: (x, s, p) -> h, from the states after the steps, all `[B, T, D]`.
+        vjp: (x, of_decay, of_update) -> the gradients of x, of an `affine` cell without scalars whose inputs all are
+            streams. With it, gradients of the cell have derivatives of any order: torch differentiates `vjp`.
     """
 
     step: Callable[[Sequence[Tensor], Tensor, Sequence[float | Tensor]], Tensor]
     gates: Callable[[Sequence[Tensor | None], Sequence[float | Tensor]], Sequence[Tensor]] = _all_inputs
     output: Callable[[Sequence[Tensor | None], Tensor, Sequence[float | Tensor]], Tensor] = _state
+    vjp: Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]] | None = None
+
+
+def affine(
+    gates: Callable[[Sequence[Any], Sequence[float | Tensor]], Sequence[Tensor]],
+    vjp: Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]] | None = None,
+) -> Plain:
+    """The cell s' = decay s + update with h = s'. `gates` is (x, p) -> (decay, update)."""
+    return Plain(_affine_step, gates, vjp=vjp)
+
+
+def _affine_step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
+    decay, update = gates
+    return decay * s + update
 
 
 @dataclass(frozen=True)

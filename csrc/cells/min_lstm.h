@@ -1,0 +1,71 @@
+// minLSTM with normalised gates: a linear recurrence whose decay and write add up to 1. arXiv 2410.01201.
+//
+//   s' = (f s + i g(c)) / (f + i)    i = sigmoid(u)    f = sigmoid(v)    g as in min_gru.h    h = s'    inputs: c, u, v
+#pragma once
+#include "../cell.h"
+#include "../min_gates.h"
+
+namespace mru {
+
+template <class S>
+struct MinLSTM : CellBase {
+  MRU_INLINE explicit MinLSTM(const double*) {}
+
+  // The shares f / (f + i) and i / (f + i). sigmoid(x) = e^min(x, 0) / (1 + e^-|x|), so they are A and B over A + B, where
+  // A = e^min(v, 0) (1 + e^-|u|) and B = e^min(u, 0) (1 + e^-|v|), both over the larger of the two exponentials.
+  template <class V>
+  struct Shares {
+    V of_u, of_v;  // e^-|u|, e^-|v|
+    V keep, write, sum;
+
+    MRU_INLINE explicit Shares(const V* x) {
+      const V u = x[1], v = x[2], zero{}, one = splat<V>(1);
+      of_u = exp_of_minus_abs(u), of_v = exp_of_minus_abs(v);
+      const V difference = (v < zero ? v : zero) - (u < zero ? u : zero), e = exp_of_minus_abs(difference);
+      keep = numerator(difference, e) * (one + of_u);
+      write = numerator_of_minus(difference, e) * (one + of_v);
+      sum = keep + write;
+    }
+  };
+
+  template <class V>
+  MRU_INLINE V step(const V* x, V s) const {
+    const Shares<V> shares(x);
+    const V one = splat<V>(1), of_c = exp_of_minus_abs(x[0]);
+    const V under_both = one / ((one + of_c) * shares.sum);
+    const V under_c = under_both * shares.sum, under = under_both * (one + of_c);
+    return shares.keep * under * s + shares.write * under * positive(x[0], of_c, under_c);
+  }
+  template <class V>
+  MRU_INLINE V recompute(const V* x, V s) const {
+    return step(x, s);
+  }
+  template <class V>
+  MRU_INLINE V pull(const V* x, V m) const {
+    const Shares<V> shares(x);
+    return shares.keep / shares.sum * m;
+  }
+  template <class V>
+  MRU_INLINE V vjp(const V* x, V s, V, V g, V m, V* dx) const {
+    const Shares<V> shares(x);
+    const V one = splat<V>(1), of_c = exp_of_minus_abs(x[0]);
+    const V under_c = one / (one + of_c), under = one / shares.sum;
+    const V decay = shares.keep * under, write = shares.write * under, lambda = g + m;
+    const V of_odds = decay * write * lambda * (positive(x[0], of_c, under_c) - s);  // dL/d log(i / f)
+    dx[0] = lambda * write * positive_slope(x[0], of_c, under_c);
+    dx[1] = of_odds * numerator_of_minus(x[1], shares.of_u) / (one + shares.of_u);
+    dx[2] = -(of_odds * numerator_of_minus(x[2], shares.of_v) / (one + shares.of_v));
+    return decay * lambda;
+  }
+};
+
+namespace cells {
+struct min_lstm : Declaration<min_lstm> {
+  static constexpr InputKind kInputs[] = {kStream, kStream, kStream};
+  static constexpr bool kComplex = false;
+  template <class S, unsigned>
+  using Cell = MinLSTM<S>;
+};
+}  // namespace cells
+
+}  // namespace mru

@@ -1,0 +1,54 @@
+"""minLSTM (csrc/cells/min_lstm.h): s' = (f s + i g(c)) / (f + i), i = sigmoid(u), f = sigmoid(v), h = s'."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..cell import Implementation, cell
+from ..min_gates import exp_of_minus_abs, numerator, numerator_of_minus, positive, positive_slope
+
+
+@triton.jit
+def shares(u, v, of_u, of_v):
+    """f / (f + i) and i / (f + i) as A and B over A + B, for e^-|u| and e^-|v|: A, B and A + B."""
+    # minimum() of a NaN may be 0: of_u and of_v make both shares NaN.
+    difference = tl.minimum(v, 0.0) - tl.minimum(u, 0.0)
+    e = exp_of_minus_abs(difference)
+    keep = numerator(difference, e) * (1.0 + of_u)
+    write = numerator_of_minus(difference, e) * (1.0 + of_v)
+    return keep, write, keep + write
+
+
+@triton.jit
+def step(x, s, p):
+    c, u, v = x
+    keep, write, sum = shares(u, v, exp_of_minus_abs(u), exp_of_minus_abs(v))
+    of_c = exp_of_minus_abs(c)
+    under_both = 1.0 / ((1.0 + of_c) * sum)
+    under_c, under = under_both * sum, under_both * (1.0 + of_c)
+    return keep * under * s + write * under * positive(c, of_c, under_c)
+
+
+@triton.jit
+def pull(x, m, p):
+    _, u, v = x
+    keep, _, sum = shares(u, v, exp_of_minus_abs(u), exp_of_minus_abs(v))
+    return keep / sum * m
+
+
+@triton.jit
+def vjp(x, s, after, g, m, p):
+    c, u, v = x
+    of_c, of_u, of_v = exp_of_minus_abs(c), exp_of_minus_abs(u), exp_of_minus_abs(v)
+    keep, write, sum = shares(u, v, of_u, of_v)
+    under_c, under = 1.0 / (1.0 + of_c), 1.0 / sum
+    decay, write = keep * under, write * under
+    lam = g + m
+    of_odds = decay * write * lam * (positive(c, of_c, under_c) - s)  # dL/d log(i / f)
+    of_update = of_odds * numerator_of_minus(u, of_u) / (1.0 + of_u)
+    of_forget = -(of_odds * numerator_of_minus(v, of_v) / (1.0 + of_v))
+    return decay * lam, (lam * write * positive_slope(c, of_c, under_c), of_update, of_forget)
+
+
+CELL = Implementation(cell(step, pull, vjp))

@@ -1,0 +1,35 @@
+"""The functions that minGRU and minLSTM share (csrc/min_gates.h), compiled by Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp_of_minus_abs(x):
+    """e^-|x|. With it, sigmoid(x) and sigmoid(-x) are 1 and e over 1 + e, in the order that the sign of x gives."""
+    return tl.exp(-tl.abs(x))
+
+
+@triton.jit
+def numerator(x, e):
+    """The numerator of sigmoid(x)."""
+    return tl.where(x >= 0, 1.0, e)
+
+
+@triton.jit
+def numerator_of_minus(x, e):
+    """The numerator of sigmoid(-x)."""
+    return tl.where(x >= 0, e, 1.0)
+
+
+@triton.jit
+def positive(c, e, under):
+    """g(c) = c + 1/2 for c >= 0, else sigmoid(c), for e = e^-|c| and under = 1 / (1 + e)."""
+    return tl.where(c >= 0, c + 0.5, e * under)
+
+
+@triton.jit
+def positive_slope(c, e, under):
+    return tl.where(c >= 0, 1.0, e * under * under)
