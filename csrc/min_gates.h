@@ -19,14 +19,14 @@ MRU_INLINE V numerator_of_minus(V x, V e) {
   return x >= V{} ? e : splat<V>(1);
 }
 
-// g(c) = c + 1/2 for c >= 0, else sigmoid(c), and its derivative. e: e^-|c|; under: 1 / (1 + e).
+// g(c) = c + 1/2 for c >= 0, else sigmoid(c), and its derivative. e: e^-|c|; over: 1 / (1 + e).
 template <class V>
-MRU_INLINE V positive(V c, V e, V under) {
-  return c >= V{} ? c + splat<V>(0.5) : e * under;
+MRU_INLINE V positive(V c, V e, V over) {
+  return c >= V{} ? c + splat<V>(0.5) : e * over;
 }
 template <class V>
-MRU_INLINE V positive_slope(V c, V e, V under) {
-  return c >= V{} ? splat<V>(1) : e * under * under;
+MRU_INLINE V positive_slope(V c, V e, V over) {
+  return c >= V{} ? splat<V>(1) : e * over * over;
 }
 
 }  // namespace mru

@@ -10,17 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, jvp, vjp
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import mru_kernels as mk
 import python_ref
 from bench import errors, inputs
 from mru_kernels import backends
 from mru_kernels.cells.bmru import bmru_packed
+from mru_kernels.cells.min_gru import min_gru_packed
+from mru_kernels.cells.min_lstm import min_lstm_packed
+from mru_kernels.ops import CELLS as CELL_OF
 from tests.calls import CELLS, cases, op_of, segments
 from tests.drawn import as_real, assert_close, assert_equal, draw, from_real
 
 DOUBLE = torch.float64
+GATED = {"min_gru": min_gru_packed, "min_lstm": min_lstm_packed}
 
 
 def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,6 +168,60 @@ def test_derivatives_of_the_linear_recurrence_by_differences(backend, device, dt
     options = {"fast_mode": True, "check_batched_grad": True}
     assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True, **options)
     assert torch.autograd.gradgradcheck(op, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, **options)
+
+
+@pytest.mark.parametrize("cell", GATED)
+@pytest.mark.parametrize(
+    ("batch", "resets", "reverse"),
+    [(2, False, False), (2, True, True), ("offsets", False, True), ("offsets", True, False), ("gates", True, False)],
+)
+def test_derivatives_of_gated_cells_by_differences(backend, device, cell, batch, resets, reverse):
+    """Of streams and states, also of packed sequences, with resets, and of gates that lie side by side."""
+    count, packed = len(CELL_OF[cell].inputs), GATED[cell]
+    rows, sequences = (1, 3) if batch == "offsets" else (2, 2)
+    settings_ = {"reverse": reverse, "backend": backend}
+    if batch == "offsets":
+        settings_["cu_seqlens"] = torch.tensor([0, 2, 2, 4], device=device)
+    if resets:
+        settings_["resets"] = torch.tensor([[False, True, True, False]] * rows, device=device)
+
+    def op(*tensors):
+        *streams, state = tensors
+        states = {"initial_state": state} | ({"reset_state": 0.5 * state.sin()} if resets else {})
+        if batch == "gates":
+            return packed(*streams, **states, **settings_)
+        return op_of(cell, backend)(*streams, **states, **{k: v for k, v in settings_.items() if k != "backend"})
+
+    sizes = [2 * count] if batch == "gates" else [2] * count
+    shapes = [*((rows, 4, size) for size in sizes), (sequences, 2)]
+    leaves = [draw(*s, dtype=DOUBLE, seed=i, device=device).requires_grad_() for i, s in enumerate(shapes)]
+    options = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True, **options)
+    assert torch.autograd.gradgradcheck(op, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, **options)
+
+
+@pytest.mark.parametrize("cell", GATED)
+def test_hessians_of_gated_cells(backend, device, cell):
+    """Also of boundary states, and by vmap; autograd through the loop of plain torch gives the same."""
+    x = draw(2, 33, 2 * len(CELL_OF[cell].inputs), dtype=DOUBLE, device=device)
+
+    def hessians(backend):
+        op = partial(op_of(cell, backend), chunk_size=16, return_boundaries=True)
+
+        def loss(x):
+            h, final, boundaries = op(*x.chunk(len(CELL_OF[cell].inputs), -1))
+            return h.pow(3).sum() + final.exp().sum() + boundaries.square().sum()
+
+        def of_one(x):
+            return grad(lambda x: op(*x.unsqueeze(0).chunk(len(CELL_OF[cell].inputs), -1))[0].pow(3).sum())(x)
+
+        yield hessian(loss)(x)
+        yield jacfwd(grad(loss))(x)
+        yield vmap(lambda x, v: jvp(of_one, (x,), (v,))[1])(x, x.cos())
+        yield vmap(of_one)(x)
+
+    (one, other, *rest), expected = hessians(backend), list(hessians("torch"))
+    assert_close([one, other, *rest], [expected[0], expected[0], *expected[2:]])
 
 
 @pytest.mark.parametrize("reverse", [False, True])

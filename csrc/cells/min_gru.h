@@ -19,12 +19,12 @@ struct MinGRU : CellBase {
     MRU_INLINE explicit Gates(const V* x) {
       const V c = x[0], u = x[1], one = splat<V>(1);
       const V of_c = exp_of_minus_abs(c), of_u = exp_of_minus_abs(u);
-      const V under_both = one / ((one + of_c) * (one + of_u));
-      const V under_u = under_both * (one + of_c), under_c = under_both * (one + of_u);
-      decay = numerator_of_minus(u, of_u) * under_u;
-      write = numerator(u, of_u) * under_u;
-      value = positive(c, of_c, under_c);
-      slope = positive_slope(c, of_c, under_c);
+      const V over_both = one / ((one + of_c) * (one + of_u));
+      const V over_u = over_both * (one + of_c), over_c = over_both * (one + of_u);
+      decay = numerator_of_minus(u, of_u) * over_u;
+      write = numerator(u, of_u) * over_u;
+      value = positive(c, of_c, over_c);
+      slope = positive_slope(c, of_c, over_c);
     }
   };
 

@@ -32,9 +32,9 @@ struct MinLSTM : CellBase {
   MRU_INLINE V step(const V* x, V s) const {
     const Shares<V> shares(x);
     const V one = splat<V>(1), of_c = exp_of_minus_abs(x[0]);
-    const V under_both = one / ((one + of_c) * shares.sum);
-    const V under_c = under_both * shares.sum, under = under_both * (one + of_c);
-    return shares.keep * under * s + shares.write * under * positive(x[0], of_c, under_c);
+    const V over_both = one / ((one + of_c) * shares.sum);
+    const V over_c = over_both * shares.sum, over_sum = over_both * (one + of_c);
+    return shares.keep * over_sum * s + shares.write * over_sum * positive(x[0], of_c, over_c);
   }
   template <class V>
   MRU_INLINE V recompute(const V* x, V s) const {
@@ -49,12 +49,17 @@ struct MinLSTM : CellBase {
   MRU_INLINE V vjp(const V* x, V s, V, V g, V m, V* dx) const {
     const Shares<V> shares(x);
     const V one = splat<V>(1), of_c = exp_of_minus_abs(x[0]);
-    const V under_c = one / (one + of_c), under = one / shares.sum;
-    const V decay = shares.keep * under, write = shares.write * under, lambda = g + m;
-    const V of_odds = decay * write * lambda * (positive(x[0], of_c, under_c) - s);  // dL/d log(i / f)
-    dx[0] = lambda * write * positive_slope(x[0], of_c, under_c);
-    dx[1] = of_odds * numerator_of_minus(x[1], shares.of_u) / (one + shares.of_u);
-    dx[2] = -(of_odds * numerator_of_minus(x[2], shares.of_v) / (one + shares.of_v));
+    // One division for 1 / sum, sigmoid(c), sigmoid(-u) and sigmoid(-v): the factors under it are between 1 and 4.
+    const V under_c = one + of_c, under_u = one + shares.of_u, under_v = one + shares.of_v;
+    const V first = under_c * shares.sum, second = under_u * under_v, over_all = one / (first * second);
+    const V over_first = over_all * second, over_second = over_all * first;
+    const V over_c = over_first * shares.sum, over_sum = over_first * under_c;
+
+    const V decay = shares.keep * over_sum, write = shares.write * over_sum, lambda = g + m;
+    const V of_odds = decay * write * lambda * (positive(x[0], of_c, over_c) - s);  // dL/d log(i / f)
+    dx[0] = lambda * write * positive_slope(x[0], of_c, over_c);
+    dx[1] = of_odds * (numerator_of_minus(x[1], shares.of_u) * (over_second * under_v));
+    dx[2] = -of_odds * (numerator_of_minus(x[2], shares.of_v) * (over_second * under_u));
     return decay * lambda;
   }
 };

@@ -263,11 +263,11 @@ class GradientByParts(torch.autograd.Function):
             call = ctx.constants | grads | {"inputs": inputs, "cu_seqlens": cu_seqlens, "resets": resets} | states
             results = gradient_by_parts(ctx.cell, ctx.backend, call)
         pairs = [(t, tangent) for t, tangent in zip(results, tangents, strict=True) if tangent is not None]
-        wanted = [t for t in views if t is not None and t.requires_grad]
         if not pairs:
             return (None,) * (3 + len(views))
-        results, of_results = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(results, wanted, of_results, create_graph=create_graph, allow_unused=True))
+        outputs, cotangents = zip(*pairs, strict=True)
+        wanted = [t for t in views if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=create_graph, allow_unused=True))
         return None, None, None, *(next(found) if t is not None and t.requires_grad else None for t in views)
 
 

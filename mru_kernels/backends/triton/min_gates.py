@@ -25,11 +25,11 @@ def numerator_of_minus(x, e):
 
 
 @triton.jit
-def positive(c, e, under):
-    """g(c) = c + 1/2 for c >= 0, else sigmoid(c), for e = e^-|c| and under = 1 / (1 + e)."""
-    return tl.where(c >= 0, c + 0.5, e * under)
+def positive(c, e, over):
+    """g(c) = c + 1/2 for c >= 0, else sigmoid(c), for e = e^-|c| and over = 1 / (1 + e)."""
+    return tl.where(c >= 0, c + 0.5, e * over)
 
 
 @triton.jit
-def positive_slope(c, e, under):
-    return tl.where(c >= 0, 1.0, e * under * under)
+def positive_slope(c, e, over):
+    return tl.where(c >= 0, 1.0, e * over * over)

@@ -14,10 +14,10 @@ def gates(x):
     """1 - z, z, g(c) and g'(c). The two sigmoids share one division."""
     c, u = x
     of_c, of_u = exp_of_minus_abs(c), exp_of_minus_abs(u)
-    under_both = 1.0 / ((1.0 + of_c) * (1.0 + of_u))
-    under_u, under_c = under_both * (1.0 + of_c), under_both * (1.0 + of_u)
-    decay, write = numerator_of_minus(u, of_u) * under_u, numerator(u, of_u) * under_u
-    return decay, write, positive(c, of_c, under_c), positive_slope(c, of_c, under_c)
+    over_both = 1.0 / ((1.0 + of_c) * (1.0 + of_u))
+    over_u, over_c = over_both * (1.0 + of_c), over_both * (1.0 + of_u)
+    decay, write = numerator_of_minus(u, of_u) * over_u, numerator(u, of_u) * over_u
+    return decay, write, positive(c, of_c, over_c), positive_slope(c, of_c, over_c)
 
 
 @triton.jit

@@ -25,9 +25,9 @@ def step(x, s, p):
     c, u, v = x
     keep, write, sum = shares(u, v, exp_of_minus_abs(u), exp_of_minus_abs(v))
     of_c = exp_of_minus_abs(c)
-    under_both = 1.0 / ((1.0 + of_c) * sum)
-    under_c, under = under_both * sum, under_both * (1.0 + of_c)
-    return keep * under * s + write * under * positive(c, of_c, under_c)
+    over_both = 1.0 / ((1.0 + of_c) * sum)
+    over_c, over_sum = over_both * sum, over_both * (1.0 + of_c)
+    return keep * over_sum * s + write * over_sum * positive(c, of_c, over_c)
 
 
 @triton.jit
@@ -42,13 +42,19 @@ def vjp(x, s, after, g, m, p):
     c, u, v = x
     of_c, of_u, of_v = exp_of_minus_abs(c), exp_of_minus_abs(u), exp_of_minus_abs(v)
     keep, write, sum = shares(u, v, of_u, of_v)
-    under_c, under = 1.0 / (1.0 + of_c), 1.0 / sum
-    decay, write = keep * under, write * under
+    # One division for 1 / sum, sigmoid(c), sigmoid(-u) and sigmoid(-v): the factors under it are between 1 and 4.
+    under_c, under_u, under_v = 1.0 + of_c, 1.0 + of_u, 1.0 + of_v
+    first, second = under_c * sum, under_u * under_v
+    over_all = 1.0 / (first * second)
+    over_first, over_second = over_all * second, over_all * first
+    over_c, over_sum = over_first * sum, over_first * under_c
+
+    decay, write = keep * over_sum, write * over_sum
     lam = g + m
-    of_odds = decay * write * lam * (positive(c, of_c, under_c) - s)  # dL/d log(i / f)
-    of_update = of_odds * numerator_of_minus(u, of_u) / (1.0 + of_u)
-    of_forget = -(of_odds * numerator_of_minus(v, of_v) / (1.0 + of_v))
-    return decay * lam, (lam * write * positive_slope(c, of_c, under_c), of_update, of_forget)
+    of_odds = decay * write * lam * (positive(c, of_c, over_c) - s)  # dL/d log(i / f)
+    of_update = of_odds * (numerator_of_minus(u, of_u) * (over_second * under_v))
+    of_forget = -of_odds * (numerator_of_minus(v, of_v) * (over_second * under_u))
+    return decay * lam, (lam * write * positive_slope(c, of_c, over_c), of_update, of_forget)
 
 
 CELL = Implementation(cell(step, pull, vjp))
