@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cell import Cell, Steps, Term
+from .cell import Cell, Steps, Term, itself
 from .draw import Draw
 from .surrogate import select
 
@@ -103,15 +103,19 @@ def step_of_terms(U: Tensor, sums: Tensor, gates, terms, *, reset: str, tie: boo
 
 
 def decay(*_, steps: Steps, term: Term, **x: Any) -> Tensor:
-    """J_t, as one term: the sum of the terms of a product of many grows without bound where the product does not."""
+    """J_t, as one term: the sum of the terms of a product of many grows without bound where the product does not.
+
+    Where its addends cancel, an eighth of their sum is that term, because their rounding does not cancel.
+    """
     U, beta, theta = steps.exact[0], x["beta"], x["threshold"]  # noqa: N806
     S, d = fires(U, theta, x["tie"]), _slope_of_reset(U, **x)  # noqa: N806
     of_zero = {"zero": beta * U, "zero_input": beta * U + x["input"]}
     if x["reset"] in of_zero:
-        J = torch.where(S, 0, beta) - _times_slope(of_zero[x["reset"]], d)  # noqa: N806
+        kept, fallen = torch.where(S, 0, beta), _times_slope(of_zero[x["reset"]], d)
     else:
-        J = beta - {"none": 0, "subtract": theta * d, "subtract_decayed": beta * theta * d}[x["reset"]]  # noqa: N806
-    return term(J)
+        fallen = {"none": 0 * d, "subtract": theta * d, "subtract_decayed": beta * theta * d}[x["reset"]]
+        kept = beta
+    return kept - fallen if term is itself else torch.maximum(term(kept - fallen), (term(kept) + term(fallen)) / 8)
 
 
 def _slope_of_reset(U: Tensor, *, threshold, surrogate, surrogate_scale, detach_reset, **_: Any) -> Tensor:  # noqa: N803

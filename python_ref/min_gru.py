@@ -20,6 +20,13 @@ from .cell import Cell, Steps, Term
 from .draw import Draw
 
 
+def sigmoids(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(-x) and sigmoid(x). The one near 1 is 1 minus the other: torch's gradient of it would cancel."""
+    negative = x < 0
+    small = torch.where(negative, x, -x).sigmoid()
+    return torch.where(negative, 1 - small, small), torch.where(negative, small, 1 - small)
+
+
 def positive(c: Tensor) -> Tensor:
     """g(c)."""
     return torch.where(c >= 0, c + 0.5, c.sigmoid())
@@ -27,11 +34,12 @@ def positive(c: Tensor) -> Tensor:
 
 def positive_slope(c: Tensor) -> Tensor:
     """g'(c)."""
-    return torch.where(c >= 0, 1.0, c.sigmoid() * (-c).sigmoid())
+    a, z = sigmoids(c)
+    return torch.where(c >= 0, 1.0, a * z)
 
 
 def gates(candidate, update, **_) -> tuple[Tensor, Tensor, Tensor]:
-    return (-update).sigmoid(), update.sigmoid(), positive(candidate)
+    return *sigmoids(update), positive(candidate)
 
 
 def step(s: Tensor, a: Tensor, z: Tensor, g: Tensor, **_) -> Tensor:

@@ -19,12 +19,12 @@ from torch.nn.functional import logsigmoid
 
 from .cell import Cell, Steps, Term
 from .draw import Draw
-from .min_gru import decay, draw_candidate, draw_gate, positive, positive_slope, step
+from .min_gru import decay, draw_candidate, draw_gate, positive, positive_slope, sigmoids, step
 
 
 def gates(candidate, update, forget, **_) -> tuple[Tensor, Tensor, Tensor]:
-    keep = logsigmoid(forget) - logsigmoid(update)
-    return keep.sigmoid(), (-keep).sigmoid(), positive(candidate)
+    write, keep = sigmoids(logsigmoid(forget) - logsigmoid(update))
+    return keep, write, positive(candidate)
 
 
 def gradients(steps: Steps, term: Term, candidate, update, forget, **_) -> dict[str, Tensor]:

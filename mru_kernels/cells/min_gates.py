@@ -15,13 +15,14 @@ from torch import Tensor
 def min_gru(x: Sequence[Tensor], p: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
     """Decay and update from the candidate and the update gate."""
     candidate, update = x
-    return (-update).sigmoid(), update.sigmoid() * _positive(candidate)
+    decay, write = _sigmoids(update)
+    return decay, write * _positive(candidate)
 
 
 def min_gru_vjp(x: Sequence[Tensor], of_decay: Tensor, of_update: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `x` from those of decay and update."""
     candidate, update = x
-    decay, write = (-update).sigmoid(), update.sigmoid()
+    decay, write = _sigmoids(update)
     of_odds = decay * write * (of_update * _positive(candidate) - of_decay)
     return of_update * write * _positive_slope(candidate), of_odds
 
@@ -44,8 +45,15 @@ def min_lstm_vjp(x: Sequence[Tensor], of_decay: Tensor, of_update: Tensor) -> tu
 def _shares(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The shares f / (f + i) and i / (f + i), by the log-odds: they are right where both gates underflow."""
     _, update, forget = x
-    keep = F.logsigmoid(forget) - F.logsigmoid(update)
-    return keep.sigmoid(), (-keep).sigmoid()
+    write, decay = _sigmoids(F.logsigmoid(forget) - F.logsigmoid(update))
+    return decay, write
+
+
+def _sigmoids(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The values sigmoid(-x) and sigmoid(x). The one near 1 is 1 minus the other, whose gradient does not cancel."""
+    negative = x < 0
+    small = torch.where(negative, x, -x).sigmoid()
+    return torch.where(negative, 1 - small, small), torch.where(negative, small, 1 - small)
 
 
 def _positive(candidate: Tensor) -> Tensor:
@@ -54,4 +62,5 @@ def _positive(candidate: Tensor) -> Tensor:
 
 
 def _positive_slope(candidate: Tensor) -> Tensor:
-    return torch.where(candidate >= 0, 1.0, candidate.sigmoid() * (-candidate).sigmoid())
+    value = candidate.sigmoid()
+    return torch.where(candidate >= 0, 1.0, value * (1 - value))

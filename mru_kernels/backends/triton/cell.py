@@ -69,6 +69,7 @@ class Cell(NamedTuple):
     rules: Rules  # of its factors
     adjoint_sees_state: Any  # whether `cotangent` depends on s or `after`
     codes: Codes
+    gated: bool  # whether a step computes gates that read no state, see tuning.py
 
 
 class Implementation(NamedTuple):
@@ -101,12 +102,12 @@ def unchanged(x, s):
 
 def cell(
     step, pull, vjp, *, recompute=None, push=None, output=state_after, cotangent=sum_of_both, enter=unchanged,
-    rules: Rules = REAL, adjoint_sees_state: bool = False, codes: Codes = NO_CODES,
+    rules: Rules = REAL, adjoint_sees_state: bool = False, codes: Codes = NO_CODES, gated: bool = False,
 ) -> Cell:  # fmt: skip
     """A cell; by default h = s', and `recompute` and `push` are `step` and `pull`."""
     return Cell(
         step, recompute or step, output, push or pull, pull, cotangent, vjp, enter, rules,
-        tl.constexpr(adjoint_sees_state), codes,
+        tl.constexpr(adjoint_sees_state), codes, gated,
     )  # fmt: skip
 
 

@@ -97,7 +97,8 @@ class Call:
         streams = sum(t is not None and t.dim() == 3 for t in self.arrays)
         required = [t for t, spec in zip(self.arrays, cell.inputs, strict=True) if not spec.optional]
         per_channel = sum(t is not None and t.dim() == 1 for t in required)
-        return Reads(self.first.dtype, streams, per_channel, self.codes, resets, cell.complex_state, cell.composes)
+        flags = (cell.complex_state, cell.composes, self.functions.gated)
+        return Reads(self.first.dtype, streams, per_channel, self.codes, resets, *flags)
 
     def _is_aligned(self, grad_h: Tensor | None) -> bool:
         """Whether every row of every stream starts at a multiple of 16 bytes."""

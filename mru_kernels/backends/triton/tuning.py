@@ -80,6 +80,7 @@ class Reads(NamedTuple):
     resets: bool = False
     doubled: bool = False  # whether a channel has two parts in states and one in streams
     composes: bool = True  # whether the cell's steps do; if not, the last bit of a state may decide a step
+    gated: bool = False  # whether a step computes gates that read no state
 
     @property
     def is_single(self) -> bool:
@@ -101,7 +102,7 @@ _REGISTERS = {
 }
 _REGISTERS_OF_ENCODING = (112, None)  # `summarize` with codes and without inputs per channel
 _REGISTERS_OF_PULLING = (None, None)  # `summarize_adjoint` with neither codes nor inputs per channel
-_REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision
+_REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision, and of gates in float64
 
 
 _REGISTERS_OF_MODES = 255  # of `forward` of a cell that selects between its modes
@@ -124,7 +125,7 @@ def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> d
     if kernel == "summarize_adjoint" and not reads.codes and reads.per_channel == 0:
         limits = _REGISTERS_OF_PULLING
     limit = limits[not reads.is_single]
-    if kernel == "backward" and reads.is_half:
+    if kernel == "backward" and (reads.is_half or (reads.gated and not reads.is_single)):
         limit = _REGISTERS_OF_TWO_TILES
     expands_halves = kernel == "forward" and reads.codes and reads.is_half
     if expands_halves or (kernel in ("forward", "summarize") and reads.resets):
@@ -138,6 +139,15 @@ def tile(kernel: str, reads: Reads) -> int:
     """Steps whose rows a kernel loads before their use, or maps in a walk: as many as registers allow."""
     if kernel in ("fold", "carry"):
         return 32 if reads.is_single else 16
+    steps = _steps_loaded(kernel, reads)
+    if not reads.gated:
+        return steps
+    # LLVM computes the gates of all steps of a tile before the first state.
+    return max(1, steps // (2 if kernel == "backward" or reads.dtype == torch.float32 else 4))
+
+
+def _steps_loaded(kernel: str, reads: Reads) -> int:
+    """`tile` of a kernel that reads streams, for a cell that computes little of the inputs alone."""
     if kernel == "summarize" and reads.is_half:
         return 4  # and as many of the next tile
     if kernel == "forward" and reads.is_half and reads.doubled:

@@ -41,4 +41,4 @@ def vjp(x, s, after, g, m, p):
     return decay * lam, (written * slope, written * decay * (value - s))
 
 
-CELL = Implementation(cell(step, pull, vjp))
+CELL = Implementation(cell(step, pull, vjp, gated=True))

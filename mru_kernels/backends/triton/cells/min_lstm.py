@@ -57,4 +57,4 @@ def vjp(x, s, after, g, m, p):
     return decay * lam, (lam * write * positive_slope(c, of_c, over_c), of_update, of_forget)
 
 
-CELL = Implementation(cell(step, pull, vjp))
+CELL = Implementation(cell(step, pull, vjp, gated=True))
