@@ -34,8 +34,7 @@ OF_EVERY_BACKEND = [
 # else for 8.
 REGISTERS = {"forward": 168, "summarize": 168, "summarize_adjoint": 168, "fold": 168, "carry": 192, "backward": 168}
 REGISTERS |= {"check": 96}
-# Of `backward`, which holds two tiles, and of steps that do not compose: only spills can fail. Also with gates in fp64.
-REGISTERS_HALF = 255
+REGISTERS_HALF = 255  # of `backward`, which holds two tiles, and of steps that do not compose: only spills can fail
 REGISTERS_FP64 = 208
 REGISTERS_AMD = 168
 
@@ -67,8 +66,9 @@ def test_compiled_for_devices():
         v = r.variant
         most = REGISTERS_FP64 if v.state == "fp64" else REGISTERS[v.kernel]
         half = triton_variants.BYTES[v.element] == 2
-        two_tiles = v.kernel == "backward" and (half or (v.functions.gated and v.state == "fp64"))
-        if two_tiles or (half and v.kernel == "forward" and not v.spec.composes):
+        if half and (v.kernel == "backward" or (v.kernel == "forward" and not v.spec.composes)):
+            most = REGISTERS_HALF
+        if v.functions.gated.value and v.state == "fp64":  # a word of three streams is 192 registers
             most = REGISTERS_HALF
         if v.arch.startswith("gfx"):
             most = REGISTERS_AMD

@@ -89,7 +89,7 @@ def test_traffic_is_the_budget(segment, cell, dtype, names):
     assert 0 <= forward.all_bytes() - floor - 2 * once <= states
     floor = stream * ((passes + runs - 1) * gates + (2 if segment else 1) + runs * gates)
     part = torch.float32 if h.is_complex() else h.dtype
-    reads = tuning.Reads(part, gates, per_channel, bool(segment and fit), gated=find(cell).real.gated)
+    reads = tuning.Reads(part, gates, per_channel, bool(segment and fit), gated=find(cell).real.gated.value)
     tiles = CHUNK // tuning.tile("backward", reads)
     # The states before the tiles of a chunk, which are written and read again; and sums over chunks.
     states += runs * (2 * tiles * (segments or batch) + 4 * per_channel * -(-time // CHUNK)) * row

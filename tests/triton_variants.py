@@ -66,7 +66,7 @@ class Variant:
         from mru_kernels.backends.triton.tuning import Reads
 
         counts = len(self.streams), len(self.per_channel)
-        flags = self.codes, self.resets, self.spec.complex_state, self.spec.composes, self.functions.gated
+        flags = self.codes, self.resets, self.spec.complex_state, self.spec.composes, self.functions.gated.value
         return Reads(DTYPES[self.element], *counts, *flags)
 
     @property

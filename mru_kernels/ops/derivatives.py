@@ -105,7 +105,7 @@ def gradient_by_parts(cell: Cell, backend: str, call: Call) -> list[Tensor]:
     x = [t.to(state) for t in arrays(cell, inputs, call["given"], packed) if t is not None]
     decay, update = cell.plain.gates(x, [])
     of_scan = {"inputs": [update, decay], "given": CELLS[LINEAR].required, "packed": 0, "numbers": []}
-    of_scan |= {"checkpoints": None, "events": None}  # it scans again
+    of_scan |= {"checkpoints": None, "codes": None}  # it scans again
     names = ("grad_h", "grad_final", "grad_checkpoints", "initial_state", "reset_state")
     of_scan |= {name: None if call[name] is None else call[name].to(state) for name in names}
     of_update, of_decay, *of_states = CELLS[LINEAR].backward[backend](*(call | of_scan).values())

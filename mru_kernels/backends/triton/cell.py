@@ -69,7 +69,7 @@ class Cell(NamedTuple):
     rules: Rules  # of its factors
     adjoint_sees_state: Any  # whether `cotangent` depends on s or `after`
     codes: Codes
-    gated: bool  # whether a step computes gates that read no state, see tuning.py
+    gated: Any  # whether a step computes gates that read no state, see tuning.py
 
 
 class Implementation(NamedTuple):
@@ -107,7 +107,7 @@ def cell(
     """A cell; by default h = s', and `recompute` and `push` are `step` and `pull`."""
     return Cell(
         step, recompute or step, output, push or pull, pull, cotangent, vjp, enter, rules,
-        tl.constexpr(adjoint_sees_state), codes, gated,
+        tl.constexpr(adjoint_sees_state), codes, tl.constexpr(gated),
     )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class Call:
         streams = sum(t is not None and t.dim() == 3 for t in self.arrays)
         required = [t for t, spec in zip(self.arrays, cell.inputs, strict=True) if not spec.optional]
         per_channel = sum(t is not None and t.dim() == 1 for t in required)
-        flags = (cell.complex_state, cell.composes, self.functions.gated)
+        flags = (cell.complex_state, cell.composes, self.functions.gated.value)
         return Reads(self.first.dtype, streams, per_channel, self.codes, resets, *flags)
 
     def _is_aligned(self, grad_h: Tensor | None) -> bool:

@@ -56,7 +56,9 @@ def adjoint_word(c, map_, writes, late, mask, opened, first, MASKED: tl.constexp
             tile = load_tile(
                 opened.inputs, c.at, hidden(first + j, c.at), left - j, STATE, c.form.streams, TILE, MASKED
             )
-        if MASKED or not c.form.codes or left > j:  # always true: ptxas does not sink the loads below a branch
+        # Always true. With codes, ptxas does not sink the loads below a branch. With gates in float64, ptxas does not
+        # compute those of the next tile above it, and spills none.
+        if MASKED or not (c.form.codes or (c.cell.gated and STATE == tl.float64)) or left > j:
             for i in tl.static_range(TILE - 1, -1, -1):
                 if c.form.codes:
                     lam = c.cell.cotangent(inputs_per_channel(opened.inputs, c.form), 0.0, 0.0, grads[0][i], m, c.p)
