@@ -46,8 +46,11 @@ FORMS = {
     "linear [D]": ("linear_recurrence", "update decay[D]"),
     "lif": ("lif", "input beta[D] threshold[D]"),
     "resonate": ("resonate", "input decay[D] gain[D] threshold[D]"),
+    "min_gru": ("min_gru", "candidate update"),
+    "min_lstm": ("min_lstm", "candidate update forget"),
 }
-FEWER = {"lif": 5, "resonate": 3}  # cases of each dtype, where not ROWS
+FEWER = {"lif": 5, "resonate": 3, "min_gru": 3, "min_lstm": 3}  # cases of each dtype, where not ROWS
+OF_CPU = ("min_gru", "min_lstm")  # elsewhere the C library or Triton computes their exponentials
 
 MODULES = ("BMRU", "CMRU", "AlphaCMRU")  # that hand packed gates to the kernels
 
@@ -82,6 +85,8 @@ OWN: dict[str, tuple[dict[str, tuple], tuple[dict[str, Any], ...]]] = {
     "linear_recurrence": ({}, ({},)),
     "lif": (FACTORS_OF_SPIKES | FACTORS_OF_LIF, ({"reset": "subtract"}, {"reset": "zero", "tie": True})),
     "resonate": (FACTORS_OF_SPIKES, ({},)),
+    "min_gru": ({}, ({},)),
+    "min_lstm": ({}, ({},)),
 }
 WRITES = (FACTORS_OF_WRITES, ({"epsilon": 0.0}, {"epsilon": 0.5}))
 
@@ -260,7 +265,7 @@ def cases_of(backend: str) -> list[str]:
     if backend == "cpu":
         return list(CASES)
     least, most = backends.TABLE[backend].module.CHUNK_SIZES
-    scans = [name for name, run in CASES.items() if run.func is run_scan]
+    scans = [name for name, run in CASES.items() if run.func is run_scan and not name.startswith(OF_CPU)]
     cases = [name for name in scans if least <= (CASES[name].keywords["options"]["chunk"] or 64) <= most]
     return cases[::INTERPRETED] if backend == "triton" else cases
 
