@@ -24,11 +24,18 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checks():
-    from simt import softmax
+    from simt import softmax, softmax_module
 
     torch.manual_seed(0)
     yield softmax
-    softmax.control().configure()
+    softmax_module.control().configure()
+
+
+def _skip_unless_loaded(element: str) -> None:
+    from simt.softmax_module import LOADED
+
+    if element not in LOADED:
+        pytest.skip("under the sanitizers float32 and bfloat16 stand for all widths")
 
 
 def _checks() -> list[str]:
@@ -42,16 +49,14 @@ def _checks() -> list[str]:
 @pytest.mark.parametrize("check", _checks())
 @pytest.mark.parametrize("element", ["float32", "float64", "bfloat16", "float16"])
 def test_kernels(checks, check, element):
-    if element not in checks.LOADED:
-        pytest.skip("under the sanitizers float32 and bfloat16 stand for all widths")
+    _skip_unless_loaded(element)
     getattr(checks, check)(getattr(torch, element))
 
 
 @pytest.mark.parametrize("element", ["float32", "float64", "bfloat16", "float16"])
 def test_the_cases_of_the_comparison(checks, element):
     """Those that `make gpu-check` runs on a GPU."""
-    if element not in checks.LOADED:
-        pytest.skip("under the sanitizers float32 and bfloat16 stand for all widths")
+    _skip_unless_loaded(element)
     checks.control()
     simt.register()
     run._find_kernels.cache_clear()  # it may have been asked before these kernels were loaded

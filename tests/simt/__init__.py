@@ -121,7 +121,7 @@ def register() -> None:
     """Add the backend `simt` to the package's table."""
     from mru_kernels import backends, ops
 
-    from . import softmax
+    from . import softmax_module
 
     ops.add_backend(backends.Backend("simt", ("cpu",), "needs CPU tensors", "simt.backend"))
-    softmax.define_ops()
+    softmax_module.define_ops()

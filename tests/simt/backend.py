@@ -6,7 +6,7 @@ import torch
 
 from mru_kernels.backends.cuda import CHUNK_SIZES
 
-from . import SUPPORTED, control, softmax
+from . import SUPPORTED, control, softmax_module
 
 __all__ = ["CHUNK_SIZES", "load", "segment"]
 
@@ -16,7 +16,7 @@ def load() -> None:
     if not SUPPORTED:
         raise ImportError("the host execution of CUDA sources needs x86-64 Linux")
     control()
-    softmax.control()
+    softmax_module.control()
 
 
 def segment(sequences: int, steps: int, channels: int, itemsize: int, device: torch.device) -> int:

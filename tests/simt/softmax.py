@@ -5,53 +5,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise, product
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-import simt
 from bench import errors
-from mru_kernels.softmax import plain, registration
-
-ELEMENTS = ("float32", "float64", "bfloat16", "float16")
-LOADED = ("float32", "bfloat16") if simt.SANITIZE else ELEMENTS  # as simt.LOADED
-FOLDER = simt.FOLDER / "softmax"
-
-
-def build(folder: Path = FOLDER, csrc: Path = simt.ROOT / "csrc", elements: tuple[str, ...] = LOADED,
-          module: Path | None = None, optimization: str = "-O1") -> Path:  # fmt: skip
-    """As `simt.build`, with the kernels of the softmax recurrence."""
-    sources = {"kernels": "softmax/cuda/softmax.cu", "binding": "softmax/cuda/simt.cpp"}
-    return simt.build(folder, csrc, elements, module, optimization, "mru_simt_softmax", **sources)
-
-
-@cache
-def define_ops() -> None:
-    registration.define("simt")
-
-
-@cache
-def control() -> ModuleType:
-    """The loaded module: as `simt.control`."""
-    define_ops()
-    named = os.environ.get("MRU_SIMT_MODULE")
-    if named:
-        return simt.load_module(Path(named))
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return simt.load_module(build())
-
-
-# ------------------------------------------------------------------------------------------ calls
+from mru_kernels.softmax import plain
+from simt.softmax_module import control
 
 
 @dataclass

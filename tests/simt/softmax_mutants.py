@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
-from . import ROOT, softmax
+from . import ROOT
+from .softmax_module import FOLDER, build
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def _run(path: Path) -> subprocess.CompletedProcess[str]:
 
 @cache
 def _unchanged() -> Path:
-    folder = softmax.FOLDER / "mutants" / "none"
+    folder = FOLDER / "mutants" / "none"
     Mutant("none", "step.h", "#pragma once\n", "#pragma once\n").plant(folder / "csrc")
-    return softmax.build(folder, folder / "csrc", (_ELEMENT,), optimization=_FLAGS)
+    return build(folder, folder / "csrc", (_ELEMENT,), optimization=_FLAGS)
 
 
 def unchanged() -> Path:
@@ -124,9 +125,9 @@ def unchanged() -> Path:
 
 def outcome(mutant: Mutant) -> subprocess.CompletedProcess[str]:
     """Build the mutant and run the checks on it."""
-    folder = softmax.FOLDER / "mutants" / mutant.name.replace(" ", "-")
+    folder = FOLDER / "mutants" / mutant.name.replace(" ", "-")
     mutant.plant(folder / "csrc")
-    return _run(softmax.build(folder, folder / "csrc", (_ELEMENT,), unchanged().parent / "module.o", _FLAGS))
+    return _run(build(folder, folder / "csrc", (_ELEMENT,), unchanged().parent / "module.o", _FLAGS))
 
 
 def outcome_unchanged() -> subprocess.CompletedProcess[str]:
