@@ -68,6 +68,7 @@ def test_tangents_are_detected_and_removed():
         dual = forward_ad.make_dual(x, x)
         assert private.has_tangent(dual)
         assert not private.has_tangent(x)
+        assert [private.has_tangent_below_python(t) for t in (dual, x, None)] == [True, False, False]
         assert torch.equal(forward_ad.unpack_dual(Cube.apply(dual)).tangent, 3 * x)
     assert torch.equal(along_ones(along_ones(Cube.apply))(x), 6 * x)
 
