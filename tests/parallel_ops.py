@@ -32,6 +32,8 @@ CASES = [
     ("schmitt", torch.float32, {"epsilon": 0.5, "resets": "to a state", "nonfinite": True, "reverse": True}),
     ("linear_recurrence", torch.complex64, {"resets": "to a state", "batch": "packed", "initial_state": "real"}),
     ("leaky_integrator", torch.float64, {"resets": "to zeros", "initial_state": "real"}),
+    ("min_gru", torch.bfloat16, {"batch": "packed", "reverse": True, "initial_state": "real"}),
+    ("min_lstm", torch.float32, {"resets": "to a state", "initial_state": "real"}),
     ("lif", torch.float32, {"initial_state": "real", "detach_reset": False}),
     ("lif", torch.float64, {"reset": "zero", "batch": "packed", "reverse": True, "resets": "to a state"}),
 ]

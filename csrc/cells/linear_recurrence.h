@@ -1,4 +1,4 @@
-// Linear recurrence, real or complex: minGRU (arXiv 2410.01201), LRU (arXiv 2303.06349).
+// Linear recurrence, real or complex: LRU (arXiv 2303.06349).
 //
 //   s' = a s + w    h = s'        inputs: w, a
 #pragma once

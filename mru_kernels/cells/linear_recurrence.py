@@ -1,4 +1,4 @@
-"""The linear recurrence, real or complex: the scan of minGRU (arXiv 2410.01201) and of the LRU (arXiv 2303.06349)."""
+"""The linear recurrence, real or complex: the scan of the LRU (arXiv 2303.06349)."""
 
 from __future__ import annotations
 
