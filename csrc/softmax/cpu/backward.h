@@ -191,12 +191,14 @@ void backward_own(const Inputs<F>& in, const Steps<const typename F::T>& grads, 
     for (int64_t t = end - 1; t >= begin; --t) {
       const auto s = records.get(lanes, t - begin, 0);
       const V v = in.value_at(lanes, j, t), mean = load_raw<V>(Full<N>{}, means + (t - begin) * N);
-      results_to_left.fetch<N>(heads.scores, grad_values);
       Terms<F> terms;
-      store(lanes, grad_values.row(t) + j, pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms));
+      const V dv = pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms);
+      after = mean;
+      if (!grad_values.first) continue;
+      results_to_left.fetch<N>(heads.scores, grad_values);
+      store(lanes, grad_values.row(t) + j, dv);
       heads.write(lanes, t, j, s, terms, partial);
       if (t % kTile == 0) heads.flush(lanes, j, partial);
-      after = mean;
     }
     V d_mean;
     store(lanes, carry.Z + j, close_adjoint(adjoint, after, q_start, d_mean));
@@ -263,7 +265,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
   const int64_t steps = end - begin;
   const SharedRows<F> rows(records);
   const auto means = rows.means, of_start = rows.part(3, 0);
-  Sweep to_left(begin - records.chunk, begin, in.channels);
+  Sweep to_left(begin - records.chunk, begin, in.channels), results_to_left = to_left;
 
   for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     Weight<V> w = open(load(lanes, border.Z + h), load(lanes, border.z + h));
@@ -287,21 +289,25 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
       for (int64_t t = steps - 1; t >= 0; --t) {
         const V v = in.value_at(lanes, d, begin + t), mean = load_raw<V>(Full<N>{}, means + t * N);
         const V grad = load(lanes, grads.row(begin + t) + d);
-        to_left.fetch<N>(in.values, grads, grad_values);
+        to_left.fetch<N>(in.values, grads);
         Terms<F> own;
-        store(lanes, grad_values.row(begin + t) + d, pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own));
+        const V dv = pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own);
+        after = mean;
+        if (!grad_values.first) continue;
+        results_to_left.fetch<N>(grad_values);
+        store(lanes, grad_values.row(begin + t) + d, dv);
         add_part<F>(lanes, rows.part(0, t), g, own.score);
         if constexpr (F::kDecay) add_part<F>(lanes, rows.part(1, t), g, own.decay);
         if constexpr (F::kBonus) add_part<F>(lanes, rows.part(2, t), g, own.bonus);
-        after = mean;
       }
       V d_mean;
       add_part<F>(lanes, of_start, g, close_adjoint(adjoint, after, splat<V>(rows.q_start[h]), d_mean));
       store(lanes, carry.mean + d, d_mean);
     });
-    rows.add_up(h, steps);
+    if (grad_values.first) rows.add_up(h, steps);
     carry.Z[h] = sum_of_parts(of_start);
   }
+  if (!grad_values.first) return;
   for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     typename HeadGradients<F>::Partial partial;
     for (int64_t t = steps - 1; t >= 0; --t) {
@@ -314,6 +320,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
   });
 }
 
+// Without rows for the gradients of the values, only the adjoint is wanted.
 template <class F>
 void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* adjoint, void* sums,
               void* scratch) {

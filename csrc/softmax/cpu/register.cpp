@@ -176,8 +176,11 @@ void carry_adjoints(const HeadScan& scan, const HeadKernels& k, const Segments& 
   for_heads(scan, count, kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void*) {
     if (!is_first(i)) k.sum_decays(scan, segments.list[i], h0, h1, maps.at(i));
   });
-  // What the pass writes is overwritten later. Its sums are dropped.
-  BackwardPass(scan, k, segments).run([&](int64_t i) -> void* { return is_first(i) ? nullptr : offsets.at(i); });
+  HeadScan without_results = scan;
+  for (Stream& grad : without_results.grad_in) grad = {};
+  BackwardPass(without_results, k, segments).run([&](int64_t i) -> void* {
+    return is_first(i) ? nullptr : offsets.at(i);
+  });
   const auto border = [&](int64_t i) {
     const Segment& segment = segments.list[i];
     const int64_t at =
