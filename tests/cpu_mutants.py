@@ -65,6 +65,7 @@ def _files(*names: str) -> tuple[str, ...]:
 
 #: The files of the tests that run on a mutant, by the object that is compiled anew; `COMMON` for the others.
 TESTS = {"lif": _files("lif"), "resonate": _files("resonate")}
+TESTS |= dict.fromkeys(("min_gru", "min_lstm"), _files("op", "min_gates"))
 TESTS |= dict.fromkeys(("softmax", "softmax_driver"), _files("softmax", "softmax_precision"))
 COMMON = _files("precision", "isa", "cuts", "resets")
 
@@ -167,6 +168,12 @@ MUTANTS = (
            "x[1] * s + x[0] - (reset == kSubtractDecayed ? fall : zero)", "lif", "same_bits_everywhere"),
     Mutant("a reset followed though detached", "cells/lif.h", "if (detached || reset == kNone)", "if (reset == kNone)",
            "lif", "all_combinations_equal"),
+    Mutant("the slope of a sigmoid without one factor", "min_gates.h", "splat<V>(1) : e * over * over",
+           "splat<V>(1) : e * over", "min_gru", "equals_the_reference and min_gru"),
+    Mutant("the gradient of a gate without the state", "cells/min_gru.h", "(gates.value - s)", "gates.value", "min_gru",
+           "equals_the_reference and min_gru"),
+    Mutant("gates above zero that count in the shares", "cells/min_lstm.h",
+           "(v < zero ? v : zero) - (u < zero ? u : zero)", "v - u", "min_lstm", "equals_the_reference and min_lstm"),
 )  # fmt: skip
 
 
