@@ -244,6 +244,20 @@ struct SharedRows {
   MRU_INLINE S* part(int which, int64_t t) const { return parts + (which * chunk + t) * kParts; }
   MRU_INLINE S* term(int which, int64_t t) const { return terms + (which * chunk + t) * width; }
   MRU_INLINE void clear_parts() const { __builtin_memset(parts, 0, (3 * chunk + 1) * kParts * sizeof(S)); }
+  // Adds the terms of the channels from g on to the parts.
+  template <class L>
+  MRU_INLINE void add(L lanes, int64_t g, int64_t t, const Terms<F>& of_channels) const {
+    add_part<F>(lanes, part(0, t), g, of_channels.score);
+    if constexpr (F::kDecay) add_part<F>(lanes, part(1, t), g, of_channels.decay);
+    if constexpr (F::kBonus) add_part<F>(lanes, part(2, t), g, of_channels.bonus);
+  }
+  template <class L>
+  MRU_INLINE Terms<F> sums(L lanes, int64_t h, int64_t t) const {
+    Terms<F> sums{load(lanes, term(0, t) + h)};
+    if constexpr (F::kDecay) sums.decay = load(lanes, term(1, t) + h);
+    if constexpr (F::kBonus) sums.bonus = load(lanes, term(2, t) + h);
+    return sums;
+  }
   // Adds up the parts of a head's terms.
   MRU_INLINE void add_up(int64_t h, int64_t steps) const {
     for (int64_t t = 0; t < steps; ++t) {
@@ -296,9 +310,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
         if (!grad_values.first) continue;
         results_to_left.fetch<N>(grad_values);
         store(lanes, grad_values.row(begin + t) + d, dv);
-        add_part<F>(lanes, rows.part(0, t), g, own.score);
-        if constexpr (F::kDecay) add_part<F>(lanes, rows.part(1, t), g, own.decay);
-        if constexpr (F::kBonus) add_part<F>(lanes, rows.part(2, t), g, own.bonus);
+        rows.add(lanes, g, t, own);
       }
       V d_mean;
       add_part<F>(lanes, of_start, g, close_adjoint(adjoint, after, splat<V>(rows.q_start[h]), d_mean));
@@ -311,9 +323,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
   for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
     typename HeadGradients<F>::Partial partial;
     for (int64_t t = steps - 1; t >= 0; --t) {
-      Terms<F> sums{load(lanes, rows.term(0, t) + h), V{}, V{}};
-      if constexpr (F::kDecay) sums.decay = load(lanes, rows.term(1, t) + h);
-      if constexpr (F::kBonus) sums.bonus = load(lanes, rows.term(2, t) + h);
+      const Terms<F> sums = rows.sums(lanes, h, t);
       heads.write(lanes, begin + t, h, records.get(lanes, t, h), sums, partial);
       if (t % kTile == 0) heads.flush(lanes, h, partial);
     }
