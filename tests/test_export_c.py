@@ -180,8 +180,16 @@ def test_int8_weights_are_those_of_rounded_rows(tmp_path, name):
     assert not torch.allclose(outputs, steps(module, inputs), atol=1e-5)
 
 
+class CoarserGrid(torch.nn.Module):
+    def forward(self, weight):
+        return (4 * weight).round() / 4
+
+
 def test_a_parametrized_module_is_exported_as_it_computes(tmp_path):
-    module = with_rounded_rows(grid_module(mk.BMRU))
+    module = grid_module(mk.BMRU)
+    before = module.weight_ih_l0.detach().clone()
+    parametrize.register_parametrization(module, "weight_ih_l0", CoarserGrid())
+    assert not torch.equal(module.weight_ih_l0, before)
     assert_bits(compiled(module, tmp_path), module, torch.randint(-1, 2, (200, 4)).float())
 
 
