@@ -155,7 +155,8 @@ BAD = {
     "value: expected 3 dimensions": {"value": VALUE[0]},
     "value: expected score's dtype": {"value": VALUE.double()},
     "value: expected shape": {"value": VALUE[:, 1:]},
-    "value: expected channels that 3 heads divide, got 5": {"value": VALUE[..., 1:]},
+    "value: expected channels that 3 heads divide, one or more each, got 5": {"value": VALUE[..., 1:]},
+    "value: expected channels that 3 heads divide, one or more each, got 0": {"value": VALUE[..., :0]},
     r"decay: expected shape \[3\]": {"decay": torch.randn(4)},
     r"decay: expected shape \[2, 40, 3\] or \[3\]": {"decay": torch.randn(B, T, D)},
     "decay: expected score's dtype": {"decay": SCORE.bfloat16()},
@@ -242,7 +243,7 @@ def test_backends_without_kernels_are_refused():
     assert "cpu" in run._with_kernels()
 
 
-def test_a_piece_is_a_state_and_a_sum_of_decays():
+def test_a_map_is_a_state_and_a_sum_of_decays():
     call = draw(group=2, decay="stream", dtype=torch.float32)
     with ops.as_maps():
         map_ = mk.softmax_recurrence(**call)

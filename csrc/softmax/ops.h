@@ -110,8 +110,8 @@ class BoundHeads {
     scan.batch = score.size(0), scan.time = score.size(1);
     scan.heads = score.size(2), scan.channels = value.size(2);
     expect(value, {scan.batch, scan.time, scan.channels}, "value");
-    MRU_CHECK(scan.heads ? scan.channels % scan.heads == 0 : scan.channels == 0, "value: expected channels that ",
-              scan.heads, " heads divide, got ", scan.channels);
+    MRU_CHECK(scan.heads ? scan.channels % scan.heads == 0 && scan.channels >= scan.heads : scan.channels == 0,
+              "value: expected channels that ", scan.heads, " heads divide, one or more each, got ", scan.channels);
     MRU_CHECK(size(scan.batch) * size(scan.time) * size(columns()) <= double(kMostElements),
               "score: expected a size that 64 bits can address");
     scan.in[kScore].stream = stream_of(score);

@@ -60,9 +60,9 @@ def check(score, value, heads: int, decay, bonus, initial_state, cu_seqlens, fir
             expected = [*score.shape[:2], "channels"]
             raise ValueError(f"value: expected shape {expected} for {first}, got {list(value.shape)}")
         _same(first, score, "value", value)
-    if channels % heads if heads else channels:
+    if (channels % heads or channels < heads) if heads else channels:
         name = "value" if value is not None else first
-        raise ValueError(f"{name}: expected channels that {heads} heads divide, got {channels}")
+        raise ValueError(f"{name}: expected channels that {heads} heads divide, one or more each, got {channels}")
     batch, time, _ = score.shape
     # Not a bound of a length that is traced.
     if not torch.compiler.is_compiling() and batch * time * (heads + channels) > checks.MOST_ELEMENTS:
