@@ -11,21 +11,21 @@ MRU_INLINE V exp_of_minus_abs(V x) {
 }
 // The numerators of sigmoid(x) and sigmoid(-x).
 template <class V>
-MRU_INLINE V numerator(V x, V e) {
+MRU_INLINE V sigmoid_numerator(V x, V e) {
   return x >= V{} ? splat<V>(1) : e;
 }
 template <class V>
-MRU_INLINE V numerator_of_minus(V x, V e) {
+MRU_INLINE V sigmoid_numerator_of_minus(V x, V e) {
   return x >= V{} ? e : splat<V>(1);
 }
 
 // g(c) = c + 1/2 for c >= 0, else sigmoid(c), and its derivative. e: e^-|c|; over: 1 / (1 + e).
 template <class V>
-MRU_INLINE V positive(V c, V e, V over) {
+MRU_INLINE V candidate_value(V c, V e, V over) {
   return c >= V{} ? c + splat<V>(0.5) : e * over;
 }
 template <class V>
-MRU_INLINE V positive_slope(V c, V e, V over) {
+MRU_INLINE V candidate_slope(V c, V e, V over) {
   return c >= V{} ? splat<V>(1) : e * over * over;
 }
 

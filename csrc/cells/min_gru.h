@@ -21,10 +21,10 @@ struct MinGRU : CellBase {
       const V of_c = exp_of_minus_abs(c), of_u = exp_of_minus_abs(u);
       const V over_both = one / ((one + of_c) * (one + of_u));
       const V over_u = over_both * (one + of_c), over_c = over_both * (one + of_u);
-      decay = numerator_of_minus(u, of_u) * over_u;
-      write = numerator(u, of_u) * over_u;
-      value = positive(c, of_c, over_c);
-      slope = positive_slope(c, of_c, over_c);
+      decay = sigmoid_numerator_of_minus(u, of_u) * over_u;
+      write = sigmoid_numerator(u, of_u) * over_u;
+      value = candidate_value(c, of_c, over_c);
+      slope = candidate_slope(c, of_c, over_c);
     }
   };
 
@@ -40,7 +40,7 @@ struct MinGRU : CellBase {
   template <class V>
   MRU_INLINE V pull(const V* x, V m) const {
     const V e = exp_of_minus_abs(x[1]);
-    return numerator_of_minus(x[1], e) / (splat<V>(1) + e) * m;
+    return sigmoid_numerator_of_minus(x[1], e) / (splat<V>(1) + e) * m;
   }
   template <class V>
   MRU_INLINE V vjp(const V* x, V s, V, V g, V m, V* dx) const {

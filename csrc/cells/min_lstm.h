@@ -22,8 +22,8 @@ struct MinLSTM : CellBase {
       const V u = x[1], v = x[2], zero{}, one = splat<V>(1);
       of_u = exp_of_minus_abs(u), of_v = exp_of_minus_abs(v);
       const V difference = (v < zero ? v : zero) - (u < zero ? u : zero), e = exp_of_minus_abs(difference);
-      keep = numerator(difference, e) * (one + of_u);
-      write = numerator_of_minus(difference, e) * (one + of_v);
+      keep = sigmoid_numerator(difference, e) * (one + of_u);
+      write = sigmoid_numerator_of_minus(difference, e) * (one + of_v);
       sum = keep + write;
     }
   };
@@ -34,7 +34,7 @@ struct MinLSTM : CellBase {
     const V one = splat<V>(1), of_c = exp_of_minus_abs(x[0]);
     const V over_both = one / ((one + of_c) * shares.sum);
     const V over_c = over_both * shares.sum, over_sum = over_both * (one + of_c);
-    return shares.keep * over_sum * s + shares.write * over_sum * positive(x[0], of_c, over_c);
+    return shares.keep * over_sum * s + shares.write * over_sum * candidate_value(x[0], of_c, over_c);
   }
   template <class V>
   MRU_INLINE V recompute(const V* x, V s) const {
@@ -56,10 +56,10 @@ struct MinLSTM : CellBase {
     const V over_c = over_first * shares.sum, over_sum = over_first * under_c;
 
     const V decay = shares.keep * over_sum, write = shares.write * over_sum, lambda = g + m;
-    const V of_odds = decay * write * lambda * (positive(x[0], of_c, over_c) - s);  // dL/d log(i / f)
-    dx[0] = lambda * write * positive_slope(x[0], of_c, over_c);
-    dx[1] = of_odds * (numerator_of_minus(x[1], shares.of_u) * (over_second * under_v));
-    dx[2] = -of_odds * (numerator_of_minus(x[2], shares.of_v) * (over_second * under_u));
+    const V of_odds = decay * write * lambda * (candidate_value(x[0], of_c, over_c) - s);  // dL/d log(i / f)
+    dx[0] = lambda * write * candidate_slope(x[0], of_c, over_c);
+    dx[1] = of_odds * (sigmoid_numerator_of_minus(x[1], shares.of_u) * (over_second * under_v));
+    dx[2] = -of_odds * (sigmoid_numerator_of_minus(x[2], shares.of_v) * (over_second * under_u));
     return decay * lambda;
   }
 };

@@ -13,23 +13,23 @@ def exp_of_minus_abs(x):
 
 
 @triton.jit
-def numerator(x, e):
+def sigmoid_numerator(x, e):
     """The numerator of sigmoid(x)."""
     return tl.where(x >= 0, 1.0, e)
 
 
 @triton.jit
-def numerator_of_minus(x, e):
+def sigmoid_numerator_of_minus(x, e):
     """The numerator of sigmoid(-x)."""
     return tl.where(x >= 0, e, 1.0)
 
 
 @triton.jit
-def positive(c, e, over):
+def candidate_value(c, e, over):
     """g(c) = c + 1/2 for c >= 0, else sigmoid(c), for e = e^-|c| and over = 1 / (1 + e)."""
     return tl.where(c >= 0, c + 0.5, e * over)
 
 
 @triton.jit
-def positive_slope(c, e, over):
+def candidate_slope(c, e, over):
     return tl.where(c >= 0, 1.0, e * over * over)

@@ -6,7 +6,13 @@ import triton
 import triton.language as tl  # noqa: F401  (Triton's interpreter looks for it)
 
 from ..cell import Implementation, cell
-from ..min_gates import exp_of_minus_abs, numerator, numerator_of_minus, positive, positive_slope
+from ..min_gates import (
+    candidate_slope,
+    candidate_value,
+    exp_of_minus_abs,
+    sigmoid_numerator,
+    sigmoid_numerator_of_minus,
+)
 
 
 @triton.jit
@@ -16,8 +22,8 @@ def gates(x):
     of_c, of_u = exp_of_minus_abs(c), exp_of_minus_abs(u)
     over_both = 1.0 / ((1.0 + of_c) * (1.0 + of_u))
     over_u, over_c = over_both * (1.0 + of_c), over_both * (1.0 + of_u)
-    decay, write = numerator_of_minus(u, of_u) * over_u, numerator(u, of_u) * over_u
-    return decay, write, positive(c, of_c, over_c), positive_slope(c, of_c, over_c)
+    decay, write = sigmoid_numerator_of_minus(u, of_u) * over_u, sigmoid_numerator(u, of_u) * over_u
+    return decay, write, candidate_value(c, of_c, over_c), candidate_slope(c, of_c, over_c)
 
 
 @triton.jit
@@ -30,7 +36,7 @@ def step(x, s, p):
 def pull(x, m, p):
     _, u = x
     e = exp_of_minus_abs(u)
-    return numerator_of_minus(u, e) / (1.0 + e) * m
+    return sigmoid_numerator_of_minus(u, e) / (1.0 + e) * m
 
 
 @triton.jit

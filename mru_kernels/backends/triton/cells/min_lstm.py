@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 
 from ..cell import Implementation, cell
-from ..min_gates import exp_of_minus_abs, numerator, numerator_of_minus, positive, positive_slope
+from ..min_gates import (
+    candidate_slope,
+    candidate_value,
+    exp_of_minus_abs,
+    sigmoid_numerator,
+    sigmoid_numerator_of_minus,
+)
 
 
 @triton.jit
@@ -15,8 +21,8 @@ def shares(u, v, of_u, of_v):
     # minimum() of a NaN may be 0: of_u and of_v make both shares NaN.
     difference = tl.minimum(v, 0.0) - tl.minimum(u, 0.0)
     e = exp_of_minus_abs(difference)
-    keep = numerator(difference, e) * (1.0 + of_u)
-    write = numerator_of_minus(difference, e) * (1.0 + of_v)
+    keep = sigmoid_numerator(difference, e) * (1.0 + of_u)
+    write = sigmoid_numerator_of_minus(difference, e) * (1.0 + of_v)
     return keep, write, keep + write
 
 
@@ -27,7 +33,7 @@ def step(x, s, p):
     of_c = exp_of_minus_abs(c)
     over_both = 1.0 / ((1.0 + of_c) * sum)
     over_c, over_sum = over_both * sum, over_both * (1.0 + of_c)
-    return keep * over_sum * s + write * over_sum * positive(c, of_c, over_c)
+    return keep * over_sum * s + write * over_sum * candidate_value(c, of_c, over_c)
 
 
 @triton.jit
@@ -51,10 +57,10 @@ def vjp(x, s, after, g, m, p):
 
     decay, write = keep * over_sum, write * over_sum
     lam = g + m
-    of_odds = decay * write * lam * (positive(c, of_c, over_c) - s)  # dL/d log(i / f)
-    of_update = of_odds * (numerator_of_minus(u, of_u) * (over_second * under_v))
-    of_forget = -of_odds * (numerator_of_minus(v, of_v) * (over_second * under_u))
-    return decay * lam, (lam * write * positive_slope(c, of_c, over_c), of_update, of_forget)
+    of_odds = decay * write * lam * (candidate_value(c, of_c, over_c) - s)  # dL/d log(i / f)
+    of_update = of_odds * (sigmoid_numerator_of_minus(u, of_u) * (over_second * under_v))
+    of_forget = -of_odds * (sigmoid_numerator_of_minus(v, of_v) * (over_second * under_u))
+    return decay * lam, (lam * write * candidate_slope(c, of_c, over_c), of_update, of_forget)
 
 
 CELL = Implementation(cell(step, pull, vjp, gated=True))
