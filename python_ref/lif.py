@@ -102,10 +102,14 @@ def step_of_terms(U: Tensor, sums: Tensor, gates, terms, *, reset: str, tie: boo
     return moved if reset == "none" else torch.where(S, input if reset == "zero" else 0, moved)
 
 
+#: Of the addends of J. A whole sum is over 1 for most steps, and a product of many such terms grows without bound.
+CANCELLED = 1 / 8
+
+
 def decay(*_, steps: Steps, term: Term, **x: Any) -> Tensor:
     """J_t, as one term: the sum of the terms of a product of many grows without bound where the product does not.
 
-    Where its addends cancel, an eighth of their sum is that term, because their rounding does not cancel.
+    Where its addends cancel, CANCELLED of their sum is that term, because their rounding does not cancel.
     """
     U, beta, theta = steps.exact[0], x["beta"], x["threshold"]  # noqa: N806
     S, d = fires(U, theta, x["tie"]), _slope_of_reset(U, **x)  # noqa: N806
@@ -115,7 +119,9 @@ def decay(*_, steps: Steps, term: Term, **x: Any) -> Tensor:
     else:
         fallen = {"none": 0 * d, "subtract": theta * d, "subtract_decayed": beta * theta * d}[x["reset"]]
         kept = beta
-    return kept - fallen if term is itself else torch.maximum(term(kept - fallen), (term(kept) + term(fallen)) / 8)
+    if term is itself:
+        return kept - fallen
+    return torch.maximum(term(kept - fallen), CANCELLED * (term(kept) + term(fallen)))
 
 
 def _slope_of_reset(U: Tensor, *, threshold, surrogate, surrogate_scale, detach_reset, **_: Any) -> Tensor:  # noqa: N803
