@@ -59,19 +59,19 @@ def _equals_the_whole(rank: int, make: Make, times: tuple[int, ...]) -> None:
     resets[1] = False
     for state, mask in ((None, None), (given, None), (given, resets)):
         whole, last = alone(x, state, resets=mask)
-        piece = x[:, span].detach().requires_grad_()
-        output, after = sequence_parallel(module)(piece, state, resets=None if mask is None else mask[:, span])
+        segment = x[:, span].detach().requires_grad_()
+        output, after = sequence_parallel(module)(segment, state, resets=None if mask is None else mask[:, span])
         torch.testing.assert_close(output, whole[:, span])
         torch.testing.assert_close(after, last)
         leaves = [] if state is None else given
         of_whole = torch.autograd.grad(_loss(whole, last, 1.0), [x, *leaves, *alone.parameters()])
         share = (rank + 1) / sum(range(len(times) + 1))
-        of_piece = torch.autograd.grad(_loss(output, after, share), [piece, *leaves, *module.parameters()])
-        torch.testing.assert_close(of_piece[0], of_whole[0][:, span])
-        for one, other in zip(of_piece[1 : 1 + len(leaves)], of_whole[1:], strict=False):
+        of_segment = torch.autograd.grad(_loss(output, after, share), [segment, *leaves, *module.parameters()])
+        torch.testing.assert_close(of_segment[0], of_whole[0][:, span])
+        for one, other in zip(of_segment[1 : 1 + len(leaves)], of_whole[1:], strict=False):
             dist.all_reduce(one)  # ranks have parts of the gradient of the state
             torch.testing.assert_close(one, other)
-        torch.testing.assert_close(of_piece[1 + len(leaves) :], of_whole[1 + len(leaves) :])
+        torch.testing.assert_close(of_segment[1 + len(leaves) :], of_whole[1 + len(leaves) :])
 
 
 def _loss(output: Tensor, state: tuple[Tensor, ...], share: float) -> Tensor:

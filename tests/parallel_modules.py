@@ -57,9 +57,9 @@ def _one_module(rank: int, name: str) -> None:
             continue
         whole = alone(x, state, resets=given)
         _backward(whole, 1.0)
-        piece = x.narrow(time_dim, spans[rank], TIMES[rank])
+        segment = x.narrow(time_dim, spans[rank], TIMES[rank])
         own = None if given is None else given.narrow(time_dim, spans[rank], TIMES[rank])
-        output, h_n = sequence_parallel(module)(piece, state, resets=own)
+        output, h_n = sequence_parallel(module)(segment, state, resets=own)
         torch.testing.assert_close(output, whole[0].narrow(time_dim, spans[rank], TIMES[rank]), msg=name)
         torch.testing.assert_close(h_n, whole[1], msg=name)
         _backward((output, h_n), 1.0 if rank == 1 else 0.0)
@@ -104,17 +104,17 @@ def sharded_parameters(rank: int) -> None:
         return mk.MRUNetwork(5, 4, width=8, num_blocks=2, units=units, delay=delay, dtype=torch.float64)
 
     mine = x[2 * row : 2 * row + 2]
-    piece = mine[:, 30 * column : 30 * column + 30]
+    segment = mine[:, 30 * column : 30 * column + 30]
     pairs = []
     for make in (lambda: make_module("BMRU"), network):
         parallel = fully_shard(sequence_parallel(make(), mesh["time"]), mesh=mesh["batch"])
-        trained(parallel, piece, 2)
+        trained(parallel, segment, 2)
         pairs += zip(parallel.parameters(), trained(make(), x, 1).parameters(), strict=True)
     sharded = network()
     for block in sharded.blocks:
         fully_shard(block, mesh=mesh["batch"])
     with pytest.raises(ValueError, match="module: expected no fully_shard inside sequence_parallel"):
-        sequence_parallel(sharded, mesh["time"])(piece)
+        sequence_parallel(sharded, mesh["time"])(segment)
     trained(fully_shard(sharded, mesh=mesh["batch"]), mine, 1)
     pairs += zip(sharded.parameters(), trained(network(), x, 1).parameters(), strict=True)
     for one, other in pairs:

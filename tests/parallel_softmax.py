@@ -90,9 +90,9 @@ def without_gradients(rank: int) -> None:
         y, final = mk.wkv(key, **call)
         for times in SEGMENTS[dist.get_world_size()]:
             spans = list(accumulate(times, initial=0))
-            pieces = {"key": segment(key, spans, rank), "value": segment(call["value"], spans, rank)}
+            own = {"key": segment(key, spans, rank), "value": segment(call["value"], spans, rank)}
             with torch.no_grad():
-                got, last = sequence_parallel(mk.wkv)(**(call | pieces))
+                got, last = sequence_parallel(mk.wkv)(**(call | own))
             assert not got.requires_grad
             torch.testing.assert_close(got, segment(y, spans, rank))
             torch.testing.assert_close(last, final)
@@ -109,8 +109,8 @@ def exact(rank: int) -> None:
     score[:, :-1, 2] = -torch.inf
     spans = list(range(0, 10 * count + 1, 10))
     whole, final = mk.softmax_recurrence(score, value, decay=decay)
-    pieces = [segment(t, spans, rank) for t in (score, value, decay)]
-    y, last = sequence_parallel(mk.softmax_recurrence)(*pieces[:2], decay=pieces[2])
+    own = [segment(t, spans, rank) for t in (score, value, decay)]
+    y, last = sequence_parallel(mk.softmax_recurrence)(*own[:2], decay=own[2])
     torch.testing.assert_close(y, segment(whole, spans, rank), equal_nan=True, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(last, final, equal_nan=True)
     assert bool(y[:, :, 0].isnan().all()) == (rank > 0)
@@ -183,18 +183,18 @@ def rwkv4(rank: int) -> None:
         given = [torch.randn_like(t) for t in alone(x)[1]]
         for state in (None, given):
             both = []
-            for run, piece, share in ((alone, x, 1.0), (sequence_parallel(module), x[:, span], rank == count - 1)):
-                streams = [] if tokens else [piece.clone().requires_grad_()]
+            for run, part, share in ((alone, x, 1.0), (sequence_parallel(module), x[:, span], rank == count - 1)):
+                streams = [] if tokens else [part.clone().requires_grad_()]
                 states = [t.clone().requires_grad_() for t in state or ()]
-                output, after = run(streams[0] if streams else piece, states or None)
+                output, after = run(streams[0] if streams else part, states or None)
                 wanted = [*streams, *states, *run.parameters()]
                 grads = torch.autograd.grad(_squares(output, after, float(share)), wanted)
                 both.append((output, after, grads[: len(streams)], grads[len(streams) :]))
-            (whole, last, of_x, others), (output, after, of_piece, of_rank) = both
+            (whole, last, of_x, others), (output, after, of_segment, of_rank) = both
             for grad in of_rank[: len(given) if state else 0]:
                 dist.all_reduce(grad)  # ranks have parts of the gradient of the state
             torch.testing.assert_close(output, whole[:, span], msg=name)
             torch.testing.assert_close(after, last, msg=name)
-            torch.testing.assert_close(of_piece, tuple(t[:, span] for t in of_x), msg=name)
+            torch.testing.assert_close(of_segment, tuple(t[:, span] for t in of_x), msg=name)
             for one, other in zip(of_rank, others, strict=True):
                 torch.testing.assert_close(one, other, msg=lambda m, n=name: f"{n}: {m}")

@@ -86,7 +86,7 @@ def the_first_segment_overflows() -> None:
 
 
 def sums_are_replaced() -> None:
-    """The first segment is handed a wrong gradient: its sum over time, of a decay [D], is wrong until redone."""
+    """The first segment is handed a wrong gradient: its sum over time, of a decay [D], is wrong until rescanned."""
     time = 140
     update, grad_h = torch.zeros(1, time, 3), torch.zeros(1, time, 3)
     update[:, 0], update[:, 12], grad_h[:, :10] = 1, -(4.0**12), 1  # the state ends at 0, which never grows
