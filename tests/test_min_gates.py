@@ -76,7 +76,10 @@ def test_infinite_inputs_and_nan(backend, device, cell, dtype):
     composed = mk.linear_recurrence(decay, update, state)
     got = getattr(mk, cell)(*(t.to(device) for t in streams), state.to(device), backend=backend)
     for one, other in zip(got, composed, strict=True):
-        torch.testing.assert_close(one.cpu().to(other.dtype), other.to(one.dtype).to(other.dtype), equal_nan=True)
+        # Triton's interpreter truncates to bfloat16.
+        last_place = {"rtol": torch.finfo(one.dtype).eps, "atol": 1e-5} if one.dtype == torch.bfloat16 else {}
+        rounded = other.to(one.dtype).to(other.dtype)
+        torch.testing.assert_close(one.cpu().to(other.dtype), rounded, equal_nan=True, **last_place)
     reference = getattr(python_ref, cell)(*streams, state)
     for one, other in zip(composed, reference, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6, equal_nan=True)
