@@ -21,7 +21,10 @@ from .draw import Draw
 
 
 def sigmoids(x: Tensor) -> tuple[Tensor, Tensor]:
-    """sigmoid(-x) and sigmoid(x). The one near 1 is 1 minus the other: torch's gradient of it would cancel."""
+    """The values sigmoid(-x) and sigmoid(x).
+
+    The larger is 1 minus the smaller, because torch's gradient y (1 - y) of a sigmoid y near 1 cancels.
+    """
     negative = x < 0
     small = torch.where(negative, x, -x).sigmoid()
     return torch.where(negative, 1 - small, small), torch.where(negative, small, 1 - small)

@@ -1,4 +1,7 @@
-"""Autograd of the ops: gradients and tangents; second derivatives of affine cells. Those of others raise."""
+"""Autograd of the ops: gradients and tangents.
+
+The linear recurrence and cells with `Plain.vjp` also have second derivatives. Those of other cells raise.
+"""
 
 from __future__ import annotations
 
@@ -238,7 +241,7 @@ class Gradient(torch.autograd.Function):
 class GradientByParts(torch.autograd.Function):
     """`mru::<cell>_backward` below autograd, of a cell with `Plain.vjp`. Its gradient is that of `gradient_by_parts`.
 
-    In forward mode the caller runs `gradient_by_parts` itself, as the tangents are there.
+    In forward mode the autograd kernel calls `gradient_by_parts` instead: inputs have no tangents inside a Function.
     """
 
     @staticmethod
@@ -256,7 +259,7 @@ class GradientByParts(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         *saved, cu_seqlens, resets = ctx.saved_tensors
         with torch.enable_grad():
-            # The gradient by a view does not pass another argument, which may have been computed from this one.
+            # If one argument was computed from another, a gradient by the arguments would also follow that path.
             views = [t.view_as(t) if t is not None and t.requires_grad else t for t in saved]
             grads, inputs = dict(zip(BACKWARD_NAMES[:3], views, strict=False)), views[3:]
             states = {name: inputs.pop() for name in reversed(ctx.states)}

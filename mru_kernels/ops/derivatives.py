@@ -1,4 +1,4 @@
-"""Tangents of the ops: forward mode, and the derivatives of the gradients of affine cells.
+"""Tangents of the ops: forward mode, and the derivatives of gradients, of the linear recurrence and of gated cells.
 
 The tangent of a result is its derivative along a change of the inputs; `dx` is the tangent of `x`. A step is pointwise,
 so the tangent of the states is a linear recurrence: with the states s before each step,

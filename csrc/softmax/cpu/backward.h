@@ -48,7 +48,8 @@ struct Records {
   }
 };
 
-// Share::a, b and k from the e of a record. As `of_sign` gives them, but where e has no sign it is taken as it is.
+// Share::a and Share::b from the e of a record; `k_of` gives Share::k. Unlike `of_sign`, neither computes |e| where the sign bit
+// is clear.
 template <class V>
 struct Factors {
   V a, b;
@@ -330,7 +331,7 @@ void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grad
   });
 }
 
-// Without rows for the gradients of the values, only the adjoint is wanted.
+// Computes the adjoint, and writes gradients if there are rows for them.
 template <class F>
 void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* adjoint, void* sums,
               void* scratch) {

@@ -141,7 +141,7 @@ void sum_decays(const HeadScan& scan, const Segment& segment, int64_t h0, int64_
   const StateRow<typename F::S> map(scan, row, h0);
   for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
     Sum<V> decays;
-    if constexpr (F::kKind == Decay::kHead)
+    if constexpr (F::kKind == Decay::kHead)  // a segment has a step, so an infinite decay gives no NaN
       decays.sum = splat<V>(segment.end - segment.begin) * in.decay_at(lanes, j, segment.begin);
     if constexpr (F::kKind == Decay::kStream)
       for (int64_t t = segment.begin; t < segment.end; ++t) decays.add(in.decay_at(lanes, j, t));

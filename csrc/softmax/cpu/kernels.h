@@ -28,7 +28,9 @@ struct HeadKernels {
   void (*total)(const HeadScan&, const void* sums, int64_t count, int which, void* total);
 };
 
-constexpr int64_t kTile = 8;  // steps of one vector in the forward pass, which fetches as many rows ahead
+// Steps of one vector before the next in the forward pass, which prefetches as many rows ahead; and steps of the backward pass
+// between two flushes of HeadGradients.
+constexpr int64_t kTile = 8;
 constexpr int64_t kMostLanes =
     16;  // of a vector; sums over a head's channels have as many parts on every instruction set
 constexpr int64_t kHeadRows = 5;  // of a step in the backward pass: see Records in backward.h

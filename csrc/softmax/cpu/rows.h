@@ -48,8 +48,8 @@ MRU_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
-// Fetches the rows [row, end) of a chunk into the second-level cache, a vector at a call, in the order of memory. Its callers
-// go through all steps of another chunk with one vector after another; fetched in that order rows would take up to twice as long.
+// Prefetches the rows [row, end) into the second-level cache in the order of memory, one vector a call. Callers go through all
+// steps of one vector before the next; prefetches in that order would take up to twice as long.
 class Sweep {
  public:
   Sweep(int64_t row, int64_t end, int64_t columns) : row_(row), end_(end), columns_(columns) {}

@@ -2,8 +2,8 @@
 // workspace. Plain C++. Not yet run on a GPU.
 //
 //   segment   positions of a sequence that are scanned without the others: all, or where time is cut scan.segment steps
-//             from the sequence's start on. Packed sequence n has the numbers from n + offset / scan.segment on: as many
-//             as it needs, whatever the offsets are. A number that is left over is a segment of no steps
+//             from the sequence's start on. The segments of packed sequence n are numbered from n + offset / scan.segment
+//             on, which leaves room for any offsets. A number that no sequence uses is a segment without steps
 //   part      of a head: up to a warp of threads, side by side, W channels each. Its sums over channels are shuffles
 //   forward   uncut: `forward`. Cut: `summarize` each segment; `carry` gives the state that enters each; `forward`
 //   backward  uncut: `backward`. Cut: `backward` of each segment from 0, which stores no gradients of streams;

@@ -147,7 +147,7 @@ def tile(kernel: str, reads: Reads) -> int:
 
 
 def _steps_loaded(kernel: str, reads: Reads) -> int:
-    """`tile` of a kernel that reads streams, for a cell that computes little of the inputs alone."""
+    """`tile` of a kernel that reads streams, for a cell whose steps compute no gates."""
     if kernel == "summarize" and reads.is_half:
         return 4  # and as many of the next tile
     if kernel == "forward" and reads.is_half and reads.doubled:

@@ -56,8 +56,8 @@ def adjoint_word(c, map_, writes, late, mask, opened, first, MASKED: tl.constexp
             tile = load_tile(
                 opened.inputs, c.at, hidden(first + j, c.at), left - j, STATE, c.form.streams, TILE, MASKED
             )
-        # Always true. With codes, ptxas does not sink the loads below a branch. With gates in float64, ptxas does not
-        # compute those of the next tile above it, and spills none.
+        # Always true, which ptxas does not know. With codes, the branch keeps it from sinking the loads below. With
+        # gates in float64, it keeps it from computing the gates of the next tile early, which spills.
         if MASKED or not (c.form.codes or (c.cell.gated and STATE == tl.float64)) or left > j:
             for i in tl.static_range(TILE - 1, -1, -1):
                 if c.form.codes:
