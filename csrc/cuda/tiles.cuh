@@ -14,10 +14,12 @@
 
 namespace mru::cuda {
 
-// Steps of a thread in a tile: as many as its registers bear.
+// Steps of a thread in a tile: as many as its registers and the block's shared memory bear.
 template <class F>
-constexpr int kSteps =
-    (F::kGivenInputs >= 4 && (F::kSums > 1 || sizeof(typename F::S) == 8)) || sizeof(typename F::S) == 16 ? 4 : 8;
+constexpr int kSteps = (F::kGivenInputs >= 4 && (F::kSums > 1 || sizeof(typename F::S) == 8)) ||
+                               (F::kStreams >= 3 && sizeof(typename F::S) == 8) || sizeof(typename F::S) == 16
+                           ? 4
+                           : 8;
 constexpr int kTile = 64, kLongTile = 128;  // steps of a tile, or nearly
 constexpr int64_t kManyBlocks = 512;        // from this number on, blocks of short tiles fill a device
 constexpr int kHeld = 256;                  // threads that a multiprocessor has registers for, at least
