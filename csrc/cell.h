@@ -20,6 +20,7 @@
 //   kAdjointSeesState            whether `cotangent` depends on s or `after`
 //   kComposes                    whether a step is an affine map of the state, which composes with others. If not, time is
 //                                not cut, `pull` is pull(x, s, m), and kAdjointSeesState is true
+//   kGated                       whether a step computes gates that take registers: then tiles may be shorter
 //   kAlpha                       the input per channel that scales the output, h = alpha s'; -1: there is none
 //   kCodes                       whether a step fits a write code of 2 bits (maps/write_or_hold.h); then also
 //     kFirstValue, kSecondValue  the two values that a step may write
@@ -54,7 +55,8 @@ constexpr Scalar positive(const char* name) { return {name, 5e-324, 1.7976931348
 
 // The defaults of a cell: h is the state after the step.
 struct CellBase {
-  static constexpr bool kAdjointSeesState = false, kComposes = true, kCodes = false, kOverwrites = false;
+  static constexpr bool kAdjointSeesState = false, kComposes = true, kCodes = false, kOverwrites = false,
+                        kGated = false;
   static constexpr int kAlpha = -1;
 
   template <class V>

@@ -9,6 +9,8 @@ namespace mru {
 
 template <class S>
 struct MinGRU : CellBase {
+  static constexpr bool kGated = true;
+
   MRU_INLINE explicit MinGRU(const double*) {}
 
   template <class V>

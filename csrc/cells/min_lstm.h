@@ -9,6 +9,8 @@ namespace mru {
 
 template <class S>
 struct MinLSTM : CellBase {
+  static constexpr bool kGated = true;
+
   MRU_INLINE explicit MinLSTM(const double*) {}
 
   // The shares f / (f + i) and i / (f + i). sigmoid(x) = e^min(x, 0) / (1 + e^-|x|), so they are A and B over A + B, where

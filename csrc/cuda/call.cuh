@@ -37,6 +37,8 @@ struct Form {
   // Whether a step of a cell with codes reads input i; an optional input per channel only scales h.
   static constexpr __host__ __device__ bool decides(int i) { return (kGiven & ~kOptional) >> i & 1; }
   static constexpr bool kStreamsDecide = (kChannels & ~kOptional) == 0;
+  // Gates of three streams in float64: fewer steps at once, for the registers of a thread and the shared memory of a block.
+  static constexpr bool kWideGates = Cell::kGated && kStreams >= 3 && sizeof(S) == 8;
 };
 
 // Device memory that the launches of one call share. Arrays [segments, D], but for the sums.

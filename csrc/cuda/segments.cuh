@@ -10,10 +10,9 @@ constexpr int kSegmentThreads = 128;  // of a block
 // Blocks that a multiprocessor has registers for. Eight channels with three inputs per channel each take more of them.
 template <class F>
 constexpr int kSegmentBlocks = F::W == 8 && F::kSums > 2 ? 2 : 3;
-// Steps whose inputs a thread holds at once. Eight spill with eight channels, and with gates of three streams of float64;
-// cells with write codes have no such gates.
+// Steps whose inputs a thread holds at once. Eight spill with eight channels, and with wide gates.
 template <class F>
-constexpr int kSegmentTile = F::W == 8 || (sizeof(typename F::S) == 8 && F::kStreams > 2 && !F::Cell::kCodes) ? 4 : 8;
+constexpr int kSegmentTile = F::W == 8 || F::kWideGates ? 4 : 8;
 
 // The map of a segment as a thread composes it.
 template <class F>

@@ -16,8 +16,8 @@ namespace mru::cuda {
 
 // Steps of a thread in a tile: as many as its registers and the block's shared memory bear.
 template <class F>
-constexpr int kSteps = (F::kGivenInputs >= 4 && (F::kSums > 1 || sizeof(typename F::S) == 8)) ||
-                               (F::kStreams >= 3 && sizeof(typename F::S) == 8) || sizeof(typename F::S) == 16
+constexpr int kSteps = (F::kGivenInputs >= 4 && (F::kSums > 1 || sizeof(typename F::S) == 8)) || F::kWideGates ||
+                               sizeof(typename F::S) == 16
                            ? 4
                            : 8;
 constexpr int kTile = 64, kLongTile = 128;  // steps of a tile, or nearly
