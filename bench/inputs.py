@@ -6,6 +6,7 @@ A case has a value for each factor. Some factors are common to all cells; a cell
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -177,6 +178,30 @@ def _laid_out(streams: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     if layout == "time-major":
         return {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in streams.items()}
     return streams
+
+
+_DRAWN = 2**20  # elements of a stream that `repeated` draws
+
+
+def repeated(case: Case) -> Call:
+    """A call of a case without packed sequences, whose streams repeat about 2^20 drawn elements: drawn in less time.
+
+    Where the cell settles its inputs, all elements are drawn, as `Case.build` does. Sequences differ: the number of
+    drawn steps has no common divisor with the steps of a sequence, nor with a power of 2, so with a segment.
+    """
+    batch, time, channels = case.shape
+    steps = max(_DRAWN // channels, 1)
+    if batch * time <= steps or CELLS[case.cell].settle is not None:
+        return case.build()
+    while math.gcd(steps, 2 * time) > 1:
+        steps -= 1
+    drawn = replace(case, options={**case.options, "batch": 1, "time": steps}).build()
+    times = -(-batch * time // steps)
+    tensors = {
+        name: t.repeat(1, times, 1)[0, : batch * time].view(case.shape) if t.dim() == 3 else t
+        for name, t in drawn.tensors.items()
+    }
+    return call(case.cell, tensors, drawn.settings, label=drawn.label)
 
 
 # ----------------------------------------------------------------------------------------- selections

@@ -32,6 +32,7 @@ class Figure:
         gb_per_s: the bytes of the floor, divided by the time.
         floor_ratio: the time, divided by that of a streaming pass over the same bytes.
         slower: for a peer: its time, divided by that of the op or the module.
+        base_spread: the spread of the figure that the ratios divide by.
         share: for the projections of a module: their time, divided by that of the module.
         peak_mib: peak memory beyond the inputs and the gradient of h.
         percent_of_copy: gb_per_s in percent of that of a copy.
@@ -46,6 +47,7 @@ class Figure:
     gb_per_s: float | None = None
     floor_ratio: float | None = None
     slower: float | None = None
+    base_spread: float | None = None
     share: float | None = None
     peak_mib: float | None = None
     percent_of_copy: float | None = None

@@ -1,8 +1,9 @@
 """Times of a cell's op and module, compared with a streaming pass over the same bytes and with peers.
 
-`python -m bench speed` first compares the op with the reference, and each peer with the op. It times only what passes.
-The floor of a pass is the time of a streaming pass that moves each of its streams once. It is scaled from
-`torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its output.
+`python -m bench speed` first checks the op on the call that it times (`bench.verify`), and each peer against the op. It
+times only what passes. The floor of a pass is the time of a streaming pass that moves each of its streams once. It is
+scaled from `torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its
+output.
 
 On the CPU freed memory stays in the process (`python -m bench` pins the allocator's thresholds), so an output costs
 no page faults. The op is also timed with glibc's default settings, in another process. The projections of a module
@@ -12,12 +13,13 @@ are its matrix products alone, forward and backward. The cost of a call is measu
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,18 +30,21 @@ import mru_kernels as mk
 from mru_kernels import backends
 from mru_kernels.backends import CHUNK
 
-from . import allocator, cli, compare, errors, inputs
-from .inputs import Call, Case
+from . import cli, errors, inputs, verify
+from .aside import Others
+from .inputs import Call, Case, repeated
 from .peers import PEERS, job
 from .progress import tqdm
 from .records import Figure, facts_of, machine, name_of, table_without_empty, write_json
+from .report import summary
 from .timing import measure, per_call
-from .work import ADD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS, Passes, floor_bytes, passes
+from .work import ADD, BOTH, FORWARD, GRU, NOISY, PROJECTIONS, Passes, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 SMALL = (1, 1, 64)  # so small that the cost of a call dominates
-_CHECKED_STEPS = 256  # steps that are compared before anything is timed
+_CHECKED_STEPS = 256  # steps on which peers are compared with the op
 _WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
+_PER_SUBJECT = 0.15  # seconds, but at least three runs
 _MOST_OF_GRU = (4096, 1024)  # steps, channels
 _MIB = 2**20
 
@@ -57,13 +62,6 @@ def per_channel(case: Case) -> dict[str, Case]:
     factors = inputs.CELLS[case.cell].factors
     names = [name for name, values in factors.items() if "channel" in values and case.options[name] == "stream"]
     return {name: replace(case, options={**case.options, name: "channel"}) for name in names}
-
-
-def meets_limits(case: Case, backend: str, device: torch.device) -> bool:
-    """Whether the op meets its limits against the reference, tested on a smaller case."""
-    most = {"batch": 4, "time": _CHECKED_STEPS, "channels": 128}
-    few = {name: min(case.options[name], size) for name, size in most.items()}
-    return all(row.passed for row in compare.run([replace(case, options={**case.options, **few})], backend, device))
 
 
 def check_peer(name: str, call: Call, backend: str | None = None) -> None:
@@ -91,33 +89,47 @@ def check_peer(name: str, call: Call, backend: str | None = None) -> None:
             raise RuntimeError(f"does not compute what {call.cell} computes{place}")
 
 
-def time_case(
-    case: Case, backend: str, device: torch.device, peers: Sequence[str] = ()
-) -> tuple[list[Figure], list[str], list[str]]:
-    """Time op, module and peers on one case.
+@dataclass
+class Results:
+    """What is known so far: figures, a line for each subject that failed, and for each that is left out, with why."""
 
-    Returns:
-        The figures; a line for each subject that failed its comparison; a line for each that is left out, with why.
+    figures: list[Figure] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def time_case(
+    case: Case, backend: str, device: torch.device, results: Results, peers: Sequence[str] = (),
+    others: Others | None = None,
+) -> None:  # fmt: skip
+    """Time op, module and peers on one case, and add what is found to `results`.
+
+    Args:
+        case: the inputs.
+        backend: the name of the backend.
+        device: where to run.
+        results: what is known so far.
+        peers: names of `PEERS`, or `GRU`.
+        others: processes with other settings; None: they are neither compared nor timed.
     """
-    failed: list[str] = []
-    left_out: list[str] = []
     where = f"{case.shape} {_name(case.dtype)}"
 
-    def meets(what: str, case: Case) -> bool:
-        ok = meets_limits(case, backend, device)
-        if not ok:
-            failed.append(f"FAIL {where}: {what} does not meet its limits against the reference, so it is not timed")
-        return ok
+    def checked(what: str, case: Case) -> Call | None:
+        call = repeated(case).to(device)
+        found = verify.faults(call, backend, partial(others.digest, call) if others else None)
+        if found:
+            results.failed.append(f"FAIL {where}: {what} is not timed: {'; '.join(found)}")
+        return None if found else call
 
-    if not meets(case.cell, case):
-        return [], failed, left_out
-    call = case.build().to(device)
+    call = checked(case.cell, case)
+    if call is None:
+        return
     subjects, moved = _streaming(call)
     calls = {case.cell: call}
     for name, other in per_channel(case).items():
         what = f"{case.cell}, {name} [D]"
-        if meets(what, other):
-            calls[what] = other.build().to(device)
+        if (built := checked(what, other)) is not None:
+            calls[what] = built
     for what, built in calls.items():
         subjects |= {(what, work): run for work, run in passes(built, op(built, backend)).items()}
         moved |= {(what, work): count for work, count in floor_bytes(built).items()}
@@ -125,49 +137,55 @@ def time_case(
     subjects |= of_module
     if GRU in peers and GRU not in compared_with:
         steps, channels = _MOST_OF_GRU
-        left_out.append(f"{GRU} on {where}: timed with real modules only, up to {steps} steps and {channels} channels")
+        limits = f"up to {steps} steps and {channels} channels"
+        results.left_out.append(f"{GRU} on {where}: timed with real modules only, {limits}")
     for name in (name for name in peers if name != GRU):
         reason = PEERS[name].why_not(case, device)
         if reason is not None:
-            left_out.append(f"{name} on {where}: {reason}")
+            results.left_out.append(f"{name} on {where}: {reason}")
             continue
         try:
             check_peer(name, call, backend)
         except Exception as error:  # the other peers are still timed
-            failed.append(" ".join(f"FAIL {where}: peer {name!r} {error}; it is not timed".split()))
+            results.failed.append(" ".join(f"FAIL {where}: peer {name!r} {error}; it is not timed".split()))
             continue
         subjects |= _peer_subjects(name, call)
         compared_with[name] = case.cell
-    return _figures(case, measure(subjects, device), moved, compared_with), failed, left_out
+    results.figures += _figures(call, measure(subjects, device, _PER_SUBJECT), moved, compared_with)
+    if others is not None:
+        results.figures += others.times(call)
 
 
 def _figures(
-    case: Case, seconds: dict[Key, tuple[float, float]], moved: dict[Key, int], compared_with: dict[str, str]
+    call: Call, seconds: dict[Key, tuple[float, float]], moved: dict[Key, int], compared_with: dict[str, str]
 ) -> list[Figure]:
     """Figures from times.
 
     Args:
-        case: the inputs.
+        call: the inputs.
         seconds: median and spread for each subject and work.
         moved: the bytes that each must move.
         compared_with: for a peer or a part of a module, the subject of ours that divides its time.
     """
-    add = seconds[ADD, FORWARD][0] / moved[ADD, FORWARD]
+    of_add, spread_of_add = seconds[ADD, FORWARD]
+    add = of_add / moved[ADD, FORWARD]
     figures = []
     for (subject, work), (median, spread) in seconds.items():
         count = moved.get((subject, work))
-        ratio = median / seconds[compared_with[subject], work][0] if subject in compared_with else None
+        base, base_spread = seconds[compared_with[subject], work] if subject in compared_with else (None, spread_of_add)
+        ratio = median / base if base else None
         part = subject.endswith(PROJECTIONS)
         figures.append(
             Figure(
-                shape=case.shape,
-                dtype=_name(case.dtype),
+                shape=tuple(call.stream.shape),
+                dtype=_name(call.stream.dtype),
                 subject=subject,
                 work=work,
                 ms=median * 1e3,
                 spread=spread,
                 gb_per_s=count / median / 1e9 if count else None,
                 floor_ratio=median / (add * count) if count else None,
+                base_spread=base_spread if count or base else None,
                 slower=None if part else ratio,
                 share=ratio if part else None,
             )
@@ -233,25 +251,12 @@ def _peer_subjects(name: str, call: Call) -> Subjects:
     return subjects
 
 
-def time_op(case: Case, backend: str, device: torch.device) -> list[Figure]:
+def time_op(call: Call, backend: str) -> list[Figure]:
     """Time only torch.add and the op, with the allocator settings of this process."""
-    call = case.build().to(device)
     subjects, moved = _streaming(call)
-    subjects |= {(case.cell, work): run for work, run in passes(call, op(call, backend)).items()}
-    moved |= {(case.cell, work): count for work, count in floor_bytes(call).items()}
-    return _figures(case, measure(subjects, device), moved, {})
-
-
-def with_default_allocator(figures: list[Figure], case: Case, backend: str) -> list[Figure]:
-    """The figures, and those of `time_op` in a process with glibc's default allocator settings."""
-    options = {name: case.options[name] for name in ("epsilon", "writes") if name in case.options}
-    command = [sys.executable, "-m", f"{__package__}.speed", "--here", "--backend", backend, *_arguments(case)]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    done = subprocess.run(command, capture_output=True, text=True, env=allocator.default())
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    seen = [Figure.from_json(fields) for fields in json.loads(done.stdout)]
-    return figures + [replace(f, subject=f.subject + DEFAULT_ALLOCATOR) for f in seen]
+    subjects |= {(call.cell, work): run for work, run in passes(call, op(call, backend)).items()}
+    moved |= {(call.cell, work): count for work, count in floor_bytes(call).items()}
+    return _figures(call, measure(subjects, call.stream.device, _PER_SUBJECT), moved, {})
 
 
 def _arguments(case: Case) -> list[str]:
@@ -266,8 +271,8 @@ def with_peak(figures: list[Figure], case: Case, backend: str, device: torch.dev
 
     arguments = [*_arguments(case), "--device", str(device), "--backend", backend, "--chunk-size", str(CHUNK)]
     (seen,) = memory.in_own_process(arguments)
-    peak = seen.peak_measured / _MIB
-    return [replace(f, peak_mib=peak) if (f.subject, f.work) == (case.cell, BOTH) else f for f in figures]
+    peak, of = seen.peak_measured / _MIB, (case.shape, _name(case.dtype), case.cell, BOTH)
+    return [replace(f, peak_mib=peak) if (f.shape, f.dtype, f.subject, f.work) == of else f for f in figures]
 
 
 def overhead(device: torch.device, backend: str, cell: str = "bmru") -> dict[str, float]:
@@ -296,7 +301,7 @@ def table(figures: Sequence[Figure]) -> str:
     head += ["share of the module", "peak, MiB"]
 
     def ratio(f: Figure, value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form) + "?" * (f.spread > NOISY)
+        return "" if value is None else format(value, form) + "?" * (max(f.spread, f.base_spread or 0.0) > NOISY)
 
     lines = [
         [
@@ -309,6 +314,12 @@ def table(figures: Sequence[Figure]) -> str:
     return table_without_empty(head, lines, 4)
 
 
+def _caption(facts: dict[str, Any]) -> str:
+    """What the columns of `table` mean, and the settings of the allocator."""
+    text = "Times are medians. The spread is the range between the quartiles, in percent of the median."
+    return text + (f" Allocator: {facts['allocator']}." if "allocator" in facts else "")
+
+
 def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]]:
     """Shapes whose size B, T or D, named by `letter`, is 1, 4, 16 and so on, up to that of `shape`."""
     i = "BTD".index(letter)
@@ -317,6 +328,39 @@ def sweep(shape: tuple[int, int, int], letter: str) -> list[tuple[int, int, int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    device, options = arguments.device, _options(parser, arguments)
+    backend = cli.resolve(parser, arguments.backend, device).name
+    sizes = [dict(zip(("batch", "time", "channels"), shape, strict=True)) for shape in arguments.shape]
+    dtypes = [cli.DTYPES[dtype] for dtype in arguments.dtype]
+    cases = [inputs.case(arguments.cell, dtype, **named, **options) for named in sizes for dtype in dtypes]
+    results, calls, interrupted = Results(), {}, False
+    try:
+        with Others(backend) if device.type == "cpu" else nullcontext() as others:
+            for case in tqdm(cases, "shapes", leave=False):
+                time_case(case, backend, device, results, arguments.peer, others)
+                if arguments.memory:
+                    results.figures = with_peak(results.figures, case, backend, device)
+                torch.compiler.reset()
+        calls = overhead(device, backend, arguments.cell)
+    except KeyboardInterrupt:
+        interrupted = True
+    facts = machine(device) | {"backend": backend, "cell": arguments.cell} | options
+    record = {"machine": facts, "figures": [f.to_json() for f in results.figures], "microseconds": calls}
+    record |= {"failed": results.failed, "left out": results.left_out} | ({"interrupted": True} if interrupted else {})
+    if arguments.json:
+        write_json(arguments.json, record)
+    print(f"{facts_of(facts)}\n\n{table(results.figures)}\n\n{_caption(facts)}\n\n{summary(record)}")
+    for lines in ([f"left out: {reason}" for reason in results.left_out], results.failed):
+        print("\n".join(lines), end="\n" * bool(lines))
+    if interrupted:
+        print("interrupted: these are the figures until then", file=sys.stderr)
+        return 130
+    return 1 if results.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=cli.prog("speed"), description=__doc__.split("\n")[0])
     parser.add_argument("--cell", choices=inputs.CELLS, default="bmru")
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=list(SHAPES), metavar="B,T,D")
@@ -328,52 +372,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--writes", choices=inputs.values_of("writes"), help="default: often, for the cells that write")
     parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="peers to time (default: none)")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory of forward + backward")
-    parser.add_argument("--here", action="store_true", help="time only the op, in this process, and print JSON")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args(argv)
-    cell, device = arguments.cell, arguments.device
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there, also after Ctrl-C")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the cases, and the shapes of a sweep in `arguments`. Ends the command if one is wrong."""
     if arguments.sweep:
         if len(arguments.shape) != 1:
             parser.error(f"--sweep: expected one --shape, got {len(arguments.shape)}")
         arguments.shape = sweep(arguments.shape[0], arguments.sweep)
-    cli.check_dtypes(parser, cell, arguments.dtype)
-    options = {}
+    cli.check_dtypes(parser, arguments.cell, arguments.dtype)
+    options, factors = {}, inputs.CELLS[arguments.cell].factors
     for name, given in (("epsilon", arguments.epsilon), ("writes", arguments.writes)):
-        if name in inputs.CELLS[cell].factors:
-            options[name] = inputs.CELLS[cell].factors[name][0] if given is None else given
+        if name in factors:
+            options[name] = factors[name][0] if given is None else given
         elif given is not None:
-            parser.error(f"--{name}: {cell} has none")
-    backend = cli.resolve(parser, arguments.backend, device).name
-    figures: list[Figure] = []
-    failed: list[str] = []
-    left_out: list[str] = []
-    sizes = [dict(zip(("batch", "time", "channels"), shape, strict=True)) for shape in arguments.shape]
-    cases = [inputs.case(cell, cli.DTYPES[dtype], **named, **options) for named in sizes for dtype in arguments.dtype]
-    if arguments.here:
-        print(json.dumps([f.to_json() for case in cases for f in time_op(case, backend, device)]))
-        return 0
-    for case in tqdm(cases, "shapes", leave=False):
-        timed, wrong, omitted = time_case(case, backend, device, arguments.peer)
-        if arguments.memory and timed:
-            timed = with_peak(timed, case, backend, device)
-        if device.type == "cpu" and timed:
-            timed = with_default_allocator(timed, case, backend)
-        figures += timed
-        failed += wrong
-        left_out += omitted
-        torch.compiler.reset()
-    calls = overhead(device, backend, cell)
-    facts = machine(device) | {"backend": backend, "cell": cell} | options
-    print(facts_of(facts), end="\n\n")
-    print(table(figures), end="\n\n")
-    print("\n".join(f"{k}: {v:.1f} us per call" for k, v in calls.items()))
-    for lines in ([f"left out: {reason}" for reason in left_out], failed):
-        print("\n".join(lines), end="\n" * bool(lines))
-    if arguments.json:
-        record = {"machine": facts, "figures": [f.to_json() for f in figures], "microseconds": calls}
-        record |= {"failed": failed, "left out": left_out}
-        write_json(arguments.json, record)
-    return 1 if failed else 0
+            parser.error(f"--{name}: {arguments.cell} has none")
+    return options
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from bench import peers, records, softmax_cases, speed, timing, work
+from bench import peers, records, softmax_cases, timing, work
 from bench.gpu import command, jobs, processes, report, stages
 from bench.gpu.processes import Outcome
 
@@ -261,7 +261,7 @@ def test_without_time_the_other_ops_are_left_out():
 
 def test_a_backend_that_is_wrong_is_not_timed():
     written = []
-    with patch.object(speed, "meets_limits", lambda *_: False):
+    with patch.object(jobs, "_meets_limits", lambda *_: False):
         timing = jobs.Timing(CPU, lambda *what: written.append(what), 2**16)
         timing.backends(["cpu"], SHAPES[0])
     assert [kind for kind, _ in written] == ["copy", "failed", "figure"]

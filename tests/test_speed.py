@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from bench import inputs, memory, peers, profile, report, speed, work
+from bench import aside, inputs, memory, peers, profile, report, speed, verify, work
 from mru_kernels import backends
 
 CPU = torch.device("cpu")
-overhead, with_default_allocator = speed.overhead, speed.with_default_allocator
+ROOT = Path(__file__).parents[1]
+overhead = speed.overhead
 CELLS = [
     (cell, epsilon)
     for cell, declared in inputs.CELLS.items()
@@ -27,11 +34,10 @@ def case(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.flo
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Measure few repetitions, no cost of calls, and one allocator."""
-    measure = speed.measure
-    monkeypatch.setattr(speed, "measure", lambda subjects, device: measure(subjects, device, seconds=0.0))
+    """Measure few repetitions, no cost of calls, and no processes with other settings."""
+    monkeypatch.setattr(speed, "_PER_SUBJECT", 0.0)
     monkeypatch.setattr(speed, "overhead", lambda *_: {"a call": 1.0})
-    monkeypatch.setattr(speed, "with_default_allocator", lambda figures, *_: figures)
+    monkeypatch.setattr(speed, "Others", lambda _: nullcontext())
 
 
 def run(capsys, *arguments: str) -> tuple[int, str]:
@@ -111,7 +117,7 @@ def test_a_record_holds_what_was_asked_for(cell, dtype, tmp_path, capsys):
     expected |= {(f"{module}{work.PROJECTIONS}", work.BOTH)} if module else set()
     figures = {(f["subject"], f["work"]): f for f in record["figures"]}
     assert figures.keys() == expected
-    assert page.count("\n| 2, 20, 5 |") == len(expected)
+    assert page.count("\n| 2, 20, 5 |") == len(expected) + 1  # and the summary
     assert all(
         ("floor_ratio" not in f) == (f["subject"] in (*whole, f"{module}{work.PROJECTIONS}")) for f in figures.values()
     )
@@ -125,16 +131,73 @@ def test_a_record_holds_what_was_asked_for(cell, dtype, tmp_path, capsys):
 def test_a_wrong_result_is_refused(tmp_path, capsys):
     file = tmp_path / "record.json"
     options = ["--shape", "2,20,5", "--dtype", "fp32", "--json", str(file), "--peer", "log-step scan"]
-    with patch.object(speed, "meets_limits", lambda *_: False):
+    with patch.object(verify, "faults", lambda *_: ["h is not that of the reference", "candidate depends on a cut"]):
         status, page = run(capsys, *options)
     assert status == 1
-    assert "FAIL (2, 20, 5) float32: bmru does not meet its limits" in page
+    reasons = "h is not that of the reference; candidate depends on a cut"
+    assert f"FAIL (2, 20, 5) float32: bmru is not timed: {reasons}" in page
     assert json.loads(file.read_text())["figures"] == []
     with patch.dict(peers.PEERS, {"log-step scan": peers.Peer(lambda a, w: 1.01 * peers.log_step(a, w))}):
         status, page = run(capsys, *options)
     assert status == 1
     assert "FAIL (2, 20, 5) float32: peer 'log-step scan' does not compute what bmru computes" in page
     assert "log-step scan" not in {f["subject"] for f in json.loads(file.read_text())["figures"]}
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_ctrl_c_leaves_the_figures_so_far(first, tmp_path, capsys, monkeypatch):
+    """Ctrl-C while the `first` case is timed."""
+    measure, calls = speed.measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == first:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(speed, "measure", interrupted)
+    file = tmp_path / "record.json"
+    status, page = run(capsys, "--shape", "2,20,5", "2,21,5", "2,22,5", "--dtype", "fp32", "--json", str(file))
+    assert status == 130
+    record = report.load(file)
+    assert record["interrupted"]
+    assert {tuple(f["shape"]) for f in record["figures"]} == ({(2, 20, 5)} if first == 2 else set())
+    assert page.count("\n| 2, 20, 5 |") == (len(record["figures"]) + 1 if first == 2 else 0)
+    assert "2, 21, 5" not in page
+    assert report.main([str(file)]) == 0
+
+
+@pytest.mark.check
+def test_ctrl_c_at_the_terminal(tmp_path):
+    """A signal to the whole group of processes, as a terminal sends it."""
+    file = tmp_path / "record.json"
+    shapes = ["2,20,5", *["8,4096,256"] * 40]
+    command = [sys.executable, "-m", "bench", "speed", "--shape", *shapes, "--dtype", "fp32", "--json", str(file)]
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen = ""
+    while "| 1/41 [" not in seen and run.poll() is None:  # the progress bar
+        seen += run.stderr.read(1)
+    os.killpg(run.pid, signal.SIGINT)
+    page, errors = run.communicate(timeout=120)
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "| 2, 20, 5 | float32 | bmru | forward |" in page
+    assert {tuple(f["shape"]) for f in report.load(file)["figures"]} >= {(2, 20, 5)}
+
+
+def test_the_allocator_is_in_the_record_and_below_the_table(tmp_path, capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    options = ["--shape", "2,20,5", "--dtype", "fp32", "--json", str(tmp_path / "record.json")]
+    for value in ("glibc's default", "MALLOC_ARENA_MAX=3 MALLOC_TOP_PAD_=7"):
+        if "=" in value:
+            monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
+            monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+        _, page = run(capsys, *options)
+        assert f" Allocator: {value}.\n" in page
+        assert report.load(tmp_path / "record.json")["machine"]["allocator"] == value
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
@@ -178,11 +241,9 @@ def test_memory_refuses_invalid_chunk_sizes(capsys):
 @pytest.mark.check
 @pytest.mark.parametrize(("cell", "epsilon"), [("bmru", 0.5), ("linear_recurrence", None)])
 def test_the_default_allocator_is_timed_too(cell, epsilon):
-    figures = with_default_allocator([], case(cell, epsilon), "cpu")
-    subjects = {
-        f"{cell}{work.DEFAULT_ALLOCATOR}",
-        *(f"{add}{work.DEFAULT_ALLOCATOR}" for add in (work.ADD, "torch.add")),
-    }
+    with aside.Others("cpu") as others:
+        figures = others.times(case(cell, epsilon).build())
+    subjects = {f"{name}{work.DEFAULT_ALLOCATOR}" for name in (cell, work.ADD, "torch.add")}
     assert {f.subject for f in figures} == subjects
     assert {f.work for f in figures} == {work.FORWARD, work.SAVING, work.BACKWARD, work.BOTH}
     assert {f.shape for f in figures} == {(2, 20, 5)}

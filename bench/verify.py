@@ -1,0 +1,139 @@
+"""Checks of an op on the very call that is timed: `faults`.
+
+The reference loops over the steps in Python, so it gets a sample. Channels do not depend on each other, so a few of
+them stand for all. A long scan is represented by its first and its last steps; the last ones start from the state that
+the op computes before them. What the sample leaves out must equal the result of the same kernels under other settings:
+in another number of threads, with time cut differently, and, on the CPU, with other instructions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import mru_kernels as mk
+from mru_kernels.backends import CHUNK, TABLE
+from mru_kernels.ops import entry
+
+from . import compare, errors
+from .inputs import Call
+
+_STEPS = 256  # steps at each end of a scan that the reference computes
+_CHANNELS = 8
+#: Where time is cut differently, sums round differently, and terms that cancel multiply the difference.
+_CANCELLATION = 50
+
+Results = dict[str, Tensor]
+
+
+def faults(call: Call, backend: str, bits: Callable[[], str] | None = None) -> list[str]:
+    """What is wrong with the results of an op and with its gradients, a line for each; empty if nothing is.
+
+    Args:
+        call: the arguments, on the device of the backend, without resets, packed sequences, boundaries or states.
+        backend: the name of the backend.
+        bits: returns `digest` of the call on the same backend with other instructions; None: there are no others.
+    """
+    op = partial(getattr(mk, call.cell), backend=backend)
+    got = compare.results_of(call, op)
+    part, of_part = _sample(call, got, op)
+    found = [f"{r.name} is not that of the reference" for r in compare.judge(part, of_part) if not r.passed]
+    if TABLE[backend].plain:
+        return found
+    if call.stream.device.type == "cpu":
+        with _threads(1 if torch.get_num_threads() > 1 else 2):
+            other = compare.results_of(call, op)
+        found += [f"{name} depends on the number of threads" for name in got if not _same_bits(got[name], other[name])]
+    with patch.object(entry, "SEGMENT", _other_segment(call, backend)):
+        other = compare.results_of(call, op)
+    exact = compare.is_exact(call)
+    for name, result in got.items():
+        if not _agree(result, other[name], exact and name in compare.FORWARD):
+            found.append(f"{name} depends on where time is cut")
+    if bits is not None and exact and bits() != digest(call, backend):
+        found.append("the forward pass depends on the instruction set")
+    return found
+
+
+def digest(call: Call, backend: str) -> str:
+    """A hash of the values of the forward pass."""
+    found = hashlib.sha256()
+    for result in getattr(mk, call.cell)(**call.tensors, **call.settings, backend=backend):
+        values = torch.view_as_real(result) if result.is_complex() else result
+        found.update((values + 0.0).contiguous().view(torch.uint8).cpu().numpy())  # -0 + 0 is 0: signs do not count
+    return found.hexdigest()
+
+
+def _sample(call: Call, got: Results, op: Callable[..., tuple[Tensor, ...]]) -> tuple[Call, Results]:
+    """A part of a call that the reference computes fast, on the CPU, and its results, taken from those of the call.
+
+    Of a long scan, the gradients of its first steps and those per channel are computed anew: in the whole scan they
+    depend on steps that the part does not have.
+    """
+    batch, steps, size = call.stream.shape
+    channels = torch.linspace(0, size - 1, min(_CHANNELS, size), dtype=torch.float64).long()
+    if steps <= _STEPS:
+        part = _mapped(call, lambda t: t[..., channels.to(t.device)])
+        return part.to("cpu"), {name: t[..., channels] for name, t in got.items()}
+    first, last = slice(_STEPS), slice(steps - _STEPS, steps)
+    before = {name: t[:, :-_STEPS] if t.dim() == 3 else t for name, t in call.tensors.items()}
+    with torch.no_grad():
+        state = op(**before, **call.settings)[1]
+
+    def ends(t: Tensor) -> Tensor:
+        both = torch.cat([t[:, first], t[:, last]]) if t.dim() == 3 else t.repeat(2, 1) if t.dim() == 2 else t
+        return both[..., channels.to(t.device)]
+
+    part = _mapped(call, ends)
+    start = torch.cat([torch.zeros_like(state), state])[..., channels.to(state.device)]
+    part = replace(part, tensors=part.tensors | {"initial_state": start})
+    results = compare.results_of(part, op)
+    results["h"] = ends(got["h"])
+    results["final_state"][batch:] = got["final_state"][:, channels]
+    for name, t in call.tensors.items():
+        if t.dim() == 3:
+            results[name][batch:] = got[name][:, last][..., channels]
+    return part.to("cpu"), results
+
+
+def _mapped(call: Call, f: Callable[[Tensor], Tensor]) -> Call:
+    """A call whose tensors and gradients of results went through `f`."""
+    tensors = {name: f(t) for name, t in call.tensors.items()}
+    return replace(call, tensors=tensors, grad_h=f(call.grad_h), grad_final=f(call.grad_final))
+
+
+def _other_segment(call: Call, backend: str) -> int:
+    """Steps of a segment that the backend does not choose: none if it cuts the call, else the shortest."""
+    batch, steps, channels = call.stream.shape
+    sizes = (batch, batch * steps, channels, call.stream.itemsize, call.stream.device)
+    return 0 if TABLE[backend].module.segment(*sizes) else CHUNK
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _agree(result: Tensor, other: Tensor, exact: bool) -> bool:
+    """Whether two results are equal, or, unless they are exact, within the limit of each other."""
+    if exact or torch.equal(result, other):
+        return errors.same_values(result, other)
+    limit = max(errors.LIMITS[result.dtype], _CANCELLATION * errors.LIMITS[errors.state_dtype(result.dtype)])
+    difference, size = (torch.linalg.vector_norm(errors.wide(t)).item() for t in (result - other, other))
+    return difference <= limit * size  # a NaN is a fault too
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

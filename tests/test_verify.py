@@ -1,0 +1,132 @@
+"""The check of a timed call: results that are right pass, and faults of every kind are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from bench import aside, compare, inputs, verify
+from bench.inputs import Call
+from mru_kernels.ops import entry
+
+STEPS = (60, 200)  # fewer steps than the reference takes from a scan, and more
+CELLS = [
+    (cell, epsilon)
+    for cell, declared in inputs.CELLS.items()
+    for epsilon in ((0.0, 0.5) if "epsilon" in declared.factors else (None,))
+]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(verify, "_STEPS", 64)
+
+
+def call_of(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.float32, **sizes: int) -> Call:
+    given = {} if epsilon is None else {"epsilon": epsilon}
+    return inputs.case(cell, dtype, **{"batch": 2, "time": 200, "channels": 17} | sizes, **given).build()
+
+
+def changed(name: str, change, when=lambda: True):
+    """A context in which a result of the kernels, or a gradient, goes through `change` where `when()` is true."""
+    right = compare.results_of
+
+    def results_of(call, op):
+        results = right(call, op)
+        if getattr(op, "keywords", {}).get("backend") == "cpu" and when():  # not the reference
+            results[name] = change(results[name])
+        return results
+
+    return patch.object(compare, "results_of", results_of)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(("cell", "epsilon"), CELLS)
+def test_right_results_pass_and_faults_are_found_that_a_comparison_of_a_small_case_finds(cell, epsilon, steps):
+    for dtype in {torch.float32, torch.bfloat16, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
+        call, small = (call_of(cell, epsilon, dtype, time=time) for time in (steps, 128))
+        assert verify.faults(call, "cpu") == []
+        for name in ("h", "final_state", *call.tensors):
+            for size in (1e-1, 1e-3, 1e-5):
+                with changed(name, lambda t, size=size: t * (1 + size)):
+                    (row,) = compare.run([small], "cpu")
+                if not row.passed:
+                    label = name if name in compare.FORWARD else f"d {name}"
+                    with changed(name, lambda t, size=size: t * (1 + 2 * size)):  # limits depend on the numbers
+                        assert f"{label} is not that of the reference" in verify.faults(call, "cpu"), (dtype, size)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_one_wrong_channel_of_the_last_step_is_found(steps):
+    def change(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        t[..., -1, -1] += 1
+        return t
+
+    call = call_of("bmru", 0.0, time=steps)
+    for name in ("h", "candidate", "threshold"):
+        with changed(name, change):
+            assert verify.faults(call, "cpu")
+
+
+@pytest.mark.parametrize("name", ["h", "final_state", "candidate", "threshold"])
+def test_a_fault_outside_the_sample_is_found(name):
+    """In channels and steps that the reference does not see, under one setting of the kernels only."""
+
+    def change(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        (t[:, 100] if t.dim() == 3 else t)[:, 1] += 1
+        return t
+
+    call = call_of("bmru", 0.0)
+    threads = torch.get_num_threads()
+    with changed(name, change, when=lambda: torch.get_num_threads() != threads):
+        assert verify.faults(call, "cpu") == [f"{name} depends on the number of threads"]
+    with changed(name, change, when=lambda: entry.SEGMENT != -1):
+        assert verify.faults(call, "cpu") == [f"{name} depends on where time is cut"]
+
+
+def test_a_lost_gradient_of_a_cut_is_found():
+    call = call_of("linear_recurrence", dtype=torch.bfloat16)
+    with changed("decay", torch.zeros_like, when=lambda: entry.SEGMENT != -1):
+        assert verify.faults(call, "cpu") == ["decay depends on where time is cut"]
+
+
+def test_other_instructions_must_give_the_same_values_where_these_are_exact():
+    exact, rounded = call_of("bmru", 0.0), call_of("bmru", 0.5)
+    for call in (exact, rounded):
+        assert verify.faults(call, "cpu", lambda call=call: verify.digest(call, "cpu")) == []
+    assert verify.faults(rounded, "cpu", lambda: "another") == []
+    assert verify.faults(exact, "cpu", lambda: "another") == ["the forward pass depends on the instruction set"]
+    flipped = replace(exact, tensors=exact.tensors | {"candidate": -exact.tensors["candidate"]})
+    assert verify.digest(flipped, "cpu") != verify.digest(exact, "cpu")
+
+
+@pytest.mark.parametrize("name", ["candidate", "threshold"])
+def test_a_repeated_call_has_the_shape_of_its_case_and_sequences_that_differ(name):
+    case = inputs.case("bmru", torch.float32, batch=3, time=700, channels=17, threshold="stream")
+    with patch.object(inputs, "_DRAWN", 6000):
+        call = inputs.repeated(case)
+    x = call.tensors[name]
+    assert x.shape == case.shape
+    assert verify.faults(call, "cpu") == []
+    assert len({tuple(row.tolist()) for row in x.flatten(1)}) == 3
+    assert len({tuple(row.tolist()) for row in x[:, :640].unflatten(1, (10, 64)).flatten(0, 1).flatten(1)}) == 30
+
+
+def test_a_short_case_is_drawn_as_it_is():
+    case = inputs.case("bmru", torch.float32)
+    drawn, expected = inputs.repeated(case), case.build()
+    assert all(torch.equal(t, expected.tensors[name]) for name, t in drawn.tensors.items())
+
+
+@pytest.mark.check
+def test_a_process_with_other_settings_answers():
+    call = call_of("bmru", 0.0)
+    with aside.Others("cpu") as others:
+        assert others.digest(call) == verify.digest(call, "cpu")
+        with pytest.raises(RuntimeError, match="the process with other settings failed"):
+            others.digest(replace(call, cell="no_such_cell"))
