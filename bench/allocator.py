@@ -29,6 +29,6 @@ def default() -> dict[str, str]:
 
 
 def describe() -> str:
-    """The allocator settings of this process, as a record has them."""
-    given = [f"{name}={os.environ[name]}" for name in PINNED if name in os.environ]
-    return "pinned" if is_pinned() else " ".join(given) or "default"
+    """The allocator settings of this process: the variables of its environment that glibc reads."""
+    names = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")
+    return " ".join(f"{name}={os.environ[name]}" for name in names) or "glibc's default"

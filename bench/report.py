@@ -1,8 +1,8 @@
 """Tables and plots from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
 
 One record gives a summary with a row per shape and dtype, and with --plot a plot of a sweep. Two records are compared
-figure by figure. A change counts if it exceeds the sum of both spreads. A "?" marks a value from a figure whose spread
-is over 100 %.
+figure by figure. A change counts if it exceeds the sum of both spreads. "?" marks what depends on a figure whose spread
+is over `work.NOISY`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from . import cli
 from .records import facts_of, name_of, table, table_without_empty
 from .reference import CELLS
-from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISY, PROJECTIONS
+from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISE, NOISY, PROJECTIONS
 
 Record = dict[str, Any]
 Key = tuple[str, str]  # subject and work
@@ -49,7 +49,7 @@ def _rows(record: Record) -> dict[tuple[str, str], dict[Key, Record]]:
 def summary(record: Record) -> str:
     """A row per shape and dtype: times of the op, also as multiples of the floor, its peers and the module.
 
-    The values of peers and of the module are for forward + backward.
+    The values of peers and of the module are for forward + backward. A time has its spread in brackets.
     """
     columns = _columns(record)
     lines = []
@@ -58,13 +58,15 @@ def summary(record: Record) -> str:
         for subject, name, form, base in columns.values():
             figure = figures.get(subject, {})
             value = figure.get(name)
-            noisy = any(f.get("spread", 0.0) > NOISY for f in (figure, figures.get(base, {})))
-            line.append("" if value is None else form.format(value) + "?" * noisy)
+            spreads = [f.get("spread", 0.0) for f in (figure, figures.get(base, {}))]
+            noise = f" ({spreads[0]:.0%})" if name == "ms" else "?" * (max(spreads) > NOISY)
+            line.append("" if value is None else form.format(value) + noise)
         lines.append(line)
     head = ["B, T, D", "dtype", *columns]
     text = table_without_empty(head, lines, 2)
-    calls = "; ".join(f"{name} {value:.0f}" for name, value in record["microseconds"].items())
-    return f"{text}\n\n{_floors(record)}\n\nMicroseconds of a call: {calls}."
+    calls = "; ".join(f"{name} {value:.3g}" for name, value in record["microseconds"].items())
+    parts = [text, NOISE, *_floors(record), *([f"Microseconds of a call: {calls}."] if calls else [])]
+    return "\n\n".join(parts)
 
 
 def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
@@ -86,15 +88,15 @@ def _columns(record: Record) -> dict[str, tuple[Key, str, str, Key | None]]:
     return columns
 
 
-def _floors(record: Record) -> str:
-    """The rates of torch.add that set the floor, and what a ratio under 1 means."""
+def _floors(record: Record) -> list[str]:
+    """The rates of torch.add that set the floor, and what a ratio under 1 means; nothing if there are no figures."""
     rates: dict[str, list[float]] = {}
     for f in record["figures"]:
         if (f["subject"], f["work"]) == (ADD, FORWARD):
             rates.setdefault(f["dtype"], []).append(f["gb_per_s"])
     ranges = "; ".join(f"{dtype} {min(values):.1f} to {max(values):.1f}" for dtype, values in rates.items())
     meaning = f"A ratio under 1 means that the op moves bytes faster than {ADD}."
-    return f"GB/s of {ADD}, from which the floor is scaled: {ranges}. {meaning}"
+    return [f"GB/s of {ADD}, from which the floor is scaled: {ranges}. {meaning}"] if rates else []
 
 
 def comparison(before: Record, after: Record) -> tuple[str, bool]:

@@ -21,7 +21,8 @@ GRU = "torch.nn.GRU"  # a peer of the modules; another unit, so its results are 
 PROJECTIONS = ", projections alone"  # suffix of a module's name
 DEFAULT_ALLOCATOR = ", default allocator"  # suffix of the op's name and of torch.add's
 
-NOISY = 1.0  # above this spread a figure is unreliable: values derived from it are marked "?"
+NOISY = 0.25  # above this spread a figure is unreliable: ratios that depend on it are marked "?"
+NOISE = f'"?" marks a ratio that depends on a figure whose spread is over {100 * NOISY:.0f} %.'
 
 Passes = dict[str, Callable[[], object]]
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import report, speed, work
+from bench import inputs, report, speed, work
 from docs import tables
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,9 @@ def test_one_record(file, capsys):
     assert report.main([str(file)]) == 0
     page = capsys.readouterr().out
     assert "backend cpu" in page
-    assert "allocator pinned" in page
+    assert (
+        "allocator MALLOC_MMAP_THRESHOLD_=1099511627776 MALLOC_TOP_PAD_=0 MALLOC_TRIM_THRESHOLD_=1099511627776" in page
+    )
     (row,) = [line for line in page.splitlines() if line.startswith("| 2, 64, 4")]
     figures = {(f["subject"], f["work"]): f for f in json.loads(file.read_text())["figures"]}
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -41,10 +44,10 @@ def test_one_record(file, capsys):
     expected = ["2, 64, 4", "float32"]
     for name in (work.FORWARD, work.BACKWARD, work.BOTH):
         figure, default = figures["bmru", name], figures[f"bmru{work.DEFAULT_ALLOCATOR}", name]
-        expected += [f"{figure['ms']:.3g}", f"{default['ms']:.3g}", f"{figure['floor_ratio']:.2f}"]
+        expected += [f"{figure['ms']:.3g} (5%)", f"{default['ms']:.3g} (5%)", f"{figure['floor_ratio']:.2f}"]
     module, part = figures["BMRU", work.BOTH]["ms"], figures[f"BMRU{work.PROJECTIONS}", work.BOTH]["ms"]
     expected += [f"{figures['log-step scan', work.BOTH]['ms'] / both['ms']:.3g}x"]
-    expected += [f"{module:.3g}", f"{part / module:.0%}"]
+    expected += [f"{module:.3g} (5%)", f"{part / module:.0%}"]
     assert cells == expected
 
 
@@ -65,10 +68,10 @@ def test_two_records(file, tmp_path, capsys):
 
 
 def test_a_noisy_figure_is_marked(file, tmp_path, capsys):
-    """A ratio is marked where the spread of either figure is over 100 %. It does not count as a change."""
+    """A ratio is marked where the spread of either figure is over the limit. It does not count as a change."""
     record = json.loads(file.read_text())
     for figure in record["figures"]:
-        figure["spread"] = 1.5 if figure["subject"] == "log-step scan" else 0.05
+        figure["spread"] = work.NOISY + 0.01 if figure["subject"] == "log-step scan" else work.NOISY
     noisy, slower = tmp_path / "noisy.json", tmp_path / "slower.json"
     noisy.write_text(json.dumps(record))
     report.main([str(noisy)])
@@ -79,6 +82,23 @@ def test_a_noisy_figure_is_marked(file, tmp_path, capsys):
     slower.write_text(json.dumps(record))
     assert report.main([str(noisy), str(slower)]) == 0
     assert "| ? |" in capsys.readouterr().out
+
+
+def test_ratios_to_a_noisy_figure_are_marked(capsys):
+    """By `bench speed` itself: those to a noisy torch.add, and those of peers to a noisy op."""
+    call = inputs.case("bmru", torch.float32).build()
+    noise = work.NOISY + 0.01
+    add, op, peer = (work.ADD, work.FORWARD), ("bmru", work.FORWARD), ("log-step scan", work.FORWARD)
+
+    def marked(*noisy: tuple[str, str]) -> list[str]:
+        seconds = {key: (1.0, noise if key in noisy else 0.0) for key in (add, op, peer)}
+        figures = speed._figures(call, seconds, {add: 1, op: 1}, {"log-step scan": "bmru"})
+        return [line.split(" | ")[2] for line in speed.table(figures).splitlines() if "?" in line]
+
+    assert marked() == []
+    assert marked(add) == [work.ADD, "bmru"]
+    assert marked(op) == ["bmru", "log-step scan"]
+    assert marked(peer) == ["log-step scan"]
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
