@@ -1,171 +1,62 @@
-"""Other implementations of the same job: gates, scan and gradients. Each is checked before it is timed.
+"""Other implementations, timed on two jobs. Each is checked before it is timed.
 
-A peer scans a and w, each `[B, T, D]`: s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`)
-computes both in plain torch, with surrogate derivatives. Autograd computes the gradients. Each package gets the layout
-that it needs, and the conversion is timed too. mlstm_kernels is not a peer: the mLSTM divides its output by a
-normaliser, so it cannot give these results.
+The *same job* is that of a cell: gates, scan and gradients. A peer scans a and w, each `[B, T, D]`:
+s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`) computes both in plain torch, with surrogate
+derivatives. Autograd computes the gradients. Each package gets the layout that it needs. The conversion is timed too.
+
+A peer's *own job* is its scan alone, with the gates given in its own layout. It is compared with `linear_recurrence` on
+the same numbers, which has the gates given too. A peer whose layout is `[B, T, D]` does the same job there.
+
+mlstm_kernels is not a peer: the mLSTM divides its output by a normaliser, so it cannot give these results.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import scans
 from .inputs import Call, Case
 from .reference import CELLS
+from .scans import Scan
+from .work import BOTH, FORWARD, Passes, passes
 
-Scan = Callable[[Tensor, Tensor], Tensor]
-
-# ---------------------------------------------------------------------------------------------- scans
-
-
-def python_loop(a: Tensor, w: Tensor) -> Tensor:
-    """A loop over the steps."""
-    s = torch.zeros_like(w[:, 0])
-    states = []
-    for a_t, w_t in zip(a.unbind(1), w.unbind(1), strict=True):
-        s = a_t * s + w_t
-        states.append(s)
-    return torch.stack(states, 1)
+# -------------------------------------------------------------------------------------------- layouts
 
 
-def log_step(a: Tensor, w: Tensor) -> Tensor:
-    """Hillis and Steele's scan in log2(T) passes. Pass k composes each element with the one 2^k steps earlier."""
-    s, shift = w, 1
-    while shift < s.shape[1]:
-        s = torch.cat([s[:, :shift], s[:, shift:] + a[:, shift:] * s[:, :-shift]], 1)
-        a = torch.cat([a[:, :shift], a[:, shift:] * a[:, :-shift]], 1)
-        shift *= 2
-    return s
+@dataclass(frozen=True)
+class Layout:
+    """What a scan takes and gives.
+
+    Attributes:
+        stream: x `[B, T, D]` -> the same values as the scan takes them.
+        back: (s as the scan gives it, the shape (B, T, D)) -> s `[B, T, D]`.
+        log: whether the scan takes log a instead of a.
+    """
+
+    stream: Callable[[Tensor], Tensor] = lambda x: x
+    back: Callable[[Tensor, torch.Size], Tensor] = lambda s, _: s
+    log: bool = False
+
+    def gates(self, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The streams a and w, `[B, T, D]`, as the scan takes them."""
+        return self.stream(a.log() if self.log else a), self.stream(w)
 
 
-def cumsum(a: Tensor, w: Tensor) -> Tensor:
-    """The sum of w over time. It is the scan if every a is 1."""
-    return w.cumsum(1)
-
-
-def cummax(a: Tensor, w: Tensor) -> Tensor:
-    """The value of the latest write. It is the scan if every a is 0 or 1. It has a gradient for w, but not for a."""
-    steps = torch.arange(1, w.shape[1] + 1, device=w.device).view(1, -1, 1)
-    latest = torch.where(a == 0, steps, 0).cummax(1).values
-    return torch.where(latest > 0, w.gather(1, (latest - 1).clamp_min(0)), 0)
-
-
-def _compose(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    (a, w), (a_next, w_next) = left, right
-    return a * a_next, a_next * w + w_next
-
-
-def associative_scan(a: Tensor, w: Tensor) -> Tensor:
-    """The associative_scan of torch, in plain torch operations."""
-    from torch._higher_order_ops.associative_scan import associative_scan as scan
-
-    return scan(_compose, (a, w), dim=1, combine_mode="generic")[1]
-
-
-def pointwise_scan(a: Tensor, w: Tensor) -> Tensor:
-    """The associative_scan of torch as one kernel, which needs torch.compile and a GPU."""
-    from torch._higher_order_ops.associative_scan import associative_scan as scan
-
-    return scan(_compose, (a, w), dim=1, combine_mode="pointwise")[1]
-
-
-def _channels_first(scan: Scan, a: Tensor, w: Tensor) -> Tensor:
-    """Call a scan that takes contiguous `[B, D, T]`. The transpositions are part of the job."""
-    return scan(*(x.transpose(1, 2).contiguous() for x in (a, w))).transpose(1, 2)
-
-
-def accelerated_scan_triton(a: Tensor, w: Tensor) -> Tensor:
-    """accelerated_scan's Triton kernels."""
-    from accelerated_scan.scalar import scan
-
-    return _channels_first(scan, a, w)
-
-
-def accelerated_scan_warp(a: Tensor, w: Tensor) -> Tensor:
-    """accelerated_scan's CUDA kernels, compiled at the first import. T must be a power of 2."""
-    from accelerated_scan.warp import scan
-
-    return _channels_first(scan, a, w)
-
-
-def fla_hgrn(a: Tensor, w: Tensor) -> Tensor:
-    """The recurrence of HGRN in fla. It takes log a, so there is no gradient where a is 0."""
-    from fla.ops.hgrn import fused_recurrent_hgrn
-
-    return fused_recurrent_hgrn(w.contiguous(), a.log().contiguous())[0]
-
-
-def _jax_associative_scan(a: Any, w: Any) -> Any:
-    import jax
-
-    return jax.lax.associative_scan(_compose, (a, w), axis=1)[1]
-
-
-def _jax_scan(a: Any, w: Any) -> Any:
-    import jax
-
-    def step(s: Any, aw: Any) -> tuple[Any, Any]:
-        s = aw[0] * s + aw[1]
-        return s, s
-
-    time_major = (a.swapaxes(0, 1), w.swapaxes(0, 1))
-    return jax.lax.scan(step, jax.numpy.zeros_like(w[:, 0]), time_major)[1].swapaxes(0, 1)
-
-
-@cache
-def _jitted(scan: Callable) -> tuple[Callable, Callable, Callable]:
-    """Three jitted functions: the scan, the scan with its pullback from `jax.vjp`, and the call of a pullback."""
-    import jax
-
-    jax.config.update("jax_enable_x64", True)  # without it JAX turns float64 into float32
-    return jax.jit(scan), jax.jit(lambda a, w: jax.vjp(scan, a, w)), jax.jit(lambda pull, grad: pull(grad))
-
-
-class _Jax(torch.autograd.Function):
-    """A jitted scan in JAX and its gradient by `jax.vjp`. It uses the memory of torch's tensors."""
-
-    @staticmethod
-    def forward(ctx, scan: Callable, a: Tensor, w: Tensor) -> Tensor:
-        plain, keeping, ctx.gradient = _jitted(scan)
-        arrays = _to_jax(a, w)
-        if not any(ctx.needs_input_grad):
-            return _from_jax(plain(*arrays))
-        s, ctx.pull = keeping(*arrays)
-        return _from_jax(s)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (array,) = _to_jax(grad.conj())  # JAX's gradients of complex numbers are the conjugates of torch's
-        return None, *(_from_jax(x).conj() for x in ctx.gradient(ctx.pull, array))
-
-
-def _to_jax(*tensors: Tensor) -> list:
-    import jax
-
-    return [jax.dlpack.from_dlpack(t.detach().resolve_conj().contiguous()) for t in tensors]
-
-
-def _from_jax(array: Any) -> Tensor:
-    return torch.from_dlpack(array.block_until_ready())
-
-
-def jax_associative_scan(a: Tensor, w: Tensor) -> Tensor:
-    """`jax.lax.associative_scan` under jit. torch computes the gates."""
-    return _Jax.apply(_jax_associative_scan, a, w)
-
-
-def jax_scan(a: Tensor, w: Tensor) -> Tensor:
-    """`jax.lax.scan` under jit. torch computes the gates."""
-    return _Jax.apply(_jax_scan, a, w)
-
+OURS = Layout()
+CHANNELS_FIRST = Layout(lambda x: x.transpose(1, 2).contiguous(), lambda s, _: s.transpose(1, 2))
+ROWS = Layout(  # [B D, T]
+    lambda x: x.transpose(1, 2).flatten(0, 1).contiguous(),
+    lambda s, shape: s.unflatten(0, (shape[0], shape[2])).transpose(1, 2),
+)
+LOG_GATES = Layout(lambda x: x.contiguous(), log=True)
 
 # ---------------------------------------------------------------------------------------------- peers
 
@@ -175,17 +66,23 @@ class Peer:
     """One implementation and its limits.
 
     Attributes:
-        scan: a, w `[B, T, D]` -> s `[B, T, D]`.
+        scan: a, w -> s, in its layout.
+        layout: of its scan.
+        own: (a, w, gradient of s), each `[B, T, D]` -> the passes of its own job, if these are not calls in torch.
         compiled: whether torch.compile compiles it, with the gates.
         epsilon: the only epsilon that it computes; None: any.
         decays: "all", "real" or "positive": the values of a that it takes.
         whole: whether it gives the whole gradient.
         needs: packages that it imports and this package does not.
         only_on: the only type of device that it runs on; None: any.
-        most_steps: the longest T that is timed; None: any.
+        most_steps: the longest T that it takes or that is timed; None: any.
+        power_of_2: whether T must be a power of 2.
+        without: dtypes that it does not take.
     """
 
     scan: Scan
+    layout: Layout = OURS
+    own: Callable[[Tensor, Tensor, Tensor], Passes] | None = None
     compiled: bool = False
     epsilon: float | None = None
     decays: str = "all"
@@ -193,9 +90,32 @@ class Peer:
     needs: tuple[str, ...] = ()
     only_on: str | None = None
     most_steps: int | None = None
+    power_of_2: bool = False
+    without: tuple[torch.dtype, ...] = ()
 
-    def why_not(self, case: Case, device: torch.device) -> str | None:
-        """The reason to leave it out; None if it can run."""
+    def __call__(self, a: Tensor, w: Tensor) -> Tensor:
+        """Scan a and w, `[B, T, D]`, to s `[B, T, D]`."""
+        return self.layout.back(self.scan(*self.layout.gates(a, w)), w.shape)
+
+    @property
+    def has_own_job(self) -> bool:
+        """Whether its own job is not the same job as that of `linear_recurrence`."""
+        return self.own is not None or self.layout is not OURS
+
+    def own_passes(self, a: Tensor, w: Tensor, grad: Tensor) -> Passes:
+        """The passes of its own job, of a, w and the gradient of s, each `[B, T, D]`."""
+        if self.own is not None:
+            return self.own(a, w, grad)
+        given = [t.detach() for t in self.layout.gates(a, w)]
+        leaves = [t.clone().requires_grad_() for t in given]
+        own_grad = self.layout.stream(grad)
+        return {
+            FORWARD: lambda: self.scan(*given),
+            BOTH: lambda: torch.autograd.grad(self.scan(*leaves), leaves, own_grad),
+        }
+
+    def why_not(self, case: Case, device: torch.device, own: bool = False) -> str | None:
+        """The reason to leave it out; None if it can run. Its own job has positive decays where it needs them."""
         compilers = ("triton",) if self.compiled and device.type == "cuda" else ()
         missing = [name for name in (*self.needs, *compilers) if find_spec(name) is None]
         if self.compiled and device.type == "cpu" and shutil.which("g++") is None:
@@ -206,12 +126,17 @@ class Peer:
             return f"epsilon {self.epsilon:g} only"
         if CELLS[case.cell].affine is None:
             return "no affine form declared"
-        if (self.decays != "all" and case.dtype.is_complex) or (self.decays == "positive" and _has_negative(case)):
+        negative = self.decays == "positive" and not own and _has_negative(case)
+        if (self.decays != "all" and case.dtype.is_complex) or negative:
             return f"{self.decays} decays only"
         if self.only_on not in (None, device.type):
             return f"runs on {self.only_on} only"
         if self.most_steps is not None and case.shape[1] > self.most_steps:
-            return f"too slow beyond {self.most_steps} steps"
+            return f"up to {self.most_steps} steps only"
+        if self.power_of_2 and case.shape[1].bit_count() != 1:
+            return "a power of 2 of steps only"
+        if case.dtype in self.without:
+            return f"does not take {case.dtype}"
         return None
 
     @property
@@ -234,7 +159,7 @@ def _job(peer: Peer, cell: str, **settings: float) -> Callable[..., Tensor]:
 
     def job(**tensors: Tensor) -> Tensor:
         given = {**dict.fromkeys(reference.optional), **tensors, **settings}
-        return reference.output(peer.scan(*reference.affine(**given)), **given)
+        return reference.output(peer(*reference.affine(**given)), **given)
 
     return torch.compile(job, dynamic=False) if peer.compiled else job
 
@@ -244,23 +169,67 @@ def job(peer: Peer, call: Call) -> Callable[..., Tensor]:
     return _job(peer, call.cell, **{name: x for name, x in call.settings.items() if name != "reverse"})
 
 
+def own_call(peer: Peer, call: Call) -> Call:
+    """The call of `linear_recurrence` whose numbers a peer's own job has: decays are positive where it needs them."""
+    if peer.decays != "positive":
+        return call
+    return replace(call, tensors=call.tensors | {"decay": call.tensors["decay"].abs().clamp_min(2.0**-10)})
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of the installed packages that peers need, by the names of their distributions."""
+    needed = {package for name in names if name in PEERS for package in PEERS[name].needs}
+    found = metadata.packages_distributions() if needed else {}
+    return {dist: metadata.version(dist) for package in sorted(needed) for dist in sorted(set(found.get(package, ())))}
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
 #: The fast ones first: if time runs out, the last are left out.
 PEERS: dict[str, Peer] = {
     "accelerated_scan, Triton": Peer(
-        accelerated_scan_triton, decays="real", needs=("accelerated_scan", "triton"), only_on="cuda"
+        scans.accelerated_scan_triton, CHANNELS_FIRST, decays="real", needs=("accelerated_scan", "triton"),
+        only_on="cuda",
     ),
-    "fla HGRN": Peer(fla_hgrn, decays="positive", whole=False, needs=("fla", "triton"), only_on="cuda"),
-    "cumsum": Peer(cumsum, epsilon=1.0),
-    "cummax + gather": Peer(cummax, epsilon=0.0, whole=False),
-    "associative_scan": Peer(associative_scan),
-    "log-step scan": Peer(log_step),
-    "JAX associative_scan": Peer(jax_associative_scan, needs=("jax",), only_on="cpu"),
-    "JAX scan": Peer(jax_scan, needs=("jax",), only_on="cpu"),
-    "python loop": Peer(python_loop, most_steps=4096),
+    "fla HGRN": Peer(
+        scans.fla_hgrn, LOG_GATES, decays="positive", whole=False, needs=("fla", "triton"), only_on="cuda"
+    ),
+    "fpscan": Peer(
+        scans.fpscan, CHANNELS_FIRST, decays="real", needs=("fpscan",), only_on="cuda", most_steps=65536,
+        power_of_2=True, without=(torch.float64,),
+    ),
+    "PhilTorch": Peer(scans.philtorch, ROWS, needs=("philtorch",), without=_HALVES),
+    "cumsum": Peer(scans.cumsum, epsilon=1.0),
+    "cummax + gather": Peer(scans.cummax, epsilon=0.0, whole=False),
+    "associative_scan": Peer(scans.associative_scan),
+    "log-step scan": Peer(scans.log_step),
+    "mingru-scans": Peer(scans.mingru_linear_scan, needs=("mingru",)),
+    "JAX associative_scan": Peer(
+        scans.jax_associative_scan, own=partial(scans.jax_passes, scans.in_jax_associative_scan), needs=("jax",),
+        only_on="cpu",
+    ),
+    "JAX scan": Peer(scans.jax_scan, own=partial(scans.jax_passes, scans.in_jax_scan), needs=("jax",), only_on="cpu"),
+    "python loop": Peer(scans.python_loop, most_steps=4096),
     "accelerated_scan, CUDA": Peer(
-        accelerated_scan_warp, decays="real", needs=("accelerated_scan", "ninja"), only_on="cuda"
+        scans.accelerated_scan_warp, CHANNELS_FIRST, decays="real", needs=("accelerated_scan", "ninja"), only_on="cuda",
+        power_of_2=True,
     ),
-    "associative_scan, compiled": Peer(pointwise_scan, compiled=True, decays="real", only_on="cuda"),
-    "log-step scan, compiled": Peer(log_step, compiled=True, decays="real"),
-    "python loop, compiled": Peer(python_loop, compiled=True, decays="real", most_steps=128),
-}
+    "associative_scan, compiled": Peer(scans.pointwise_scan, compiled=True, decays="real", only_on="cuda"),
+    "log-step scan, compiled": Peer(scans.log_step, compiled=True, decays="real"),
+    "python loop, compiled": Peer(scans.python_loop, compiled=True, decays="real", most_steps=128),
+}  # fmt: skip
+
+
+def timed_passes(name: str, call: Call, own: bool = False) -> Passes:
+    """The passes of a peer that are timed, by name: of the same job, or of its own. What compiles at first has run."""
+    peer = PEERS[name]
+    if own:
+        given = own_call(peer, call)
+        works = peer.own_passes(given.tensors["decay"], given.tensors["update"], given.grad_h)
+    else:
+        works = passes(call, job(peer, call))
+    works = {work: works[work] for work in ((FORWARD, BOTH) if peer.whole else (FORWARD,))}
+    if peer.slow_at_first:
+        for run in works.values():
+            run()
+    return works

@@ -33,14 +33,15 @@ from mru_kernels.backends import CHUNK
 from . import cli, errors, inputs, verify
 from .aside import Others
 from .inputs import Call, Case, repeated
-from .peers import PEERS, job
+from .peers import PEERS, job, own_call, timed_passes, versions
 from .progress import tqdm
 from .records import Figure, facts_of, machine, name_of, table_without_empty, write_json
 from .report import summary
 from .timing import measure, per_call
-from .work import ADD, BOTH, FORWARD, GRU, NOISY, PROJECTIONS, Passes, floor_bytes, passes
+from .work import ADD, BOTH, FORWARD, GRU, NOISY, OWN_JOB, PROJECTIONS, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
+LINEAR = "linear_recurrence"  # the cell that has its gates given, so peers' own jobs are compared with it
 SMALL = (1, 1, 64)  # so small that the cost of a call dominates
 _CHECKED_STEPS = 256  # steps on which peers are compared with the op
 _WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
@@ -139,18 +140,22 @@ def time_case(
         steps, channels = _MOST_OF_GRU
         limits = f"up to {steps} steps and {channels} channels"
         results.left_out.append(f"{GRU} on {where}: timed with real modules only, {limits}")
-    for name in (name for name in peers if name != GRU):
-        reason = PEERS[name].why_not(case, device)
+    for name, own in ((name, own) for name in peers if name != GRU for own in (False, True)):
+        subject = f"{name}{OWN_JOB}" if own else name
+        if own and not (case.cell == LINEAR and PEERS[name].has_own_job):
+            continue
+        reason = PEERS[name].why_not(case, device, own)
         if reason is not None:
-            results.left_out.append(f"{name} on {where}: {reason}")
+            if not own or reason != PEERS[name].why_not(case, device):
+                results.left_out.append(f"{subject} on {where}: {reason}")
             continue
         try:
-            check_peer(name, call, backend)
+            check_peer(name, own_call(PEERS[name], call) if own else call, backend)
+            subjects |= {(subject, work): run for work, run in timed_passes(name, call, own).items()}
         except Exception as error:  # the other peers are still timed
-            results.failed.append(" ".join(f"FAIL {where}: peer {name!r} {error}; it is not timed".split()))
+            results.failed.append(" ".join(f"FAIL {where}: peer {subject!r} {error}; it is not timed".split()))
             continue
-        subjects |= _peer_subjects(name, call)
-        compared_with[name] = case.cell
+        compared_with[subject] = case.cell
     results.figures += _figures(call, measure(subjects, device, _PER_SUBJECT), moved, compared_with)
     if others is not None:
         results.figures += others.times(call)
@@ -240,15 +245,6 @@ def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[
         subjects[GRU, BOTH] = both(lambda x: gru(x)[0], list(gru.parameters()), grad)
         compared_with[GRU] = name
     return subjects, compared_with
-
-
-def _peer_subjects(name: str, call: Call) -> Subjects:
-    works: Passes = passes(call, job(PEERS[name], call))
-    subjects: Subjects = {(name, work): works[work] for work in ((FORWARD, BOTH) if PEERS[name].whole else (FORWARD,))}
-    if PEERS[name].slow_at_first:
-        for run in subjects.values():
-            run()
-    return subjects
 
 
 def time_op(call: Call, backend: str) -> list[Figure]:
@@ -346,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         calls = overhead(device, backend, arguments.cell)
     except KeyboardInterrupt:
         interrupted = True
-    facts = machine(device) | {"backend": backend, "cell": arguments.cell} | options
+    facts = machine(device) | versions(arguments.peer) | {"backend": backend, "cell": arguments.cell} | options
     record = {"machine": facts, "figures": [f.to_json() for f in results.figures], "microseconds": calls}
     record |= {"failed": results.failed, "left out": results.left_out} | ({"interrupted": True} if interrupted else {})
     if arguments.json:
@@ -370,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", help="default: what backend=None chooses")
     parser.add_argument("--epsilon", type=cli.epsilon, help="default: 0, for the cells that have one")
     parser.add_argument("--writes", choices=inputs.values_of("writes"), help="default: often, for the cells that write")
-    parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="peers to time (default: none)")
+    parser.add_argument("--peer", nargs="*", choices=[*PEERS, GRU], default=[], help="peers (default: none)")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory of forward + backward")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there, also after Ctrl-C")
     return parser

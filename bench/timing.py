@@ -16,6 +16,8 @@ import torch
 Key = TypeVar("Key")
 
 _SECONDS = 1.5
+_MOST = 60  # runs of a subject, unless they add up to less than `_LEAST_SECONDS` on the CPU
+_LEAST_SECONDS = 0.02
 _SLOW = 4.5  # seconds of a subject's first run above which it is timed only twice
 
 
@@ -51,24 +53,32 @@ def measure(
 ) -> dict[Key, tuple[float, float]]:
     """Median seconds and relative spread of each subject. Subjects take turns.
 
-    A subject is timed at least three times, then until its runs add up to `seconds`, at most 60 times. A subject whose
-    first run takes over 4.5 seconds is timed twice. A first run that takes less than `seconds` is warm-up.
+    A subject is timed at least three times, then until its runs add up to `seconds`, at most 60 times; on the CPU also
+    until they add up to 20 ms. A subject whose first run takes over 4.5 seconds is timed twice. A first run that takes
+    less than `seconds` is warm-up.
     """
     stopwatch = Stopwatch(device)
     times: dict[Key, list[float]] = {name: [] for name in subjects}
     if stopwatch.on_gpu:  # the first call compiles kernels, so it is not timed
         for subject in subjects.values():
             subject()
-    for turn in range(60):
-        for name, subject in subjects.items():
-            done = times[name]
-            least = 2 if done and done[0] > _SLOW else 3
-            if len(done) >= least and sum(done) > seconds:
-                continue
+    waiting, turn = dict(subjects), 0
+    while waiting:
+        for name, subject in waiting.items():
             elapsed = stopwatch(subject)
             if turn > 0 or elapsed > seconds:
-                done.append(elapsed)
+                times[name].append(elapsed)
+        turn += 1
+        waiting = {name: f for name, f in waiting.items() if not _enough(times[name], seconds, stopwatch.on_gpu)}
     return {name: _median_and_spread(values) for name, values in times.items()}
+
+
+def _enough(times: list[float], seconds: float, on_gpu: bool) -> bool:
+    """Whether a subject has been timed often enough."""
+    total = sum(times)
+    if len(times) < (2 if times and times[0] > _SLOW else 3):
+        return False
+    return total > seconds or (len(times) >= _MOST and (on_gpu or total > _LEAST_SECONDS))
 
 
 def _median_and_spread(values: list[float]) -> tuple[float, float]:

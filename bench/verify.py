@@ -88,19 +88,18 @@ def _sample(call: Call, got: Results, op: Callable[..., tuple[Tensor, ...]]) -> 
         state = op(**before, **call.settings)[1]
 
     def ends(t: Tensor) -> Tensor:
-        both = torch.cat([t[:, first], t[:, last]]) if t.dim() == 3 else t.repeat(2, 1) if t.dim() == 2 else t
-        return both[..., channels.to(t.device)]
+        return torch.cat([t[:, first], t[:, last]]) if t.dim() == 3 else t.repeat(2, 1) if t.dim() == 2 else t
 
-    part = _mapped(call, ends)
-    start = torch.cat([torch.zeros_like(state), state])[..., channels.to(state.device)]
-    part = replace(part, tensors=part.tensors | {"initial_state": start})
-    results = compare.results_of(part, op)
+    both = _mapped(call, ends)  # with all channels: last ones may be computed unlike others
+    both = replace(both, tensors=both.tensors | {"initial_state": torch.cat([torch.zeros_like(state), state])})
+    results = compare.results_of(both, op)
     results["h"] = ends(got["h"])
-    results["final_state"][batch:] = got["final_state"][:, channels]
+    results["final_state"][batch:] = got["final_state"]
     for name, t in call.tensors.items():
         if t.dim() == 3:
-            results[name][batch:] = got[name][:, last][..., channels]
-    return part.to("cpu"), results
+            results[name][batch:] = got[name][:, last]
+    part = _mapped(both, lambda t: t[..., channels.to(t.device)])
+    return part.to("cpu"), {name: t[..., channels] for name, t in results.items()}
 
 
 def _mapped(call: Call, f: Callable[[Tensor], Tensor]) -> Call:

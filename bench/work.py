@@ -19,6 +19,7 @@ MAIN = (FORWARD, BACKWARD, BOTH)
 ADD = "torch.add(out=)"  # the streaming pass whose rate sets the floor
 GRU = "torch.nn.GRU"  # a peer of the modules; another unit, so its results are not compared
 PROJECTIONS = ", projections alone"  # suffix of a module's name
+OWN_JOB = ", own job"  # suffix of a peer's name: its scan alone, with its gates given in its layout
 DEFAULT_ALLOCATOR = ", default allocator"  # suffix of the op's name and of torch.add's
 
 NOISY = 0.25  # above this spread a figure is unreliable: ratios that depend on it are marked "?"

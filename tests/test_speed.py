@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from bench import aside, inputs, memory, peers, profile, report, speed, verify, work
+import mru_kernels as mk
+from bench import aside, inputs, memory, peers, profile, report, scans, speed, verify, work
 from mru_kernels import backends
 
 CPU = torch.device("cpu")
@@ -60,9 +62,71 @@ def test_a_peer_does_the_same_job(name, cell, epsilon):
             call = given.build()
             speed.check_peer(name, call)
             right = peers.PEERS[name]
-            wrong = peers.Peer(lambda a, w, right=right: right.scan(a, w) * 1.01, whole=False)
+            wrong = peers.Peer(lambda a, w, right=right: right(a, w) * 1.01, whole=False)
             with patch.dict(peers.PEERS, {name: wrong}), pytest.raises(RuntimeError, match="does not compute"):
                 speed.check_peer(name, call)
+
+
+OWN_JOBS = {
+    "channels first": peers.Peer(
+        lambda a, w: in_rows(a.flatten(0, 1), w.flatten(0, 1)).view_as(w), peers.CHANNELS_FIRST
+    ),
+    "rows": peers.Peer(lambda a, w: in_rows(a, w), peers.ROWS),
+    "log gates": peers.Peer(lambda log_a, w: scans.python_loop(log_a.exp(), w), peers.LOG_GATES, decays="positive"),
+} | {name: peer for name, peer in peers.PEERS.items() if peer.has_own_job}
+
+
+def in_rows(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """A scan of `[rows, T]`, both contiguous."""
+    assert a.is_contiguous()
+    assert w.is_contiguous()
+    return scans.python_loop(a.unsqueeze(-1), w.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("name", OWN_JOBS)
+def test_a_peers_own_job_is_the_linear_recurrence(name):
+    peer, given = OWN_JOBS[name], case(speed.LINEAR)
+    if (reason := peer.why_not(given, CPU, own=True)) is not None:
+        pytest.skip(reason)
+    call = peers.own_call(peer, given.build())
+    leaves = {name: t.requires_grad_() for name, t in call.tensors.items()}
+    h = mk.linear_recurrence(**leaves)[0]
+    decay, update = torch.autograd.grad(h, [leaves["decay"], leaves["update"]], call.grad_h)
+    works = peer.own_passes(call.tensors["decay"], call.tensors["update"], call.grad_h)
+
+    def back(x) -> torch.Tensor:
+        return peer.layout.back(torch.as_tensor(x) if isinstance(x, torch.Tensor) else torch.from_dlpack(x), h.shape)
+
+    torch.testing.assert_close(back(works[work.FORWARD]()), h.detach(), rtol=1e-4, atol=1e-4)
+    if peer.whole:
+        of_a, of_w = map(back, works[work.BOTH]())
+        expected = decay * leaves["decay"] if peer.layout.log else decay
+        torch.testing.assert_close(of_a, expected.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(of_w, update, rtol=1e-4, atol=1e-4)
+
+
+def test_own_jobs_are_timed_beside_the_linear_recurrence_only(tmp_path, capsys):
+    file = tmp_path / "record.json"
+    with patch.dict(peers.PEERS, {"log-step scan": OWN_JOBS["rows"]}):
+        for cell, own in (("linear_recurrence", True), ("bmru", False)):
+            run(capsys, "--cell", cell, "--shape", "2,20,5", "--dtype", "fp32", "--peer", "log-step scan",
+                "--json", str(file))  # fmt: skip
+            figures = {(f["subject"], f["work"]): f for f in report.load(file)["figures"]}
+            for what in (work.FORWARD, work.BOTH):
+                assert "slower" in figures["log-step scan", what]
+                assert ((f"log-step scan{work.OWN_JOB}", what) in figures) == own
+    assert report.main([str(file)]) == 0
+
+
+def test_the_record_has_the_versions_of_peers(tmp_path, capsys):
+    needing = peers.Peer(scans.log_step, needs=("numpy", "no_such_package"))
+    with patch.dict(peers.PEERS, {"log-step scan": needing}):
+        assert peers.versions(["log-step scan", work.GRU]) == {"numpy": metadata.version("numpy")}
+        options = ["--shape", "2,20,5", "--dtype", "fp32", "--json", str(tmp_path / "record.json")]
+        _, page = run(capsys, *options, "--peer", "log-step scan")
+    assert report.load(tmp_path / "record.json")["machine"]["numpy"] == metadata.version("numpy")
+    assert "no_such_package not installed" in page
+    assert peers.versions([]) == {}
 
 
 @pytest.mark.check
@@ -73,24 +137,29 @@ def test_a_compiled_peer_does_the_same_job(name):
 
 
 def test_a_wrong_gradient_is_detected():
-    wrong = peers.Peer(lambda a, w: peers.python_loop(a.detach() + 0 * a, w))
+    wrong = peers.Peer(lambda a, w: scans.python_loop(a.detach() + 0 * a, w))
     with patch.dict(peers.PEERS, {"python loop": wrong}), pytest.raises(RuntimeError, match="another gradient"):
         speed.check_peer("python loop", case("linear_recurrence").build())
 
 
 def test_why_a_peer_is_left_out():
     def reason(given: inputs.Case, **limits) -> str | None:
-        return peers.Peer(peers.python_loop, **limits).why_not(given, CPU)
+        return peers.Peer(scans.python_loop, **limits).why_not(given, CPU)
 
     given = case("bmru", 0.0, time=5000)
     assert reason(given) is None
     assert reason(given, needs=("torch", "no_such_package")) == "no_such_package not installed"
     assert reason(given, epsilon=1.0) == "epsilon 1 only"
     assert reason(given, only_on="cuda") == "runs on cuda only"
-    assert reason(given, most_steps=4096) == "too slow beyond 4096 steps"
+    assert reason(given, most_steps=4096) == "up to 4096 steps only"
+    assert reason(given, power_of_2=True) == "a power of 2 of steps only"
+    assert reason(case("bmru", 0.0, time=64), power_of_2=True) is None
+    assert reason(given, without=(torch.float32,)) == "does not take torch.float32"
     assert reason(given, decays="positive") is None
     assert reason(case("lif")) == "no affine form declared"
     assert reason(case("linear_recurrence"), decays="positive") == "positive decays only"
+    positive = peers.Peer(scans.python_loop, decays="positive")
+    assert positive.why_not(case("linear_recurrence"), CPU, own=True) is None
     assert reason(case("linear_recurrence"), decays="real") is None
     assert reason(case("linear_recurrence", dtype=torch.complex64), decays="real") == "real decays only"
 
@@ -137,7 +206,7 @@ def test_a_wrong_result_is_refused(tmp_path, capsys):
     reasons = "h is not that of the reference; candidate depends on a cut"
     assert f"FAIL (2, 20, 5) float32: bmru is not timed: {reasons}" in page
     assert json.loads(file.read_text())["figures"] == []
-    with patch.dict(peers.PEERS, {"log-step scan": peers.Peer(lambda a, w: 1.01 * peers.log_step(a, w))}):
+    with patch.dict(peers.PEERS, {"log-step scan": peers.Peer(lambda a, w: 1.01 * scans.log_step(a, w))}):
         status, page = run(capsys, *options)
     assert status == 1
     assert "FAIL (2, 20, 5) float32: peer 'log-step scan' does not compute what bmru computes" in page
