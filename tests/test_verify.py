@@ -89,6 +89,21 @@ def test_a_fault_outside_the_sample_is_found(name):
         assert verify.faults(call, "cpu") == [f"{name} depends on where time is cut"]
 
 
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_wrong_sum_of_the_last_channel_is_found(steps):
+    """Of a kernel that computes the last channels of 17 unlike the others, so not in a call with fewer channels."""
+
+    def change(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t[:-1], 2 * t[-1:]]) if len(t) == 17 else t
+
+    call = inputs.case(
+        "bmru", torch.float32, batch=2, time=steps, channels=17, epsilon=0.5, threshold="channel"
+    ).build()
+    assert call.tensors["threshold"].dim() == 1
+    with changed("threshold", change):
+        assert verify.faults(call, "cpu") == ["d threshold is not that of the reference"]
+
+
 def test_a_lost_gradient_of_a_cut_is_found():
     call = call_of("linear_recurrence", dtype=torch.bfloat16)
     with changed("decay", torch.zeros_like, when=lambda: entry.SEGMENT != -1):
