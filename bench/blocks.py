@@ -20,7 +20,7 @@ import torch
 
 import mru_kernels as mk
 
-from . import allocator, cli, records
+from . import allocator, cli, drawing, records
 
 _MIB = 2**20
 _FEATURES = 16
@@ -130,27 +130,18 @@ def longest(points: Sequence[tuple[int, int]], fixed: int) -> int:
 
 
 def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: dict[str, list[int]]) -> None:
-    """Draw peaks and times, of rows (steps, bytes, seconds), and the predicted bytes, against the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, times) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for name, rows in found.items():
-        steps = [row[0] for row in rows]
-        (line,) = memory.plot(steps, [row[1] / _MIB for row in rows], marker="o", label=name)
-        memory.plot(steps, [n / _MIB for n in predicted[name]], linestyle=":", color=line.get_color())
-        times.plot(steps, [row[2] for row in rows], marker="o", label=name)
-    memory.set(ylabel="peak, MiB (dotted: formula)")
-    times.set(ylabel="CPU time of a training step, s")
-    for axes in (memory, times):
-        axes.set(xscale="log", yscale="log", xlabel="steps")
-        axes.grid(alpha=0.3)
-    memory.legend(fontsize=8)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    """Draw peaks, of rows (steps, bytes, seconds), and the predicted bytes, dotted, against the steps."""
+    with drawing.canvas(file) as (axes,):
+        ends = []
+        for (name, rows), colour in zip(found.items(), drawing.COLOURS, strict=False):
+            steps, peaks = [row[0] for row in rows], [row[1] / _MIB for row in rows]
+            axes.plot(steps, peaks, marker="o", color=colour)
+            axes.plot(steps, [n / _MIB for n in predicted[name]], linestyle=":", color=colour)
+            ends.append((name, steps[-1], peaks[-1], colour))
+        axes.set(
+            xscale="log", yscale="log", xlabel="steps", title="peak memory of a training step, MiB (dotted: formula)"
+        )
+        drawing.name_ends(axes, ends)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

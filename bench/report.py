@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli
+from . import cli, drawing
 from .records import facts_of, name_of, table, table_without_empty
 from .reference import CELLS
 from .work import ADD, BACKWARD, BOTH, DEFAULT_ALLOCATOR, FORWARD, GRU, NOISE, NOISY, PROJECTIONS
@@ -119,58 +119,52 @@ def comparison(before: Record, after: Record) -> tuple[str, bool]:
     return table(head, lines, 4), slower
 
 
-#: The title of each panel, and the value of a figure that it shows.
-_PANELS: dict[str, Callable[[Record], float | None]] = {
-    "time, ms": lambda f: f["ms"],
-    "GB/s, by the bytes of the floor": lambda f: f.get("gb_per_s"),
-    "time / floor": lambda f: f.get("floor_ratio"),
-    "speed-up over a peer": lambda f: f.get("slower"),
-}
 _STYLES = {FORWARD: "--", BACKWARD: ":", BOTH: "-"}
 
 
 def plot(record: Record, file: Path) -> None:
-    """Draw a sweep with a row of panels per dtype: time, roofline, ratio to the floor, speed-up over each peer.
+    """Draw a sweep, a panel for each dtype: times of the op and its peers over those of the floor, with their spreads.
 
     Raises:
         ValueError: not exactly one of B, T and D varies.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sizes = list(zip(*(f["shape"] for f in record["figures"]), strict=True))
     varying = [i for i, values in enumerate(sizes) if len(set(values)) > 1]
     if len(varying) != 1:
         raise ValueError(f"--plot: expected a sweep of one of B, T and D, got {len(varying)} that vary")
     (axis,) = varying
-    cell = record["machine"]["cell"]
-    peers = {f["subject"] for f in record["figures"] if f.get("slower") is not None} - {GRU}
-    shown = [f for f in record["figures"] if f["work"] in _STYLES and f["subject"] in {ADD, cell} | peers]
-    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(f["subject"] for f in shown))} | {ADD: "black"}
-    dtypes = list(dict.fromkeys(f["dtype"] for f in shown))
-    figure, axes = pyplot.subplots(
-        len(dtypes), len(_PANELS), figsize=(20, 4.2 * len(dtypes) + 1), squeeze=False, sharex=True, layout="constrained"
-    )
-    lines = {}
-    for row, dtype in zip(axes, dtypes, strict=True):
-        for panel, (title, value) in zip(row, _PANELS.items(), strict=True):
-            curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-            for f in shown:
-                y = value(f)
-                if f["dtype"] == dtype and y is not None:
-                    curves.setdefault((f["subject"], f["work"]), []).append((f["shape"][axis], y))
-            for (subject, work), points in curves.items():
-                style = {"color": colours[subject], "linestyle": _STYLES[work], "marker": "o", "markersize": 3}
-                (lines[f"{subject}: {work}"],) = panel.plot(*zip(*sorted(points), strict=True), **style)
-            panel.set(xscale="log", yscale="log", title=f"{title} ({dtype})", xlabel="BTD"[axis])
-            panel.grid(alpha=0.3, which="both")
+    dtypes = list(dict.fromkeys(f["dtype"] for f in record["figures"]))
     fixed = ", ".join(f"{name} = {values[0]}" for name, values in zip("BTD", sizes, strict=True) if name != "BTD"[axis])
-    figure.suptitle(f"{fixed}; {facts_of(record['machine'])}", fontsize=9)
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    with drawing.canvas(file, len(dtypes), 1, (10, 5.5 * len(dtypes))) as panels:
+        for axes, dtype in zip(panels, dtypes, strict=True):
+            curves = _curves(record, dtype, axis)
+            subjects = list(dict.fromkeys(subject for subject, _ in curves))
+            colours = dict(zip(subjects, drawing.COLOURS * len(subjects), strict=False))
+            axes.axhline(1, color=drawing.GREY, linewidth=1)
+            axes.set(xscale="log", yscale="log", xlabel="BTD"[axis], title=f"time / floor, {dtype}, {fixed}")
+            ends = []
+            for (subject, work), points in curves.items():
+                x, y, spread = map(list, zip(*sorted(points), strict=True))
+                low, high = ([v * (1 + sign * s / 2) for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
+                axes.plot(x, y, color=colours[subject], linestyle=_STYLES[work], marker="o", markersize=4)
+                axes.fill_between(x, [max(v, 0.05 * w) for v, w in zip(low, y, strict=True)], high, alpha=0.2,
+                                  color=colours[subject], linewidth=0)  # fmt: skip
+                ends.append((f"{subject}, {work}", x[-1], y[-1], colours[subject]))
+            drawing.name_ends(axes, ends)
+
+
+def _curves(record: Record, dtype: str, axis: int) -> dict[Key, list[tuple[int, float, float]]]:
+    """For the op and each peer, by work: points (size, time over that of the floor, spread)."""
+    cell = record["machine"]["cell"]
+    curves: dict[Key, list[tuple[int, float, float]]] = {}
+    for figures_of in _rows(record).values():
+        for (subject, work), f in figures_of.items():
+            ours = figures_of.get((cell, work), {})
+            peer = f.get("slower") is not None and subject != GRU
+            if f["dtype"] == dtype and work in _STYLES and "floor_ratio" in ours and (peer or subject == cell):
+                point = f["shape"][axis], ours["floor_ratio"] * f["ms"] / ours["ms"], f["spread"]
+                curves.setdefault((subject, work), []).append(point)
+    return curves
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mru_kernels as mk
+from bench import drawing
 from examples import common
 
 HYBRID = "BMRU + minGRU"
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for units, mean in results.items():
             label = f"{units}, held out, after training"
             axes.axhline(mean, color=colors[units], linestyle="--", label=label)
-        axes.axhline(text.entropy(), color="k", linestyle=":", label="single characters")
+        axes.axhline(text.entropy(), color=drawing.GREY, linestyle=":", label="single characters")
         axes.set(xlabel="step", ylabel="bits per character", ylim=(0, None), title=name)
         axes.legend()
 

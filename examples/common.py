@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mru_kernels as mk
+from bench import drawing
 
 
 def parser(doc: str, *, steps: int) -> argparse.ArgumentParser:
@@ -115,19 +116,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def finish(name: str, text: str, draw: Callable[[Any], None], folder: Path) -> None:
     """Print the table and write it and the plot, which `draw(axes)` draws, into `folder`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text + "\n")
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    draw(axes)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / f"{name}.png", dpi=120)
-    pyplot.close(figure)
+    with drawing.canvas(folder / f"{name}.png") as (axes,):
+        draw(axes)
     print(f"\n{text}\n\nwritten: {folder / name}.md, {folder / name}.png")
 
 
@@ -138,7 +130,7 @@ def bars(axes: Any, groups: dict[str, dict[str, list[float]]], label: str) -> No
         places = [j + (i - (len(groups) - 1) / 2) * width for j in range(len(results))]
         axes.bar(places, [100 * statistics.mean(v) for v in results.values()], width, label=group, alpha=0.6)
         for place, values in zip(places, results.values(), strict=True):
-            axes.plot([place] * len(values), [100 * v for v in values], "k.", markersize=4)
+            axes.plot([place] * len(values), [100 * v for v in values], ".", color=drawing.GREY, markersize=4)
     names = list(next(iter(groups.values())))
     axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
     axes.set(ylabel=label, ylim=(0, 100))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mru_kernels as mk
+from bench import drawing
 from examples import common
 
 SYMBOLS = 4
@@ -149,6 +150,30 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[int, tuple[
     return {n: test(model, n, min(most, arguments.sequences), seed) for n, most in lengths.items()}
 
 
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _draw(axes: Any, lengths: Sequence[int], curves: dict[str, list[tuple[float, float]]]) -> None:
+    """Draw the mean and standard deviation of each unit, in percent, for each length."""
+    axes.set(xscale="log", ylim=(0, 100), xlabel="steps between symbol and question")
+    axes.set_title(f"percent of symbols named, trained at T = {TRAIN_LENGTH} (band: standard deviation)")
+    ends = []
+    for (name, points), colour in zip(curves.items(), drawing.COLOURS, strict=False):
+        means = [mean for mean, _ in points]
+        axes.plot(lengths, means, marker="o", markersize=5, color=colour)
+        low, high = ([m + sign * d for m, d in points] for sign in (-1, 1))
+        axes.fill_between(lengths, low, high, alpha=0.15, color=colour, linewidth=0)
+        ends.append((name, lengths[-1], means[-1], colour))
+    for name, level, style in (
+        ("Bayes limit", 100 * bayes_limit(SYMBOLS, SIGNAL), "--"),
+        ("chance", 100 / SYMBOLS, ":"),
+    ):
+        axes.axhline(level, color=drawing.GREY, linestyle=style)
+        axes.annotate(name, (lengths[0], level), (0, 5), textcoords="offset points", color=drawing.GREY)
+    drawing.name_ends(axes, ends)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=1200)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS), metavar="UNIT")
@@ -174,16 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text += " brackets: test sequences of a seed x seeds."
 
     def draw(axes: Any) -> None:
-        for name, runs in results.items():
-            values = [[100 * r[n][0] for r in runs] for n in lengths]
-            (line,) = axes.plot(lengths, [statistics.mean(v) for v in values], marker="o", markersize=4, label=name)
-            low, high = [min(v) for v in values], [max(v) for v in values]
-            axes.fill_between(lengths, low, high, alpha=0.15, color=line.get_color())
-        axes.axhline(100 * limit, color="k", linestyle="--", label="Bayes limit")
-        axes.axhline(100 / SYMBOLS, color="k", linestyle=":", label="chance")
-        axes.set(xscale="log", ylim=(0, 100), xlabel="steps between symbol and question", ylabel="percent right")
-        axes.set_title(f"trained at T = {TRAIN_LENGTH}, {arguments.seeds} seeds (band: least to most)")
-        axes.legend(fontsize=8, loc="lower left")
+        curves = {name: [[100 * r[n][0] for r in runs] for n in lengths] for name, runs in results.items()}
+        _draw(axes, lengths, {name: [mean_and_deviation(v) for v in values] for name, values in curves.items()})
 
     common.finish("copy_first", text, draw, arguments.out)
 

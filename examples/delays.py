@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mru_kernels as mk
+from bench import drawing
 from examples import common
 
 TAPS = 64
@@ -127,6 +128,23 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Result
     return results
 
 
+def _plot(axes: Any, found: dict[str, list[tuple[float, float]]]) -> None:
+    """Draw a row for each model: its delays, with the size of their weights as height, of all channels and seeds."""
+    largest = max((abs(w) for points in found.values() for _, w in points), default=1.0)
+    for row, ((_, points), colour) in enumerate(zip(found.items(), drawing.COLOURS, strict=False)):
+        heights = [row + 0.9 * abs(w) / largest for _, w in points]
+        axes.plot([p for p, _ in points], heights, "o", markersize=5, alpha=0.6, color=colour, markeredgewidth=0)
+    axes.set(xlabel="delay in steps", xlim=(-1, TAPS), ylim=(-0.1, len(found)))
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_title("learned delays; height: size of the weight", pad=30)
+    starts = [i * TAPS / COUNT for i in range(COUNT)]
+    for places, style, name in ((starts, ":", "start"), (TASKS["scales"], "--", "answer")):
+        for place in places:
+            axes.axvline(place, color=drawing.GREY, linestyle=style)
+            axes.annotate(name, (place, 1), (0, 5), xycoords=("data", "axes fraction"), textcoords="offset points",
+                          ha="center", color=drawing.GREY)  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__, steps=1200)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
@@ -150,17 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     def plot(axes: Any) -> None:
-        for i in range(COUNT):
-            axes.axvline(i * TAPS / COUNT, color="grey", linestyle=":", label="at the start" if i == 0 else None)
-        for i, delay in enumerate(TASKS["scales"]):
-            axes.axvline(delay, color="k", linestyle="--", label="of the answers" if i == 0 else None)
-        for name, runs in results.items():
-            points = [p for r in runs for p in zip(r["scales"].delays, r["scales"].weights, strict=True)]
-            if points:
-                axes.plot([p for p, _ in points], [abs(w) for _, w in points], "o", markersize=4, alpha=0.5, label=name)
-        axes.set(xlabel="delay in steps", ylabel="size of its weight", xlim=(-1, TAPS))
-        axes.set_title('learned delays of task "scales", all channels and seeds')
-        axes.legend(fontsize=8)
+        found = {name: [p for r in runs for p in zip(r["scales"].delays, r["scales"].weights, strict=True)]
+                 for name, runs in results.items()}  # fmt: skip
+        _plot(axes, {name: points for name, points in found.items() if points})
 
     common.finish("delays", text, plot, arguments.out)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import records, work
+from .. import drawing, records, work
 from .processes import Outcome, missing
 from .stages import Check
 
@@ -94,27 +94,29 @@ def summary(record: Record) -> str:
 
 
 def plot(record: Record, path: Path) -> None:
-    """Draw GB/s over the bytes moved, with a line at the copy's GB/s."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.axhline(record["copy"][0]["gb_per_s"], color="black", label="copy")
-    markers = dict(zip(work.MAIN, "ovs", strict=True))
-    subjects = list(dict.fromkeys(f["subject"] for f in record["figures"]))
-    for index, subject in enumerate(subjects):
-        for what, marker in markers.items():
-            chosen = [f for f in record["figures"] if (f["subject"], f["work"]) == (subject, what)]
-            x, y = ([f[name] for f in chosen] for name in ("gb_per_s", "ms"))
-            moved = [rate * ms / 1e3 for rate, ms in zip(x, y, strict=True)]
-            if chosen:
-                axes.plot(moved, x, marker, color=f"C{index % 10}", alpha=0.8, label=f"{subject}, {what}")
-    axes.set(xscale="log", yscale="log", xlabel="GB at the floor", ylabel="GB/s", title=record["machine"]["device"])
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    """Draw the rate of each backend and of torch.add in percent of the copy's, for every shape, with its spread."""
+    backends = [call["backend"] for call in record["call"]]
+    subjects = [name for name in (work.ADD, *backends) if any(f["subject"] == name for f in record["figures"])]
+    shown = [f for f in record["figures"] if f["subject"] in subjects]
+    shapes = list(dict.fromkeys((*f["shape"], f["dtype"]) for f in shown))
+    colours = dict(zip(subjects, (drawing.GREY, *drawing.COLOURS), strict=False))
+    with drawing.canvas(path, 1, 2, (12, 1.8 + 0.9 * len(shapes))) as panels:
+        for axes, what in zip(panels, (work.FORWARD, work.BACKWARD), strict=True):
+            for f in (f for f in shown if f["work"] == what):
+                row, share, colour = (
+                    shapes.index((*f["shape"], f["dtype"])),
+                    f["percent_of_copy"],
+                    colours[f["subject"]],
+                )
+                place = row + 0.26 * (subjects.index(f["subject"]) - (len(subjects) - 1) / 2)
+                axes.errorbar(share, place, xerr=share * f["spread"] / 2, fmt="o", color=colour, capsize=3)
+                axes.annotate(f"{f['subject']} {share:.0f}", (share, place), (-9, 0), textcoords="offset points",
+                              color=colour, ha="right", va="center")  # fmt: skip
+            axes.axvline(100, color=drawing.GREY, linewidth=1)
+            axes.set(xlim=(0, 115), ylim=(len(shapes) - 0.5, -0.5), title=f"{what}, percent of a copy's rate")
+            axes.set_yticks(range(len(shapes)), [f"{records.name_of(shape[:3])}\n{shape[3]}" for shape in shapes])
+            axes.grid(visible=False, axis="y")
+        panels[1].tick_params(labelleft=False)
 
 
 def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
