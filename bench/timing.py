@@ -18,6 +18,7 @@ Key = TypeVar("Key")
 _SECONDS = 1.5
 _MOST = 60  # runs of a subject, unless they add up to less than `_LEAST_SECONDS` on the CPU
 _LEAST_SECONDS = 0.02
+_WARM_UP = 1.5  # seconds of a subject's first run up to which it is not counted
 _SLOW = 4.5  # seconds of a subject's first run above which it is timed only twice
 
 
@@ -54,8 +55,8 @@ def measure(
     """Median seconds and relative spread of each subject. Subjects take turns.
 
     A subject is timed at least three times, then until its runs add up to `seconds`, at most 60 times; on the CPU also
-    until they add up to 20 ms. A subject whose first run takes over 4.5 seconds is timed twice. A first run that takes
-    less than `seconds` is warm-up.
+    until they add up to 20 ms. A subject whose first run takes over 4.5 seconds is timed twice. A first run of at most
+    1.5 seconds is warm-up: it may load code and start threads.
     """
     stopwatch = Stopwatch(device)
     times: dict[Key, list[float]] = {name: [] for name in subjects}
@@ -66,7 +67,7 @@ def measure(
     while waiting:
         for name, subject in waiting.items():
             elapsed = stopwatch(subject)
-            if turn > 0 or elapsed > seconds:
+            if turn > 0 or elapsed > _WARM_UP:
                 times[name].append(elapsed)
         turn += 1
         waiting = {name: f for name, f in waiting.items() if not _enough(times[name], seconds, stopwatch.on_gpu)}

@@ -32,11 +32,12 @@ def runs(elapsed: float, seconds: float) -> int:
     ("elapsed", "seconds", "expected"),
     [
         (5.0, 1.5, 2),  # slow: timed twice
-        (1.0, 0.25, 3),  # at least three times
-        (0.125, 1.0, 10),  # one warm-up, then until the sum is over a second
+        (1.0, 0.25, 4),  # one warm-up, then at least three times
+        (2.0, 0.25, 3),  # no warm-up of long runs
+        (0.125, 1.0, 10),  # until the sum is over a second
         (0.001, 1.0, 61),  # at most 60 times after it
         (2.0**-14, 1.0, 329),  # a small call: until 20 ms
-        (1.0, 0.0, 3),
+        (1.0, 0.0, 4),
     ],
 )
 def test_how_often_a_subject_is_timed(elapsed, seconds, expected):
@@ -47,7 +48,7 @@ def test_how_often_a_subject_is_timed(elapsed, seconds, expected):
 def test_subjects_take_turns():
     order = []
     timing.measure({name: lambda name=name: order.append(name) or 1.0 for name in ("one", "other")}, CPU, seconds=2.0)
-    assert order == ["one", "other"] * 4
+    assert order == ["one", "other"] * 4  # with a warm-up
 
 
 @pytest.mark.usefixtures("given")
