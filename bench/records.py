@@ -124,8 +124,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
         return facts | {"isa": backend.isa(), "allocator": allocator.describe()}
     if device.type == "cuda":
-        facts |= {package: version_of(package) for package in ("triton", "accelerated-scan", "flash-linear-attention")}
-        facts |= _gpu(device)
+        facts |= {"triton": version_of("triton")} | _gpu(device)
     return facts
 
 

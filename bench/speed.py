@@ -335,8 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Others(backend) if device.type == "cpu" else nullcontext() as others:
             for case in tqdm(cases, "shapes", leave=False):
+                known = len(results.figures)
                 time_case(case, backend, device, results, arguments.peer, others)
-                if arguments.memory:
+                if arguments.memory and len(results.figures) > known:
                     results.figures = with_peak(results.figures, case, backend, device)
                 torch.compiler.reset()
         calls = overhead(device, backend, arguments.cell)

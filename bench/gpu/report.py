@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import drawing, records, work
+from .. import drawing, peers, records, work
 from .processes import Outcome, missing
 from .stages import Check
 
@@ -123,7 +123,7 @@ def report(check: Check, outcomes: list[Outcome], results: Path) -> list[Path]:
     """Write record, page and plot, and return their paths."""
     found = read_figures(check.figures)
     outcomes += [Outcome("times", "failed", reason) for reason in found["failed"]]
-    machine = records.machine(torch.device(check.device))
+    machine = records.machine(torch.device(check.device)) | peers.versions(peers.PEERS)
     record = {
         "machine": machine,
         **{kind: found[kind] for kind in ("copy", "other", "call", "left out")},
