@@ -221,7 +221,10 @@ PEERS: dict[str, Peer] = {
 
 
 def timed_passes(name: str, call: Call, own: bool = False) -> Passes:
-    """The passes of a peer that are timed, by name: of the same job, or of its own. What compiles at first has run."""
+    """The passes of a peer that are timed, by name: of the same job, or of its own.
+
+    Those that compile at first, or need another package, have run once: they may fail on these inputs.
+    """
     peer = PEERS[name]
     if own:
         given = own_call(peer, call)
@@ -229,7 +232,7 @@ def timed_passes(name: str, call: Call, own: bool = False) -> Passes:
     else:
         works = passes(call, job(peer, call))
     works = {work: works[work] for work in ((FORWARD, BOTH) if peer.whole else (FORWARD,))}
-    if peer.slow_at_first:
+    if peer.slow_at_first or peer.needs:
         for run in works.values():
             run()
     return works

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -140,25 +141,33 @@ def time_case(
         steps, channels = _MOST_OF_GRU
         limits = f"up to {steps} steps and {channels} channels"
         results.left_out.append(f"{GRU} on {where}: timed with real modules only, {limits}")
-    for name, own in ((name, own) for name in peers if name != GRU for own in (False, True)):
-        subject = f"{name}{OWN_JOB}" if own else name
-        if own and not (case.cell == LINEAR and PEERS[name].has_own_job):
-            continue
-        reason = PEERS[name].why_not(case, device, own)
-        if reason is not None:
-            if not own or reason != PEERS[name].why_not(case, device):
-                results.left_out.append(f"{subject} on {where}: {reason}")
-            continue
-        try:
-            check_peer(name, own_call(PEERS[name], call) if own else call, backend)
-            subjects |= {(subject, work): run for work, run in timed_passes(name, call, own).items()}
-        except Exception as error:  # the other peers are still timed
-            results.failed.append(" ".join(f"FAIL {where}: peer {subject!r} {error}; it is not timed".split()))
-            continue
-        compared_with[subject] = case.cell
+    of_peers = _peer_subjects([name for name in peers if name != GRU], case, call, backend, results)
+    subjects |= of_peers
+    compared_with |= {subject: case.cell for subject, _ in of_peers}
     results.figures += _figures(call, measure(subjects, device, _PER_SUBJECT), moved, compared_with)
     if others is not None:
         results.figures += others.times(call)
+
+
+def _peer_subjects(names: Sequence[str], case: Case, call: Call, backend: str, results: Results) -> Subjects:
+    """The passes of peers in the same job and in their own. Those that fail or are left out go to `results`."""
+    subjects: Subjects = {}
+    device, where = call.stream.device, f"{case.shape} {_name(case.dtype)}"
+    for name, own in product(names, (False, True)):
+        peer, subject = PEERS[name], f"{name}{OWN_JOB}" if own else name
+        if own and not (case.cell == LINEAR and peer.has_own_job):
+            continue
+        reason = peer.why_not(case, device, own)
+        if reason is not None:
+            if not own or reason != peer.why_not(case, device):
+                results.left_out.append(f"{subject} on {where}: {reason}")
+            continue
+        try:
+            check_peer(name, own_call(peer, call) if own else call, backend)
+            subjects |= {(subject, work): run for work, run in timed_passes(name, call, own).items()}
+        except Exception as error:  # the other peers are still timed
+            results.failed.append(" ".join(f"FAIL {where}: peer {subject!r} {error}; it is not timed".split()))
+    return subjects
 
 
 def _figures(

@@ -105,6 +105,22 @@ def test_a_peers_own_job_is_the_linear_recurrence(name):
         torch.testing.assert_close(of_w, update, rtol=1e-4, atol=1e-4)
 
 
+def test_a_peer_that_fails_on_a_dtype_does_not_end_the_run(tmp_path, capsys):
+    def only_wide(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if w.dtype == torch.bfloat16:
+            raise NotImplementedError("not for bfloat16")
+        return scans.log_step(a, w)
+
+    file = tmp_path / "record.json"
+    with patch.dict(peers.PEERS, {"log-step scan": peers.Peer(only_wide, needs=("torch",))}):
+        status, page = run(capsys, "--shape", "2,20,5", "--peer", "log-step scan", "--json", str(file))
+    assert status == 1
+    assert "FAIL (2, 20, 5) bfloat16: peer 'log-step scan' not for bfloat16; it is not timed" in page
+    timed = {(f["dtype"], f["subject"]) for f in report.load(file)["figures"]}
+    assert {("float32", "log-step scan"), ("bfloat16", "bmru")} <= timed
+    assert ("bfloat16", "log-step scan") not in timed
+
+
 def test_own_jobs_are_timed_beside_the_linear_recurrence_only(tmp_path, capsys):
     file = tmp_path / "record.json"
     with patch.dict(peers.PEERS, {"log-step scan": OWN_JOBS["rows"]}):
