@@ -9,7 +9,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "pytest"])  # neither starts torch's threads, which a fork would lack
+# Their import starts none of torch's threads, which a forked process would lack.
+_CONTEXT.set_forkserver_preload(["torch", "pytest", "hypothesis"])
 
 
 def run(
