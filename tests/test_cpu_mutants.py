@@ -16,34 +16,39 @@ pytestmark = [
     pytest.mark.check,
     pytest.mark.skipif(
         platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux",
-        reason="the flags of the planted copies are those of x86-64 Linux",
+        reason="the flags of the planted copy are those of x86-64 Linux",
     ),
     pytest.mark.skipif(os.environ.get("MRU_SANITIZE") == "1", reason="mutants run without the sanitizers"),
 ]
 
-
-def _runs_here(mutant: cpu_mutants.Mutant) -> bool:
-    wanted = {cpu_mutants.AVX512: ("avx512",), cpu_mutants.AVX2: ("avx512", "avx2")}
-    return cpu.isa() in wanted.get(mutant.isa, (cpu.isa(),))
+#: The instruction sets that this machine runs.
+HERE = list(cpu_mutants.ISAS)[: list(cpu_mutants.ISAS).index(cpu.isa()) + 1]
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """Of the sources as they are and of every mutant that this machine runs; as they come."""
-    cpu_mutants.unchanged()
+    """The futures of the copy without a fault, by instruction set, and of every fault that runs here, by name."""
+    cpu_mutants.build(HERE)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        mutants = [None, *filter(_runs_here, cpu_mutants.MUTANTS)]
-        yield {m.name if m else None: pool.submit(cpu_mutants.outcome, m) for m in mutants}
+        yield {
+            **{isa: pool.submit(cpu_mutants.outcome_without_fault, isa) for isa in HERE},
+            **{m.name: pool.submit(cpu_mutants.outcome, m) for m in cpu_mutants.MUTANTS if m.isa in HERE},
+        }
 
 
-def test_the_sources_as_they_are_pass(outcomes):
-    done = outcomes[None].result()
+def _outcome_here(outcomes, key, isa):
+    if isa not in HERE:
+        pytest.skip(f"this machine runs {cpu.isa()} kernels at most")
+    return outcomes[key].result()
+
+
+@pytest.mark.parametrize("isa", cpu_mutants.ISAS)
+def test_the_copy_passes_without_a_fault(outcomes, isa):
+    done = _outcome_here(outcomes, isa, isa)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize("mutant", cpu_mutants.MUTANTS, ids=lambda m: m.name)
 def test_every_mutant_is_caught(outcomes, mutant):
-    if mutant.name not in outcomes:
-        pytest.skip(f"this machine runs {cpu.isa()} kernels at most")
-    done = outcomes[mutant.name].result()
+    done = _outcome_here(outcomes, mutant.name, mutant.isa)
     assert done.returncode == 1 or done.returncode < 0, done.stdout[-4000:]  # a failed test, or a crash

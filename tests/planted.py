@@ -1,0 +1,38 @@
+"""Many faults planted into one copy of C++ sources, each behind a switch, so that one build serves all of them.
+
+The switch is the environment variable MRU_FAULT, which a module reads when it is loaded: the number of a fault.
+Without it the copy does what the sources do.
+"""
+
+from __future__ import annotations
+
+#: Reads the switch. It stands first in each planted file.
+HEADER = """\
+#ifndef MRU_FAULT
+#define MRU_FAULT(number) (mru_fault == (number))
+#include <cstdlib>
+inline const int mru_fault = std::getenv("MRU_FAULT") ? std::atoi(std::getenv("MRU_FAULT")) : 0;
+#endif
+"""
+
+
+def switched(source: str, faults: list[tuple[int, str, str]]) -> str:
+    """The text of a source file with faults behind their switches, below `HEADER`.
+
+    A fault is its number, its old text, which occurs once, and its new text. If the old text ends in a semicolon or a
+    brace, both are whole statements that declare nothing used later; the new one may be empty. Otherwise both are
+    expressions. Faults may share an old text, but old texts do not overlap in another way.
+    """
+    places: dict[tuple[int, int], str] = {}
+    for number, old, new in faults:
+        assert source.count(old) == 1, f"fault {number}: expected once, found {source.count(old)} times: {old}"
+        place = source.index(old), source.index(old) + len(old)
+        is_statement = old.rstrip().endswith((";", "}"))
+        form = "if (MRU_FAULT({})) {{ {} }} else {{ {} }}" if is_statement else "(MRU_FAULT({}) ? ({}) : ({}))"
+        places[place] = form.format(number, new.strip(), places.get(place, old).strip())
+    parts, done = [HEADER], 0
+    for (begin, end), text in sorted(places.items()):
+        assert done <= begin, f"old texts overlap: {source[begin:done]}"
+        parts += source[done:begin], text
+        done = end
+    return "".join([*parts, source[done:]])
