@@ -70,10 +70,14 @@ def variants() -> list[Variant]:
 @pytest.mark.check
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
 def test_compiled_for_devices():
-    """Nothing spills, and a defined BMRU has at most a fifth more instructions than the one written by hand."""
+    """Nothing spills, and definitions of the package's cells have at most a fifth more instructions than those."""
     mine = variants()
-    compared = [v for v in mine if v.cell == "bistable" and v.kernel in ("forward", "backward") and v.arch == "sm_90"]
-    by_hand = [replace(v, cell="bmru") for v in compared]
+    linear = Variant("", "linear", dtype="c64", streams=("update", "decay"))
+    mine += [replace(linear, kernel=k) for k in ("forward", "backward", "summarize", "summarize_adjoint")]
+    hands = {"bistable": "bmru", "linear": "linear_recurrence"}
+    of_scans = ("forward", "backward")
+    compared = [v for v in mine if v.cell in hands and v.kernel in of_scans and v.arch == "sm_90"]
+    by_hand = [replace(v, cell=hands[v.cell]) for v in compared]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         examined = dict(zip([*mine, *by_hand], pool.map(triton_defined.examine, [*mine, *by_hand]), strict=True))
     assert not [f"{v.name} {v.arch}" for v in mine if examined[v][0].spilled]

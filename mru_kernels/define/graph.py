@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 #: Functions of numbers that csrc/functions.h and backends/triton/functions.py have under these names.
 FUNCTIONS = {
@@ -62,6 +63,22 @@ class Node:
         return self.operation in MASKS
 
 
+class Parts(NamedTuple):
+    """A complex number: the nodes of its real and its imaginary part."""
+
+    re: int
+    im: int
+
+
+Number = int | Parts
+
+
+def nodes_of(numbers: Iterable[Number | None]) -> list[int]:
+    """The nodes of the numbers that are not None, in order."""
+    return [node for number in numbers if number is not None
+            for node in (number if isinstance(number, Parts) else (number,))]  # fmt: skip
+
+
 @dataclass
 class Graph:
     """Nodes, each after its operands.
@@ -80,6 +97,13 @@ class Graph:
 
     def constant(self, value: float) -> int:
         return self._number(Node("constant", value=float(value)))
+
+    def constant_parts(self, value: complex) -> Parts:
+        value = complex(value)
+        return Parts(self.constant(value.real), self.constant(value.imag))
+
+    def is_zero(self, number: int) -> bool:
+        return self._is(number, 0.0)
 
     def add(self, operation: str, *operands: int) -> int:
         """The number of a node, which may be an older one with the same value."""

@@ -121,18 +121,19 @@ def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[T
     steps = _Steps(cell, backend, call, x)
     zeros = steps.like.new_zeros(steps.like.shape)
     if cell.numbers_of_states is None:
-        *_, decay = steps.slopes_of_state(zeros)
+        decay = steps.slopes_of_state(zeros)[-1].of_state()
         scan = _LinearScan(backend, call, decay, decay.dtype)
         states = scan.before(scan(steps.after(zeros), enters)[0], enters)
         *of_state, _ = steps.slopes_of_state(states)
     else:
         states = _LinearScan(backend, call, zeros, zeros.dtype).before(_states(cell, backend, call, x), enters)
-        *of_state, decay = steps.slopes_of_state(states)
+        *of_state, through = steps.slopes_of_state(states)
+        decay = through.of_state()
         scan = _LinearScan(backend, call, decay, decay.dtype)
     *of_output, through = steps.slopes_of_output(states)
     dx = [t for t, value in zip(dx, x, strict=True) if value is not None]
-    d_states, *others = scan(scan.sum(zeros, *map(_times, dx, of_state)), d_enters, save=call["save"])
-    dh = scan.sum(zeros, scan.before(d_states, d_enters) * through, *map(_times, dx, of_output))
+    d_states, *others = scan(scan.sum(zeros, *map(_change, of_state, dx)), d_enters, save=call["save"])
+    dh = scan.sum(zeros, _change(through, scan.before(d_states, d_enters)), *map(_change, of_output, dx))
     return (dh.real if cell.complex_state else dh), *others
 
 
@@ -151,6 +152,34 @@ class Enters(NamedTuple):
 
     initial: Tensor | None
     reset: Tensor | None
+
+
+class _Slope(NamedTuple):
+    """How a result changes with an argument: the gradients of its real and of its imaginary part, `[B, T, D]`.
+
+    That is all even where a gate is no analytic function of a complex input, such as one of |x|.
+    """
+
+    of_real: Tensor
+    of_imaginary: Tensor | None  # of a complex result
+
+    def of_state(self) -> Tensor:
+        """The derivative by the state, in which a step is affine."""
+        return self.of_real.conj()
+
+
+def _slopes(of_real: Sequence[Tensor], of_imaginary: Sequence[Tensor] | None) -> list[_Slope]:
+    return list(map(_Slope, of_real, [None] * len(of_real) if of_imaginary is None else of_imaginary))
+
+
+def _change(slope: _Slope, change: Tensor | None) -> Tensor | None:
+    """The change of the result for a change of the argument; None for zeros."""
+    if change is None:
+        return None
+    of_real = (slope.of_real.conj() * change).real
+    if slope.of_imaginary is None:
+        return of_real
+    return torch.complex(of_real, (slope.of_imaginary.conj() * change).real)
 
 
 class _Steps:
@@ -178,20 +207,18 @@ class _Steps:
         _, after = self.cell.forward[self.backend](*call.values())
         return after.reshape(states.shape)
 
-    def slopes_of_state(self, before: Tensor) -> list[Tensor]:
-        """The derivatives of the state after a step by each input and by the state before it, all `[B, T, D]`."""
+    def slopes_of_state(self, before: Tensor) -> list[_Slope]:
+        """How the state after a step changes with each input and with the state before it."""
         zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
-        slopes = self._gradients(before, zeros, ones)
-        if not self.cell.complex_state:
-            return slopes
-        # The gradient of a real input is the real part of its conjugate slope, times that of the state.
-        turned = self._gradients(before, zeros, 1j * ones)
-        return [a.conj() if a.is_complex() else torch.complex(a, b) for a, b in zip(slopes, turned, strict=True)]
+        of_imaginary = self._gradients(before, zeros, 1j * ones) if before.is_complex() else None
+        return _slopes(self._gradients(before, zeros, ones), of_imaginary)
 
-    def slopes_of_output(self, before: Tensor) -> list[Tensor]:
-        """The same for h. Of complex numbers, h is the real part of slope times change."""
+    def slopes_of_output(self, before: Tensor) -> list[_Slope]:
+        """The same for h."""
         zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
-        return [t.conj() for t in self._gradients(before, ones, zeros)]
+        is_complex = before.is_complex() and not self.cell.complex_state
+        of_imaginary = self._gradients(before, 1j * ones, zeros) if is_complex else None
+        return _slopes(self._gradients(before, ones, zeros), of_imaginary)
 
     def _gradients(self, before: Tensor, of_output: Tensor, of_state: Tensor) -> list[Tensor]:
         """The gradients of `of_output` h + `of_state` s, as `slopes_of_state` orders them."""
