@@ -45,6 +45,10 @@ _OF_CONSTANTS: dict[str, Callable[..., float]] = {
 }
 
 
+#: Operations that keep many registers while they are computed.
+COSTLY = {*FUNCTIONS, "divide"} - {"maximum", "minimum"}
+
+
 @dataclass(frozen=True)
 class Node:
     """A node: `operation` on the nodes numbered `operands`.
@@ -152,6 +156,10 @@ class Graph:
     def inputs(self, results: Iterable[int]) -> set[str]:
         """The inputs that the results need, by name."""
         return {self.nodes[i].name for i in self.reached(results) if self.nodes[i].operation == "input"}
+
+    def is_costly(self, results: Iterable[int]) -> bool:
+        """Whether the results need one of the operations COSTLY."""
+        return any(self.nodes[i].operation in COSTLY for i in self.reached(results))
 
     def renamed(self, names: Mapping[str, str]) -> Graph:
         """The same graph, whose inputs have other names."""

@@ -107,6 +107,11 @@ class Program:
     def adjoint_sees_state(self) -> bool:
         return "after" in self.inputs(self.cotangent)
 
+    @property
+    def gated(self) -> bool:
+        """Whether a step computes gates that take registers: `gated` of backends/triton/cell.py."""
+        return self.graph.is_costly(nodes_of([self.write, self.value]))
+
     def inputs(self, *numbers: Number | None) -> set[str]:
         """The inputs that the numbers need, by name; those that are the parts of one under its name."""
         return {name.removesuffix(".re").removesuffix(".im") for name in self.graph.inputs(nodes_of(numbers))}

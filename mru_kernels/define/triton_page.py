@@ -45,7 +45,7 @@ def page(name: str, program: Program) -> str:
     options = ["output=output, cotangent=cotangent"] if program.output is not None else []
     options += ["recompute=recompute, rules=WRITE_OR_HOLD"] if program.writes else []
     options += ["push=push, rules=COMPLEX"] if program.is_complex else []
-    options += [f"adjoint_sees_state={program.adjoint_sees_state}"]
+    options += [f"adjoint_sees_state={program.adjoint_sees_state}, gated={program.gated}"]
     made = ", complex=_FUNCTIONS" * program.is_complex + ", overwrites=overwrites" * program.writes
     lines = [
         f'"""The cell {name}, made by mru_kernels.define_cell."""',
