@@ -145,6 +145,16 @@ def test_gradients_and_tangents_by_differences(cell, reverse):
     assert torch.autograd.gradcheck(scan, [*leaves, state], check_forward_ad=True)
 
 
+@pytest.mark.parametrize("cell", [LINEAR, OSCILLATOR, TURNED], ids=str)
+def test_second_derivatives_by_differences(cell):
+    leaves, state = drawn(cell, batch=1, time=3, channels=2)
+
+    def scan(*arguments):
+        return cell(*arguments[:-1], initial_state=arguments[-1], reverse=True)
+
+    assert torch.autograd.gradgradcheck(scan, [*leaves, state])
+
+
 @pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
 def test_steps_are_the_scan(cell):
     leaves, state = drawn(cell, time=4)

@@ -121,7 +121,8 @@ class DefinedCell:
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call, or the C++ compiler is missing or fails.
-        NotImplementedError: a second derivative is taken.
+        NotImplementedError: a second derivative is taken of a gate that writes or has a surrogate derivative. Others
+            have derivatives of any order.
 
     Example::
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..cells import write_or_hold
+from .graph import Number
+from .torch_language import evaluate
 from .trace import Functions, Program, parameters
 
 
@@ -33,8 +35,25 @@ def plain(functions: Functions, program: Program) -> ops.Plain:
     def outputs(x, s, p):
         return _as(functions.outputs(s, named(x, p)), s.real if program.real_streams else s)
 
-    made = ops.Plain(write_or_hold.step, gates) if program.writes else ops.affine(gates)
-    return made if functions.output is None else ops.Plain(made.step, gates, outputs)
+    def value_of(numbers: Sequence[Number], x, p, **states: Tensor) -> list[Tensor]:
+        """Numbers of the program, as complex as x is."""
+        inputs = {f"x[{i}]": t for i, t in enumerate(x)} | {f"p[{i}]": value for i, value in enumerate(p)} | states
+        made = evaluate(program.graph, numbers, inputs, x[0].real)
+        return [t.to(x[0].dtype) for t in made]
+
+    def vjp(x, s, after, g, lam, p):
+        return value_of(program.grads, x, p, s=s, after=after, g=g, lambda_=lam)
+
+    def cotangent(x, after, g, p):
+        if program.cotangent is None:
+            return g
+        (made,) = value_of([program.cotangent], x, p, after=after, g=g, m=torch.zeros_like(after))
+        return made
+
+    own: dict[str, Any] = {} if functions.output is None else {"output": outputs}
+    if not program.writes and not program.surrogates:  # a surrogate has no second derivative
+        own |= {"vjp": vjp, "cotangent": cotangent}
+    return ops.Plain(write_or_hold.step if program.writes else ops.affine_step, gates, **own)
 
 
 def _own(functions: Functions, name: str, t: Tensor) -> Tensor:

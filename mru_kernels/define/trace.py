@@ -85,6 +85,7 @@ class Program:
         output: h. It and the next two may be None where h is the state.
         cotangent: dL/ds'.
         grads: dL/dx for each input x.
+        surrogates: whether a derivative is that of an autograd.Function, such as `heaviside`, and not of its values.
     """
 
     graph: Graph
@@ -98,6 +99,7 @@ class Program:
     output: Number | None
     cotangent: Number | None
     grads: tuple[Number, ...]
+    surrogates: bool
 
     @property
     def writes(self) -> bool:
@@ -177,6 +179,7 @@ def _trace(functions: Functions) -> Program:
         output=None if output is None else node(output),
         cotangent=None if cotangent is None else node(cotangent),
         grads=tuple(zero if t is None else node(t) for zero, t in zip(zeros, grads, strict=True)),
+        surrogates=_uses_functions(results),
     )
     _refuse_unused(functions, program)
     return program
@@ -213,6 +216,19 @@ def _output(recorder: Recorder, functions: Functions, after: Tensor, named: dict
         of, first = name_of(recorder.function), functions.inputs[0]
         raise TypeError(f"{of}: expected a real output, as the stream {first!r} is real, got a complex one")
     return output
+
+
+def _uses_functions(results: Sequence[Tensor]) -> bool:
+    """Whether an autograd.Function made something that the results depend on."""
+    rest, seen = [t.grad_fn for t in results], set()
+    while rest:
+        node = rest.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            rest += [before for before, _ in node.next_functions]
+    return False
 
 
 def _is_complex(value: Any) -> bool:

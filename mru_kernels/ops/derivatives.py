@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import state_dtype
 from .batching import BACKWARD_NAMES, FORWARD_NAMES
-from .layout import arrays, places, split_gates
+from .layout import places, split_gates
 from .spec import CELLS, Cell
 
 #: The cell whose op scans tangents. It is its own tangent, so its gradient is differentiable.
@@ -93,25 +93,31 @@ def has_second_derivative(cell: Cell) -> bool:
 def gradient_by_parts(cell: Cell, backend: str, call: Call) -> list[Tensor]:
     """What the backward op of a cell with `Plain.vjp` computes, by ops that have derivatives.
 
-    These are plain torch for the gates, and the backward op of the linear recurrence.
+    These are plain torch for gates and output, and the ops of the linear recurrence.
 
     Args:
-        call: the arguments of the backward op, by name. All inputs are streams.
+        call: the arguments of the backward op, by name.
     """
-    assert cell.plain is not None
-    assert cell.plain.vjp is not None
-    inputs, packed = call["inputs"], call["packed"]
-    state = state_dtype(inputs[0].dtype)
-    x = [t.to(state) for t in arrays(cell, inputs, call["given"], packed) if t is not None]
-    decay, update = cell.plain.gates(x, [])
-    of_scan = {"inputs": [update, decay], "given": CELLS[LINEAR].required, "packed": 0, "numbers": []}
-    of_scan |= {"checkpoints": None, "codes": None}  # it scans again
-    names = ("grad_h", "grad_final", "grad_checkpoints", "initial_state", "reset_state")
+    plain, p, values = cell.plain, call["numbers"], _values(cell, call)
+    assert plain is not None
+    assert plain.vjp is not None
+    of_arrays, enters = _by_input(cell, call, values)
+    first, state = of_arrays[0], cell.state_dtype(of_arrays[0].dtype)
+    x = [t.to(state).expand(first.shape) for t in of_arrays]
+    decay, update = plain.gates(x, p)
+    scan = _LinearScan(backend, {name: call.get(name) for name in FORWARD_NAMES}, decay, state)
+    after, *_ = scan(update, enters)
+    g = call["grad_h"].to(state)
+    of_scan = {"grad_h": plain.cotangent(x, after, g, p), "inputs": [update, decay], "packed": 0, "numbers": []}
+    of_scan |= {"given": CELLS[LINEAR].required, "checkpoints": None, "codes": None}  # it scans again
+    names = ("grad_final", "grad_checkpoints", "initial_state", "reset_state")
     of_scan |= {name: None if call[name] is None else call[name].to(state) for name in names}
-    of_update, of_decay, *of_states = CELLS[LINEAR].backward[backend](*(call | of_scan).values())
-    of_inputs = cell.plain.vjp(x, of_decay, of_update)
-    found = [torch.cat(list(of_inputs), -1)] if packed else [*of_inputs]
-    return [t.to(value.dtype) for t, value in zip([*found, *of_states], _values(cell, call), strict=True)]
+    lam, _, *of_enters = CELLS[LINEAR].backward[backend](*(call | of_scan).values())
+    found = plain.vjp(x, scan.before(after, enters), after, g, lam, p)
+    found = [t.sum((0, 1)) if value.dim() == 1 else t for t, value in zip(found, of_arrays, strict=True)]
+    found = [t if value.is_complex() else t.real for t, value in zip(found, of_arrays, strict=True)]
+    found = [torch.cat(found, -1)] if call["packed"] else found
+    return [t.to(value.dtype) for t, value in zip([*found, *of_enters], values, strict=True)]
 
 
 def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, ...]:
