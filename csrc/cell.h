@@ -88,6 +88,7 @@ struct Declaration {
   using State = typename StateOf<E>::type;
   static constexpr int inputs() { return sizeof(Self::kInputs) / sizeof(InputKind); }
   static constexpr Scalar kScalars[1] = {};  // none, unless `Self` has some
+  static constexpr bool kReal = true;        // takes real streams; false in cells of mru_kernels.define_cell only
   static constexpr int scalars() { return Self::kScalars[0].name ? sizeof(Self::kScalars) / sizeof(Scalar) : 0; }
   template <class Has>
   static constexpr unsigned mask(Has has) {

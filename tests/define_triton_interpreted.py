@@ -14,7 +14,7 @@ from mru_kernels.define import cell as definitions
 from mru_kernels.define.comparison import LIMITS
 from mru_kernels.define.triton_page import page
 from tests import calls
-from tests.triton_defined import CELLS, bistable, latch, leaky
+from tests.triton_defined import CELLS, bistable, latch, leaky, linear
 
 # The cell, the inputs that come per channel, and options.
 CASES = [
@@ -26,31 +26,52 @@ CASES = [
     ("latch", (), {"epsilon": 0.0}),
     ("latch", ("reset",), {"epsilon": 0.5}),
     ("functions", (), {}),
+    ("lru", ("angle",), {"reverse": True}),
+    ("waves", ("pole", "angle"), {}),
+    ("resonator", ("pole",), {"k": -0.7}),
 ]
 PACKED = torch.tensor([0, 5, 5, 72, 90])
 
 
 def drawn(scan, channels, dtype=torch.float64, batch=1, time=150):
     generator = torch.Generator().manual_seed(len(channels))
-    sizes = [(5,) if name in channels else (batch, time, 5) for name in scan.inputs]
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    of_complex = mk.checks.complex_dtype(dtype)
+    drawn = []
+    for name in scan.inputs:
+        size = (5,) if name in channels else (batch, time, 5)
+        is_complex = name in scan._functions.complex_inputs
+        wide = torch.randn(size, generator=generator, dtype=torch.complex128 if is_complex else torch.float64)
+        drawn.append(wide.to(of_complex if is_complex else dtype))
+    return drawn
+
+
+def values(most, shape, dtype):
+    """Numbers from -most to most; of complex ones, the imaginary parts are their squares."""
+    numbers = torch.linspace(-most, most, math.prod(shape), dtype=torch.float64).view(shape)
+    return (torch.complex(numbers, numbers.square()) if dtype.is_complex else numbers).to(dtype)
+
+
+def wide(t):
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 def results(scan, inputs, backend, **options):
     """h, the final state and the gradients of the inputs and of the initial state."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     n = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else 1
-    state = torch.linspace(-2, 2, 5 * n, dtype=torch.float64).view(n, 5)
-    initial_state = state.to(mk.checks.state_dtype(inputs[0].dtype)).requires_grad_()
+    dtype = mk.checks.state_dtype(inputs[0].dtype)
+    if scan._program.is_complex and not dtype.is_complex:
+        dtype = mk.checks.complex_dtype(dtype)
+    initial_state = values(2.0, (n, 5), dtype).requires_grad_()
     h, final = scan(*leaves, initial_state=initial_state, backend=backend, **options)
-    cotangents = [torch.linspace(-1, 1, t.numel(), dtype=torch.float64).view(t.shape).to(t.dtype) for t in (h, final)]
+    cotangents = [values(1.0, t.shape, t.dtype) for t in (h, final)]
     grads = torch.autograd.grad([h, final], [*leaves, initial_state], cotangents, materialize_grads=True)
     return [h, final, *grads]
 
 
 def assert_close(got, expected, limit):
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        error = ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        error = ((wide(a) - wide(b)).abs().max() / b.abs().max().clamp(min=1e-30)).item()
         assert error <= limit, i
 
 
@@ -62,8 +83,19 @@ def test_equals_the_definition(name, channels, options, dtype, segment):
     inputs = drawn(scan, channels, dtype)
     with calls.segments("triton", segment):
         got = results(scan, inputs, "triton", **options)
-    expected = results(scan, [t.double() for t in inputs], "torch", **options)
+    expected = results(scan, list(map(wide, inputs)), "torch", **options)
     assert_close(got, expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_definition_of_the_linear_recurrence_is_the_linear_recurrence(dtype, reverse):
+    """Bit for bit."""
+    update, decay = drawn(CELLS["linear"], (), dtype.to_real())
+    got = CELLS["linear"](update, 0.7 * decay, reverse=reverse, backend="triton")
+    for backend in ("triton", "cpu"):
+        expected = mk.linear_recurrence(0.7 * decay, update, reverse=reverse, backend=backend)
+        assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("name", ["min_gru", "latch"])
@@ -103,7 +135,12 @@ def swapped_gradients(text: str) -> str:
     return re.sub(r"\((v\d+), (v\d+),\)", r"(\2, \1,)", text)
 
 
+def without_conjugate(text: str) -> str:
+    return text.replace("def pull(", "def unused(").replace("def push(", "def pull(").replace("push=push, ", "")
+
+
 FAULTS = {
+    "a factor that is not conjugated": (linear, None, {}, without_conjugate),
     "gradients of another order": (bistable, None, {}, swapped_gradients),
     "a write that keeps the state": (bistable, None, {}, lambda t: t.replace("scaled(m, p[0])", "m")),
     "constants in float32": (latch, None, {"on": 1.0}, lambda t: t.replace(", STATE)", ", tl.float32)")),
@@ -117,7 +154,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_caught(monkeypatch, name):
     gate, output, scalars, fault = FAULTS[name]
-    scan = mk.define_cell("fault_" + "_".join(name.split()), gate, output=output, scalars=scalars)
+    complex_inputs = ("update", "decay") if gate is linear else ()
+    made = "fault_" + "_".join(name.split())
+    scan = mk.define_cell(made, gate, output=output, scalars=scalars, complex_inputs=complex_inputs)
     assert fault(page("of", scan._program)) != page("of", scan._program)
     monkeypatch.setattr(definitions, "page", lambda *arguments: fault(page(*arguments)))
     inputs = drawn(scan, ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 import mru_kernels as mk
 from bench import inputs
+from mru_kernels import backends
 from mru_kernels.define import comparison
 from tests import calls
+from tests.test_derivatives import hessian_products
 
 DTYPES = list(inputs.DTYPES.values())
 
@@ -255,3 +258,56 @@ def test_surrogate_derivatives(surrogate, expected):
     assert torch.equal(sign, torch.where(x >= 0, 1.0, -1.0).double())
     (grad,) = torch.autograd.grad(sign.sum(), x)
     torch.testing.assert_close(grad, 2 * expected(x.detach()))
+
+
+# ---------------------------------------------------------------------------------------------- second derivatives
+
+
+def damped(input: Tensor, decay: Tensor, k: Tensor) -> mk.Affine:
+    return mk.Affine(decay.sigmoid() * k, input.sin())
+
+
+DAMPED = mk.define_cell("test_damped", damped, output=lambda state, input: state.tanh() * input, scalars={"k": 0.9})
+
+
+@pytest.mark.parametrize("place", ["candidate", "both", "stream", "channel"])
+def test_second_derivatives_are_those_of_the_loop(place):
+    """In reverse and forward mode, mixed, and third ones."""
+    torch.manual_seed(0)
+    x, other, v = torch.randn(3, 2, 6, 3, dtype=torch.float64)
+    vector = torch.randn(3, dtype=torch.float64)
+    op, point, direction = {
+        "candidate": (lambda x: MIN_GRU(x, other), x, v),
+        "both": (lambda x: MIN_GRU(x, x.sin(), initial_state=x[:, 0]), x, v),
+        "stream": (lambda x: DAMPED(x, vector), x, v),
+        "channel": (lambda d: DAMPED(x, d, reverse=True), vector, vector.cos()),
+    }[place]
+
+    def loss(x):
+        h, state = op(x)
+        return h.pow(3).sum() + state.square().sum()
+
+    products = {}
+    for backend in ("torch", "cpu"):
+        with patch.object(backends, "_CHOSEN", backend):
+            products[backend] = list(hessian_products(loss, point, direction))
+    for ours, theirs in zip(products["cpu"], products["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_second_derivatives_of_packed_sequences_and_resets():
+    leaves = [t.requires_grad_() for t in torch.randn(2, 1, 7, 2, dtype=torch.float64)]
+    state = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 3, 7])
+    resets = torch.tensor([[False, True, False, False, True, False, False]])
+    assert torch.autograd.gradgradcheck(partial(MIN_GRU, cu_seqlens=offsets), leaves)
+    assert torch.autograd.gradgradcheck(lambda a, b, s: MIN_GRU(a, b, resets=resets, reset_state=s), [*leaves, state])
+
+
+def test_second_derivatives_of_surrogates_are_refused():
+    steps = mk.define_cell("test_steps", lambda x, a: mk.Affine(a.sigmoid(), mk.heaviside(x)))
+    for cell in (BISTABLE, steps):
+        x = torch.randn(2, 1, 5, 3, requires_grad=True)
+        (first,) = torch.autograd.grad(cell(*x)[0].sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"^mru::{cell.name}: there is no second derivative"):
+            first.sum().backward()

@@ -66,6 +66,27 @@ def lacks_an_operation(x, a):
     return mk.Affine(a, torch.special.bessel_j0(x))
 
 
+def takes_an_angle(x, a):
+    return mk.Affine(a, x * (a * 1j).angle())
+
+
+def lacks_a_complex_operation(x, a):
+    return mk.Affine(torch.tanh(1j * a), x)
+
+
+def raises_to_a_power(x, a):
+    return mk.Affine((1j * a) ** 0.5, x)
+
+
+def drops_an_imaginary_part(x, a):
+    return mk.Affine(a, x * (1j * a).to(torch.float64))
+
+
+def multiplies_parts(x, a):
+    parts = torch.view_as_real(1j * a)
+    return mk.Affine(torch.view_as_complex(parts * parts), x)
+
+
 WHAT_A_GATE_MUST_NOT_DO = [
     (branches, "sum"),
     (branches_on_a_value, "branch on values|pointwise"),
@@ -76,9 +97,15 @@ WHAT_A_GATE_MUST_NOT_DO = [
     (casts, "the dtype of its arguments"),
     (lacks_an_operation, "bessel_j0"),
     (chooses_an_inexact_number, "the dtype of its arguments, got where to torch.float32"),
+    (takes_an_angle, "pointwise operations on complex numbers that kernels have, got angle"),
+    (lacks_a_complex_operation, "pointwise operations on complex numbers that kernels have, got tanh"),
+    (raises_to_a_power, "pointwise operations on complex numbers that kernels have, got pow"),
+    (drops_an_imaginary_part, "pointwise operations on complex numbers that kernels have, got _to_copy"),
+    (multiplies_parts, "pointwise operations, got mul, whose result has another shape"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize(("gate", "message"), WHAT_A_GATE_MUST_NOT_DO, ids=lambda v: getattr(v, "__name__", ""))
 def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
     with pytest.raises(ValueError, match=message) as raised:
@@ -118,6 +145,21 @@ def test_the_line_of_a_gate_that_cannot_be_compiled_is_named(gate, message):
             "scalars: expected at most 1, as epsilon is one too, got 2",
         ),
         ({"scalars": {"x": 1.0, "a": 1.0, "k": 1.0}}, ValueError, "gate: expected 1 to 4 inputs, got 0"),
+        ({"complex_inputs": "x"}, TypeError, "complex_inputs: expected a collection of names, got 'x'"),
+        ({"complex_inputs": ["b"]}, ValueError, "complex_inputs: expected names of inputs, x, a, got 'b'"),
+        ({"complex_inputs": ["a"]}, ValueError, "output: expected a function with a real result, .* 'x' is real"),
+        ({"gate": lambda x, a: mk.Affine(1j, x * a)}, ValueError, "output: expected a function with a real result"),
+        (
+            {"complex_inputs": ["a"], "output": lambda state: 2 * state},
+            TypeError,
+            "expected a real output, as the stream 'x' is real, got a complex one",
+        ),
+        (
+            {"complex_inputs": ["a"], "gate": lambda x, a: mk.Write(x > 0, a.real)},
+            TypeError,
+            "expected mk.Affine, as an input or a result is complex, got mk.Write",
+        ),
+        ({"gate": lambda x, a: mk.Write(x > 0, 1j * a)}, TypeError, "expected mk.Affine, as an input or a result"),
     ],
 )
 def test_definitions_are_checked(arguments, error, message):
@@ -212,6 +254,37 @@ def test_calls_are_checked():
         cell(x, x.double(), backend="torch")
     with pytest.raises(TypeError, match="x: expected a dtype of"):
         cell(x.to(torch.complex64), x.to(torch.complex64), backend="torch")
+
+
+def test_calls_of_complex_cells_are_checked():
+    streams = mk.define_cell(
+        "called_with_complex_streams", lambda w, a, k: mk.Affine(a * k, w), complex_inputs=["w", "a"]
+    )
+    x, v = torch.randn(2, 5, 3), torch.ones(3)
+    w = x.to(torch.complex64)
+    for arguments, error, message in [
+        ((x, v, v), TypeError, "^w: expected a dtype of complex64, complex128, got torch.float32"),
+        ((w, v, v), TypeError, "^a: expected a dtype of complex64, got torch.float32"),
+        ((w, w.to(torch.complex128), v), TypeError, "^a: expected w's dtype torch.complex64, got torch.complex128"),
+        ((w, w, v + 0j), TypeError, "^k: expected a real dtype, got torch.complex64"),
+        ((w, w, v.long()), TypeError, "^k: expected a dtype of complex64, got torch.int64"),
+        ((w, w, x), ValueError, r"^k: expected 1 dimensions \[channels\], got shape \[2, 5, 3\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            streams(*arguments, backend="torch")
+    channels = mk.define_cell(
+        "called_with_complex_channels", affine, output=lambda state: state.real, complex_inputs=["a"]
+    )
+    for arguments, error, message in [
+        ((w, v + 0j), TypeError, "^x: expected a dtype of float32, .*, got torch.complex64"),
+        ((x, v), TypeError, "^a: expected a dtype of complex64, got torch.float32"),
+        ((x, w), ValueError, r"^a: expected 1 dimensions \[channels\], got shape \[2, 5, 3\]"),
+        ((x.double(), v + 0j), TypeError, "^a: expected a dtype of complex128, got torch.complex64"),
+    ]:
+        with pytest.raises(error, match=message):
+            channels(*arguments, backend="torch")
+    with pytest.raises(TypeError, match=r"^initial_state: expected a dtype of complex64, got torch.float32"):
+        channels(x, v + 0j, initial_state=x[:, 0], backend="torch")
 
 
 @pytest.mark.parametrize(

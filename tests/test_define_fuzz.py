@@ -20,7 +20,7 @@ from mru_kernels.define import build
 from mru_kernels.define.cpp import header
 from mru_kernels.define.trace import Functions, trace
 
-GATES = 200
+GATES, COMPLEX_GATES = 200, 100
 LANES = 64
 INPUTS = ("x", "y", "z")
 
@@ -54,6 +54,62 @@ def expression(draw: random.Random, depth: int) -> Callable[[dict[str, Tensor]],
     return lambda x: both(of_one(x), of_other(x))
 
 
+COMPLEX_UNARY: list[Callable[[Tensor], Tensor]] = [
+    torch.neg, torch.conj, torch.square, torch.sgn, lambda t: 1j * t, lambda t: (0.5 - 2j) * t, lambda t: 1.5 - t,
+    lambda t: (t / (1 + t.abs())).exp(), lambda t: t**3, lambda t: (2.5 + t / (1 + t.abs())).reciprocal(),
+    lambda t: t.conj() * t, lambda t: torch.where(t.real > 0, t, 0.0), lambda t: t.masked_fill(t.imag > 1, 0.5j),
+     lambda t: torch.complex(t.imag, t.real), lambda t: t + t.detach(),
+]  # fmt: skip
+REAL_OF_COMPLEX: list[Callable[[Tensor], Tensor]] = [
+    torch.abs, torch.real, torch.imag, lambda t: (t * t.conj()).real, lambda t: t.real + 2 * t.conj().imag,
+    lambda t: t.abs().square(), lambda t: (t != t.conj()) * t.real,
+]  # fmt: skip
+COMPLEX_BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
+    torch.add, torch.sub, torch.mul, lambda a, b: a / (2.5 + b / (1 + b.abs())), lambda a, b: torch.sub(a, b, alpha=2j),
+    lambda a, b: torch.where(a.real >= b.imag, a, 2 * b), lambda a, b: torch.lerp(a, b, 0.3), lambda a, b: a * b.conj(),
+]  # fmt: skip
+COMPLEX_AND_REAL: list[Callable[[Tensor, Tensor], Tensor]] = [
+    torch.add, torch.mul, lambda a, b: b - a, lambda a, b: a / (1 + b.square()), lambda a, b: b / (2.5 + a.sgn()),
+    lambda a, b: a + torch.polar(1 + b.square(), b), lambda a, b: torch.complex(b, b.tanh()) * a,
+    lambda a, b: torch.where(b > 0.1, a, b + 0j), lambda a, b: a + (1j * b).exp(),
+]  # fmt: skip
+
+
+def complex_expression(draw: random.Random, depth: int) -> Callable[[dict[str, Tensor]], Tensor]:
+    """An expression in `x` and `y`, which are complex, and `z`, which is real."""
+    if depth == 0:
+        name = draw.choice("xy")
+        return lambda x: x[name]
+    of = complex_expression(draw, depth - 1)
+    kind = draw.choice(["one", "both", "real"])
+    if kind == "one":
+        one = draw.choice(COMPLEX_UNARY)
+        return lambda x: one(of(x))
+    if kind == "both":
+        both, of_other = draw.choice(COMPLEX_BINARY), complex_expression(draw, draw.randrange(depth))
+        return lambda x: both(of(x), of_other(x))
+    mixed, real = draw.choice(COMPLEX_AND_REAL), real_expression(draw, draw.randrange(depth))
+    return lambda x: mixed(of(x), real(x))
+
+
+def real_expression(draw: random.Random, depth: int) -> Callable[[dict[str, Tensor]], Tensor]:
+    if depth == 0:
+        return lambda x: x["z"]
+    one, of = draw.choice(REAL_OF_COMPLEX), complex_expression(draw, depth - 1)
+    return lambda x: one(of(x))
+
+
+def complex_gate_of(draw: random.Random) -> Callable[..., mk.Affine]:
+    first, second = (complex_expression(draw, draw.randrange(1, 4)) for _ in range(2))
+
+    def gate(x: Tensor, y: Tensor, z: Tensor) -> mk.Affine:
+        named = {"x": x, "y": y, "z": z}
+        factor = first(named)
+        return mk.Affine(factor / (1 + factor.abs()), second(named) + 0.01 * (x + y + z))
+
+    return gate
+
+
 def gate_of(draw: random.Random) -> Callable[..., mk.Affine | mk.Write]:
     first, second, third = (expression(draw, draw.randrange(1, 5)) for _ in range(3))
     kind = draw.choice(["affine", "write", "mask"])
@@ -73,6 +129,7 @@ def gate_of(draw: random.Random) -> Callable[..., mk.Affine | mk.Write]:
 def expected(gate: Callable, rows: Tensor) -> Tensor:
     """The state after the step, dL/ds, and the gradients by x, y and z, for rows x, y, z, s, m; epsilon is 0.5."""
     *x, s, m = (t.clone() for t in rows)
+    x[2] = x[2].real.clone()
     leaves = [t.requires_grad_() for t in (*x, s)]
     made = gate(*leaves[:3])
     if isinstance(made, mk.Affine):
@@ -81,16 +138,17 @@ def expected(gate: Callable, rows: Tensor) -> Tensor:
         write = made.write.to(s.dtype)
         after = write * (made.value + 0.5 * s) + (1 - write) * s
     of_x, of_y, of_z, of_s = torch.autograd.grad(after, leaves, m, allow_unused=True, materialize_grads=True)
-    return torch.stack([after.detach(), of_s, of_x, of_y, of_z])
+    return torch.stack([after.detach(), of_s, of_x, of_y, of_z.to(of_s.dtype)])
 
 
-def program(folder: Path, gates: list[Callable]) -> ctypes.CDLL:
-    """A library with `gate_<i>(in, out)` for each gate, on rows of LANES doubles."""
+def program(folder: Path, gates: list[Callable], complex_inputs: str = "", number: str = "double") -> ctypes.CDLL:
+    """A library with `gate_<i>(in, out)` for each gate, on rows of LANES numbers."""
     page = []
     for i, gate in enumerate(gates):
-        text = header(f"gate_{i}", trace(Functions(gate, None, INPUTS, ())), ("stream",) * 3, {})
+        functions = Functions(gate, None, INPUTS, (), frozenset(complex_inputs))
+        text = header(f"gate_{i}", trace(functions), ("stream",) * 3, {})
         page.append(f"namespace of_{i} {{ using namespace mru; {body(text)} }}")
-        call = f"run<of_{i}::Defined<double>>(in, out);"
+        call = f"run<of_{i}::Defined<{number}>, {number}>(in, out);"
         page.append(f'extern "C" void gate_{i}(const double* in, double* out) {{ {call} }}')
     source = folder / "gates.cpp"
     source.write_text(PREAMBLE + "\n".join(page))
@@ -110,36 +168,52 @@ def body(text: str) -> str:
 
 PREAMBLE = f"""#include "functions.h"
 #include "maps/write_or_hold.h"
-using V = mru::Vector<double, 4>;
-template <class C>
+template <class C, class S>
 void run(const double* in, double* out) {{
+  using V = mru::Vector<S, 4>;
   const double scalars[] = {{0.5}};
   const C cell(scalars);
   for (int i = 0; i < {LANES}; i += 4) {{
-    const auto row = [&](int r) {{ return mru::load_as<V>(in + r * {LANES} + i); }};
+    const auto at = [&](auto* data, int r) {{ return (S*)data + r * {LANES} + i; }};
+    const auto row = [&](int r) {{ return mru::load(mru::Full<4>{{}}, at(in, r)); }};
     const V x[] = {{row(0), row(1), row(2)}}, s = row(3), m = row(4);
     V dx[3];
     const V after = cell.step(x, s), ds = cell.vjp(x, s, after, m - m, m, dx);
     const V rows[] = {{after, ds, dx[0], dx[1], dx[2]}};
-    for (int r = 0; r < 5; ++r) __builtin_memcpy(out + r * {LANES} + i, &rows[r], sizeof(V));
+    for (int r = 0; r < 5; ++r) mru::store(mru::Full<4>{{}}, at(out, r), rows[r]);
   }}
 }}
 """
+
+
+def worst_error(library: ctypes.CDLL, gates: list[Callable], dtype: torch.dtype) -> float:
+    """The greatest error of the functions that are printed for the gates; z is real."""
+    torch.manual_seed(0)
+    worst = 0.0
+    for i, gate in enumerate(gates):
+        rows = torch.randn(5, LANES, dtype=dtype)
+        rows[2] = rows[2].real
+        out = torch.full((5, LANES), float("nan"), dtype=dtype)
+        getattr(library, f"gate_{i}")(ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+        right = expected(gate, rows)
+        error = ((out - right).abs() / (1 + right.abs())).nan_to_num(nan=1.0).max().item()
+        worst = max(worst, error)
+        assert error < 1e-12, (i, error, out[:, :4], right[:, :4])
+    return worst
 
 
 @pytest.mark.check
 def test_random_gates_are_what_they_define(tmp_path):
     draw = random.Random(7)
     gates = [gate_of(draw) for _ in range(GATES)]
-    library = program(tmp_path, gates)
-    torch.manual_seed(0)
-    worst = 0.0
-    for i, gate in enumerate(gates):
-        rows = torch.randn(5, LANES, dtype=torch.float64)
-        out = torch.full((5, LANES), float("nan"), dtype=torch.float64)
-        getattr(library, f"gate_{i}")(ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-        right = expected(gate, rows)
-        error = ((out - right).abs() / (1 + right.abs())).nan_to_num(nan=1.0).max().item()
-        worst = max(worst, error)
-        assert error < 1e-12, (i, error, out[:, :4], right[:, :4])
+    worst = worst_error(program(tmp_path, gates), gates, torch.float64)
     print(f"{GATES} gates, worst error {worst:.1e}")
+
+
+@pytest.mark.check
+def test_random_complex_gates_are_what_they_define(tmp_path):
+    draw = random.Random(7)
+    gates = [complex_gate_of(draw) for _ in range(COMPLEX_GATES)]
+    library = program(tmp_path, gates, complex_inputs="xy", number="mru::Complex<double>")
+    worst = worst_error(library, gates, torch.complex128)
+    print(f"{COMPLEX_GATES} gates, worst error {worst:.1e}")

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mru_kernels import backends
 from mru_kernels.define import cell as definitions
+from mru_kernels.define.triton_page import page
 from tests import triton_defined
 from tests.triton_variants import ARCHITECTURES, Variant
 
@@ -47,6 +48,12 @@ def test_fake_tensors_on_a_device_take_triton():
     assert (scan.name, "triton") in definitions._loaded
 
 
+def test_cells_whose_gates_take_registers_get_shorter_tiles():
+    gated = {name for name, cell in triton_defined.CELLS.items() if cell._program.gated}
+    assert gated == set(triton_defined.CELLS) - {"bistable", "scaled", "latch", "linear"}
+    assert "gated=True" in page("of", triton_defined.CELLS["min_gru"]._program)
+
+
 @pytest.mark.check
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.interpreter"]
@@ -64,16 +71,21 @@ def variants() -> list[Variant]:
     found += [replace(backward, dtype="bf16"), replace(backward, overwrites=True)]
     found += [replace(bistable, kernel=k) for k in ("summarize", "summarize_adjoint")]
     found += [replace(backward, cell="min_gru", streams=("candidate", "update"))]
+    found += [replace(backward, cell="resonator", streams=("input", "gain"), kernel=k) for k in ("forward", "backward")]
     return [*found, replace(backward, cell="leaky", streams=("input",))]
 
 
 @pytest.mark.check
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled then")
 def test_compiled_for_devices():
-    """Nothing spills, and a defined BMRU has at most a fifth more instructions than the one written by hand."""
+    """Nothing spills, and definitions of the package's cells have at most a fifth more instructions than those."""
     mine = variants()
-    compared = [v for v in mine if v.cell == "bistable" and v.kernel in ("forward", "backward") and v.arch == "sm_90"]
-    by_hand = [replace(v, cell="bmru") for v in compared]
+    linear = Variant("", "linear", dtype="c64", streams=("update", "decay"))
+    mine += [replace(linear, kernel=k) for k in ("forward", "backward", "summarize", "summarize_adjoint")]
+    hands = {"bistable": "bmru", "linear": "linear_recurrence"}
+    of_scans = ("forward", "backward")
+    compared = [v for v in mine if v.cell in hands and v.kernel in of_scans and v.arch == "sm_90"]
+    by_hand = [replace(v, cell=hands[v.cell]) for v in compared]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         examined = dict(zip([*mine, *by_hand], pool.map(triton_defined.examine, [*mine, *by_hand]), strict=True))
     assert not [f"{v.name} {v.arch}" for v in mine if examined[v][0].spilled]

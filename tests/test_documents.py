@@ -17,7 +17,7 @@ PAGES = {str(path.relative_to(tables.ROOT)): path.read_text() for path in tables
 PAGES["CONTRIBUTING.md"] = (tables.ROOT / "CONTRIBUTING.md").read_text()
 #: A file or folder of the repository, and the name of a test in the file.
 NAMED = re.compile(r"`((?:mru_kernels|csrc|python_ref|bench|tests|examples|docs)/[\w./-]*)(?:::(\w+))?`")
-#: Its examples compile five kernels.
+#: Its examples compile seven kernels.
 SLOW = "docs/define.md"
 EXAMPLES = [
     pytest.param(page, marks=[pytest.mark.check] * (page == SLOW))

@@ -38,6 +38,18 @@ def functions(input, x):
     return mk.Affine(x.sigmoid(), smooth + of_positive + extremes + math.pi * input)
 
 
+def linear(update, decay):
+    return mk.Affine(decay, update)
+
+
+def lru(input, pole, angle):
+    return mk.Affine(pole / (1 + pole.abs()) * torch.exp(1j * angle), input * pole.conj() - 0.1j)
+
+
+def resonator(input, pole, gain):
+    return mk.Affine(pole / (1 + pole.abs()), gain.tanh() * input)
+
+
 CELLS = {
     "min_gru": mk.define_cell("of_triton_min_gru", min_gru),
     "bistable": mk.define_cell("of_triton_bistable", bistable),
@@ -49,6 +61,18 @@ CELLS = {
         "of_triton_latch", latch, output=lambda state: (0.3 * state).sigmoid(), scalars={"on": 1.0}
     ),
     "functions": mk.define_cell("of_triton_functions", functions),
+    "linear": mk.define_cell("of_triton_linear", linear, complex_inputs=("update", "decay")),
+    "lru": mk.define_cell("of_triton_lru", lru, complex_inputs=("input", "pole")),
+    "waves": mk.define_cell(
+        "of_triton_waves", lru, output=lambda state, input: (state * input).imag, complex_inputs=("input", "pole")
+    ),
+    "resonator": mk.define_cell(
+        "of_triton_resonator",
+        resonator,
+        output=lambda state, k: state.abs() * k + state.real,
+        complex_inputs=("pole",),
+        scalars={"k": 0.3},
+    ),
 }
 
 
@@ -64,7 +88,8 @@ def examine(variant: triton_variants.Variant) -> tuple[triton_offline.Report, in
     """What a binary holds, and how many instructions. The variant's cell is a name in CELLS, or one of the package."""
     if variant.cell in CELLS:
         inputs = CELLS[variant.cell].inputs
-        kinds = tuple("stream" if name in variant.streams else "channel" for name in inputs)
+        t, v = torch.empty(1, 1, 1), torch.empty(1)
+        kinds = tuple(map(CELLS[variant.cell]._kind, inputs, (t if n in variant.streams else v for n in inputs)))
         variant = replace(variant, cell=added(variant.cell, kinds))
     asm = triton_offline.compile_variant(variant).asm
     if "amdgcn" in asm:

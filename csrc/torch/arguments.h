@@ -27,6 +27,7 @@ struct CellInfo {
   int inputs, scalars;
   const Scalar* scalar;  // [scalars]
   bool is_complex;       // whether the cell accepts complex streams
+  bool is_real;          // whether it accepts real ones
   bool complex_state;    // whether states are complex though streams are real
   unsigned complex_inputs;
   bool composes;  // whether its steps compose (Cell::kComposes), so that time may be cut
@@ -40,15 +41,9 @@ bool has_codes(unsigned given, unsigned per_channel) {
 }
 template <class C>
 constexpr CellInfo info_of = {
-    C::inputs(),
-    C::scalars(),
-    C::kScalars,
-    C::kComplex,
-    C::has_complex_state(),
-    C::complex_inputs(),
-    C::template Cell<float, C::all()>::kComposes,
-    &C::takes,
-    &has_codes<C>,
+    C::inputs(), C::scalars(),           C::kScalars,         C::kComplex,
+    C::kReal,    C::has_complex_state(), C::complex_inputs(), C::template Cell<float, C::all()>::kComposes,
+    &C::takes,   &has_codes<C>,
 };
 
 // The facts of a backend that the binding uses.
@@ -213,7 +208,7 @@ class BoundArguments {
       else bind_own(i, cell.complex_inputs >> i & 1, arguments);
       if (stream[i] >= 0) scan.in[i].stream = nth_stream(stream[i]);
     }
-    MRU_CHECK(cell.takes(given, per_channel) && (!is_complex(scan.dtype) || cell.is_complex),
+    MRU_CHECK(cell.takes(given, per_channel) && (is_complex(scan.dtype) ? cell.is_complex : cell.is_real),
               "inputs: expected the inputs of the cell, got those of the mask ", given, ", per channel ", per_channel);
   }
 

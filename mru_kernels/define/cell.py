@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import keyword
-import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,27 +12,18 @@ from torch import Tensor
 
 from .. import backends, checks, ops
 from .. import torch_private as private
-from ..cells import write_or_hold
 from ..cells.call import call, step
 from ..ops.entry import resolve
 from ..scalars import EPSILON, Scalar
+from .arguments import ANY, MOST_SCALARS, check_function, check_names, checked_complex, checked_scalars
 from .build import library, module
 from .comparison import Comparison, compare
 from .cpp import header
 from .gates import Affine, Write
+from .graph import Parts
+from .plain import plain
 from .trace import Functions, parameters, trace
 from .triton_page import page
-
-_MOST_INPUTS, _MOST_SCALARS = 4, 2  # kMaxInputs and kMaxScalars of csrc/scan.h
-_RESERVED = {"state", "initial_state", "epsilon", "reverse", "cu_seqlens", "resets", "reset_state", "chunk_size",
-             "return_boundaries", "backend", "state_indices", "self"}  # fmt: skip
-#: Lower-case words without an underscore that a name must not be in C++, in addition to Python's.
-_WORDS_OF_CPP = """
-    alignas alignof asm auto bitand bitor bool case catch char class compl concept const consteval constexpr constinit
-    decltype default delete do double enum explicit export extern float friend goto inline int long mutable namespace
-    new noexcept nullptr operator private protected public register requires short signed sizeof static struct switch
-    template this throw true false typedef typeid typename union unsigned using virtual void volatile xor
-""".split()  # noqa: SIM905
 
 
 def define_cell(
@@ -43,6 +32,7 @@ def define_cell(
     *,
     output: Callable[..., Tensor] | None = None,
     scalars: Mapping[str, float] | None = None,
+    complex_inputs: Collection[str] = (),
     doc: str | None = None,
 ) -> DefinedCell:
     """Make a scan of a recurrence whose step one function states.
@@ -61,6 +51,9 @@ def define_cell(
         output: h, a pointwise function of `state`, the state after the step, and of inputs and scalars that it names;
             the state if None.
         scalars: names and defaults of the arguments that are numbers. They have no gradient.
+        complex_inputs: names of the inputs that are complex. The gate is then `Affine`, and the state complex; so it is
+            if the gate makes complex numbers of real inputs. If the first input is complex, so are all streams. If it
+            is real, so are all streams and the output, and complex inputs come as `[D]`.
         doc: the docstring of the result.
 
     Returns:
@@ -82,19 +75,19 @@ def define_cell(
     """
     if private.transforms_active():
         raise RuntimeError("define_cell: expected a definition outside transforms of torch.func, got one inside")
-    scalars = _checked_scalars(scalars)
-    _check_function("gate", gate)
+    scalars = checked_scalars(scalars)
+    check_function("gate", gate)
     inputs = [n for n in parameters(gate) if n not in scalars]
     if output is not None:
-        _check_function("output", output)
+        check_function("output", output)
         if "state" not in parameters(output):
             raise ValueError(f"output: expected an argument `state`, got {list(parameters(output))}")
         inputs += [n for n in parameters(output) if n not in (*inputs, *scalars, "state")]
-    _check_names(name, inputs, parameters(gate), scalars)
-    functions = Functions(gate, output, tuple(inputs), tuple(scalars))
+    check_names(name, inputs, parameters(gate), scalars)
+    functions = Functions(gate, output, tuple(inputs), tuple(scalars), checked_complex(complex_inputs, inputs))
     made = DefinedCell(name, functions, scalars, doc)
     known = _defined.get(name)
-    if known is not None and (known.source, known.scalars) == (made.source, made.scalars):
+    if known is not None and known._definition == made._definition:
         return known  # a notebook runs its cells again
     if known is not None or name in ops.CELLS:
         raise ValueError(f"name: expected a new name, got {name!r}, which another cell has")
@@ -109,11 +102,14 @@ class DefinedCell:
         `h, state = scan(*inputs, initial_state=None, **options)`
 
         inputs: in the order of the gate's arguments, by position or name: the first a stream `[B, T, D]`, the others
-            streams in its dtype or `[D]`, then also in float32; float32, float64, bfloat16 or float16.
+            streams in its dtype or `[D]`, then also in float32; float32, float64, bfloat16 or float16. Complex streams
+            are complex64 or complex128. Beside complex streams, real inputs are `[D]`, and beside real streams,
+            complex inputs are `[D]`, complex128 for float64 streams and complex64 for others.
         options: `epsilon` where the gate writes, 0 by default; the scalars by name; `reverse`, `cu_seqlens`, `resets`,
             `reset_state`, `chunk_size`, `return_boundaries` and `backend`, as for `bmru`.
 
-        The results are those of `bmru`.
+        The results are those of `bmru`. Complex states are complex128 for float64 and complex128 streams, and complex64
+        for others.
 
     `step(*inputs, state=..., state_indices=None)` is one step without gradients, as `bmru_step`.
 
@@ -125,7 +121,8 @@ class DefinedCell:
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call, or the C++ compiler is missing or fails.
-        NotImplementedError: a second derivative is taken.
+        NotImplementedError: a second derivative is taken of a gate that writes or has a surrogate derivative. Others
+            have derivatives of any order.
 
     Example::
 
@@ -141,16 +138,15 @@ class DefinedCell:
         self.name, self.inputs, self.scalars = name, functions.inputs, dict(scalars)
         self._functions = functions
         self._program = trace(functions)
-        if self._program.writes and len(scalars) >= _MOST_SCALARS:
-            raise ValueError(
-                f"scalars: expected at most {_MOST_SCALARS - 1}, as epsilon is one too, got {len(scalars)}"
-            )
+        if self._program.writes and len(scalars) >= MOST_SCALARS:
+            raise ValueError(f"scalars: expected at most {MOST_SCALARS - 1}, as epsilon is one too, got {len(scalars)}")
         self._numbers = ({"epsilon": 0.0} if self._program.writes else {}) | self.scalars
         self._cells: dict[tuple[str, ...], ops.Cell] = {}
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
         self.__signature__ = self._signature()
         self.source = self._header(name, ("stream",) * len(self.inputs))
+        self._definition = (self.source, self.scalars, functions.complex_inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _by_name, (self.name,)  # copies are the cell itself
@@ -172,11 +168,12 @@ class DefinedCell:
         **named: Any,
     ) -> tuple[Tensor, ...]:
         arrays, numbers = self._arguments(inputs, named)
-        return call(
+        h, *others = call(
             self._cell(arrays, backend, 3), arrays, numbers, initial_state, reverse=reverse, cu_seqlens=cu_seqlens,
             resets=resets, reset_state=reset_state, chunk_size=chunk_size, return_boundaries=return_boundaries,
             backend=backend,
         )  # fmt: skip
+        return self._h(h), *others
 
     def step(
         self, *inputs: Tensor, state: Tensor, state_indices: Tensor | None = None, **named: Any
@@ -195,14 +192,15 @@ class DefinedCell:
             TypeError, ValueError, RuntimeError: as a call, and as `bmru_step`.
         """
         arrays, numbers = self._arguments(inputs, named)
-        return step(self._cell(arrays, None, 2), arrays, numbers, state, state_indices)
+        h, after = step(self._cell(arrays, None, 2), arrays, numbers, state, state_indices)
+        return self._h(h), after
 
     def compare(self, *inputs: Tensor, **options: Any) -> Comparison:
         """Compare the CPU kernels with the definition itself, run in float64 one step after the other.
 
         Args:
-            inputs: streams `[B, T, D]` or `[D]` to compare on, in float64; random normal ones `[2, 100, 8]` if there
-                are none.
+            inputs: streams `[B, T, D]` or `[D]` to compare on, in float64 or complex128; random normal ones
+                `[2, 100, 8]`, or `[8]` where no stream may be, if there are none.
             options: as for a call.
 
         Returns:
@@ -215,8 +213,14 @@ class DefinedCell:
             True
         """
         if not inputs:
-            inputs = tuple(torch.randn(2, 100, 8, dtype=torch.float64, device="cpu") for _ in self.inputs)
+            inputs = tuple(map(self._drawn, self.inputs))
         return compare(self, list(inputs), options)
+
+    def _drawn(self, name: str) -> Tensor:
+        """Random normal numbers for an input, a stream if it may be one."""
+        dtype = torch.complex128 if name in self._functions.complex_inputs else torch.float64
+        sizes = (2, 100, 8) if self._kind(name, None) == "stream" else (8,)
+        return torch.randn(sizes, dtype=dtype, device="cpu")
 
     # ------------------------------------------------------------------------------------------ arguments
 
@@ -245,21 +249,42 @@ class DefinedCell:
         missing = [name for name in self.inputs if name not in arrays]
         if missing:
             raise TypeError(f"{self.name}: expected the argument {missing[0]!r}, got none")
-        return [arrays[name] for name in self.inputs], list(numbers.values())
+        ordered = [(name, arrays[name]) for name in self.inputs]
+        return [self._as_streams(name, t, arrays[self.inputs[0]]) for name, t in ordered], [*numbers.values()]
+
+    def _as_streams(self, name: str, value: Any, first: Any) -> Any:
+        """An input as the op takes it: beside complex streams it is complex, though its imaginary part is 0."""
+        is_real = self._functions.complex_streams and name not in self._functions.complex_inputs
+        if not (is_real and isinstance(value, Tensor) and isinstance(first, Tensor)):
+            return value
+        if value.is_complex():
+            raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
+        return value.to(first.dtype) if value.is_floating_point() and first.is_complex() else value
+
+    def _h(self, h: Tensor) -> Tensor:
+        """What the cell returns of h: the real part if its output is real and streams are complex."""
+        output = self._program.output
+        return h.real.clone() if h.is_complex() and output is not None and not isinstance(output, Parts) else h
 
     # ------------------------------------------------------------------------------------------ cells
 
     def _cell(self, arrays: list[Any], backend: str | None, rank: int) -> ops.Cell:
         """The cell for inputs that come as these do, with kernels if the call needs them."""
-        kinds = tuple(
-            "channel" if i and isinstance(t, Tensor) and t.dim() == 1 else "stream" for i, t in enumerate(arrays)
-        )
+        kinds = tuple(map(self._kind, self.inputs, arrays))
         first = arrays[0]
         checks.tensor(self.inputs[0], first, rank, "[batch, time, channels]" if rank == 3 else "[batch, channels]")
         _add(self.name, kinds)
         cell = _defined[self.name]._cells[kinds]
         _load(self.name, kinds, resolve(cell, backend, first).name)
         return cell
+
+    def _kind(self, name: str, value: Any) -> str:
+        """How an input comes: as "stream", "channel" or, if it is complex and streams are real, "complex channel"."""
+        of_complex, of_streams = name in self._functions.complex_inputs, self._functions.complex_streams
+        if of_complex != of_streams:
+            return "complex channel" if of_complex else "channel"
+        is_vector = name != self.inputs[0] and isinstance(value, Tensor) and value.dim() == 1
+        return "channel" if is_vector else "stream"
 
     def _load(self, kinds: tuple[str, ...], backend: str) -> None:
         """Load the kernels of a backend for inputs of these kinds, unless that is done."""
@@ -278,43 +303,24 @@ class DefinedCell:
         """Add the cell for inputs of these kinds, unless that is done."""
         if kinds in self._cells:
             return
-        mask = sum(1 << i for i, kind in enumerate(kinds) if kind == "channel")
+        mask = sum(1 << i for i, kind in enumerate(kinds) if kind != "stream")
         cell = ops.Cell(
             name=f"{self.name}__{mask}" if mask else self.name,  # no user's name has two underscores
-            inputs=tuple(ops.Input(name, kind) for name, kind in zip(self.inputs, kinds, strict=True)),
-            scalars=(*((EPSILON,) if self._program.writes else ()), *(Scalar(name, *_ANY) for name in self.scalars)),
-            plain=self._plain(),
+            inputs=tuple(
+                ops.Input(name, kind.split()[-1], complex=kind == "complex channel")
+                for name, kind in zip(self.inputs, kinds, strict=True)
+            ),
+            scalars=(*((EPSILON,) if self._program.writes else ()), *(Scalar(name, *ANY) for name in self.scalars)),
+            dtypes=checks.COMPLEX_DTYPES if self._functions.complex_streams else checks.STREAM_DTYPES,
+            complex_state=self._program.is_complex and self._program.real_streams,
+            plain=plain(self._functions, self._program),
         )
         self._cells[kinds] = ops.add_cell(cell, only=_BACKENDS)
 
     def _header(self, name: str, kinds: tuple[str, ...]) -> str:
-        return header(name, self._program, kinds, dict.fromkeys(self.scalars, _ANY))
-
-    def _plain(self) -> ops.Plain:
-        """The cell in plain torch."""
-        functions, writes = self._functions, self._program.writes
-        first_scalar = 1 if writes else 0
-
-        def named(x, p) -> dict[str, Any]:
-            scalars = p[first_scalar : first_scalar + len(functions.scalars)]  # a reset state may follow
-            return dict(zip(functions.inputs, x, strict=True)) | dict(zip(functions.scalars, scalars, strict=True))
-
-        def gates(x, p):
-            first, second = functions.gates(named(x, p))
-            like = x[0]
-            if not writes:
-                return [_as(t, like) for t in (first, second)]
-            used = [t for name, t in zip(functions.inputs, x, strict=True) if name in parameters(functions.gate)]
-            return write_or_hold.gates(_as(first, like), _as(second, like), used)
-
-        def outputs(x, s, p):
-            return _as(functions.outputs(s, named(x, p)), s)
-
-        plain = ops.Plain(write_or_hold.step, gates) if writes else ops.affine(gates)
-        return plain if functions.output is None else ops.Plain(plain.step, gates, outputs)
+        return header(name, self._program, kinds, dict.fromkeys(self.scalars, ANY))
 
 
-_ANY = (-1.7976931348623157e308, 1.7976931348623157e308)
 _BACKENDS = ("cpu", "triton")  # that have kernels of defined cells
 _defined: dict[str, DefinedCell] = {}
 _loaded: set[tuple[str, str]] = set()
@@ -340,53 +346,3 @@ def _by_name(name: str) -> DefinedCell:
     if name not in _defined:
         raise RuntimeError(f"pickle: expected the cell {name!r} to be defined first, and it is not")
     return _defined[name]
-
-
-def _as(value: Tensor | float, like: Tensor) -> Tensor:
-    """A result of the user's function in the dtype and shape of `like`."""
-    if not isinstance(value, Tensor):
-        return torch.full_like(like, value)
-    return value.to(like.dtype).expand(like.shape)
-
-
-# ------------------------------------------------------------------------------------------ checks
-
-
-def _check_function(name: str, function: Any) -> None:
-    if not callable(function):
-        raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
-    try:
-        kinds = [p.kind for p in inspect.signature(function).parameters.values()]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a function whose arguments Python can read, got {function!r}") from None
-    if any(kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds):
-        raise TypeError(f"{name}: expected named arguments only, got {inspect.signature(function)}")
-    if any(p.default is not inspect.Parameter.empty for p in inspect.signature(function).parameters.values()):
-        raise TypeError(f"{name}: expected arguments without defaults, got {inspect.signature(function)}; use scalars")
-
-
-def _checked_scalars(scalars: Mapping[str, float] | None) -> dict[str, float]:
-    if scalars is None:
-        return {}
-    if not isinstance(scalars, Mapping):
-        raise TypeError(f"scalars: expected a dict of names and numbers, got {type(scalars).__name__}")
-    for name, value in scalars.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _ANY[0] <= value <= _ANY[1]:
-            raise ValueError(f"scalars: expected finite numbers, got {value!r} for {name!r}")
-    return {name: float(value) for name, value in scalars.items()}
-
-
-def _check_names(name: str, inputs: list[str], of_gate: tuple[str, ...], scalars: Mapping[str, float]) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str, got {type(name).__name__}")
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or name in _WORDS_OF_CPP:
-        raise ValueError(f"name: expected a lower-case identifier such as 'my_gru', got {name!r}")
-    if not 1 <= len(inputs) <= _MOST_INPUTS:
-        raise ValueError(f"gate: expected 1 to {_MOST_INPUTS} inputs, got {len(inputs)}")
-    if len(scalars) > _MOST_SCALARS:
-        raise ValueError(f"scalars: expected at most {_MOST_SCALARS}, got {len(scalars)}")
-    if not of_gate or of_gate[0] != inputs[0]:
-        raise ValueError(f"gate: expected an input as its first argument, got {list(of_gate)}")
-    for argument in (*inputs, *scalars):
-        if argument in _RESERVED:
-            raise ValueError(f"gate: expected other names than those of the call, got {argument!r}")

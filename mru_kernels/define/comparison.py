@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checks
+
 if TYPE_CHECKING:
     from .cell import DefinedCell
 
 #: The most that a result may differ from the float64 loop, relative to its largest value, by its dtype.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LIMITS |= {torch.complex128: LIMITS[torch.float64], torch.complex64: LIMITS[torch.float32]}
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,36 @@ class Comparison:
 
 
 def compare(cell: DefinedCell, tensors: list[Tensor], options: dict[str, Any]) -> Comparison:
-    """Compare on inputs in float64; each dtype gets them rounded, and so does the loop."""
+    """Compare on inputs in float64 or complex128; each dtype gets them rounded, and so does the loop."""
     rows: list[Row] = []
-    for dtype in LIMITS:
-        rounded = [t.to(dtype) for t in tensors]
-        ours = _results(cell, rounded, "cpu", options)
-        theirs = _results(cell, [t.double() for t in rounded], "torch", options)
+    for dtype in checks.COMPLEX_DTYPES if tensors[0].is_complex() else checks.STREAM_DTYPES:
+        rounded = [t.to(_dtype_of(t, dtype)) for t in tensors]
+        ours = _results(cell, rounded, dtype, "cpu", options)
+        theirs = _results(cell, [t.to(_dtype_of(t, torch.float64)) for t in rounded], dtype, "torch", options)
         for (name, a), b in zip(ours.items(), theirs.values(), strict=True):
             scale = b.abs().max().item() or 1.0
-            rows.append(Row(name, dtype, ((a.double() - b).abs().max() / scale).item(), LIMITS[a.dtype]))
+            rows.append(Row(name, dtype, ((a.to(b.dtype) - b).abs().max() / scale).item(), LIMITS[a.dtype]))
     return Comparison(cell.name, tuple(rows))
 
 
-def _results(cell: DefinedCell, tensors: list[Tensor], backend: str, options: dict[str, Any]) -> dict[str, Tensor]:
+def _dtype_of(t: Tensor, stream: torch.dtype) -> torch.dtype:
+    """The dtype of an input for streams of a dtype: a real or complex one, as `t` is."""
+    state = checks.state_dtype(stream)
+    if t.is_complex():
+        return state if state.is_complex else checks.complex_dtype(state)
+    return state.to_real() if state.is_complex else stream
+
+
+def _results(
+    cell: DefinedCell, tensors: list[Tensor], dtype: torch.dtype, backend: str, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Results and gradients by name. The gradient of h is rounded to streams of `dtype`."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     h, state = cell(*leaves, backend=backend, **options)
-    cotangent = torch.linspace(-1, 1, h.numel(), dtype=torch.float64, device=h.device).view(h.shape).to(h.dtype)
+    cotangent = torch.linspace(-1, 1, h.numel(), dtype=torch.float64, device=h.device).view(h.shape)
+    if h.is_complex():
+        cotangent = torch.complex(cotangent, cotangent.square())
+    cotangent = cotangent.to(_dtype_of(h, dtype)).to(h.dtype)
     grads = torch.autograd.grad(h, leaves, cotangent, allow_unused=True)
     results = {"h": h.detach(), "state": state.detach()}
     for name, t, leaf in zip(cell.inputs, grads, leaves, strict=True):

@@ -16,10 +16,10 @@ class Affine(NamedTuple):
         ...     return mk.Affine(decay, (1 - decay) * input)
     """
 
-    factor: torch.Tensor | float
-    """A tensor in the shape of the gate's inputs, or a number."""
-    offset: torch.Tensor | float
-    """A tensor in the shape of the gate's inputs, or a number."""
+    factor: torch.Tensor | complex
+    """A tensor in the shape of the gate's inputs, or a number, real or complex."""
+    offset: torch.Tensor | complex
+    """A tensor in the shape of the gate's inputs, or a number, real or complex."""
 
 
 class Write(NamedTuple):

@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 #: Functions of numbers that csrc/functions.h and backends/triton/functions.py have under these names.
 FUNCTIONS = {
@@ -44,6 +45,10 @@ _OF_CONSTANTS: dict[str, Callable[..., float]] = {
 }
 
 
+#: Operations that keep many registers while they are computed.
+COSTLY = {*FUNCTIONS, "divide"} - {"maximum", "minimum"}
+
+
 @dataclass(frozen=True)
 class Node:
     """A node: `operation` on the nodes numbered `operands`.
@@ -60,6 +65,22 @@ class Node:
     @property
     def is_mask(self) -> bool:
         return self.operation in MASKS
+
+
+class Parts(NamedTuple):
+    """A complex number: the nodes of its real and its imaginary part."""
+
+    re: int
+    im: int
+
+
+Number = int | Parts
+
+
+def nodes_of(numbers: Iterable[Number | None]) -> list[int]:
+    """The nodes of the numbers that are not None, in order."""
+    return [node for number in numbers if number is not None
+            for node in (number if isinstance(number, Parts) else (number,))]  # fmt: skip
 
 
 @dataclass
@@ -80,6 +101,13 @@ class Graph:
 
     def constant(self, value: float) -> int:
         return self._number(Node("constant", value=float(value)))
+
+    def constant_parts(self, value: complex) -> Parts:
+        value = complex(value)
+        return Parts(self.constant(value.real), self.constant(value.imag))
+
+    def is_zero(self, number: int) -> bool:
+        return self._is(number, 0.0)
 
     def add(self, operation: str, *operands: int) -> int:
         """The number of a node, which may be an older one with the same value."""
@@ -128,6 +156,10 @@ class Graph:
     def inputs(self, results: Iterable[int]) -> set[str]:
         """The inputs that the results need, by name."""
         return {self.nodes[i].name for i in self.reached(results) if self.nodes[i].operation == "input"}
+
+    def is_costly(self, results: Iterable[int]) -> bool:
+        """Whether the results need one of the operations COSTLY."""
+        return any(self.nodes[i].operation in COSTLY for i in self.reached(results))
 
     def renamed(self, names: Mapping[str, str]) -> Graph:
         """The same graph, whose inputs have other names."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .graph import Graph
+from .graph import Graph, Parts
 
 Rule = Callable[..., int]
 
@@ -81,6 +81,12 @@ def _itself(graph: Graph, x: int, *_) -> int:
     return x
 
 
+def _select_backward(graph: Graph, grad: int, _dim: int, index: int) -> Parts:
+    """The gradient of `view_as_real`, which is one of a complex number's parts."""
+    zero = graph.constant(0.0)
+    return Parts(zero, grad) if graph.nodes[index].value % 2 else Parts(grad, zero)
+
+
 def to_number(graph: Graph, x: int) -> int:
     """A mask as zeros and ones; a number as it is."""
     if graph.nodes[x].is_mask:
@@ -135,6 +141,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "sigmoid_backward": _of_sigmoid,
     "tanh_backward": _of_tanh,
     "threshold_backward": _above,
+    "select_backward": _select_backward,
     "zeros_like": _like(0.0),
     "ones_like": _like(1.0),
     "full_like": _full_like,

@@ -6,17 +6,19 @@ import linecache
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .graph import Graph
+from .complex_operations import COMPLEX_RULES, OF_PAIRS
+from .graph import Graph, Number, Parts, nodes_of
 from .operations import RULES, to_number
 
 SHAPE = (2, 3)  # of the tensors that a gate is run on
-DTYPE = torch.float64
+DTYPE, COMPLEX_DTYPE = torch.float64, torch.complex128
 
 _CREATIONS = ("zeros_like", "ones_like", "full_like", "scalar_tensor", "lift_fresh")
 
@@ -32,7 +34,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.graph = Graph()
         self.function = function
-        self._nodes: dict[int, int] = {}  # of tensors, by id
+        self._nodes: dict[int, Number] = {}  # of tensors, by id
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._decompositions = 0  # that run
 
@@ -42,14 +44,15 @@ class Recorder(TorchDispatchMode):
         return False
 
     def leaf(self, name: str, value: Tensor) -> Tensor:
-        """`value` as the input `name` of the graph."""
-        self._know(value, self.graph.input(name))
+        """`value` as the input `name` of the graph; if it is complex, as the inputs `name`.re and `name`.im."""
+        of_parts = (self.graph.input(f"{name}.{part}") for part in ("re", "im"))
+        self._know(value, Parts(*of_parts) if value.is_complex() else self.graph.input(name))
         return value
 
-    def node(self, value: Any) -> int:
-        """The node of a tensor or a number."""
+    def node(self, value: Any) -> Number:
+        """The node of a tensor or a number; both nodes of a complex one."""
         if not isinstance(value, Tensor):
-            return self.graph.constant(value)
+            return self.graph.constant_parts(value) if isinstance(value, complex) else self.graph.constant(value)
         known = self._nodes.get(id(value))
         if known is None:
             self.refuse("its arguments and numbers only", f"a tensor of shape {list(value.shape)} from outside")
@@ -70,44 +73,67 @@ class Recorder(TorchDispatchMode):
             self.refuse("no branch on values (use torch.where)", "the value of a tensor")
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.refuse("a function of its arguments", f"the random {name}")
-        if name not in RULES:
+        is_complex = self._is_complex(name, args, kwargs)
+        rules, of = (COMPLEX_RULES, " on complex numbers") if is_complex else (RULES, "")
+        if name not in rules:
             decomposition = _decomposition(func)
             if decomposition is None:
-                self.refuse("pointwise operations that kernels have", name)
+                self.refuse(f"pointwise operations{of} that kernels have", name)
             self._decompositions += 1
             with self:
                 result = decomposition(*args, **kwargs)
             self._decompositions -= 1
             return result
         result = func(*args, **kwargs)
-        if result.shape not in (SHAPE, ()):
+        is_pair = result.shape == (*SHAPE, 2) and name in OF_PAIRS
+        if result.shape not in (SHAPE, ()) and not is_pair:
             self.refuse("pointwise operations", f"{name}, whose result has another shape")
-        if result.dtype not in (DTYPE, torch.bool) and not (name in _CREATIONS or self._chooses_numbers(name, args)):
+        exact = name in _CREATIONS or self._chooses_numbers(name, args)
+        if result.dtype not in (DTYPE, COMPLEX_DTYPE, torch.bool) and not exact:
             self.refuse("the dtype of its arguments", f"{name} to {result.dtype}")
         if name == "lift_fresh":  # torch.tensor(number)
-            self._know(result, self.graph.constant(result.item()))
+            self._know(result, self.node(result.item()))
             return result
-        made = RULES[name](self.graph, *self._operands(name, args, result.dtype), **self._options(func, args, kwargs))
-        if made is None:
-            self.refuse("pointwise operations that kernels have", f"{name} with {kwargs}")
+        operands = self._operands(name, args, result.dtype, is_complex)
+        made = rules[name](self.graph, *operands, **self._options(func, args, kwargs))
+        if made is None or isinstance(made, Parts) != (result.is_complex() or is_pair):
+            self.refuse(f"pointwise operations{of} that kernels have", f"{name} with {kwargs or args[1:]}")
         self._know(result, made)
         return result
 
+    def _is_complex(self, name: str, args, kwargs) -> bool:
+        """Whether an operation has a complex operand or a complex result."""
+        dtype = kwargs.get("dtype")
+        makes = name in ("complex", "polar") or (dtype is not None and dtype.is_complex)
+        return makes or any(isinstance(v, complex) or isinstance(self._nodes.get(id(v)), Parts) for v in args)
+
     def _chooses_numbers(self, name: str, args) -> bool:
         """Whether this is `torch.where(mask, 1.0, -1.0)`, of numbers that are exact in any dtype that torch chooses."""
-        nodes = [self.graph.nodes[self.node(v)] for v in args[1:]] if name == "where" else []
+        nodes = [self.graph.nodes[i] for i in nodes_of(map(self.node, args[1:]))] if name == "where" else []
         exact = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
         return bool(nodes) and all(node.operation == "constant" and node.value in exact for node in nodes)
 
-    def _operands(self, name: str, args, dtype: torch.dtype) -> list[int]:
-        """The nodes of the arguments by position. Where numbers are expected, masks become zeros and ones."""
-        nodes = [self.node(v) for v in args if isinstance(v, (Tensor, int, float))]
+    def _operands(self, name: str, args, dtype: torch.dtype, is_complex: bool) -> list[Any]:
+        """The nodes of the arguments by position. Where numbers are expected, masks become zeros and ones.
+
+        Of an operation on complex numbers, they are `Parts`.
+        """
+        nodes: list[Any] = [self.node(v) for v in args if isinstance(v, (Tensor, int, float, complex))]
         if name == "clamp" or (name in ("add", "sub", "rsub") and len(nodes) == 3):
             nodes = nodes[: 1 if name == "clamp" else 2]  # the others are options
         keeps = {"where": (0,), "masked_fill": (1,)}.get(name, ())
-        if name in ("_to_copy", "to") or (dtype == torch.bool and all(self.graph.nodes[i].is_mask for i in nodes)):
-            return nodes
-        return [i if place in keeps else to_number(self.graph, i) for place, i in enumerate(nodes)]
+        as_number = self.parts if is_complex else partial(to_number, self.graph)
+        if not is_complex:
+            masks = dtype == torch.bool and all(self.graph.nodes[i].is_mask for i in nodes)
+            if masks or name in ("_to_copy", "to"):
+                return nodes
+        return [i if place in keeps else as_number(i) for place, i in enumerate(nodes)]
+
+    def parts(self, number: Number) -> Parts:
+        """A number as a complex one."""
+        if isinstance(number, Parts):
+            return number
+        return Parts(to_number(self.graph, number), self.graph.constant(0.0))
 
     def _options(self, func, args, kwargs) -> dict[str, Any]:
         """The options of an operation that has some, by name, however they are given."""
@@ -117,7 +143,7 @@ class Recorder(TorchDispatchMode):
             options |= {k: self.node(v) for k, v in named.items() if k in ("min", "max") and v is not None}
         return options
 
-    def _know(self, value: Tensor, node: int) -> None:
+    def _know(self, value: Tensor, node: Number) -> None:
         self._nodes[id(value)] = node
         self._alive.append(value)
 

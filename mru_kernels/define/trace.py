@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import torch_private as private
 from ..cells.write_or_hold import Select
 from .gates import Affine, Write
-from .graph import Graph
-from .recording import DTYPE, SHAPE, Recorder, gradients, name_of
+from .graph import Graph, Number, nodes_of
+from .recording import COMPLEX_DTYPE, DTYPE, SHAPE, Recorder, gradients, name_of
 
 EPSILON = "epsilon"  # the scalar of gates that write
 
@@ -29,12 +29,18 @@ class Functions:
         output: of `state` and of the inputs and scalars that it names; None for the state itself.
         inputs: the names of the inputs, in the order of the gate's arguments, then of the output's.
         scalars: the names of the scalars.
+        complex_inputs: the names of the inputs that are complex.
     """
 
     gate: Callable[..., Any]
     output: Callable[..., Any] | None
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]
+    complex_inputs: frozenset[str] = frozenset()
+
+    @property
+    def complex_streams(self) -> bool:
+        return self.inputs[0] in self.complex_inputs
 
     def gates(self, named: dict[str, Any]) -> Affine | Write:
         return self.gate(*(named[name] for name in parameters(self.gate)))
@@ -48,36 +54,69 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
+class Step(NamedTuple):
+    """A step that is affine in the state.
+
+    Attributes:
+        after: the state after it.
+        push, pull: factor m, and conj(factor) m.
+    """
+
+    after: Number
+    push: Number
+    pull: Number
+
+
 @dataclass(frozen=True)
 class Program:
     """A cell as nodes of one graph, over the inputs named below.
 
     Inputs of the graph: `x[i]` and `p[i]`, the cell's inputs and its scalars without epsilon; `epsilon`; `s`, the state
-    before a step; `after`, the state after it; `g` = dL/dh; `m` = dL/ds' through the next step; `lambda_` = dL/ds'.
+    before a step; `after`, the state after it; `g` = dL/dh; `m` = dL/ds' through the next step; `lambda_` = dL/ds'. A
+    complex one is two inputs, such as `s.re` and `s.im`.
 
     Attributes:
         scalars: how many there are, without epsilon.
-        writes: whether the gate is a `Write`.
-        first, second: factor and offset, or whether the step writes (a mask) and what.
+        is_complex: whether the state is complex. Numbers then are `Parts`, or nodes where they are real.
+        real_streams: whether streams are real.
+        step: None for a gate that is a `Write`.
+        write, value: whether a `Write` writes (a mask), and what. For an `Affine` its factor and its offset.
         nan: whether an input of a gate that writes is NaN, a mask.
         output: h. It and the next two may be None where h is the state.
         cotangent: dL/ds'.
         grads: dL/dx for each input x.
+        surrogates: whether a derivative is that of an autograd.Function, such as `heaviside`, and not of its values.
     """
 
     graph: Graph
     scalars: int
-    writes: bool
-    first: int
-    second: int
+    is_complex: bool
+    real_streams: bool
+    step: Step | None
+    write: Number
+    value: Number
     nan: int
-    output: int | None
-    cotangent: int | None
-    grads: tuple[int, ...]
+    output: Number | None
+    cotangent: Number | None
+    grads: tuple[Number, ...]
+    surrogates: bool
+
+    @property
+    def writes(self) -> bool:
+        return self.step is None
 
     @property
     def adjoint_sees_state(self) -> bool:
-        return self.cotangent is not None and "after" in self.graph.inputs([self.cotangent])
+        return "after" in self.inputs(self.cotangent)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a step computes gates that take registers: `gated` of backends/triton/cell.py."""
+        return self.graph.is_costly(nodes_of([self.write, self.value]))
+
+    def inputs(self, *numbers: Number | None) -> set[str]:
+        """The inputs that the numbers need, by name; those that are the parts of one under its name."""
+        return {name.removesuffix(".re").removesuffix(".im") for name in self.graph.inputs(nodes_of(numbers))}
 
 
 def trace(functions: Functions) -> Program:
@@ -93,26 +132,31 @@ def trace(functions: Functions) -> Program:
 
 def _trace(functions: Functions) -> Program:
     recorder = Recorder(functions.gate)
-
-    def leaf(name: str, shape: tuple[int, ...] = SHAPE) -> Tensor:
-        return recorder.leaf(name, torch.full(shape, 0.5, dtype=DTYPE, device="cpu"))
-
-    x = {name: leaf(f"x[{i}]").requires_grad_() for i, name in enumerate(functions.inputs)}
+    leaf = partial(_leaf, recorder)
+    x = {
+        name: leaf(f"x[{i}]", is_complex=name in functions.complex_inputs).requires_grad_()
+        for i, name in enumerate(functions.inputs)
+    }
     named = x | {name: leaf(f"p[{i}]", ()) for i, name in enumerate(functions.scalars)}
-    s, after, g, m, lambda_, epsilon = (leaf(n) for n in ("s", "after", "g", "m", "lambda_", EPSILON))
-    after.requires_grad_()
     with torch.enable_grad(), recorder:
-        gate = functions.gates(named)
-        if not isinstance(gate, (Affine, Write)):
-            raise TypeError(f"{name_of(functions.gate)}: expected mk.Affine or mk.Write, got {type(gate).__name__}")
-        first, second = (_number_or_tensor(recorder, *field) for field in gate._asdict().items())
-        writes = isinstance(gate, Write)
+        gate = _gate(recorder, functions, named)
+    first: Any = gate[0]
+    second: Any = gate[1]
+    writes = isinstance(gate, Write)
+    is_complex = bool(functions.complex_inputs) or any(map(_is_complex, gate))
+    s, after, m, lambda_ = (leaf(n, is_complex=is_complex) for n in ("s", "after", "m", "lambda_"))
+    after.requires_grad_()
+    epsilon, of_h = leaf(EPSILON), [leaf("g"), leaf("g", is_complex=True)]
+    with torch.enable_grad(), recorder:
         step = _written(first, second, s, epsilon) if writes else first * s + second
+        push, pull = (None, None) if writes else (first * m, _conjugate(first) * m)
         results, cotangents = [step], [lambda_]
         output = cotangent = None
+        _check_output(functions, is_complex)
         if functions.output is not None:
             recorder.function = functions.output
-            output = _number_or_tensor(recorder, "the output", functions.outputs(after, named))
+            output = _output(recorder, functions, after, named)
+            g = of_h[output.is_complex()]
             results, cotangents = [step, output], [lambda_, g]
         recorder.graph.selects = True
         if output is not None:
@@ -121,20 +165,78 @@ def _trace(functions: Functions) -> Program:
         grads = gradients(results, cotangents, list(x.values()))
         if writes and first.dtype != torch.bool:
             first = first != 0
-    graph = recorder.graph
+    graph, node = recorder.graph, recorder.node
+    zeros = (graph.constant_parts(0) if t.is_complex() else graph.constant(0.0) for t in x.values())
     program = Program(
         graph=graph,
         scalars=len(functions.scalars),
-        writes=writes,
-        first=recorder.node(first),
-        second=recorder.node(second),
-        nan=_any_nan(graph, [recorder.node(x[name]) for name in parameters(functions.gate) if name in x]),
-        output=None if output is None else recorder.node(output),
-        cotangent=None if cotangent is None else recorder.node(cotangent),
-        grads=tuple(graph.constant(0.0) if t is None else recorder.node(t) for t in grads),
+        is_complex=is_complex,
+        real_streams=not functions.complex_streams,
+        step=None if writes else Step(node(step), node(push), node(pull)),
+        write=node(first),
+        value=node(second),
+        nan=_any_nan(graph, nodes_of(node(x[name]) for name in parameters(functions.gate) if name in x)),
+        output=None if output is None else node(output),
+        cotangent=None if cotangent is None else node(cotangent),
+        grads=tuple(zero if t is None else node(t) for zero, t in zip(zeros, grads, strict=True)),
+        surrogates=_uses_functions(results),
     )
     _refuse_unused(functions, program)
     return program
+
+
+def _leaf(recorder: Recorder, name: str, shape: tuple[int, ...] = SHAPE, is_complex: bool = False) -> Tensor:
+    dtype, value = (COMPLEX_DTYPE, 0.5 + 0.25j) if is_complex else (DTYPE, 0.5)
+    return recorder.leaf(name, torch.full(shape, value, dtype=dtype, device="cpu"))
+
+
+def _gate(recorder: Recorder, functions: Functions, named: dict[str, Any]) -> Affine | Write:
+    """What the gate returns, checked."""
+    gate, of = functions.gates(named), name_of(functions.gate)
+    if not isinstance(gate, (Affine, Write)):
+        raise TypeError(f"{of}: expected mk.Affine or mk.Write, got {type(gate).__name__}")
+    made = type(gate)(*(_number_or_tensor(recorder, *field) for field in gate._asdict().items()))
+    if isinstance(gate, Write) and (functions.complex_inputs or any(map(_is_complex, made))):
+        raise TypeError(f"{of}: expected mk.Affine, as an input or a result is complex, got mk.Write")
+    return made
+
+
+def _check_output(functions: Functions, is_complex: bool) -> None:
+    if is_complex and functions.output is None and not functions.complex_streams:
+        raise ValueError(
+            f"output: expected a function with a real result, such as `lambda state: state.real`, as the stream"
+            f" {functions.inputs[0]!r} is real and the state complex, got None"
+        )
+
+
+def _output(recorder: Recorder, functions: Functions, after: Tensor, named: dict[str, Any]) -> Tensor:
+    """What the output returns, checked."""
+    output = _number_or_tensor(recorder, "the output", functions.outputs(after, named))
+    if output.is_complex() and not functions.complex_streams:
+        of, first = name_of(recorder.function), functions.inputs[0]
+        raise TypeError(f"{of}: expected a real output, as the stream {first!r} is real, got a complex one")
+    return output
+
+
+def _uses_functions(results: Sequence[Tensor]) -> bool:
+    """Whether an autograd.Function made something that the results depend on."""
+    rest, seen = [t.grad_fn for t in results], set()
+    while rest:
+        node = rest.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            rest += [before for before, _ in node.next_functions]
+    return False
+
+
+def _is_complex(value: Any) -> bool:
+    return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex)
+
+
+def _conjugate(value: Any) -> Any:
+    return value.conj() if isinstance(value, Tensor) else value.conjugate()
 
 
 def _any_nan(graph: Graph, numbers: Sequence[int]) -> int:
@@ -156,13 +258,17 @@ def _number_or_tensor(recorder: Recorder, name: str, value: Any) -> Any:
             raise ValueError(f"{of}: expected {name} in the shape of the arguments, got another shape")
         recorder.node(value)
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("factor", "offset", "value"):
+    if (
+        isinstance(value, (int, float, complex))
+        and not isinstance(value, bool)
+        and name in ("factor", "offset", "value")
+    ):
         return value
     raise TypeError(f"{of}: expected {name} as a floating tensor, got {'a mask' if is_mask else type(value).__name__}")
 
 
 def _refuse_unused(functions: Functions, program: Program) -> None:
-    used = program.graph.inputs(n for n in (program.first, program.second, program.output) if n is not None)
+    used = program.inputs(program.write, program.value, program.output)
     in_graph = [(f"{of}[{i}]", name) for of, names in (("x", functions.inputs), ("p", functions.scalars))
                 for i, name in enumerate(names)]  # fmt: skip
     for node, name in in_graph:

@@ -63,7 +63,7 @@ from .layout import (
     split_gates,
 )
 from .registration import add_backend, add_cell
-from .spec import CELLS, Cell, Input, Plain, affine
+from .spec import CELLS, Cell, Input, Plain, affine, affine_step
 
 __all__ = [
     "CELLS",
@@ -74,6 +74,7 @@ __all__ = [
     "add_backend",
     "add_cell",
     "affine",
+    "affine_step",
     "allocate",
     "allocate_backward",
     "allocate_codes",

@@ -251,7 +251,7 @@ class GradientByParts(torch.autograd.Function):
         ctx.save_for_backward(*inputs, named["cu_seqlens"], named["resets"])
         ctx.cell, ctx.backend = cell, backend
         ctx.states = [name for name in ("initial_state", "reset_state") if named[name] is not None]
-        ctx.constants = {name: None if isinstance(t, (Tensor, list)) else t for name, t in named.items()}
+        ctx.constants = {n: None if isinstance(t, Tensor) or n == "inputs" else t for n, t in named.items()}
         return tuple(below_autograd(cell.backward[backend], arguments))
 
     @staticmethod

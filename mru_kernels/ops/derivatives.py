@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import state_dtype
 from .batching import BACKWARD_NAMES, FORWARD_NAMES
-from .layout import arrays, places, split_gates
+from .layout import places, split_gates
 from .spec import CELLS, Cell
 
 #: The cell whose op scans tangents. It is its own tangent, so its gradient is differentiable.
@@ -93,25 +93,31 @@ def has_second_derivative(cell: Cell) -> bool:
 def gradient_by_parts(cell: Cell, backend: str, call: Call) -> list[Tensor]:
     """What the backward op of a cell with `Plain.vjp` computes, by ops that have derivatives.
 
-    These are plain torch for the gates, and the backward op of the linear recurrence.
+    These are plain torch for gates and output, and the ops of the linear recurrence.
 
     Args:
-        call: the arguments of the backward op, by name. All inputs are streams.
+        call: the arguments of the backward op, by name.
     """
-    assert cell.plain is not None
-    assert cell.plain.vjp is not None
-    inputs, packed = call["inputs"], call["packed"]
-    state = state_dtype(inputs[0].dtype)
-    x = [t.to(state) for t in arrays(cell, inputs, call["given"], packed) if t is not None]
-    decay, update = cell.plain.gates(x, [])
-    of_scan = {"inputs": [update, decay], "given": CELLS[LINEAR].required, "packed": 0, "numbers": []}
-    of_scan |= {"checkpoints": None, "codes": None}  # it scans again
-    names = ("grad_h", "grad_final", "grad_checkpoints", "initial_state", "reset_state")
+    plain, p, values = cell.plain, call["numbers"], _values(cell, call)
+    assert plain is not None
+    assert plain.vjp is not None
+    of_arrays, enters = _by_input(cell, call, values)
+    first, state = of_arrays[0], cell.state_dtype(of_arrays[0].dtype)
+    x = [t.to(state).expand(first.shape) for t in of_arrays]
+    decay, update = plain.gates(x, p)
+    scan = _LinearScan(backend, {name: call.get(name) for name in FORWARD_NAMES}, decay, state)
+    after, *_ = scan(update, enters)
+    g = call["grad_h"].to(state)
+    of_scan = {"grad_h": plain.cotangent(x, after, g, p), "inputs": [update, decay], "packed": 0, "numbers": []}
+    of_scan |= {"given": CELLS[LINEAR].required, "checkpoints": None, "codes": None}  # it scans again
+    names = ("grad_final", "grad_checkpoints", "initial_state", "reset_state")
     of_scan |= {name: None if call[name] is None else call[name].to(state) for name in names}
-    of_update, of_decay, *of_states = CELLS[LINEAR].backward[backend](*(call | of_scan).values())
-    of_inputs = cell.plain.vjp(x, of_decay, of_update)
-    found = [torch.cat(list(of_inputs), -1)] if packed else [*of_inputs]
-    return [t.to(value.dtype) for t, value in zip([*found, *of_states], _values(cell, call), strict=True)]
+    lam, _, *of_enters = CELLS[LINEAR].backward[backend](*(call | of_scan).values())
+    found = plain.vjp(x, scan.before(after, enters), after, g, lam, p)
+    found = [t.sum((0, 1)) if value.dim() == 1 else t for t, value in zip(found, of_arrays, strict=True)]
+    found = [t if value.is_complex() else t.real for t, value in zip(found, of_arrays, strict=True)]
+    found = [torch.cat(found, -1)] if call["packed"] else found
+    return [t.to(value.dtype) for t, value in zip([*found, *of_enters], values, strict=True)]
 
 
 def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[Tensor, ...]:
@@ -121,18 +127,19 @@ def _tangent(cell: Cell, backend: str, call: Call, tangents: Tensors) -> tuple[T
     steps = _Steps(cell, backend, call, x)
     zeros = steps.like.new_zeros(steps.like.shape)
     if cell.numbers_of_states is None:
-        *_, decay = steps.slopes_of_state(zeros)
+        decay = steps.slopes_of_state(zeros)[-1].of_state()
         scan = _LinearScan(backend, call, decay, decay.dtype)
         states = scan.before(scan(steps.after(zeros), enters)[0], enters)
         *of_state, _ = steps.slopes_of_state(states)
     else:
         states = _LinearScan(backend, call, zeros, zeros.dtype).before(_states(cell, backend, call, x), enters)
-        *of_state, decay = steps.slopes_of_state(states)
+        *of_state, through = steps.slopes_of_state(states)
+        decay = through.of_state()
         scan = _LinearScan(backend, call, decay, decay.dtype)
     *of_output, through = steps.slopes_of_output(states)
     dx = [t for t, value in zip(dx, x, strict=True) if value is not None]
-    d_states, *others = scan(scan.sum(zeros, *map(_times, dx, of_state)), d_enters, save=call["save"])
-    dh = scan.sum(zeros, scan.before(d_states, d_enters) * through, *map(_times, dx, of_output))
+    d_states, *others = scan(scan.sum(zeros, *map(_change, of_state, dx)), d_enters, save=call["save"])
+    dh = scan.sum(zeros, _change(through, scan.before(d_states, d_enters)), *map(_change, of_output, dx))
     return (dh.real if cell.complex_state else dh), *others
 
 
@@ -151,6 +158,34 @@ class Enters(NamedTuple):
 
     initial: Tensor | None
     reset: Tensor | None
+
+
+class _Slope(NamedTuple):
+    """How a result changes with an argument: the gradients of its real and of its imaginary part, `[B, T, D]`.
+
+    That is all even where a gate is no analytic function of a complex input, such as one of |x|.
+    """
+
+    of_real: Tensor
+    of_imaginary: Tensor | None  # of a complex result
+
+    def of_state(self) -> Tensor:
+        """The derivative by the state, in which a step is affine."""
+        return self.of_real.conj()
+
+
+def _slopes(of_real: Sequence[Tensor], of_imaginary: Sequence[Tensor] | None) -> list[_Slope]:
+    return list(map(_Slope, of_real, [None] * len(of_real) if of_imaginary is None else of_imaginary))
+
+
+def _change(slope: _Slope, change: Tensor | None) -> Tensor | None:
+    """The change of the result for a change of the argument; None for zeros."""
+    if change is None:
+        return None
+    of_real = (slope.of_real.conj() * change).real
+    if slope.of_imaginary is None:
+        return of_real
+    return torch.complex(of_real, (slope.of_imaginary.conj() * change).real)
 
 
 class _Steps:
@@ -178,20 +213,18 @@ class _Steps:
         _, after = self.cell.forward[self.backend](*call.values())
         return after.reshape(states.shape)
 
-    def slopes_of_state(self, before: Tensor) -> list[Tensor]:
-        """The derivatives of the state after a step by each input and by the state before it, all `[B, T, D]`."""
+    def slopes_of_state(self, before: Tensor) -> list[_Slope]:
+        """How the state after a step changes with each input and with the state before it."""
         zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
-        slopes = self._gradients(before, zeros, ones)
-        if not self.cell.complex_state:
-            return slopes
-        # The gradient of a real input is the real part of its conjugate slope, times that of the state.
-        turned = self._gradients(before, zeros, 1j * ones)
-        return [a.conj() if a.is_complex() else torch.complex(a, b) for a, b in zip(slopes, turned, strict=True)]
+        of_imaginary = self._gradients(before, zeros, 1j * ones) if before.is_complex() else None
+        return _slopes(self._gradients(before, zeros, ones), of_imaginary)
 
-    def slopes_of_output(self, before: Tensor) -> list[Tensor]:
-        """The same for h. Of complex numbers, h is the real part of slope times change."""
+    def slopes_of_output(self, before: Tensor) -> list[_Slope]:
+        """The same for h."""
         zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
-        return [t.conj() for t in self._gradients(before, ones, zeros)]
+        is_complex = before.is_complex() and not self.cell.complex_state
+        of_imaginary = self._gradients(before, 1j * ones, zeros) if is_complex else None
+        return _slopes(self._gradients(before, ones, zeros), of_imaginary)
 
     def _gradients(self, before: Tensor, of_output: Tensor, of_state: Tensor) -> list[Tensor]:
         """The gradients of `of_output` h + `of_state` s, as `slopes_of_state` orders them."""

@@ -36,6 +36,10 @@ def _all_inputs(x: Sequence[Tensor | None], p: Sequence[float | Tensor]) -> Sequ
     return [t for t in x if t is not None]
 
 
+def _g(x: Sequence[Tensor], after: Tensor, g: Tensor, p: Sequence[float | Tensor]) -> Tensor:
+    return g
+
+
 def _state(x: Sequence[Tensor | None], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     return s
 
@@ -51,25 +55,31 @@ class Plain:
         step: (gates, s, p) -> the state after one step, from its gates and the state before, all `[B, D]`.
         gates: (x, p) -> what the steps need and no state decides, a sequence of tensors `[B, T, D]`.
         output: (x, s, p) -> h, from the states after the steps, all `[B, T, D]`.
-        vjp: (x, of_decay, of_update) -> the gradients of x, of an `affine` cell without scalars whose inputs all are
-            streams. With it, gradients of the cell have derivatives of any order: torch differentiates `vjp`.
+        vjp: (x, s, after, g, lam, p) -> the gradients of x, from the states before and after each step, g = dL/dh and
+            lam = dL/ds', all `[B, T, D]`. With it, the gates are decay and update of a step that is affine in the
+            state, and gradients of the cell have derivatives of any order: torch differentiates `vjp`.
+        cotangent: (x, after, g, p) -> what g gives to dL/ds', for `vjp`.
     """
 
     step: Callable[[Sequence[Tensor], Tensor, Sequence[float | Tensor]], Tensor]
     gates: Callable[[Sequence[Tensor | None], Sequence[float | Tensor]], Sequence[Tensor]] = _all_inputs
     output: Callable[[Sequence[Tensor | None], Tensor, Sequence[float | Tensor]], Tensor] = _state
-    vjp: Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]] | None = None
+    vjp: Callable[..., Sequence[Tensor]] | None = None
+    cotangent: Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[float | Tensor]], Tensor] = _g
 
 
 def affine(
     gates: Callable[[Sequence[Any], Sequence[float | Tensor]], Sequence[Tensor]],
     vjp: Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]] | None = None,
 ) -> Plain:
-    """The cell s' = decay s + update with h = s'. `gates` is (x, p) -> (decay, update)."""
-    return Plain(_affine_step, gates, vjp=vjp)
+    """The cell s' = decay s + update with h = s'. `gates` is (x, p) -> (decay, update).
+
+    `vjp` is (x, of_decay, of_update) -> the gradients of x.
+    """
+    return Plain(affine_step, gates, vjp=vjp and (lambda x, s, after, g, lam, p: vjp(x, lam * s, lam)))
 
 
-def _affine_step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
+def affine_step(gates: Sequence[Tensor], s: Tensor, p: Sequence[float | Tensor]) -> Tensor:
     decay, update = gates
     return decay * s + update
 

@@ -60,13 +60,15 @@ template <class C, unsigned kGiven, unsigned kChannels>
 const Kernels& with_dtype(Dtype dtype) {
   if constexpr (C::kComplex) {
     if (dtype == Dtype::kComplex64) return table<Form<C, Complex<float>, kGiven, kChannels>>;
-    if (dtype == Dtype::kComplex128) return table<Form<C, Complex<double>, kGiven, kChannels>>;
+    if (dtype == Dtype::kComplex128 || !C::kReal) return table<Form<C, Complex<double>, kGiven, kChannels>>;
   }
-  switch (dtype) {
-    case Dtype::kFloat64: return table<Form<C, double, kGiven, kChannels>>;
-    case Dtype::kBFloat16: return table<Form<C, BFloat16, kGiven, kChannels>>;
-    case Dtype::kFloat16: return table<Form<C, Float16, kGiven, kChannels>>;
-    default: return table<Form<C, float, kGiven, kChannels>>;
+  if constexpr (C::kReal) {
+    switch (dtype) {
+      case Dtype::kFloat64: return table<Form<C, double, kGiven, kChannels>>;
+      case Dtype::kBFloat16: return table<Form<C, BFloat16, kGiven, kChannels>>;
+      case Dtype::kFloat16: return table<Form<C, Float16, kGiven, kChannels>>;
+      default: return table<Form<C, float, kGiven, kChannels>>;
+    }
   }
 }
 

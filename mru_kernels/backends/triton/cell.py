@@ -69,7 +69,7 @@ class Cell(NamedTuple):
     rules: Rules  # of its factors
     adjoint_sees_state: Any  # whether `cotangent` depends on s or `after`
     codes: Codes
-    gated: Any  # whether a step computes gates that read no state, for shorter tiles. `define_cell` does not set it
+    gated: Any  # whether a step computes gates that read no state, for shorter tiles
 
 
 class Implementation(NamedTuple):

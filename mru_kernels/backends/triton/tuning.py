@@ -102,7 +102,7 @@ _REGISTERS = {
 }
 _REGISTERS_OF_ENCODING = (112, None)  # `summarize` with codes and without inputs per channel
 _REGISTERS_OF_PULLING = (None, None)  # `summarize_adjoint` with neither codes nor inputs per channel
-_REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision, and of gates in float64
+_REGISTERS_OF_TWO_TILES = 255  # `backward` in half precision, and of gates in float64 or of complex states
 
 
 _REGISTERS_OF_MODES = 255  # of `forward` of a cell that selects between its modes
@@ -125,7 +125,7 @@ def options(kernel: str, reads: Reads, amd: bool = bool(torch.version.hip)) -> d
     if kernel == "summarize_adjoint" and not reads.codes and reads.per_channel == 0:
         limits = _REGISTERS_OF_PULLING
     limit = limits[not reads.is_single]
-    if kernel == "backward" and (reads.is_half or (reads.gated and not reads.is_single)):
+    if kernel == "backward" and (reads.is_half or (reads.gated and (reads.doubled or not reads.is_single))):
         limit = _REGISTERS_OF_TWO_TILES
     expands_halves = kernel == "forward" and reads.codes and reads.is_half
     if expands_halves or (kernel in ("forward", "summarize") and reads.resets):
