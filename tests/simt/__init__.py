@@ -32,6 +32,8 @@ LOADED = ("float32", "bfloat16", "complex64") if SANITIZE else ELEMENTS
 FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
 
 _SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+#: Of the kernels. With the sanitizers, what is inlined takes minutes to compile.
+OPTIMIZATION = "-O1 -Dalways_inline=unused" if SANITIZE else "-O1"
 COMPILER = [
     *(os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wno-unknown-pragmas"),
@@ -44,7 +46,7 @@ def build(
     csrc: Path = ROOT / "csrc",
     elements: tuple[str, ...] = LOADED,
     module: Path | None = None,
-    optimization: str = "-O1",
+    optimization: str = OPTIMIZATION,
     name: str = "mru_simt",
     kernels: str = "cuda/scan.cu",
     binding: str = "simt/module.cpp",
