@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import simt
 import torch
-from simt import mutants
+from simt import mutants, planting
 
 from bench import inputs
 from mru_kernels.backends import CHUNK, cuda
@@ -113,6 +113,7 @@ def outcomes():
     """The futures of the battery on every copy without a fault, and with each fault."""
     if simt.SANITIZE:
         pytest.skip("the sanitizers end a run at the first fault")
+    planting.start_server()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             **{shown: pool.submit(mutants.outcome, *shown) for shown in mutants.SHOWN},

@@ -78,8 +78,10 @@ def outcomes():
     """The futures of the checks on the copy without a fault, and with each fault."""
     if simt.SANITIZE:
         pytest.skip("the sanitizers end a run at the first fault")
+    from simt import planting
     from simt import softmax_mutants as mutants
 
+    planting.start_server()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             None: pool.submit(mutants.outcome),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Container
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Lock
 from unittest.mock import patch
 
 from tests.planted import switched
@@ -17,7 +16,7 @@ from tests.planted import switched
 from . import ROOT
 
 CSRC = ROOT / "csrc"
-#: Of the kernels of a copy. The sources themselves are compiled with warnings.
+#: Of the kernels of a copy: what builds and checks it in least time. The sources themselves are compiled with warnings.
 FLAGS = "-O1 -w -Dalways_inline=unused"
 
 
@@ -44,15 +43,14 @@ def plant(copy: Path, faults: list[tuple[int, Path, str, str]], without: Contain
 
 
 _TIMEOUT = 600.0
-_starting = Lock()
 _processes = multiprocessing.get_context("forkserver")
-# Children are forked from a process that has imported these and loaded no kernels: to import torch takes 2 s, all 5 s.
+# Imported before the fork, which takes 5 s of CPU. None of them loads the kernels of a copy.
 _processes.set_forkserver_preload(["pytest", "simt.battery", "simt.softmax"])
 
 
-def _start_server() -> None:
-    """Start the process that children are forked from. Python does not hand it the path of modules."""
-    with _starting, patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
+def start_server() -> None:
+    """Start the process from which those of `outcome` are forked. Call it before other threads read the environment."""
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # Python does not hand it sys.path
         forkserver.ensure_running()
 
 
@@ -66,7 +64,6 @@ def outcome(fault: int, module: Path, failure: Callable[[str], str], element: st
 
     It runs in a process of its own.
     """
-    _start_server()
     ours, its = _processes.Pipe(duplex=False)
     process = _processes.Process(target=_run, args=(its, fault, module, failure, element))
     process.start()
