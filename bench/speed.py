@@ -1,13 +1,12 @@
 """Times of a cell's op and module, compared with a streaming pass over the same bytes and with peers.
 
 `python -m bench speed` first checks the op on the call that it times (`bench.verify`), and each peer against the op. It
-times only what passes. The floor of a pass is the time of a streaming pass that moves each of its streams once. It is
-scaled from `torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its
-output.
+times only what passes. The floor of a pass is the time of a streaming pass that moves each of its streams once, scaled
+from `torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its own.
 
-On the CPU freed memory stays in the process (`python -m bench` pins the allocator's thresholds), so an output costs
-no page faults. The op is also timed with glibc's default settings, in another process. The projections of a module
-are its matrix products alone, forward and backward. The cost of a call is measured on tiny inputs.
+On the CPU freed memory stays in the process (`python -m bench` pins the allocator's thresholds), so an output costs no
+page faults. The op is also timed with glibc's default settings, in another process. Projections are a module's matrix
+products alone, forward and backward. The cost of a call is measured on tiny inputs.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ _CHECKED_STEPS = 256  # steps on which peers are compared with the op
 _WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
 _PER_SUBJECT = 0.15  # seconds, but at least three runs
 _MOST_OF_GRU = (4096, 1024)  # steps, channels
-_MIB = 2**20
 
 Key = tuple[str, str]  # subject and work
 Subjects = dict[Key, Callable[[], object]]
@@ -276,7 +274,7 @@ def with_peak(figures: list[Figure], case: Case, backend: str, device: torch.dev
 
     arguments = [*_arguments(case), "--device", str(device), "--backend", backend, "--chunk-size", str(CHUNK)]
     (seen,) = memory.in_own_process(arguments)
-    peak, of = seen.peak_measured / _MIB, (case.shape, _name(case.dtype), case.cell, BOTH)
+    peak, of = seen.peak_measured / 2**20, (case.shape, _name(case.dtype), case.cell, BOTH)
     return [replace(f, peak_mib=peak) if (f.shape, f.dtype, f.subject, f.work) == of else f for f in figures]
 
 

@@ -10,15 +10,15 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from torch.utils import cpp_extension
 
-from tests import forked, planted
+from tests import planted
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "cpu-mutants"
@@ -258,6 +258,6 @@ def outcome_without_fault(isa: str) -> subprocess.CompletedProcess[str]:
 def _run_tests(isa: str, tests: str, files: Iterable[str], fault: int) -> subprocess.CompletedProcess[str]:
     """Run tests in a process of their own: a fault may crash it."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not check", "-o", f"pythonpath={FOLDER / isa} ."]
-    output, environment = FOLDER / f"{isa}-{fault}.txt", {"MRU_FAULT": str(fault)}
-    arguments = [*options, "-k", tests, *files]
-    return forked.run(pytest.main, arguments, output=output, environment=environment, timeout=600)
+    command = [sys.executable, "-m", "pytest", *options, "-k", tests, *files]
+    environment = os.environ | {"MRU_FAULT": str(fault)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -37,12 +37,12 @@ fi
 sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$build/package ." -n 2 --hypothesis-profile=brief \
   -m "not slow and not check" tests/test_op.py tests/test_op_layout.py tests/test_resets.py tests/test_slots.py tests/test_bad_input.py tests/test_bad_input_of_cells.py tests/test_bad_ops.py tests/test_hostile.py "$@"
 
-# The CUDA kernels under host execution, without the mutants: the sanitizers end a run at the first fault.
+# The CUDA kernels under host execution, without planted faults: the sanitizers end a run at the first fault.
 if [[ $(uname -sm) == "Linux x86_64" ]]; then
   export MRU_SANITIZE=1
   MRU_SIMT_MODULE=$(python -c 'import sys; sys.path.insert(0, "tests"); import simt; print(simt.build(simt.FOLDER))')
   export MRU_SIMT_MODULE
   sanitized python -m pytest -q -p no:cacheprovider --capture=sys -n 2 tests/test_simt.py \
-    -k "not mutant and not as_they_are"
+    -k "not fault"
   sanitized python -m pytest -q -p no:cacheprovider --capture=sys -n 2 --backend simt tests/test_hostile.py
 fi

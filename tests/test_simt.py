@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import simt
 import torch
-from simt import mutants
+from simt import mutants, planting
 
 from bench import inputs
 from mru_kernels.backends import CHUNK, cuda
@@ -105,30 +105,27 @@ def test_segments_are_a_function_of_sizes():
         assert cuda.segment(*whole, device) == 0
 
 
-# ------------------------------------------------------------------------------------------ mutants
+# ------------------------------------------------------------------------------------------ planted faults
 
 
 @pytest.fixture(scope="module")
-def outcomes(battery):
-    """The futures of every mutant's battery, and of the unchanged sources'."""
+def outcomes():
+    """The futures of the battery on every copy without a fault, and with each fault."""
     if simt.SANITIZE:
-        pytest.skip("mutants run without the sanitizers")
+        pytest.skip("the sanitizers end a run at the first fault")
+    planting.start_server()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            **{shown: pool.submit(mutants.outcome_unchanged, *shown) for shown in mutants.SHOWN},
-            **{m.name: pool.submit(mutants.outcome, m) for m in mutants.MUTANTS},
+            **{shown: pool.submit(mutants.outcome, *shown) for shown in mutants.SHOWN},
+            **{fault.name: pool.submit(mutants.outcome, *fault.shown, fault) for fault in mutants.FAULTS},
         }
 
 
 @pytest.mark.parametrize("shown", mutants.SHOWN, ids="-".join)
-def test_the_sources_as_they_are_pass(outcomes, shown):
-    done = outcomes[shown].result()
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_copy_without_a_fault_passes(outcomes, shown):
+    assert outcomes[shown].result() == ""
 
 
-@pytest.mark.parametrize("name", [m.name for m in mutants.MUTANTS])
-def test_every_mutant_is_caught(outcomes, name):
-    done = outcomes[name].result()
-    assert done.returncode != 0
-    assert "all checks pass" not in done.stdout
-    assert done.returncode < 0 or "check_" in done.stderr, done.stderr  # a crash, or a check that says why
+@pytest.mark.parametrize("name", [fault.name for fault in mutants.FAULTS])
+def test_every_fault_is_caught(outcomes, name):
+    assert outcomes[name].result().startswith(("check_", "crash"))

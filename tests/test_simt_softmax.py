@@ -74,35 +74,33 @@ def test_a_launch_that_fails_raises(checks):
 
 
 @pytest.fixture(scope="module")
-def outcomes(checks):
-    """The futures of every mutant's checks, and of the unchanged sources'."""
+def outcomes():
+    """The futures of the checks on the copy without a fault, and with each fault."""
     if simt.SANITIZE:
-        pytest.skip("mutants run without the sanitizers")
+        pytest.skip("the sanitizers end a run at the first fault")
+    from simt import planting
     from simt import softmax_mutants as mutants
 
+    planting.start_server()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            None: pool.submit(mutants.outcome_unchanged),
-            **{m.name: pool.submit(mutants.outcome, m) for m in mutants.MUTANTS},
+            None: pool.submit(mutants.outcome),
+            **{fault.name: pool.submit(mutants.outcome, fault) for fault in mutants.FAULTS},
         }
 
 
-def test_the_sources_as_they_are_pass(outcomes):
-    done = outcomes[None].result()
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_copy_without_a_fault_passes(outcomes):
+    assert outcomes[None].result() == ""
 
 
-def _names() -> list[str]:
+def _faults() -> list[str]:
     if not simt.SUPPORTED:
         return []
     from simt import softmax_mutants as mutants
 
-    return [m.name for m in mutants.MUTANTS]
+    return [fault.name for fault in mutants.FAULTS]
 
 
-@pytest.mark.parametrize("name", _names())
-def test_every_mutant_is_caught(outcomes, name):
-    done = outcomes[name].result()
-    assert done.returncode != 0
-    assert "all checks pass" not in done.stdout
-    assert done.returncode < 0 or "check_" in done.stderr, done.stderr  # a crash, or a check that says why
+@pytest.mark.parametrize("name", _faults())
+def test_every_fault_is_caught(outcomes, name):
+    assert outcomes[name].result().startswith(("check_", "crash"))
