@@ -1,7 +1,8 @@
-"""Processes with another environment than this one, which answer questions about a call.
+"""Processes with other environments, which answer questions about a call.
 
-glibc reads its allocator settings when a process starts, and torch its choice of CPU instructions. So a process of
-`python -m bench.aside` has settings of its own. It reads questions from its standard input and writes the answers.
+glibc reads its allocator settings when a process starts, and torch chooses its CPU instructions then. So other settings
+need another process. `python -m bench.aside` reads questions from its standard input and writes the answers to its
+standard output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .inputs import Call
 from .records import Figure
 from .work import DEFAULT_ALLOCATOR
 
-#: An environment in which torch, and so the CPU kernels, use no vector instructions beyond those of every machine.
+#: Variables with which torch, and so the CPU kernels, use only the vector instructions that every machine has.
 OTHER_INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "default"}
 
 
@@ -66,7 +67,9 @@ class Aside:
 
 
 class Others:
-    """Two processes that run the CPU kernels as this one does not. A context that ends them.
+    """Two processes that run the CPU kernels: one with glibc's default allocator settings, one with other instructions.
+
+    It is a context manager, which starts and ends them.
 
     Args:
         backend: the name of the backend.
@@ -78,7 +81,7 @@ class Others:
     def __enter__(self) -> Others:
         self._allocator = Aside(allocator.default())
         self._instructions = Aside(os.environ | OTHER_INSTRUCTIONS)
-        for process in (self._allocator, self._instructions):  # so that neither starts while something is timed
+        for process in (self._allocator, self._instructions):  # wait, so that no start-up runs while something is timed
             process.ask("ready", None, self._backend)
         return self
 
@@ -87,11 +90,11 @@ class Others:
         self._instructions.close()
 
     def digest(self, call: Call) -> str:
-        """`verify.digest` of a call, with other instructions."""
+        """`verify.digest` of a call with other instructions."""
         return self._instructions.ask("digest", call, self._backend)
 
     def times(self, call: Call) -> list[Figure]:
-        """`speed.time_op` of a call, with glibc's default allocator settings."""
+        """`speed.time_op` of a call with glibc's default allocator settings."""
         found = [Figure.from_json(fields) for fields in self._allocator.ask("times", call, self._backend)]
         return [replace(f, subject=f.subject + DEFAULT_ALLOCATOR) for f in found]
 
@@ -121,7 +124,7 @@ QUESTIONS: dict[str, Callable[..., Any]] = {"ready": _ready, "digest": _digest, 
 
 
 def main() -> None:
-    from . import speed, verify  # noqa: F401 imported before the first question is answered
+    from . import speed, verify  # noqa: F401 so that the answer to "ready" comes after the imports
 
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # only answers go to the standard output

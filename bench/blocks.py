@@ -130,7 +130,7 @@ def longest(points: Sequence[tuple[int, int]], fixed: int) -> int:
 
 
 def plot(file: Path, found: dict[str, list[tuple[int, int, float]]], predicted: dict[str, list[int]]) -> None:
-    """Draw peaks, of rows (steps, bytes, seconds), and the predicted bytes, dotted, against the steps."""
+    """Draw measured and, dotted, predicted bytes against the steps. `found` has rows (steps, bytes, seconds)."""
     with drawing.canvas(file) as (axes,):
         ends = []
         for (name, rows), colour in zip(found.items(), drawing.COLOURS, strict=False):

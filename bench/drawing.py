@@ -1,7 +1,7 @@
-"""The style of every figure: one that reads on a light and on a dark page, and at half its size.
+"""The style of every figure: readable on a light and on a dark page, and at half its size.
 
-The background is transparent. Text and lines have colours of medium luminance. A curve has its name at its end, instead
-of in a legend.
+The background is transparent. Text and lines have colours of medium luminance. `name_ends` writes the name of a curve
+at its end, which reads better than a legend.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-GREY = "#808080"  # of text and axes
-#: Of curves, in this order: a contrast of at least 3 with white and with a dark page.
+GREY = "#808080"  # text and axes
+#: Curves, in this order. Each has a contrast of at least 3 with white and with a dark page.
 COLOURS = ("#1f77b4", "#d2600a", "#2a8f3c", "#d13438", "#8f63c0", "#9a6a45", "#c9489c", "#12848f", "#7d7f12", "#5c6f8a")
 
 _FONT = 14  # points
@@ -30,7 +30,7 @@ End = tuple[str, float, float, str]  # the name of a curve, its last point x and
 
 @contextmanager
 def canvas(file: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 5.5)) -> Iterator[list[Any]]:
-    """Axes, row by row, in a context that writes them to `file` at its end. `size` is that of the file, in inches."""
+    """A context that gives the axes of a figure, row by row, and writes the figure of `size` inches to `file`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,10 +46,10 @@ def canvas(file: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
 
 
 def name_ends(axes: Any, ends: Sequence[End]) -> None:
-    """Write the name of each curve to the right of its end, apart from each other. The limits of the axes are final."""
+    """Write the name of each curve to the right of its end, without overlap. Set the limits of the axes before."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [to_axes.transform((x, y))[1] for _, x, y, _ in ends]
-    gap = 1.3 * _FONT / 72 / (axes.get_position().height * axes.figure.get_figheight())  # a line of text
+    gap = 1.3 * _FONT / 72 / (axes.get_position().height * axes.figure.get_figheight())  # the height of a line of text
     for (name, x, y, colour), height in zip(ends, apart(heights, gap), strict=True):
         axes.annotate(
             name, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", annotation_clip=False,
@@ -58,7 +58,7 @@ def name_ends(axes: Any, ends: Sequence[End]) -> None:
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
-    """Places as near to the given ones as their order and a least distance allow."""
+    """The places, moved as little as needed for a distance of `gap` between neighbours, in the same order."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     groups: list[tuple[float, int]] = []  # centre and number of places that touch
     for i in order:

@@ -184,10 +184,11 @@ _DRAWN = 2**20  # elements of a stream that `repeated` draws
 
 
 def repeated(case: Case) -> Call:
-    """A call of a case without packed sequences, whose streams repeat about 2^20 drawn elements: drawn in less time.
+    """A call of a case without packed sequences, whose streams repeat about 2^20 drawn elements, to draw in less time.
 
-    Where the cell settles its inputs, all elements are drawn, as `Case.build` does. Sequences differ: the number of
-    drawn steps has no common divisor with the steps of a sequence, nor with a power of 2, so with a segment.
+    If the cell settles its inputs, all elements are drawn, as `Case.build` does. The number of drawn steps has no
+    common divisor with the steps of a sequence, so sequences differ. It is odd, so segments whose size is a power of 2
+    differ too.
     """
     batch, time, channels = case.shape
     steps = max(_DRAWN // channels, 1)

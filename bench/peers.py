@@ -4,8 +4,8 @@ The *same job* is that of a cell: gates, scan and gradients. A peer scans a and 
 s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`) computes both in plain torch, with surrogate
 derivatives. Autograd computes the gradients. Each package gets the layout that it needs. The conversion is timed too.
 
-A peer's *own job* is its scan alone, with the gates given in its own layout. It is compared with `linear_recurrence` on
-the same numbers, which has the gates given too. A peer whose layout is `[B, T, D]` does the same job there.
+A peer's *own job* is its scan alone, with the gates given in its own layout. Its time is compared with that of
+`linear_recurrence` on the same numbers, which gets its gates too. If a peer's layout is `[B, T, D]`, both jobs are one.
 
 mlstm_kernels is not a peer: the mLSTM divides its output by a normaliser, so it cannot give these results.
 """
@@ -33,11 +33,11 @@ from .work import BOTH, FORWARD, Passes, passes
 
 @dataclass(frozen=True)
 class Layout:
-    """What a scan takes and gives.
+    """The layout of a scan's arguments and result.
 
     Attributes:
         stream: x `[B, T, D]` -> the same values as the scan takes them.
-        back: (s as the scan gives it, the shape (B, T, D)) -> s `[B, T, D]`.
+        back: (s as the scan returns it, the shape (B, T, D)) -> s `[B, T, D]`.
         log: whether the scan takes log a instead of a.
     """
 
@@ -67,12 +67,12 @@ class Peer:
 
     Attributes:
         scan: a, w -> s, in its layout.
-        layout: of its scan.
-        own: (a, w, gradient of s), each `[B, T, D]` -> the passes of its own job, if these are not calls in torch.
+        layout: the layout that its scan takes.
+        own: (a, w, gradient of s), each `[B, T, D]` -> the passes of its own job, if the scan does not take tensors.
         compiled: whether torch.compile compiles it, with the gates.
         epsilon: the only epsilon that it computes; None: any.
         decays: "all", "real" or "positive": the values of a that it takes.
-        whole: whether it gives the whole gradient.
+        whole: whether it has the gradients of both a and w.
         needs: packages that it imports and this package does not.
         only_on: the only type of device that it runs on; None: any.
         most_steps: the longest T that it takes or that is timed; None: any.
@@ -99,11 +99,11 @@ class Peer:
 
     @property
     def has_own_job(self) -> bool:
-        """Whether its own job is not the same job as that of `linear_recurrence`."""
+        """Whether its own job differs from the same job on `linear_recurrence`."""
         return self.own is not None or self.layout is not OURS
 
     def own_passes(self, a: Tensor, w: Tensor, grad: Tensor) -> Passes:
-        """The passes of its own job, of a, w and the gradient of s, each `[B, T, D]`."""
+        """The passes of its own job, from a, w and the gradient of s, each `[B, T, D]`."""
         if self.own is not None:
             return self.own(a, w, grad)
         given = [t.detach() for t in self.layout.gates(a, w)]
@@ -115,7 +115,7 @@ class Peer:
         }
 
     def why_not(self, case: Case, device: torch.device, own: bool = False) -> str | None:
-        """The reason to leave it out; None if it can run. Its own job has positive decays where it needs them."""
+        """The reason to leave it out; None if it can run. Its own job has the decays that it needs: see `own_call`."""
         compilers = ("triton",) if self.compiled and device.type == "cuda" else ()
         missing = [name for name in (*self.needs, *compilers) if find_spec(name) is None]
         if self.compiled and device.type == "cpu" and shutil.which("g++") is None:
@@ -146,7 +146,7 @@ class Peer:
 
 
 def _has_negative(case: Case) -> bool:
-    """Whether some decays are negative, judged by a small case."""
+    """Whether a small case of the same kind has negative decays."""
     few = replace(case, options={**case.options, "batch": 2, "time": 64, "channels": 64}).build()
     reference = CELLS[case.cell]
     decays, _ = reference.affine(**dict.fromkeys(reference.optional), **few.tensors, **few.settings)
@@ -170,7 +170,7 @@ def job(peer: Peer, call: Call) -> Callable[..., Tensor]:
 
 
 def own_call(peer: Peer, call: Call) -> Call:
-    """The call of `linear_recurrence` whose numbers a peer's own job has: decays are positive where it needs them."""
+    """The call of `linear_recurrence` for a peer's own job: with positive decays if the peer needs them."""
     if peer.decays != "positive":
         return call
     return replace(call, tensors=call.tensors | {"decay": call.tensors["decay"].abs().clamp_min(2.0**-10)})
@@ -185,7 +185,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 _HALVES = (torch.float16, torch.bfloat16)
 
-#: The fast ones first: if time runs out, the last are left out.
+#: The fast ones come first, because the last are left out if time runs out.
 PEERS: dict[str, Peer] = {
     "accelerated_scan, Triton": Peer(
         scans.accelerated_scan_triton, CHANNELS_FIRST, decays="real", needs=("accelerated_scan", "triton"),
@@ -221,9 +221,9 @@ PEERS: dict[str, Peer] = {
 
 
 def timed_passes(name: str, call: Call, own: bool = False) -> Passes:
-    """The passes of a peer that are timed, by name: of the same job, or of its own.
+    """The passes of a peer that are timed, by name: those of the same job, or those of its own.
 
-    Those that compile at first, or need another package, have run once: they may fail on these inputs.
+    The passes of a peer that compiles at first, or needs another package, have run once: if they fail, they fail here.
     """
     peer = PEERS[name]
     if own:

@@ -1,8 +1,8 @@
 """Tables and plots from records of `python -m bench speed --json FILE`: `python -m bench report FILE [FILE]`.
 
 One record gives a summary with a row per shape and dtype, and with --plot a plot of a sweep. Two records are compared
-figure by figure. A change counts if it exceeds the sum of both spreads. "?" marks what depends on a figure whose spread
-is over `work.NOISY`.
+figure by figure. A change counts if it exceeds the sum of both spreads. "?" marks a ratio or a change that depends on a
+figure whose spread is over `work.NOISY`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ _STYLES = {FORWARD: "--", BACKWARD: ":", BOTH: "-"}
 
 
 def plot(record: Record, file: Path) -> None:
-    """Draw a sweep, a panel for each dtype: times of the op and its peers over those of the floor, with their spreads.
+    """Draw a sweep, a panel for each dtype: the times of the op and its peers over the floor, with their spreads.
 
     Raises:
         ValueError: not exactly one of B, T and D varies.
@@ -154,7 +154,7 @@ def plot(record: Record, file: Path) -> None:
 
 
 def _curves(record: Record, dtype: str, axis: int) -> dict[Key, list[tuple[int, float, float]]]:
-    """For the op and each peer, by work: points (size, time over that of the floor, spread)."""
+    """For the op and each peer, by work: points (size, time over the floor, spread)."""
     cell = record["machine"]["cell"]
     curves: dict[Key, list[tuple[int, float, float]]] = {}
     for figures_of in _rows(record).values():

@@ -1,4 +1,7 @@
-"""Other implementations of the scan s_t = a_t s_{t-1} + w_t, of `[B, T, D]` where none says otherwise."""
+"""Other implementations of the scan s_t = a_t s_{t-1} + w_t.
+
+They take and return `[B, T, D]`, unless their docstring has another layout.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +137,7 @@ def _jitted(scan: Callable) -> tuple[Callable, Callable, Callable]:
 
 
 class _Jax(torch.autograd.Function):
-    """A jitted scan in JAX and its gradient by `jax.vjp`. It uses the memory of torch's tensors."""
+    """A jitted scan in JAX and its gradient by `jax.vjp`. Tensors and arrays share their memory."""
 
     @staticmethod
     def forward(ctx, scan: Callable, a: Tensor, w: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ def jax_scan(a: Tensor, w: Tensor) -> Tensor:
 
 
 def jax_passes(scan: Callable, a: Tensor, w: Tensor, grad: Tensor) -> Passes:
-    """The passes of a scan in JAX on arrays of JAX."""
+    """The passes of a scan in JAX. The arrays are converted once, before the passes."""
     plain, keeping, gradient = _jitted(scan)
     given, (grad_array,) = _to_jax(a, w), _to_jax(grad.conj())
 

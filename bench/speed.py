@@ -41,12 +41,12 @@ from .timing import measure, per_call
 from .work import ADD, BOTH, FORWARD, GRU, NOISY, OWN_JOB, PROJECTIONS, floor_bytes, passes
 
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
-LINEAR = "linear_recurrence"  # the cell that has its gates given, so peers' own jobs are compared with it
+LINEAR = "linear_recurrence"  # the cell whose inputs are its gates, so peers' own jobs are compared with it
 SMALL = (1, 1, 64)  # so small that the cost of a call dominates
 _CHECKED_STEPS = 256  # steps on which peers are compared with the op
 _WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
-_PER_SUBJECT = 0.15  # seconds, but at least three runs
-_MOST_OF_GRU = (4096, 1024)  # steps, channels
+_PER_SUBJECT = 0.15  # seconds; see `bench.timing.measure`
+_MOST_OF_GRU = (4096, 1024)  # steps and channels up to which torch.nn.GRU is timed
 
 Key = tuple[str, str]  # subject and work
 Subjects = dict[Key, Callable[[], object]]
@@ -65,9 +65,9 @@ def per_channel(case: Case) -> dict[str, Case]:
 
 
 def check_peer(name: str, call: Call, backend: str | None = None) -> None:
-    """Raise unless a peer gives h and the gradients of the op on the first steps of a call, in float32 or wider.
+    """Raise unless a peer's h and gradients are those of the op on the first steps of a call, in float32 or wider.
 
-    Gradients are not compared if the peer does not give the whole gradient.
+    Gradients are not compared if the peer lacks one.
     """
     dtype = errors.state_dtype(call.stream.dtype)
     first = {name: (t[:, :_CHECKED_STEPS] if t.dim() == 3 else t).to(dtype) for name, t in call.tensors.items()}
@@ -91,7 +91,7 @@ def check_peer(name: str, call: Call, backend: str | None = None) -> None:
 
 @dataclass
 class Results:
-    """What is known so far: figures, a line for each subject that failed, and for each that is left out, with why."""
+    """What is known so far: figures, and a line with the reason for each subject that failed or is left out."""
 
     figures: list[Figure] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ def time_case(
     case: Case, backend: str, device: torch.device, results: Results, peers: Sequence[str] = (),
     others: Others | None = None,
 ) -> None:  # fmt: skip
-    """Time op, module and peers on one case, and add what is found to `results`.
+    """Time op, module and peers on one case, and add figures, failures and subjects left out to `results`.
 
     Args:
         case: the inputs.
@@ -110,7 +110,7 @@ def time_case(
         device: where to run.
         results: what is known so far.
         peers: names of `PEERS`, or `GRU`.
-        others: processes with other settings; None: they are neither compared nor timed.
+        others: processes with other settings; None: no comparison and no times with other settings.
     """
     where = f"{case.shape} {_name(case.dtype)}"
 
@@ -148,7 +148,7 @@ def time_case(
 
 
 def _peer_subjects(names: Sequence[str], case: Case, call: Call, backend: str, results: Results) -> Subjects:
-    """The passes of peers in the same job and in their own. Those that fail or are left out go to `results`."""
+    """The passes of peers in the same job and in their own. `results` gets those that fail or are left out."""
     subjects: Subjects = {}
     device, where = call.stream.device, f"{case.shape} {_name(case.dtype)}"
     for name, own in product(names, (False, True)):
@@ -177,7 +177,7 @@ def _figures(
         call: the inputs.
         seconds: median and spread for each subject and work.
         moved: the bytes that each must move.
-        compared_with: for a peer or a part of a module, the subject of ours that divides its time.
+        compared_with: for a peer or a part of a module, the subject of ours whose time divides its time.
     """
     of_add, spread_of_add = seconds[ADD, FORWARD]
     add = of_add / moved[ADD, FORWARD]
@@ -222,7 +222,7 @@ def _streaming(call: Call) -> tuple[Subjects, dict[Key, int]]:
 def _module_subjects(case: Case, device: torch.device, with_gru: bool) -> tuple[Subjects, dict[str, str]]:
     """The cell's unit with as many channels as the streams, its projections alone, and torch.nn.GRU.
 
-    The second result maps the projections and the GRU to the unit, which they are compared with. There are no subjects
+    The second result maps the projections and the GRU to the unit, which they are compared with. Both results are empty
     for a cell without a unit, for complex streams and for more than `_WIDEST_MODULE` channels.
     """
     _, steps, channels = case.shape
@@ -318,7 +318,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def _caption(facts: dict[str, Any]) -> str:
-    """What the columns of `table` mean, and the settings of the allocator."""
+    """What times and spreads in `table` are, and the settings of the allocator."""
     text = "Times are medians. The spread is the range between the quartiles, in percent of the median."
     return text + (f" Allocator: {facts['allocator']}." if "allocator" in facts else "")
 

@@ -16,10 +16,10 @@ import torch
 Key = TypeVar("Key")
 
 _SECONDS = 1.5
-_MOST = 60  # runs of a subject, unless they add up to less than `_LEAST_SECONDS` on the CPU
+_MOST = 60  # runs of a subject; on the CPU more, until they add up to `_LEAST_SECONDS`
 _LEAST_SECONDS = 0.02
-_WARM_UP = 1.5  # seconds of a subject's first run up to which it is not counted
-_SLOW = 4.5  # seconds of a subject's first run above which it is timed only twice
+_WARM_UP = 1.5  # seconds; a first run that takes no longer is warm-up and is not counted
+_SLOW = 4.5  # seconds; a subject whose first run takes longer is timed only twice
 
 
 class Stopwatch:
@@ -54,9 +54,9 @@ def measure(
 ) -> dict[Key, tuple[float, float]]:
     """Median seconds and relative spread of each subject. Subjects take turns.
 
-    A subject is timed at least three times, then until its runs add up to `seconds`, at most 60 times; on the CPU also
-    until they add up to 20 ms. A subject whose first run takes over 4.5 seconds is timed twice. A first run of at most
-    1.5 seconds is warm-up: it may load code and start threads.
+    A subject is timed at least three times, and until its runs add up to more than `seconds`. It is timed at most 60
+    times, but on the CPU until its runs add up to 20 ms. A subject whose first run takes over 4.5 seconds is timed
+    twice. A first run of at most 1.5 seconds is warm-up, which may load code and start threads. It is not counted.
     """
     stopwatch = Stopwatch(device)
     times: dict[Key, list[float]] = {name: [] for name in subjects}
@@ -90,7 +90,7 @@ def _median_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 def per_call(subject: Callable[[], object], calls: int = 2000, rounds: int = 5) -> float:
-    """Mean seconds of a call in a round of calls: the fastest of the rounds."""
+    """Mean seconds of a call in the fastest of several rounds of calls."""
     in_a_round = max(calls // rounds, 1)
     means = []
     for _ in range(rounds):

@@ -1,9 +1,11 @@
 """Checks of an op on the very call that is timed: `faults`.
 
-The reference loops over the steps in Python, so it gets a sample. Channels do not depend on each other, so a few of
-them stand for all. A long scan is represented by its first and its last steps; the last ones start from the state that
-the op computes before them. What the sample leaves out must equal the result of the same kernels under other settings:
-in another number of threads, with time cut differently, and, on the CPU, with other instructions.
+The reference loops over the steps in Python, so it gets a sample: a few channels, which do not depend on each other,
+and of a long scan the first and the last steps. The last steps start from the state that the op computes before them.
+
+All channels and steps are compared with the results of the same kernels under other settings: with time cut
+differently and, on the CPU, with another number of threads. On the CPU the forward pass of an exact cell must also be
+the same with other instructions.
 """
 
 from __future__ import annotations
@@ -27,19 +29,21 @@ from .inputs import Call
 
 _STEPS = 256  # steps at each end of a scan that the reference computes
 _CHANNELS = 8
-#: Where time is cut differently, sums round differently, and terms that cancel multiply the difference.
+#: Results with different cuts of time may differ by this factor times the limit of the state dtype: their sums round
+#: differently, and terms that cancel enlarge the difference.
 _CANCELLATION = 50
 
 Results = dict[str, Tensor]
 
 
 def faults(call: Call, backend: str, bits: Callable[[], str] | None = None) -> list[str]:
-    """What is wrong with the results of an op and with its gradients, a line for each; empty if nothing is.
+    """What is wrong with the results of an op and with its gradients, a line for each; empty if all are right.
 
     Args:
-        call: the arguments, on the device of the backend, without resets, packed sequences, boundaries or states.
+        call: the arguments, on the device of the backend. It scans forward, without resets, packed sequences,
+            boundaries or states.
         backend: the name of the backend.
-        bits: returns `digest` of the call on the same backend with other instructions; None: there are no others.
+        bits: returns `digest` of the call on the same backend with other instructions; None: they are not compared.
     """
     op = partial(getattr(mk, call.cell), backend=backend)
     got = compare.results_of(call, op)
@@ -72,10 +76,11 @@ def digest(call: Call, backend: str) -> str:
 
 
 def _sample(call: Call, got: Results, op: Callable[..., tuple[Tensor, ...]]) -> tuple[Call, Results]:
-    """A part of a call that the reference computes fast, on the CPU, and its results, taken from those of the call.
+    """A part of a call on the CPU, small enough for the reference, and the op's results for it.
 
-    Of a long scan, the gradients of its first steps and those per channel are computed anew: in the whole scan they
-    depend on steps that the part does not have.
+    Of a long scan, the part has two batches of sequences: the first steps, and the last steps. The results are those of
+    the call, except what depends on steps that the part lacks: the final state and the gradients of the first steps,
+    and the gradients per channel and of states. The op computes these from the part.
     """
     batch, steps, size = call.stream.shape
     channels = torch.linspace(0, size - 1, min(_CHANNELS, size), dtype=torch.float64).long()
@@ -90,7 +95,7 @@ def _sample(call: Call, got: Results, op: Callable[..., tuple[Tensor, ...]]) -> 
     def ends(t: Tensor) -> Tensor:
         return torch.cat([t[:, first], t[:, last]]) if t.dim() == 3 else t.repeat(2, 1) if t.dim() == 2 else t
 
-    both = _mapped(call, ends)  # with all channels: last ones may be computed unlike others
+    both = _mapped(call, ends)  # with all channels: kernels may compute the last ones in another way
     both = replace(both, tensors=both.tensors | {"initial_state": torch.cat([torch.zeros_like(state), state])})
     results = compare.results_of(both, op)
     results["h"] = ends(got["h"])
@@ -103,13 +108,13 @@ def _sample(call: Call, got: Results, op: Callable[..., tuple[Tensor, ...]]) -> 
 
 
 def _mapped(call: Call, f: Callable[[Tensor], Tensor]) -> Call:
-    """A call whose tensors and gradients of results went through `f`."""
+    """The call with `f` applied to its tensors and to the gradients of its results."""
     tensors = {name: f(t) for name, t in call.tensors.items()}
     return replace(call, tensors=tensors, grad_h=f(call.grad_h), grad_final=f(call.grad_final))
 
 
 def _other_segment(call: Call, backend: str) -> int:
-    """Steps of a segment that the backend does not choose: none if it cuts the call, else the shortest."""
+    """A segment size that the backend does not choose: 0, for no cut, if it cuts the call, else the smallest."""
     batch, steps, channels = call.stream.shape
     sizes = (batch, batch * steps, channels, call.stream.itemsize, call.stream.device)
     return 0 if TABLE[backend].module.segment(*sizes) else CHUNK
@@ -120,7 +125,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _agree(result: Tensor, other: Tensor, exact: bool) -> bool:
-    """Whether two results are equal, or, unless they are exact, within the limit of each other."""
+    """Whether two results are equal. If they are not exact, they may differ by a limit."""
     if exact or torch.equal(result, other):
         return errors.same_values(result, other)
     limit = max(errors.LIMITS[result.dtype], _CANCELLATION * errors.LIMITS[errors.state_dtype(result.dtype)])

@@ -157,7 +157,7 @@ def _case(shape: Shape, cell: str = CELL) -> Case:
 
 
 def _meets_limits(op: str, backend: str, shape: Shape, device: torch.device) -> bool:
-    """Whether the op meets its limits against the reference, tested on a smaller case: few kernels are compiled."""
+    """Whether the op meets its limits against the reference, on a smaller case, which compiles few kernels."""
     if op in softmax_cases.FORMS:
         case = next(case for case in softmax_cases.covering_cases(inputs.DTYPES[shape[3]]) if case.form == op)
     else:

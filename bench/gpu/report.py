@@ -94,7 +94,7 @@ def summary(record: Record) -> str:
 
 
 def plot(record: Record, path: Path) -> None:
-    """Draw the rate of each backend and of torch.add in percent of the copy's, for every shape, with its spread."""
+    """Draw the rates of each backend and of torch.add, in percent of a copy's, by shape and pass, with spreads."""
     backends = [call["backend"] for call in record["call"]]
     subjects = [name for name in (work.ADD, *backends) if any(f["subject"] == name for f in record["figures"])]
     shown = [f for f in record["figures"] if f["subject"] in subjects]
