@@ -35,7 +35,7 @@ def define_cell(
     complex_inputs: Collection[str] = (),
     doc: str | None = None,
 ) -> DefinedCell:
-    """Make a scan of a recurrence whose step one function states.
+    """Make a scan from one function, which states a step of the recurrence.
 
     The function is recorded once, with its gradient by torch's autograd. The kernels are the package's own. Those for
     the CPU are compiled at the first call, with g++ or CXX, and kept in $XDG_CACHE_HOME or ~/.cache, in the folder
@@ -51,9 +51,10 @@ def define_cell(
         output: h, a pointwise function of `state`, the state after the step, and of inputs and scalars that it names;
             the state if None.
         scalars: names and defaults of the arguments that are numbers. They have no gradient.
-        complex_inputs: names of the inputs that are complex. The gate is then `Affine`, and the state complex; so it is
-            if the gate makes complex numbers of real inputs. If the first input is complex, so are all streams. If it
-            is real, so are all streams and the output, and complex inputs come as `[D]`.
+        complex_inputs: names of the inputs that are complex. If there are any, or if the gate returns a complex number
+            for real inputs, the gate returns `Affine` and the state is complex. If the first input is complex, all
+            streams are complex, and real inputs come as `[D]`. If it is real, all streams and the output are real, and
+            complex inputs come as `[D]`.
         doc: the docstring of the result.
 
     Returns:
@@ -101,10 +102,11 @@ class DefinedCell:
     Call:
         `h, state = scan(*inputs, initial_state=None, **options)`
 
-        inputs: in the order of the gate's arguments, by position or name: the first a stream `[B, T, D]`, the others
-            streams in its dtype or `[D]`, then also in float32; float32, float64, bfloat16 or float16. Complex streams
-            are complex64 or complex128. Beside complex streams, real inputs are `[D]`, and beside real streams,
-            complex inputs are `[D]`, complex128 for float64 streams and complex64 for others.
+        inputs: in the order of the gate's arguments, by position or name. The first is a stream `[B, T, D]`: float32,
+            float64, bfloat16 or float16, or complex64 or complex128 if it is complex. The others are streams or `[D]`
+            in the same dtype; with real streams, `[D]` may be float32 too. If streams are complex, real inputs are
+            `[D]` only. If streams are real, complex inputs are `[D]` only, complex128 for float64 streams and complex64
+            for others.
         options: `epsilon` where the gate writes, 0 by default; the scalars by name; `reverse`, `cu_seqlens`, `resets`,
             `reset_state`, `chunk_size`, `return_boundaries` and `backend`, as for `bmru`.
 
@@ -116,13 +118,13 @@ class DefinedCell:
     Attributes:
         name: of the op.
         inputs, scalars: the names of the arguments.
-        source: the C++ code of the cell whose inputs all are streams.
+        source: the C++ code of the cell for inputs that are all streams.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call, or the C++ compiler is missing or fails.
-        NotImplementedError: a second derivative is taken of a gate that writes or has a surrogate derivative. Others
-            have derivatives of any order.
+        NotImplementedError: a second derivative is taken of a cell that writes or has a surrogate derivative. Other
+            cells have derivatives of any order.
 
     Example::
 
@@ -199,8 +201,8 @@ class DefinedCell:
         """Compare the CPU kernels with the definition itself, run in float64 one step after the other.
 
         Args:
-            inputs: streams `[B, T, D]` or `[D]` to compare on, in float64 or complex128; random normal ones
-                `[2, 100, 8]`, or `[8]` where no stream may be, if there are none.
+            inputs: the inputs to compare on, `[B, T, D]` or `[D]`, in float64 or complex128. If none are given, they
+                are random normal ones: streams `[2, 100, 8]`, and `[8]` where an input cannot be a stream.
             options: as for a call.
 
         Returns:
@@ -253,7 +255,7 @@ class DefinedCell:
         return [self._as_streams(name, t, arrays[self.inputs[0]]) for name, t in ordered], [*numbers.values()]
 
     def _as_streams(self, name: str, value: Any, first: Any) -> Any:
-        """An input as the op takes it: beside complex streams it is complex, though its imaginary part is 0."""
+        """An input as the op takes it. With complex streams, a real input becomes complex with imaginary part 0."""
         is_real = self._functions.complex_streams and name not in self._functions.complex_inputs
         if not (is_real and isinstance(value, Tensor) and isinstance(first, Tensor)):
             return value
@@ -262,14 +264,14 @@ class DefinedCell:
         return value.to(first.dtype) if value.is_floating_point() and first.is_complex() else value
 
     def _h(self, h: Tensor) -> Tensor:
-        """What the cell returns of h: the real part if its output is real and streams are complex."""
+        """The op's h as the cell returns it: the real part if the output is real and streams are complex."""
         output = self._program.output
         return h.real.clone() if h.is_complex() and output is not None and not isinstance(output, Parts) else h
 
     # ------------------------------------------------------------------------------------------ cells
 
     def _cell(self, arrays: list[Any], backend: str | None, rank: int) -> ops.Cell:
-        """The cell for inputs that come as these do, with kernels if the call needs them."""
+        """The op's cell for inputs of these kinds, with kernels if the call needs them."""
         kinds = tuple(map(self._kind, self.inputs, arrays))
         first = arrays[0]
         checks.tensor(self.inputs[0], first, rank, "[batch, time, channels]" if rank == 3 else "[batch, channels]")
@@ -279,7 +281,7 @@ class DefinedCell:
         return cell
 
     def _kind(self, name: str, value: Any) -> str:
-        """How an input comes: as "stream", "channel" or, if it is complex and streams are real, "complex channel"."""
+        """The kind of an input: "stream", "channel" or, if it is complex and streams are real, "complex channel"."""
         of_complex, of_streams = name in self._functions.complex_inputs, self._functions.complex_streams
         if of_complex != of_streams:
             return "complex channel" if of_complex else "channel"
@@ -321,7 +323,7 @@ class DefinedCell:
         return header(name, self._program, kinds, dict.fromkeys(self.scalars, ANY))
 
 
-_BACKENDS = ("cpu", "triton")  # that have kernels of defined cells
+_BACKENDS = ("cpu", "triton")  # those with kernels of defined cells
 _defined: dict[str, DefinedCell] = {}
 _loaded: set[tuple[str, str]] = set()
 _lock = threading.Lock()

@@ -56,7 +56,7 @@ class Comparison:
 
 
 def compare(cell: DefinedCell, tensors: list[Tensor], options: dict[str, Any]) -> Comparison:
-    """Compare on inputs in float64 or complex128; each dtype gets them rounded, and so does the loop."""
+    """Compare on inputs in float64 or complex128, for each dtype: kernels and loop get the inputs rounded to it."""
     rows: list[Row] = []
     for dtype in checks.COMPLEX_DTYPES if tensors[0].is_complex() else checks.STREAM_DTYPES:
         rounded = [t.to(_dtype_of(t, dtype)) for t in tensors]
@@ -69,7 +69,7 @@ def compare(cell: DefinedCell, tensors: list[Tensor], options: dict[str, Any]) -
 
 
 def _dtype_of(t: Tensor, stream: torch.dtype) -> torch.dtype:
-    """The dtype of an input for streams of a dtype: a real or complex one, as `t` is."""
+    """The dtype of an input or of h for streams of the dtype `stream`: complex if `t` is, else real."""
     state = checks.state_dtype(stream)
     if t.is_complex():
         return state if state.is_complex else checks.complex_dtype(state)

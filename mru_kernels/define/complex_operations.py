@@ -1,7 +1,7 @@
 """The operations on complex numbers that a gate may use, as nodes of their real and imaginary parts.
 
-A rule gets a `Graph` and its operands as `Parts`; real ones have the imaginary part 0, which no product or sum computes
-with. Masks stay nodes. A tensor of `view_as_real` is known by the same parts as the complex one.
+A rule gets a `Graph` and its operands as `Parts`. A real operand has the imaginary part 0, a constant that products and
+sums leave out. Masks stay nodes. The result of `view_as_real` has the parts of its argument.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 from .graph import Graph, Parts
 
-#: Operations that tensors of `view_as_real`, whose last dimension is 2, take part in.
+#: Operations whose results may have a last dimension of 2: real and imaginary part, as `view_as_real` returns them.
 OF_PAIRS = ("view_as_real", "select_backward", "_neg_view", "neg", "add", "clone", "alias", "detach")
 
 
-# Negatives go through products into sums, where they are subtractions: conjugates cost nothing, and no bit changes.
+# A product with a negative becomes the negative of a product, and the sum with a negative becomes a difference. So
+# conjugates cost nothing, and no bit changes.
 
 
 def _negated(graph: Graph, x: int) -> int | None:
-    """What `x` is the negative of; None if it is no negative."""
+    """The operand of `x` if `x` is a negative, else None."""
     node = graph.nodes[x]
     return node.operands[0] if node.operation == "negative" else None
 
@@ -116,7 +117,7 @@ def _absolute(graph: Graph, x: Parts) -> int:
 
 
 def _direction(graph: Graph, x: Parts) -> Parts:
-    """The derivative of |x|: x / |x|, and 0 for 0."""
+    """The quotient x / |x|, and 0 for 0. The gradient of |x| is a multiple of it."""
     size, zero = _absolute(graph, x), graph.constant(0.0)
     is_zero = graph.add("equal", size, zero)
     return Parts(*(graph.add("where", is_zero, zero, _over(graph, part, size)) for part in x))

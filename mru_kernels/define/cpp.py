@@ -10,7 +10,7 @@ from .trace import EPSILON, Program
 
 
 def _language(value: str, scalar: str) -> Language:
-    """C++ with these types of a number: a template argument, and of the cell's scalars."""
+    """C++ with these names of types: `value` of the numbers that functions compute, `scalar` of the cell's scalars."""
 
     def constant(number: float) -> str:
         text = number.hex()
@@ -71,7 +71,7 @@ _KINDS = {"stream": "kStream", "channel": "kChannel", "complex channel": "kCompl
 
 
 def _of_streams(program: Program) -> list[str]:
-    """What the declaration says of the dtypes of streams and states."""
+    """The lines of the declaration about the dtypes of streams and states."""
     if not program.is_complex:
         return ["  static constexpr bool kComplex = false;"]
     if not program.real_streams:
@@ -84,7 +84,7 @@ def _cell(program: Program) -> list[str]:
     value, scalar = ("R", "Real") if program.is_complex else ("V", "S")
     in_code = {f"p[{i}]": f"splat<{value}>(p{i})" for i in range(program.scalars)}
     in_code |= {EPSILON: "splat<V>(this->epsilon)"}
-    if program.is_complex:  # of a real input, gradient or state V has the real part
+    if program.is_complex:  # V has a real input or gradient as its real part
         in_code |= {name: f"{name}.re" for name in (*(f"x[{i}]" for i in range(len(program.grads))), "g")}
     graph = program.graph.renamed(in_code)
     base = f"WriteOrHold<{_CLASS}<S>, S>" if program.writes else "CellBase"
@@ -107,7 +107,7 @@ def _cell(program: Program) -> list[str]:
 
 
 def _function(signature: str, graph: Graph, program: Program, results: Sequence[Number], last: str) -> list[str]:
-    """A function template; `last` is its last statement, with {} for each result."""
+    """A function template that ends with the statements `last`, which have {} for each result."""
     language = COMPLEX if program.is_complex else REAL
     body, names = statements(graph, nodes_of(results), language)
     left = iter(names)

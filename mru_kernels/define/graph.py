@@ -44,8 +44,7 @@ _OF_CONSTANTS: dict[str, Callable[..., float]] = {
     "absolute": abs,
 }
 
-
-#: Operations that keep many registers while they are computed.
+#: Operations that need many registers.
 COSTLY = {*FUNCTIONS, "divide"} - {"maximum", "minimum"}
 
 
@@ -68,7 +67,7 @@ class Node:
 
 
 class Parts(NamedTuple):
-    """A complex number: the nodes of its real and its imaginary part."""
+    """A complex number: the nodes of its real part and of its imaginary part."""
 
     re: int
     im: int
@@ -88,8 +87,8 @@ class Graph:
     """Nodes, each after its operands.
 
     Attributes:
-        selects: whether a product with -1, 0 or 1, which a mask chooses, becomes a choice. It then is 0 for a factor 0
-            and an infinite one. So it is in gradients only: those of the package's own cells are choices.
+        selects: whether a product with -1, 0 or 1, which a mask chooses, becomes a choice. The product of 0 and an
+            infinite number is then 0. It is true for gradients only: those of the package's own cells are choices too.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -166,7 +165,7 @@ class Graph:
         return Graph([replace(n, name=names.get(n.name, n.name)) if n.operation == "input" else n for n in self.nodes])
 
     def _of_choice(self, operation: str, operands: Sequence[int]) -> int | None:
-        """An operation on one of two constants and on constants: again one of two. None for other operands."""
+        """An operation on constants and a choice of two constants, as such a choice. None for other operands."""
         choices = [i for i in operands if self._is_choice(i)]
         if len(choices) != 1 or not all(self._is_constant(i) or i in choices for i in operands):
             return None

@@ -82,7 +82,7 @@ def _itself(graph: Graph, x: int, *_) -> int:
 
 
 def _select_backward(graph: Graph, grad: int, _dim: int, index: int) -> Parts:
-    """The gradient of `view_as_real`, which is one of a complex number's parts."""
+    """The gradient that reaches one part of `view_as_real`, as a complex number whose other part is 0."""
     zero = graph.constant(0.0)
     return Parts(zero, grad) if graph.nodes[index].value % 2 else Parts(grad, zero)
 

@@ -1,4 +1,4 @@
-"""A defined cell in plain torch, for the backend "torch": the user's functions themselves."""
+"""A defined cell in plain torch: the user's functions for the backend "torch", the graph for second derivatives."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def plain(functions: Functions, program: Program) -> ops.Plain:
     def outputs(x, s, p):
         return _as(functions.outputs(s, named(x, p)), s.real if program.real_streams else s)
 
-    def value_of(numbers: Sequence[Number], x, p, **states: Tensor) -> list[Tensor]:
-        """Numbers of the program, as complex as x is."""
+    def values_of(numbers: Sequence[Number], x, p, **states: Tensor) -> list[Tensor]:
+        """The values of numbers of the program, in the dtype of x."""
         inputs = {f"x[{i}]": t for i, t in enumerate(x)} | {f"p[{i}]": value for i, value in enumerate(p)} | states
         made = evaluate(program.graph, numbers, inputs, x[0].real)
         return [t.to(x[0].dtype) for t in made]
 
     def vjp(x, s, after, g, lam, p):
-        return value_of(program.grads, x, p, s=s, after=after, g=g, lambda_=lam)
+        return values_of(program.grads, x, p, s=s, after=after, g=g, lambda_=lam)
 
     def cotangent(x, after, g, p):
         if program.cotangent is None:
             return g
-        (made,) = value_of([program.cotangent], x, p, after=after, g=g, m=torch.zeros_like(after))
+        (made,) = values_of([program.cotangent], x, p, after=after, g=g, m=torch.zeros_like(after))
         return made
 
     own: dict[str, Any] = {} if functions.output is None else {"output": outputs}
@@ -57,7 +57,7 @@ def plain(functions: Functions, program: Program) -> ops.Plain:
 
 
 def _own(functions: Functions, name: str, t: Tensor) -> Tensor:
-    """An input as the functions take it. All are complex if the state is."""
+    """An input as the user's functions take it: the real part if it is defined as real but given in a complex dtype."""
     return t.real if t.is_complex() and name not in functions.complex_inputs else t
 
 

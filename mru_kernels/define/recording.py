@@ -36,15 +36,15 @@ class Recorder(TorchDispatchMode):
         self.function = function
         self._nodes: dict[int, Number] = {}  # of tensors, by id
         self._alive: list[Tensor] = []  # so that no id is used twice
-        self._decompositions = 0  # that run
+        self._decompositions = 0  # number of those that run now
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler, which takes a second, to leave this mode out."""
+        """False, because for True torch would import its compiler, which takes a second."""
         return False
 
     def leaf(self, name: str, value: Tensor) -> Tensor:
-        """`value` as the input `name` of the graph; if it is complex, as the inputs `name`.re and `name`.im."""
+        """Make `value` the input `name` of the graph; if it is complex, the inputs `name`.re and `name`.im."""
         of_parts = (self.graph.input(f"{name}.{part}") for part in ("re", "im"))
         self._know(value, Parts(*of_parts) if value.is_complex() else self.graph.input(name))
         return value
@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):
     def _operands(self, name: str, args, dtype: torch.dtype, is_complex: bool) -> list[Any]:
         """The nodes of the arguments by position. Where numbers are expected, masks become zeros and ones.
 
-        Of an operation on complex numbers, they are `Parts`.
+        The operands of an operation on complex numbers are `Parts`.
         """
         nodes: list[Any] = [self.node(v) for v in args if isinstance(v, (Tensor, int, float, complex))]
         if name == "clamp" or (name in ("add", "sub", "rsub") and len(nodes) == 3):
@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
         return [i if place in keeps else as_number(i) for place, i in enumerate(nodes)]
 
     def parts(self, number: Number) -> Parts:
-        """A number as a complex one."""
+        """A number as a complex one, with imaginary part 0 if it is real."""
         if isinstance(number, Parts):
             return number
         return Parts(to_number(self.graph, number), self.graph.constant(0.0))

@@ -1,4 +1,4 @@
-"""Graphs of numbers in plain torch: for derivatives of gradients, which torch takes of these operations."""
+"""Evaluates a graph in plain torch. Torch differentiates that, which gives the derivatives of gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluate(
     """The values of the results, in the shape of `like`.
 
     Args:
-        inputs: by their names in the graph; a complex one under the name that its parts begin with.
+        inputs: by their names in the graph; a complex one by its name without ".re" and ".im".
         like: a real tensor. Constants have its dtype and device.
     """
 

@@ -58,7 +58,7 @@ class Step(NamedTuple):
     """A step that is affine in the state.
 
     Attributes:
-        after: the state after it.
+        after: the state after the step.
         push, pull: factor m, and conj(factor) m.
     """
 
@@ -77,15 +77,15 @@ class Program:
 
     Attributes:
         scalars: how many there are, without epsilon.
-        is_complex: whether the state is complex. Numbers then are `Parts`, or nodes where they are real.
+        is_complex: whether the state is complex. Complex numbers are `Parts`, real ones are nodes.
         real_streams: whether streams are real.
         step: None for a gate that is a `Write`.
         write, value: whether a `Write` writes (a mask), and what. For an `Affine` its factor and its offset.
-        nan: whether an input of a gate that writes is NaN, a mask.
-        output: h. It and the next two may be None where h is the state.
+        nan: a mask: whether an input of the gate is NaN. Gates that write use it.
+        output: h. It is None if h is the state, and so is `cotangent`.
         cotangent: dL/ds'.
         grads: dL/dx for each input x.
-        surrogates: whether a derivative is that of an autograd.Function, such as `heaviside`, and not of its values.
+        surrogates: whether a derivative is that of an autograd.Function, such as `heaviside`, which states its own.
     """
 
     graph: Graph
@@ -111,11 +111,11 @@ class Program:
 
     @property
     def gated(self) -> bool:
-        """Whether a step computes gates that take registers: `gated` of backends/triton/cell.py."""
+        """Whether the gates have operations that need many registers: `gated` of backends/triton/cell.py."""
         return self.graph.is_costly(nodes_of([self.write, self.value]))
 
     def inputs(self, *numbers: Number | None) -> set[str]:
-        """The inputs that the numbers need, by name; those that are the parts of one under its name."""
+        """The names of the inputs that the numbers need; a complex one has one name, without ".re" and ".im"."""
         return {name.removesuffix(".re").removesuffix(".im") for name in self.graph.inputs(nodes_of(numbers))}
 
 
@@ -179,7 +179,7 @@ def _trace(functions: Functions) -> Program:
         output=None if output is None else node(output),
         cotangent=None if cotangent is None else node(cotangent),
         grads=tuple(zero if t is None else node(t) for zero, t in zip(zeros, grads, strict=True)),
-        surrogates=_uses_functions(results),
+        surrogates=_has_surrogates(results),
     )
     _refuse_unused(functions, program)
     return program
@@ -218,8 +218,8 @@ def _output(recorder: Recorder, functions: Functions, after: Tensor, named: dict
     return output
 
 
-def _uses_functions(results: Sequence[Tensor]) -> bool:
-    """Whether an autograd.Function made something that the results depend on."""
+def _has_surrogates(results: Sequence[Tensor]) -> bool:
+    """Whether the results depend on what an autograd.Function returned."""
     rest, seen = [t.grad_fn for t in results], set()
     while rest:
         node = rest.pop()

@@ -39,7 +39,7 @@ def page(name: str, program: Program) -> str:
     in_code = {f"p[{i}]": _block(shape, f"p[{i + program.writes}]") for i in range(program.scalars)}
     in_code |= {EPSILON: _block(shape, "p[0]")}
     if program.is_complex:
-        for block, (re, im) in _parts(program).items():  # a real one is the first part
+        for block, (re, im) in _parts(program).items():  # a real block is read by its first part
             in_code |= {block: re, f"{block}.re": re, f"{block}.im": im}
     graph = program.graph.renamed(in_code)
     options = ["output=output, cotangent=cotangent"] if program.output is not None else []
@@ -71,14 +71,14 @@ def page(name: str, program: Program) -> str:
 
 
 def _parts(program: Program) -> dict[str, tuple[str, str]]:
-    """The variables with the two parts of each block that a function of a complex cell may be given."""
+    """For each block that a function of a complex cell may get, the variables with its two parts."""
     blocks = {f"x[{i}]": f"x{i}" for i in range(len(program.grads))}
     blocks |= {block: block.strip("_") for block in ("s", "after", "g", "m", "lambda_")}
     return {block: (f"{name}_re", f"{name}_im") for block, name in blocks.items()}
 
 
 def _function(signature: str, graph: Graph, program: Program, results: Sequence[Number], *last: str) -> list[str]:
-    """A function whose last statements are `last`, with {} for each result in the last of them."""
+    """A function that ends with the statements `last`, the last of which has {} for each result."""
     nodes = nodes_of(results)
     body, names = statements(graph, nodes, COMPLEX if program.is_complex else REAL)
     written: Sequence[str] = names
@@ -92,7 +92,10 @@ def _function(signature: str, graph: Graph, program: Program, results: Sequence[
 
 
 def _as_blocks(program: Program, results: Sequence[Number], names: Sequence[str]) -> list[str]:
-    """The results of a complex cell, a pair of neighbours a channel. A real stream has its number in both."""
+    """The results of a complex cell as blocks in which a channel has two neighbours: its real and imaginary part.
+
+    A real result is in both if streams are real. Otherwise its imaginary part is 0.
+    """
     left, zero = iter(names), COMPLEX.constant(0.0)
     pairs = []
     for result in results:
