@@ -1,7 +1,7 @@
 """Faults planted into one copy of the CPU sources, each with the tests of this suite that must catch it.
 
-Each fault is behind a switch (planted.py). The copy is compiled without optimization, for one instruction set. For each
-wider one that a fault needs, one cell is compiled again. The Python files are those of this package.
+Each fault is behind a switch (planted.py). The copy is compiled without optimization, for the baseline. For each wider
+instruction set, one cell is compiled again, and the rest stays as it is. The Python files are those of this package.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ISAS = {
 #: The cell whose tests show the faults of a wider instruction set.
 WIDER = "bmru"
 CELLS = runpy.run_path(str(ROOT / "csrc/cells.py"))
-#: Objects by their source below csrc/cpu and the cell that they contain.
+#: For each object its source, relative to csrc/cpu, and the cell that it contains.
 OBJECTS: dict[str, tuple[str, str | None]] = {
     **{path.stem: (path.name, None) for path in (ROOT / "csrc/cpu").glob("*.cpp")},
     "library": ("../torch/library.cpp", None),
@@ -61,7 +61,7 @@ SOFTMAX = _files("softmax", "softmax_precision")
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: in `file` below csrc, the text `old`, which occurs once, becomes `new`, both as `planted.switched` asks.
+    """A planted fault: in `file`, relative to csrc, the text `old` becomes `new`, as `planted.switched` describes them.
 
     Attributes:
         tests: the tests that must fail, as an expression of pytest's -k.
@@ -220,7 +220,7 @@ def _compile(name: str, isa: str) -> Path:
 
 
 def _package(isa: str, objects: Iterable[Path]) -> None:
-    """A package that is this one, with an extension of these objects."""
+    """Make a package that is this one, except that its extension consists of these objects."""
     package = FOLDER / isa / "mru_kernels"
     package.mkdir(parents=True)
     for part in (ROOT / "mru_kernels").iterdir():
@@ -232,7 +232,7 @@ def _package(isa: str, objects: Iterable[Path]) -> None:
 
 
 def build(isas: Collection[str]) -> None:
-    """Build the package with the faults for each of these instruction sets."""
+    """Build a package with the faults for each of these instruction sets."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     _plant()
@@ -244,7 +244,7 @@ def build(isas: Collection[str]) -> None:
 
 
 def outcome(mutant: Mutant) -> subprocess.CompletedProcess[str]:
-    """Run the tests of a fault on the package that has it."""
+    """Run the tests of a fault with the fault switched on."""
     return _run_tests(mutant.isa, mutant.tests, mutant.files, MUTANTS.index(mutant) + 1)
 
 

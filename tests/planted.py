@@ -1,12 +1,12 @@
 """Many faults planted into one copy of C++ sources, each behind a switch, so that one build serves all of them.
 
-The switch is the environment variable MRU_FAULT, which a module reads when it is loaded: the number of a fault.
-Without it the copy does what the sources do.
+The switch is the environment variable MRU_FAULT, the number of a fault. A module reads it when it is loaded. Without
+it the copy does what the sources do.
 """
 
 from __future__ import annotations
 
-#: Reads the switch. It stands first in each planted file.
+#: Reads the switch. It is the first text of each planted file.
 HEADER = """\
 #ifndef MRU_FAULT
 #define MRU_FAULT(number) (mru_fault == (number))
@@ -19,9 +19,11 @@ inline const int mru_fault = std::getenv("MRU_FAULT") ? std::atoi(std::getenv("M
 def switched(source: str, faults: list[tuple[int, str, str]]) -> str:
     """The text of a source file with faults behind their switches, below `HEADER`.
 
-    A fault is its number, its old text, which occurs once, and its new text. If the old text ends in a semicolon or a
-    brace, both are whole statements that declare nothing used later; the new one may be empty. Otherwise both are
-    expressions. Faults may share an old text, but old texts do not overlap in another way.
+    Args:
+        source: the text.
+        faults: for each fault its number, its old text, which occurs once, and its new text. If the old text ends in a
+            semicolon or a brace, both are whole statements, which declare nothing that later ones use; the new text may
+            be empty. Otherwise both are expressions. Faults may have the same old text. Different ones do not overlap.
     """
     places: dict[tuple[int, int], str] = {}
     for number, old, new in faults:

@@ -27,7 +27,7 @@ HERE = list(cpu_mutants.ISAS)[: list(cpu_mutants.ISAS).index(cpu.isa()) + 1]
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """The futures of the copy without a fault, by instruction set, and of every fault that runs here, by name."""
+    """Futures of test runs: without a fault, by instruction set, and with each fault that runs here, by name."""
     cpu_mutants.build(HERE)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {

@@ -85,7 +85,7 @@ def test_a_noisy_figure_is_marked(file, tmp_path, capsys):
 
 
 def test_ratios_to_a_noisy_figure_are_marked(capsys):
-    """By `bench speed` itself: those to a noisy torch.add, and those of peers to a noisy op."""
+    """`bench speed` itself marks the ratios to a noisy torch.add, and those of peers to a noisy op."""
     call = inputs.case("bmru", torch.float32).build()
     noise = work.NOISY + 0.01
     add, op, peer = (work.ADD, work.FORWARD), ("bmru", work.FORWARD), ("log-step scan", work.FORWARD)

@@ -110,7 +110,7 @@ def test_segments_are_a_function_of_sizes():
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """The futures of the battery on every copy without a fault, and with each fault."""
+    """Futures of the battery: on every copy without a fault, and with each fault, by name."""
     if simt.SANITIZE:
         pytest.skip("the sanitizers end a run at the first fault")
     planting.start_server()

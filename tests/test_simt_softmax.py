@@ -75,7 +75,7 @@ def test_a_launch_that_fails_raises(checks):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """The futures of the checks on the copy without a fault, and with each fault."""
+    """Futures of the checks: on the copy without a fault, by None, and with each fault, by name."""
     if simt.SANITIZE:
         pytest.skip("the sanitizers end a run at the first fault")
     from simt import planting

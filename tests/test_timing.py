@@ -1,4 +1,4 @@
-"""The stopwatch's rules: how often a subject is timed. No test here depends on a real time."""
+"""How often a subject is timed. No test here depends on a real time."""
 
 from __future__ import annotations
 

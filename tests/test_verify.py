@@ -1,4 +1,4 @@
-"""The check of a timed call: results that are right pass, and faults of every kind are found."""
+"""The check of a call that is timed: right results pass, and it finds faults of every kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench import aside, compare, inputs, verify
 from bench.inputs import Call
 from mru_kernels.ops import entry
 
-STEPS = (60, 200)  # fewer steps than the reference takes from a scan, and more
+STEPS = (60, 200)  # a call that the reference computes whole, and one of which it computes both ends: see `short`
 CELLS = [
     (cell, epsilon)
     for cell, declared in inputs.CELLS.items()
@@ -22,6 +22,7 @@ CELLS = [
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
+    """The reference computes 64 steps at each end of a scan."""
     monkeypatch.setattr(verify, "_STEPS", 64)
 
 
@@ -31,7 +32,7 @@ def call_of(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.
 
 
 def changed(name: str, change, when=lambda: True):
-    """A context in which a result of the kernels, or a gradient, goes through `change` where `when()` is true."""
+    """A context in which `change` changes the result or gradient `name` of the kernels while `when()` is true."""
     right = compare.results_of
 
     def results_of(call, op):
@@ -74,7 +75,7 @@ def test_one_wrong_channel_of_the_last_step_is_found(steps):
 
 @pytest.mark.parametrize("name", ["h", "final_state", "candidate", "threshold"])
 def test_a_fault_outside_the_sample_is_found(name):
-    """In channels and steps that the reference does not see, under one setting of the kernels only."""
+    """The fault is in a channel and a step that the reference does not compute, and under one setting only."""
 
     def change(t: torch.Tensor) -> torch.Tensor:
         t = t.clone()
@@ -91,7 +92,7 @@ def test_a_fault_outside_the_sample_is_found(name):
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_wrong_sum_of_the_last_channel_is_found(steps):
-    """Of a kernel that computes the last channels of 17 unlike the others, so not in a call with fewer channels."""
+    """A kernel may compute the last of 17 channels in another way, so fewer channels would not show its fault."""
 
     def change(t: torch.Tensor) -> torch.Tensor:
         return torch.cat([t[:-1], 2 * t[-1:]]) if len(t) == 17 else t

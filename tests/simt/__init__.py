@@ -32,7 +32,7 @@ LOADED = ("float32", "bfloat16", "complex64") if SANITIZE else ELEMENTS
 FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
 
 _SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-#: Of the kernels. With the sanitizers, what is inlined takes minutes to compile.
+#: The compiler's flags for the kernels. Sanitized code that is inlined takes minutes to compile.
 OPTIMIZATION = "-O1 -Dalways_inline=unused" if SANITIZE else "-O1"
 COMPILER = [
     *(os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),

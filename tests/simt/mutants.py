@@ -1,7 +1,7 @@
 """Faults planted into copies of the CUDA sources, behind switches: the battery must catch each.
 
-A copy has one cell and is compiled for one element type, because all would take too long to compile and to run. It has
-all faults that this cell and this type show.
+A copy has one cell and one element type, because all of them would take too long to compile and to run. It has all
+faults that this cell and this type show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Fault:
 
     @property
     def shown(self) -> tuple[str, str]:
-        """The type of streams and the cell that show it."""
+        """The element type and the cell that show the fault."""
         return "bfloat16" if self.file == "pairs.cuh" else "float32", self.cell
 
 
@@ -105,7 +105,7 @@ _FAULTS = {
     "carry.cuh": (
         ("dropped barrier in carry", _AFTER_RUNS + _BARRIER, _AFTER_RUNS),
         ("dropped barrier in reduce", _AFTER_REDUCE + _BARRIER[2:], _AFTER_REDUCE),
-        # A shuffle off by one, as it is here: threads hand values to each other through shared memory.
+        # Threads exchange these values through shared memory, so this stands for a shuffle that is off by one.
         ("exchange off by one", _WALK, _WALK.replace("parts, left", "parts - 1, left")),
         ("dropped barrier after the parts", _AFTER_PARTS + _BARRIER, _AFTER_PARTS),
         ("turns of carry apart", _WALK, _WALK.replace("left = ", "")),
@@ -239,7 +239,7 @@ def _copy(element: str, cell: str) -> Path:
 
 
 def outcome(element: str, cell: str, fault: Fault | None = None) -> str:
-    """The first check of the battery that fails with a fault, or without any; empty if all pass."""
+    """The first check of the battery that fails with a fault, or without one if it is None; empty if all pass."""
     with _building:
         module = _copy(element, cell)
     number = FAULTS.index(fault) + 1 if fault else 0

@@ -1,4 +1,4 @@
-"""Copies of the CUDA sources with planted faults, and processes of their host execution with one fault switched on."""
+"""Copies of the CUDA sources with planted faults, and processes for host execution with one fault switched on."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from tests.planted import switched
 from . import ROOT
 
 CSRC = ROOT / "csrc"
-#: Of the kernels of a copy: what builds and checks it in least time. The sources themselves are compiled with warnings.
+#: The compiler's flags for the kernels of a copy, which then builds and runs in the least time. They switch warnings
+#: off: the sources themselves are compiled with them.
 FLAGS = "-O1 -w -Dalways_inline=unused"
 
 
 def plant(copy: Path, faults: list[tuple[int, Path, str, str]], without: Container[Path] = ()) -> None:
-    """Write a copy of the sources. Files that stay the same keep their time.
+    """Write a copy of the sources with faults. A file that does not change keeps its time, so ninja skips it.
 
     Args:
         copy: the folder.
-        faults: of each its number, its file, the old text and the new one.
-        without: files that the copy does not get.
+        faults: for each fault its number, its file, the old text and the new text.
+        without: files that are left out of the copy.
     """
     sources = {path for path in CSRC.rglob("*") if path.is_file()}
     assert {file for _, file, _, _ in faults} <= sources
@@ -44,13 +45,13 @@ def plant(copy: Path, faults: list[tuple[int, Path, str, str]], without: Contain
 
 _TIMEOUT = 600.0
 _processes = multiprocessing.get_context("forkserver")
-# Imported before the fork, which takes 5 s of CPU. None of them loads the kernels of a copy.
+# The server imports these once, for all its forks: imports take 5 s of CPU. None of them loads the kernels of a copy.
 _processes.set_forkserver_preload(["pytest", "simt.battery", "simt.softmax"])
 
 
 def start_server() -> None:
-    """Start the process from which those of `outcome` are forked. Call it before other threads read the environment."""
-    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # Python does not hand it sys.path
+    """Start the server that forks the processes of `outcome`. Call it before other threads read the environment."""
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # the server does not get sys.path
         forkserver.ensure_running()
 
 
@@ -60,9 +61,17 @@ def _run(pipe: Connection, fault: int, module: Path, failure: Callable[[str], st
 
 
 def outcome(fault: int, module: Path, failure: Callable[[str], str], element: str) -> str:
-    """What `failure(element)` returns with a fault of a module switched on (0: none), or how it crashed.
+    """What `failure(element)` returns in a process of its own, with a fault of a module switched on, or how it crashed.
 
-    It runs in a process of its own.
+    Args:
+        fault: the number of the fault; 0: none.
+        module: the module of a copy.
+        failure: returns the first check that fails, or an empty text.
+        element: the dtype that is checked.
+
+    Raises:
+        TimeoutError: it did not end in time.
+        EOFError: it ended without a result and without a crash.
     """
     ours, its = _processes.Pipe(duplex=False)
     process = _processes.Process(target=_run, args=(its, fault, module, failure, element))

@@ -1,6 +1,7 @@
 """Faults planted into a copy of the softmax recurrence's CUDA sources, behind switches: `simt.softmax` must catch each.
 
-The kernels meet at no barrier but that of `reduce`, which they share with the cells; `simt.mutants` drops it.
+There is no fault of a barrier. The kernels have only that of `reduce`, which the cells use too: `simt.mutants` drops
+it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _copy() -> Path:
 
 
 def outcome(fault: Fault | None = None) -> str:
-    """The first check that fails with a fault, or without any; empty if all pass."""
+    """The first check that fails with a fault, or without one if it is None; empty if all pass."""
     with _building:
         module = _copy()
     number = FAULTS.index(fault) + 1 if fault else 0
