@@ -129,7 +129,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Result
 
 
 def _plot(axes: Any, found: dict[str, list[tuple[float, float]]]) -> None:
-    """Draw a row for each model: its delays, with the size of their weights as height, of all channels and seeds."""
+    """Draw a row for each model: the delays of all channels and seeds, each as high as the size of its weight."""
     largest = max((abs(w) for points in found.values() for _, w in points), default=1.0)
     for row, ((_, points), colour) in enumerate(zip(found.items(), drawing.COLOURS, strict=False)):
         heights = [row + 0.9 * abs(w) / largest for _, w in points]

@@ -1,6 +1,7 @@
-"""Complex cells that `define_cell` makes: equal to the linear recurrence and to their definitions, with every option.
+"""Complex cells of `define_cell` are equal to the linear recurrence and to their definitions, with every option.
 
-One has complex streams, one real streams and complex inputs per channel, one complex streams and a real output.
+LINEAR has complex streams. OSCILLATOR has real streams and complex inputs per channel. TURNED has complex streams and a
+real output.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def linear(update: Tensor, decay: Tensor) -> mk.Affine:
 
 
 def oscillator(input: Tensor, pole: Tensor, gain: Tensor, phase: Tensor) -> mk.Affine:
-    """No analytic function of its complex inputs."""
+    """It is not analytic in its complex inputs."""
     return mk.Affine(pole / (1 + pole.abs()), gain.conj() * torch.polar(input.exp(), phase))
 
 

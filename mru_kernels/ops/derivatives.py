@@ -1,4 +1,4 @@
-"""Tangents of the ops: forward mode, and the derivatives of gradients, of the linear recurrence and of gated cells.
+"""Tangents of the ops: forward mode, and derivatives of the gradients of the linear recurrence and of affine cells.
 
 The tangent of a result is its derivative along a change of the inputs; `dx` is the tangent of `x`. A step is pointwise,
 so the tangent of the states is a linear recurrence: with the states s before each step,
@@ -163,14 +163,14 @@ class Enters(NamedTuple):
 class _Slope(NamedTuple):
     """How a result changes with an argument: the gradients of its real and of its imaginary part, `[B, T, D]`.
 
-    That is all even where a gate is no analytic function of a complex input, such as one of |x|.
+    Both together are the whole derivative, also of a gate that is not analytic in a complex input, such as |x|.
     """
 
     of_real: Tensor
-    of_imaginary: Tensor | None  # of a complex result
+    of_imaginary: Tensor | None  # None for a real result
 
     def of_state(self) -> Tensor:
-        """The derivative by the state, in which a step is affine."""
+        """The derivative with respect to the state, if this is a slope of it: a step is affine in the state."""
         return self.of_real.conj()
 
 
@@ -220,7 +220,7 @@ class _Steps:
         return _slopes(self._gradients(before, zeros, ones), of_imaginary)
 
     def slopes_of_output(self, before: Tensor) -> list[_Slope]:
-        """The same for h."""
+        """How h changes with each input and with the state before the step."""
         zeros, ones = before.new_zeros(before.shape), before.new_ones(before.shape)
         is_complex = before.is_complex() and not self.cell.complex_state
         of_imaginary = self._gradients(before, 1j * ones, zeros) if is_complex else None

@@ -56,9 +56,9 @@ class Plain:
         gates: (x, p) -> what the steps need and no state decides, a sequence of tensors `[B, T, D]`.
         output: (x, s, p) -> h, from the states after the steps, all `[B, T, D]`.
         vjp: (x, s, after, g, lam, p) -> the gradients of x, from the states before and after each step, g = dL/dh and
-            lam = dL/ds', all `[B, T, D]`. With it, the gates are decay and update of a step that is affine in the
-            state, and gradients of the cell have derivatives of any order: torch differentiates `vjp`.
-        cotangent: (x, after, g, p) -> what g gives to dL/ds', for `vjp`.
+            lam = dL/ds', all `[B, T, D]`. A cell has it only if its gates are decay and update of a step that is affine
+            in the state. Its gradients then have derivatives of any order, because torch differentiates `vjp`.
+        cotangent: (x, after, g, p) -> the part of dL/ds' that comes from g, `[B, T, D]`. It is used with `vjp` only.
     """
 
     step: Callable[[Sequence[Tensor], Tensor, Sequence[float | Tensor]], Tensor]
