@@ -4,8 +4,8 @@ The reference loops over the steps in Python, so it gets a sample: a few channel
 and of a long scan the first and the last steps. The last steps start from the state that the op computes before them.
 
 All channels and steps are compared with the results of the same kernels under other settings: with time cut
-differently and, on the CPU, with another number of threads. On the CPU the forward pass of an exact cell must also be
-the same with other instructions.
+differently and, on the CPU, with another number of threads. If the forward pass is exact (`compare.is_exact`), it must
+also be the same with other CPU instructions.
 """
 
 from __future__ import annotations

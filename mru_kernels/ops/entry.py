@@ -16,7 +16,7 @@ from .autograd import apply_scan, differentiable_inputs, raise_as_torch, require
 from .layout import allocate, sequences_of
 from .spec import Cell
 
-SEGMENT = -1  # the argument of every call: the backend chooses. Tests set others
+SEGMENT = -1  # the argument of every call: the backend chooses. Tests and the bench set others
 
 _TRACED_BACKEND = "cpu"  # TorchScript drops the name of an overload and calls the first, which is this backend's
 
