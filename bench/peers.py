@@ -72,7 +72,7 @@ class Peer:
         compiled: whether torch.compile compiles it, with the gates.
         epsilon: the only epsilon that it computes; None: any.
         decays: "all", "real" or "positive": the values of a that it takes.
-        whole: whether it has the gradients of both a and w.
+        whole: whether it gives the gradients of both a and w, for every a.
         needs: packages that it imports and this package does not.
         only_on: the only type of device that it runs on; None: any.
         most_steps: the longest T that it takes or that is timed; None: any.

@@ -67,7 +67,7 @@ def per_channel(case: Case) -> dict[str, Case]:
 def check_peer(name: str, call: Call, backend: str | None = None) -> None:
     """Raise unless a peer's h and gradients are those of the op on the first steps of a call, in float32 or wider.
 
-    Gradients are not compared if the peer lacks one.
+    Gradients are not compared if the peer does not give all of them.
     """
     dtype = errors.state_dtype(call.stream.dtype)
     first = {name: (t[:, :_CHECKED_STEPS] if t.dim() == 3 else t).to(dtype) for name, t in call.tensors.items()}
