@@ -81,8 +81,12 @@ class Others:
     def __enter__(self) -> Others:
         self._allocator = Aside(allocator.default())
         self._instructions = Aside(os.environ | OTHER_INSTRUCTIONS)
-        for process in (self._allocator, self._instructions):  # wait, so that no start-up runs while something is timed
-            process.ask("ready", None, self._backend)
+        try:
+            for process in (self._allocator, self._instructions):  # so that no start-up runs while something is timed
+                process.ask("ready", None, self._backend)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -126,8 +126,8 @@ class Peer:
             return f"epsilon {self.epsilon:g} only"
         if CELLS[case.cell].affine is None:
             return "no affine form declared"
-        negative = self.decays == "positive" and not own and _has_negative(case)
-        if (self.decays != "all" and case.dtype.is_complex) or negative:
+        is_complex = self.decays != "all" and case.dtype.is_complex
+        if is_complex or (self.decays == "positive" and not own and _has_negative(case)):
             return f"{self.decays} decays only"
         if self.only_on not in (None, device.type):
             return f"runs on {self.only_on} only"

@@ -82,6 +82,7 @@ def _sample(call: Call, got: Results, op: Callable[..., tuple[Tensor, ...]]) -> 
     the call, except what depends on steps that the part lacks: the final state and the gradients of the first steps,
     and the gradients per channel and of states. The op computes these from the part.
     """
+    assert not call.settings.get("reverse"), "the parts of a long scan are those of a forward one"
     batch, steps, size = call.stream.shape
     channels = torch.linspace(0, size - 1, min(_CHANNELS, size), dtype=torch.float64).long()
     if steps <= _STEPS:

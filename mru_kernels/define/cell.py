@@ -118,7 +118,7 @@ class DefinedCell:
     Attributes:
         name: of the op.
         inputs, scalars: the names of the arguments.
-        source: the C++ code of the cell for inputs that are all streams.
+        source: the C++ code of the cell where every input that may be a stream is one.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -147,8 +147,8 @@ class DefinedCell:
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
         self.__signature__ = self._signature()
-        self.source = self._header(name, ("stream",) * len(self.inputs))
-        self._definition = (self.source, self.scalars, functions.complex_inputs)
+        self.source = self._header(name, tuple(self._kind(n, None) for n in self.inputs))
+        self._definition = (self.source, self.inputs, self.scalars, functions.complex_inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _by_name, (self.name,)  # copies are the cell itself

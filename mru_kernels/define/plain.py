@@ -21,6 +21,7 @@ def plain(functions: Functions, program: Program) -> ops.Plain:
 
     def named(x: Sequence[Any], p: Sequence[Any]) -> dict[str, Any]:
         scalars = p[first_scalar : first_scalar + len(functions.scalars)]  # a reset state may follow
+        scalars = [x[0].real.new_full((), value) for value in scalars]  # as the trace has them
         inputs = {name: _own(functions, name, t) for name, t in zip(functions.inputs, x, strict=True)}
         return inputs | dict(zip(functions.scalars, scalars, strict=True))
 
