@@ -6,6 +6,11 @@ it the copy does what the sources do.
 
 from __future__ import annotations
 
+import signal
+
+#: Signals that end a process from outside, and so do not show that a fault was noticed.
+KILLED = (signal.SIGKILL, signal.SIGTERM)
+
 #: Reads the switch. It is the first text of each planted file.
 HEADER = """\
 #ifndef MRU_FAULT

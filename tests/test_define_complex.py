@@ -44,6 +44,10 @@ TURNED = mk.define_cell(
     "test_complex_turned", turned, output=lambda state, wave: (state * wave).real, complex_inputs=("wave", "mode")
 )
 
+#: Those of the quick suite, and those whose kernels only `make check` compiles.
+CELLS = [OSCILLATOR, pytest.param(TURNED, marks=pytest.mark.check)]
+WITH_LINEAR = [*CELLS, pytest.param(LINEAR, marks=pytest.mark.check)]
+
 
 def drawn(cell: mk.DefinedCell, batch: int = 2, time: int = 100, channels: int = 5) -> tuple[list[Tensor], Tensor]:
     """Leaves for a call of a cell, and an initial state."""
@@ -80,6 +84,7 @@ def assert_equal_to_the_loop(cell: mk.DefinedCell, leaves: list[Tensor], **optio
 # ---------------------------------------------------------------------------------------------- against the linear one
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("dtype", COMPLEX, ids=str)
 @pytest.mark.parametrize("segment", [0, 64])
 @pytest.mark.parametrize(
@@ -102,6 +107,7 @@ def test_a_defined_linear_recurrence_is_the_one_by_hand(dtype, segment, options)
     calls.assert_right(call, LINEAR, CPU)
 
 
+@pytest.mark.check
 def test_a_step_of_the_linear_recurrence_is_the_one_by_hand():
     (update, decay), state = drawn(LINEAR, time=1)
     with torch.no_grad():
@@ -113,7 +119,7 @@ def test_a_step_of_the_linear_recurrence_is_the_one_by_hand():
 # ---------------------------------------------------------------------------------------------- against definitions
 
 
-@pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_kernels_are_within_the_limits_of_their_definition(cell):
     found = cell.compare()
     assert found.passes, str(found)
@@ -122,7 +128,7 @@ def test_kernels_are_within_the_limits_of_their_definition(cell):
 
 
 @pytest.mark.parametrize("segment", [0, 64])
-@pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_results_and_gradients_are_those_of_the_loop(cell, segment):
     leaves, state = drawn(cell)
     packed, _ = drawn(cell, batch=1)
@@ -136,7 +142,7 @@ def test_results_and_gradients_are_those_of_the_loop(cell, segment):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_gradients_and_tangents_by_differences(cell, reverse):
     leaves, state = drawn(cell, time=6, channels=3)
 
@@ -146,7 +152,7 @@ def test_gradients_and_tangents_by_differences(cell, reverse):
     assert torch.autograd.gradcheck(scan, [*leaves, state], check_forward_ad=True)
 
 
-@pytest.mark.parametrize("cell", [LINEAR, OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", WITH_LINEAR, ids=str)
 def test_second_derivatives_by_differences(cell):
     leaves, state = drawn(cell, batch=1, time=3, channels=2)
 
@@ -156,7 +162,7 @@ def test_second_derivatives_by_differences(cell):
     assert torch.autograd.gradgradcheck(scan, [*leaves, state])
 
 
-@pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_steps_are_the_scan(cell):
     leaves, state = drawn(cell, time=4)
     x = [t.detach() for t in leaves]
@@ -192,6 +198,7 @@ def test_streams_that_kernels_do_not_take_are_refused():
             OSCILLATOR(*wrong)
 
 
+@pytest.mark.check
 def test_dtypes_and_layouts_of_results():
     (wave, mode, angle), _ = drawn(TURNED, time=7)
     h, state = TURNED(wave.transpose(0, 1).contiguous().transpose(0, 1), mode, angle)
@@ -203,6 +210,7 @@ def test_dtypes_and_layouts_of_results():
     assert (h.dtype, state.dtype) == (torch.float16, torch.complex64)
 
 
+@pytest.mark.check
 def test_quotients_and_moduli_over_the_whole_range():
     """No square of a part leaves the range of complex64."""
 
@@ -228,7 +236,7 @@ def test_quotients_and_moduli_over_the_whole_range():
 # ---------------------------------------------------------------------------------------------- tools of torch
 
 
-@pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_compile_makes_one_graph(cell):
     leaves, state = drawn(cell, time=30)
 
@@ -242,7 +250,7 @@ def test_compile_makes_one_graph(cell):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("cell", [OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_vmap_opcheck_and_export(cell):
     leaves, _ = drawn(cell, batch=3, time=20)
     x = [t.detach() for t in leaves]
@@ -265,7 +273,7 @@ def test_vmap_opcheck_and_export(cell):
     torch.library.opcheck(getattr(torch.ops.mru, cell._cells[kinds].name).cpu, arguments)
 
 
-@pytest.mark.parametrize("cell", [LINEAR, OSCILLATOR, TURNED], ids=str)
+@pytest.mark.parametrize("cell", WITH_LINEAR, ids=str)
 def test_sequence_parallel(cell, group_of_one):
     leaves, _ = drawn(cell, time=50)
     parallel = mk.distributed.sequence_parallel(cell)

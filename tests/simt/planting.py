@@ -11,11 +11,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.planted import switched
+from tests.planted import KILLED, switched
 
 from . import ROOT
 
-CSRC = ROOT / "csrc"
+CSRC = (ROOT / "csrc").resolve()
 #: The compiler's flags for the kernels of a copy, which then builds and runs in the least time. They switch warnings
 #: off: the sources themselves are compiled with them.
 FLAGS = "-O1 -w -Dalways_inline=unused"
@@ -29,11 +29,12 @@ def plant(copy: Path, faults: list[tuple[int, Path, str, str]], without: Contain
         faults: for each fault its number, its file, the old text and the new text.
         without: files that are left out of the copy.
     """
-    sources = {path for path in CSRC.rglob("*") if path.is_file()}
+    sources = {path for path in CSRC.rglob("*") if path.is_file() and path not in without}
     assert {file for _, file, _, _ in faults} <= sources
+    for old in [path for path in copy.rglob("*") if path.is_file()]:
+        if CSRC / old.relative_to(copy) not in sources:
+            old.unlink()
     for source in sources:
-        if source in without:
-            continue
         text = source.read_text()
         if own := [(number, old, new) for number, file, old, new in faults if file == source]:
             text = switched(text, own)
@@ -83,7 +84,7 @@ def outcome(fault: int, module: Path, failure: Callable[[str], str], element: st
         return ours.recv()
     except EOFError:
         process.join()
-        if process.exitcode is not None and process.exitcode < 0:
+        if process.exitcode is not None and process.exitcode < 0 and -process.exitcode not in KILLED:
             return f"crash: signal {-process.exitcode}"
         raise
     finally:
