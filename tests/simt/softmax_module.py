@@ -17,7 +17,7 @@ FOLDER = simt.FOLDER / "softmax"
 
 
 def build(folder: Path = FOLDER, csrc: Path = simt.ROOT / "csrc", elements: tuple[str, ...] = LOADED,
-          module: Path | None = None, optimization: str = simt.OPTIMIZATION) -> Path:  # fmt: skip
+          module: Path | None = None, optimization: str = "-O1") -> Path:  # fmt: skip
     """As `simt.build`, with the kernels of the softmax recurrence."""
     sources = {"kernels": "softmax/cuda/softmax.cu", "binding": "softmax/cuda/simt.cpp"}
     return simt.build(folder, csrc, elements, module, optimization, "mru_simt_softmax", **sources)
