@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from unittest.mock import patch
 
 import pytest
 import torch
 
+import mru_kernels as mk
 from bench import aside, compare, inputs, verify
 from bench.inputs import Call
 from mru_kernels.ops import entry
@@ -109,6 +112,44 @@ def test_a_lost_gradient_of_a_cut_is_found():
     call = call_of("linear_recurrence", dtype=torch.bfloat16)
     with changed("decay", torch.zeros_like, when=lambda: entry.SEGMENT != -1):
         assert verify.faults(call, "cpu") == ["decay depends on where time is cut"]
+
+
+@pytest.mark.parametrize("name", ["h", "decay"])
+def test_a_wrong_chunk_of_a_long_scan_in_half_precision_is_found(name):
+    """Its norm is below the limit times the norm of all 2^21 steps."""
+
+    def change(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        t[:, 2**19 : 2**19 + 64] = 0
+        return t
+
+    call = call_of("linear_recurrence", dtype=torch.bfloat16, batch=1, time=2**21, channels=1)
+    right = compare.results_of(call, partial(mk.linear_recurrence, backend="cpu"))[name]
+    assert (change(right) - right).norm() < 1e-2 * right.norm()
+    assert verify.faults(call, "cpu") == []
+    with changed(name, change, when=lambda: entry.SEGMENT != -1):
+        assert verify.faults(call, "cpu") == [f"{name} depends on where time is cut"]
+
+
+@pytest.mark.parametrize("steps", [1, 63, 64, 65, 200])
+def test_each_block_of_steps_has_a_limit(steps):
+    """Half of the limit passes in every block, and twice the limit fails in any, also in a shorter last one."""
+    right = torch.randn(2, steps, 5, generator=torch.Generator().manual_seed(0)).clamp_min(1)
+    assert verify._agree(right * (1 + 0.5e-4), right, exact=False)
+    for row, first in product(range(2), range(0, steps, 64)):
+        wrong = right.clone()
+        wrong[row, first : first + 64] *= 1 + 2e-4
+        assert not verify._agree(wrong, right, exact=False)
+        assert not verify._agree(right.index_fill(1, torch.tensor(first), float("nan")), right, exact=False)
+
+
+def test_a_block_of_small_numbers_may_have_the_error_of_the_others():
+    right = torch.ones(1, 200, 5)
+    right[:, 64:128] = 1e-6
+    for error, agree in ((0.5e-4, True), (2e-4, False)):
+        wrong = right.clone()
+        wrong[:, 64:128] += error * right.square().mean().sqrt()
+        assert verify._agree(wrong, right, exact=False) == agree
 
 
 def test_other_instructions_must_give_the_same_values_where_these_are_exact():
