@@ -73,7 +73,7 @@ def digest(call: Call, backend: str) -> str:
     found = hashlib.sha256()
     for result in getattr(mk, call.cell)(**call.tensors, **call.settings, backend=backend):
         values = torch.view_as_real(result) if result.is_complex() else result
-        found.update((values + 0.0).contiguous().view(torch.uint8).cpu().numpy())  # -0 + 0 is 0: signs do not count
+        found.update(_bytes(values + 0.0).cpu().numpy())  # -0 + 0 is 0: signs do not count
     return found.hexdigest()
 
 
@@ -124,7 +124,12 @@ def _other_segment(call: Call, backend: str) -> int:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """The bytes of a tensor in uint8. A dimension of size 1 may have any stride in it, also if it is contiguous."""
+    return t.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _agree(result: Tensor, other: Tensor, exact: bool) -> bool:

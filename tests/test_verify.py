@@ -152,6 +152,15 @@ def test_a_block_of_small_numbers_may_have_the_error_of_the_others():
         assert verify._agree(wrong, right, exact=False) == agree
 
 
+def test_one_channel_of_part_of_a_complex_tensor_is_compared():
+    """Gradients of parts of a complex tensor have a last stride of 2. With one channel they count as contiguous."""
+    call = call_of("resonate", dtype=torch.float32, channels=1, time=60)
+    assert verify.faults(call, "cpu") == []
+    parts = torch.view_as_real(torch.randn(2, 60, 1, dtype=torch.complex64))
+    assert verify._same_bits(parts[..., 0], parts[..., 0].clone())
+    assert not verify._same_bits(parts[..., 0], parts[..., 1])
+
+
 def test_other_instructions_must_give_the_same_values_where_these_are_exact():
     exact, rounded = call_of("bmru", 0.0), call_of("bmru", 0.5)
     for call in (exact, rounded):
