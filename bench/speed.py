@@ -30,10 +30,10 @@ import mru_kernels as mk
 from mru_kernels import backends
 from mru_kernels.backends import CHUNK
 
-from . import cli, errors, inputs, verify
+from . import cli, inputs, verify
 from .aside import Others
 from .inputs import Call, Case, repeated
-from .peers import PEERS, job, own_call, timed_passes, versions
+from .peers import PEERS, check_own_job, check_peer, op, timed_passes, versions
 from .progress import tqdm
 from .records import Figure, facts_of, machine, name_of, table_without_empty, write_json
 from .report import summary
@@ -43,7 +43,6 @@ from .work import ADD, BOTH, FORWARD, GRU, NOISY, OWN_JOB, PROJECTIONS, floor_by
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 LINEAR = "linear_recurrence"  # the cell whose inputs are its gates, so peers' own jobs are compared with it
 SMALL = (1, 1, 64)  # so small that the cost of a call dominates
-_CHECKED_STEPS = 256  # steps on which peers are compared with the op
 _WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
 _PER_SUBJECT = 0.15  # seconds; see `bench.timing.measure`
 _MOST_OF_GRU = (4096, 1024)  # steps and channels up to which torch.nn.GRU is timed
@@ -52,41 +51,11 @@ Key = tuple[str, str]  # subject and work
 Subjects = dict[Key, Callable[[], object]]
 
 
-def op(call: Call, backend: str | None) -> Callable[..., Tensor]:
-    """A function that computes h by the op. It takes the call's tensors by name."""
-    return lambda **tensors: getattr(mk, call.cell)(**tensors, **call.settings, backend=backend)[0]
-
-
 def per_channel(case: Case) -> dict[str, Case]:
     """For each input that may be a stream or `[D]`, by name: the case in which it is `[D]`."""
     factors = inputs.CELLS[case.cell].factors
     names = [name for name, values in factors.items() if "channel" in values and case.options[name] == "stream"]
     return {name: replace(case, options={**case.options, name: "channel"}) for name in names}
-
-
-def check_peer(name: str, call: Call, backend: str | None = None) -> None:
-    """Raise unless a peer's h and gradients are those of the op on the first steps of a call, in float32 or wider.
-
-    Gradients are not compared if the peer does not give all of them.
-    """
-    dtype = errors.state_dtype(call.stream.dtype)
-    first = {name: (t[:, :_CHECKED_STEPS] if t.dim() == 3 else t).to(dtype) for name, t in call.tensors.items()}
-    few = inputs.call(call.cell, first, call.settings)
-    peer = PEERS[name]
-
-    def results(f: Callable[..., Tensor]) -> dict[str, Tensor]:
-        if not peer.whole:
-            return {"h": f(**few.tensors)}
-        leaves = {name: t.requires_grad_() for name, t in few.tensors.items()}
-        h = f(**leaves)
-        return {"h": h, **dict(zip(leaves, torch.autograd.grad(h, list(leaves.values()), few.grad_h), strict=True))}
-
-    expected, got = results(op(few, backend)), results(job(peer, few))
-    for what, x in expected.items():
-        error = (got[what] - x).abs().max().item()
-        if not error <= 1e-4 * (1 + x.abs().max().item()):  # a NaN is an error too
-            place = "" if what == "h" else f": another gradient of {what}"
-            raise RuntimeError(f"does not compute what {call.cell} computes{place}")
 
 
 @dataclass
@@ -161,7 +130,7 @@ def _peer_subjects(names: Sequence[str], case: Case, call: Call, backend: str, r
                 results.left_out.append(f"{subject} on {where}: {reason}")
             continue
         try:
-            check_peer(name, own_call(peer, call) if own else call, backend)
+            (check_own_job if own else check_peer)(name, call, backend)
             subjects |= {(subject, work): run for work, run in timed_passes(name, call, own).items()}
         except Exception as error:  # the other peers are still timed
             results.failed.append(" ".join(f"FAIL {where}: peer {subject!r} {error}; it is not timed".split()))

@@ -15,7 +15,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import mru_kernels as mk
 from bench import aside, inputs, memory, peers, profile, report, scans, speed, verify, work
 from mru_kernels import backends
 
@@ -60,11 +59,11 @@ def test_a_peer_does_the_same_job(name, cell, epsilon):
         given = case(cell, epsilon, dtype)
         if peers.PEERS[name].why_not(given, CPU) is None:
             call = given.build()
-            speed.check_peer(name, call)
+            peers.check_peer(name, call)
             right = peers.PEERS[name]
             wrong = peers.Peer(lambda a, w, right=right: right(a, w) * 1.01, whole=False)
             with patch.dict(peers.PEERS, {name: wrong}), pytest.raises(RuntimeError, match="does not compute"):
-                speed.check_peer(name, call)
+                peers.check_peer(name, call)
 
 
 OWN_JOBS = {
@@ -85,24 +84,45 @@ def in_rows(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OWN_JOBS)
 def test_a_peers_own_job_is_the_linear_recurrence(name):
-    peer, given = OWN_JOBS[name], case(speed.LINEAR)
-    if (reason := peer.why_not(given, CPU, own=True)) is not None:
-        pytest.skip(reason)
-    call = peers.own_call(peer, given.build())
-    leaves = {name: t.requires_grad_() for name, t in call.tensors.items()}
-    h = mk.linear_recurrence(**leaves)[0]
-    decay, update = torch.autograd.grad(h, [leaves["decay"], leaves["update"]], call.grad_h)
-    works = peer.own_passes(call.tensors["decay"], call.tensors["update"], call.grad_h)
+    peer = OWN_JOBS[name]
+    cases = [case(speed.LINEAR, dtype=dtype) for dtype in (torch.float32, torch.complex64)]
+    reasons = [peer.why_not(given, CPU, own=True) for given in cases]
+    if None not in reasons:
+        pytest.skip(reasons[0])
+    for given, reason in zip(cases, reasons, strict=True):
+        if reason is None:
+            with patch.dict(peers.PEERS, {name: peer}):
+                peers.check_own_job(name, given.build())
 
-    def back(x) -> torch.Tensor:
-        return peer.layout.back(torch.as_tensor(x) if isinstance(x, torch.Tensor) else torch.from_dlpack(x), h.shape)
 
-    torch.testing.assert_close(back(works[work.FORWARD]()), h.detach(), rtol=1e-4, atol=1e-4)
-    if peer.whole:
-        of_a, of_w = map(back, works[work.BOTH]())
-        expected = decay * leaves["decay"] if peer.layout.log else decay
-        torch.testing.assert_close(of_a, expected.detach(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(of_w, update, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("timed", "which"), [(work.FORWARD, 0), (work.BOTH, 0), (work.BOTH, 1)])
+def test_a_fault_in_the_passes_of_an_own_job_is_found(timed, which, log, capsys):
+    """The same job is right: only the passes that are timed as the own job have the fault, in h or in a gradient."""
+    right = OWN_JOBS["log gates" if log else "rows"]
+
+    class Wrong(peers.Peer):
+        def own_passes(self, a, w, grad):
+            works = super().own_passes(a, w, grad)
+            right_pass = works[timed]
+
+            def changed():
+                found = right_pass()
+                if isinstance(found, torch.Tensor):
+                    return found * 1.01
+                return [x * 1.01 if i == which else x for i, x in enumerate(found)]
+
+            return works | {timed: changed}
+
+    wrong = Wrong(right.scan, right.layout, decays=right.decays)
+    what = "h" if timed == work.FORWARD else ("decay", "update")[which]
+    with patch.dict(peers.PEERS, {"log-step scan": wrong}):
+        status, page = run(capsys, "--cell", "linear_recurrence", "--shape", "2,20,5", "--dtype", "fp32",
+                           "--peer", "log-step scan")  # fmt: skip
+    assert status == 1
+    place = "" if what == "h" else f": another gradient of {what}"
+    reason = f"does not compute what linear_recurrence computes{place}; it is not timed"
+    assert f"FAIL (2, 20, 5) float32: peer 'log-step scan{work.OWN_JOB}' {reason}" in page
 
 
 def test_a_peer_that_fails_on_a_dtype_does_not_end_the_run(tmp_path, capsys):
@@ -149,13 +169,13 @@ def test_the_record_has_the_versions_of_peers(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["log-step scan, compiled", "python loop, compiled"])
 def test_a_compiled_peer_does_the_same_job(name):
     torch.compiler.reset()
-    speed.check_peer(name, case("bmru", 0.5).build())
+    peers.check_peer(name, case("bmru", 0.5).build())
 
 
 def test_a_wrong_gradient_is_detected():
     wrong = peers.Peer(lambda a, w: scans.python_loop(a.detach() + 0 * a, w))
     with patch.dict(peers.PEERS, {"python loop": wrong}), pytest.raises(RuntimeError, match="another gradient"):
-        speed.check_peer("python loop", case("linear_recurrence").build())
+        peers.check_peer("python loop", case("linear_recurrence").build())
 
 
 def test_why_a_peer_is_left_out():
