@@ -1,8 +1,10 @@
 """Times of a cell's op and module, compared with a streaming pass over the same bytes and with peers.
 
 `python -m bench speed` first checks the op on the call that it times (`bench.verify`), and each peer against the op. It
-times only what passes. The floor of a pass is the time of a streaming pass that moves each of its streams once, scaled
-from `torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its own.
+times only what passes. If a case fails, the others are still timed, and the exit status is 1.
+
+The floor of a pass is the time of a streaming pass that moves each of its streams once, scaled from `torch.add(out=)`
+in the same run. `torch.add` with a new output is timed too, because the op allocates its own.
 
 On the CPU freed memory stays in the process (`python -m bench` pins the allocator's thresholds), so an output costs no
 page faults. The op is also timed with glibc's default settings, in another process. Projections are a module's matrix
@@ -13,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -65,6 +67,14 @@ class Results:
     figures: list[Figure] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def failures(self, where: str) -> Iterator[None]:
+        """A context whose exception becomes a line of `failed`, so that the run goes on. Ctrl-C still ends it."""
+        try:
+            yield
+        except Exception as error:
+            self.failed.append(" ".join(f"FAIL {where}: {type(error).__name__}: {error}".split()))
 
 
 def time_case(
@@ -312,11 +322,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Others(backend) if device.type == "cpu" else nullcontext() as others:
             for case in tqdm(cases, "shapes", leave=False):
                 known = len(results.figures)
-                time_case(case, backend, device, results, arguments.peer, others)
-                if arguments.memory and len(results.figures) > known:
-                    results.figures = with_peak(results.figures, case, backend, device)
+                with results.failures(f"{case.shape} {_name(case.dtype)}"):
+                    time_case(case, backend, device, results, arguments.peer, others)
+                    if arguments.memory and len(results.figures) > known:
+                        results.figures = with_peak(results.figures, case, backend, device)
                 torch.compiler.reset()
-        calls = overhead(device, backend, arguments.cell)
+        with results.failures("cost of a call"):
+            calls = overhead(device, backend, arguments.cell)
     except KeyboardInterrupt:
         interrupted = True
     facts = machine(device) | versions(arguments.peer) | {"backend": backend, "cell": arguments.cell} | options

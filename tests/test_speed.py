@@ -272,6 +272,54 @@ def test_ctrl_c_leaves_the_figures_so_far(first, tmp_path, capsys, monkeypatch):
     assert report.main([str(file)]) == 0
 
 
+class Failing:
+    """Stands for `aside.Others`. The given question about the second shape fails."""
+
+    def __init__(self, question: str):
+        self.question = question
+
+    def answer(self, question: str, call: inputs.Call, right):
+        if (question, call.stream.shape[1]) == (self.question, 21):
+            raise RuntimeError(f"{question}: the process\nwith other settings failed")
+        return right
+
+    def digest(self, call: inputs.Call) -> str:
+        return self.answer("digest", call, verify.digest(call, "cpu"))
+
+    def times(self, call: inputs.Call) -> list:
+        return self.answer("times", call, [])
+
+
+@pytest.mark.parametrize("question", ["digest", "times"])
+def test_a_failure_at_a_case_leaves_the_figures_and_the_other_cases(question, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "Others", lambda _: nullcontext(Failing(question)))
+    file = tmp_path / "record.json"
+    status, page = run(capsys, "--shape", "2,20,5", "2,21,5", "2,22,5", "--dtype", "fp32", "--json", str(file))
+    assert status == 1
+    reason = f"FAIL (2, 21, 5) float32: RuntimeError: {question}: the process with other settings failed"
+    assert page.endswith(f"{reason}\n")
+    record = report.load(file)
+    assert record["failed"] == [reason]
+    assert "interrupted" not in record
+    assert record["microseconds"] == {"a call": 1.0}
+    timed = {tuple(f["shape"]) for f in record["figures"]}
+    assert timed == {(2, 20, 5), (2, 22, 5)} | ({(2, 21, 5)} if question == "times" else set())
+    assert "\n| 2, 22, 5 | float32 | bmru | forward |" in page
+    assert report.main([str(file)]) == 0
+
+
+def test_a_failure_of_the_last_measurement_leaves_the_figures(tmp_path, capsys, monkeypatch):
+    def failing(*_) -> dict[str, float]:
+        raise ValueError("no such step")
+
+    monkeypatch.setattr(speed, "overhead", failing)
+    file = tmp_path / "record.json"
+    status, page = run(capsys, "--shape", "2,20,5", "--dtype", "fp32", "--json", str(file))
+    assert status == 1
+    assert page.endswith("FAIL cost of a call: ValueError: no such step\n")
+    assert {tuple(f["shape"]) for f in report.load(file)["figures"]} == {(2, 20, 5)}
+
+
 @pytest.mark.check
 def test_ctrl_c_at_the_terminal(tmp_path):
     """A signal to the whole group of processes, as a terminal sends it."""

@@ -196,3 +196,4 @@ def test_a_process_with_other_settings_answers():
         assert others.digest(call) == verify.digest(call, "cpu")
         with pytest.raises(RuntimeError, match="the process with other settings failed"):
             others.digest(replace(call, cell="no_such_cell"))
+        assert others.digest(call) == verify.digest(call, "cpu")  # by another process
