@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -21,6 +22,9 @@ CELLS = [
     for cell, declared in inputs.CELLS.items()
     for epsilon in ((0.0, 0.5) if "epsilon" in declared.factors else (None,))
 ]
+
+#: Cells and steps whose faults the quick tests look for. `make check` looks for those of all.
+QUICK = [("bmru", 0.5, 200), ("linear_recurrence", None, 200), ("leaky_integrator", None, 60)]
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +51,29 @@ def changed(name: str, change, when=lambda: True):
     return patch.object(compare, "results_of", results_of)
 
 
+def calls_of(cell: str, epsilon: float | None, steps: int) -> Iterator[tuple[Call, Call]]:
+    """For each dtype: a call of `steps` steps, and a small one for a comparison."""
+    for dtype in {torch.float32, torch.bfloat16, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
+        yield call_of(cell, epsilon, dtype, time=steps), call_of(cell, epsilon, dtype, time=128)
+
+
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(("cell", "epsilon"), CELLS)
-def test_right_results_pass_and_faults_are_found_that_a_comparison_of_a_small_case_finds(cell, epsilon, steps):
-    for dtype in {torch.float32, torch.bfloat16, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
-        call, small = (call_of(cell, epsilon, dtype, time=time) for time in (steps, 128))
+def test_right_results_pass(cell, epsilon, steps):
+    for call, _ in calls_of(cell, epsilon, steps):
         assert verify.faults(call, "cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "epsilon", "steps"),
+    [
+        pytest.param(*of, steps, marks=() if (*of, steps) in QUICK else pytest.mark.check)
+        for of in CELLS
+        for steps in STEPS
+    ],
+)
+def test_faults_are_found_that_a_comparison_of_a_small_case_finds(cell, epsilon, steps):
+    for call, small in calls_of(cell, epsilon, steps):
         for name in ("h", "final_state", *call.tensors):
             for size in (1e-1, 1e-3, 1e-5):
                 with changed(name, lambda t, size=size: t * (1 + size)):
@@ -60,7 +81,10 @@ def test_right_results_pass_and_faults_are_found_that_a_comparison_of_a_small_ca
                 if not row.passed:
                     label = name if name in compare.FORWARD else f"d {name}"
                     with changed(name, lambda t, size=size: t * (1 + 2 * size)):  # limits depend on the numbers
-                        assert f"{label} is not that of the reference" in verify.faults(call, "cpu"), (dtype, size)
+                        assert f"{label} is not that of the reference" in verify.faults(call, "cpu"), (
+                            call.stream.dtype,
+                            size,
+                        )
 
 
 @pytest.mark.parametrize("steps", STEPS)
