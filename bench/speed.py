@@ -35,7 +35,8 @@ from mru_kernels.backends import CHUNK
 from . import cli, inputs, verify
 from .aside import Others
 from .inputs import Call, Case, repeated
-from .peers import PEERS, check_own_job, check_peer, op, timed_passes, versions
+from .peer_checks import check_own_job, check_peer, op
+from .peers import PEERS, timed_passes, versions
 from .progress import tqdm
 from .records import Figure, facts_of, machine, name_of, table_without_empty, write_json
 from .report import summary

@@ -11,8 +11,9 @@ import torch
 
 import mru_kernels as mk
 
-from .. import compare, inputs, peers, softmax_cases, speed, timing, work
+from .. import compare, inputs, peer_checks, softmax_cases, speed, timing, work
 from ..inputs import Call, Case
+from ..peers import PEERS, job
 from ..records import Figure
 from .stages import Shape
 
@@ -68,8 +69,8 @@ class Timing:
         seldom = replace(call, tensors={"candidate": candidate * 0.005, "threshold": threshold})
         for name in names:
             if _meets_limits(CELL, name, shape, self.device):
-                works |= _works(name, call, peers.op(call, name))
-                works |= _works(name + SELDOM, seldom, peers.op(seldom, name))
+                works |= _works(name, call, peer_checks.op(call, name))
+                works |= _works(name + SELDOM, seldom, peer_checks.op(seldom, name))
             else:
                 self.write("failed", f"{name} on {shape}: beyond its limits against the reference, so not timed")
         self._measure(shape, call, works)
@@ -80,7 +81,7 @@ class Timing:
             self.write("failed", f"{op} of {name} on {shape}: beyond its limits against the reference, so not timed")
             return
         call = _softmax_call(op, shape, self.device) if op in softmax_cases.FORMS else _neurons(op, shape, self.device)
-        self._measure(shape, call, _works(f"{name}, {op}", call, peers.op(call, name)), "other")
+        self._measure(shape, call, _works(f"{name}, {op}", call, peer_checks.op(call, name)), "other")
 
     def calls(self, name: str) -> None:
         """Time calls of a backend on tiny inputs."""
@@ -91,10 +92,10 @@ class Timing:
         """Time a peer: forward, and forward + backward. It is checked on the first shape that it gets."""
         call = _call(shape, self.device)
         if name not in self._checked:
-            peers.check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
+            peer_checks.check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
             self._checked.add(name)
-        works = _works(name, call, peers.job(peers.PEERS[name], call))
-        timed = (work.FORWARD, work.BOTH) if peers.PEERS[name].whole else (work.FORWARD,)
+        works = _works(name, call, job(PEERS[name], call))
+        timed = (work.FORWARD, work.BOTH) if PEERS[name].whole else (work.FORWARD,)
         for key in ((name, what) for what in timed):  # one at a time: a gradient may fail
             self._measure(shape, call, {key: works[key]})
 
@@ -139,8 +140,8 @@ def time_all(
                 attempt("failed", f"{op} of {name} on {shape}", timing.other, op, name, shape)
     for name in peers:
         for shape in shapes:
-            reason = peers.PEERS[name].why_not(_case(shape), timing.device)
-            if reason is None and time.monotonic() > deadline - _COMPILING * peers.PEERS[name].slow_at_first:
+            reason = PEERS[name].why_not(_case(shape), timing.device)
+            if reason is None and time.monotonic() > deadline - _COMPILING * PEERS[name].slow_at_first:
                 reason = "no time was left"
             if reason is None:
                 attempt("left out", f"{name} on {shape}", timing.peer, name, shape)  # a peer's failure is not ours
