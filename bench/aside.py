@@ -29,16 +29,20 @@ OTHER_INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "default"}
 
 
 class Aside:
-    """A process that answers questions, until `close`.
+    """A process that answers questions, until `close`. If a question ends it, the next one starts another.
 
     Args:
         environment: the whole environment of the process.
     """
 
     def __init__(self, environment: Mapping[str, str]):
-        self._process = subprocess.Popen(
+        self._environment = environment
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.aside"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment, start_new_session=True,  # Ctrl-C is for this process only
+            env=self._environment, start_new_session=True,  # Ctrl-C is for this process only
         )  # fmt: skip
 
     def ask(self, question: str, call: Call | None, backend: str) -> Any:
@@ -47,6 +51,8 @@ class Aside:
         Raises:
             RuntimeError: the process failed. Its error is on the standard error stream.
         """
+        if self._process.returncode is not None:
+            self._process = self._started()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with TemporaryDirectory() as folder:
@@ -58,6 +64,7 @@ class Aside:
             except BrokenPipeError:
                 answer = ""
         if not answer:
+            self.close()
             raise RuntimeError(f"{question}: the process with other settings failed")
         return json.loads(answer)
 

@@ -1,4 +1,4 @@
-"""Other implementations, timed on two jobs. Each is checked before it is timed.
+"""Other implementations, timed on two jobs. Each is checked before it is timed: `bench.peer_checks`.
 
 The *same job* is that of a cell: gates, scan and gradients. A peer scans a and w, each `[B, T, D]`:
 s_t = a_t s_{t-1} + w_t. The cell's affine form (`python_ref.Cell.affine`) computes both in plain torch, with surrogate

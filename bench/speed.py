@@ -1,8 +1,10 @@
 """Times of a cell's op and module, compared with a streaming pass over the same bytes and with peers.
 
 `python -m bench speed` first checks the op on the call that it times (`bench.verify`), and each peer against the op. It
-times only what passes. The floor of a pass is the time of a streaming pass that moves each of its streams once, scaled
-from `torch.add(out=)` in the same run. `torch.add` with a new output is timed too, because the op allocates its own.
+times only what passes. If a case fails, the others are still timed, and the exit status is 1.
+
+The floor of a pass is the time of a streaming pass that moves each of its streams once, scaled from `torch.add(out=)`
+in the same run. `torch.add` with a new output is timed too, because the op allocates its own.
 
 On the CPU freed memory stays in the process (`python -m bench` pins the allocator's thresholds), so an output costs no
 page faults. The op is also timed with glibc's default settings, in another process. Projections are a module's matrix
@@ -13,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -30,10 +32,11 @@ import mru_kernels as mk
 from mru_kernels import backends
 from mru_kernels.backends import CHUNK
 
-from . import cli, errors, inputs, verify
+from . import cli, inputs, verify
 from .aside import Others
 from .inputs import Call, Case, repeated
-from .peers import PEERS, job, own_call, timed_passes, versions
+from .peer_checks import check_own_job, check_peer, op
+from .peers import PEERS, timed_passes, versions
 from .progress import tqdm
 from .records import Figure, facts_of, machine, name_of, table_without_empty, write_json
 from .report import summary
@@ -43,18 +46,12 @@ from .work import ADD, BOTH, FORWARD, GRU, NOISY, OWN_JOB, PROJECTIONS, floor_by
 SHAPES = ((4, 4096, 512), (1, 1048576, 16), (32, 1024, 64), (64, 128, 1024))
 LINEAR = "linear_recurrence"  # the cell whose inputs are its gates, so peers' own jobs are compared with it
 SMALL = (1, 1, 64)  # so small that the cost of a call dominates
-_CHECKED_STEPS = 256  # steps on which peers are compared with the op
 _WIDEST_MODULE = 2048  # channels; beyond it the matrix products dominate a module's time
 _PER_SUBJECT = 0.15  # seconds; see `bench.timing.measure`
 _MOST_OF_GRU = (4096, 1024)  # steps and channels up to which torch.nn.GRU is timed
 
 Key = tuple[str, str]  # subject and work
 Subjects = dict[Key, Callable[[], object]]
-
-
-def op(call: Call, backend: str | None) -> Callable[..., Tensor]:
-    """A function that computes h by the op. It takes the call's tensors by name."""
-    return lambda **tensors: getattr(mk, call.cell)(**tensors, **call.settings, backend=backend)[0]
 
 
 def per_channel(case: Case) -> dict[str, Case]:
@@ -64,31 +61,6 @@ def per_channel(case: Case) -> dict[str, Case]:
     return {name: replace(case, options={**case.options, name: "channel"}) for name in names}
 
 
-def check_peer(name: str, call: Call, backend: str | None = None) -> None:
-    """Raise unless a peer's h and gradients are those of the op on the first steps of a call, in float32 or wider.
-
-    Gradients are not compared if the peer does not give all of them.
-    """
-    dtype = errors.state_dtype(call.stream.dtype)
-    first = {name: (t[:, :_CHECKED_STEPS] if t.dim() == 3 else t).to(dtype) for name, t in call.tensors.items()}
-    few = inputs.call(call.cell, first, call.settings)
-    peer = PEERS[name]
-
-    def results(f: Callable[..., Tensor]) -> dict[str, Tensor]:
-        if not peer.whole:
-            return {"h": f(**few.tensors)}
-        leaves = {name: t.requires_grad_() for name, t in few.tensors.items()}
-        h = f(**leaves)
-        return {"h": h, **dict(zip(leaves, torch.autograd.grad(h, list(leaves.values()), few.grad_h), strict=True))}
-
-    expected, got = results(op(few, backend)), results(job(peer, few))
-    for what, x in expected.items():
-        error = (got[what] - x).abs().max().item()
-        if not error <= 1e-4 * (1 + x.abs().max().item()):  # a NaN is an error too
-            place = "" if what == "h" else f": another gradient of {what}"
-            raise RuntimeError(f"does not compute what {call.cell} computes{place}")
-
-
 @dataclass
 class Results:
     """What is known so far: figures, and a line with the reason for each subject that failed or is left out."""
@@ -96,6 +68,14 @@ class Results:
     figures: list[Figure] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def failures(self, where: str) -> Iterator[None]:
+        """A context whose exception becomes a line of `failed`, so that the run goes on. Ctrl-C still ends it."""
+        try:
+            yield
+        except Exception as error:
+            self.failed.append(" ".join(f"FAIL {where}: {type(error).__name__}: {error}".split()))
 
 
 def time_case(
@@ -161,7 +141,7 @@ def _peer_subjects(names: Sequence[str], case: Case, call: Call, backend: str, r
                 results.left_out.append(f"{subject} on {where}: {reason}")
             continue
         try:
-            check_peer(name, own_call(peer, call) if own else call, backend)
+            (check_own_job if own else check_peer)(name, call, backend)
             subjects |= {(subject, work): run for work, run in timed_passes(name, call, own).items()}
         except Exception as error:  # the other peers are still timed
             results.failed.append(" ".join(f"FAIL {where}: peer {subject!r} {error}; it is not timed".split()))
@@ -343,11 +323,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Others(backend) if device.type == "cpu" else nullcontext() as others:
             for case in tqdm(cases, "shapes", leave=False):
                 known = len(results.figures)
-                time_case(case, backend, device, results, arguments.peer, others)
-                if arguments.memory and len(results.figures) > known:
-                    results.figures = with_peak(results.figures, case, backend, device)
+                with results.failures(f"{case.shape} {_name(case.dtype)}"):
+                    time_case(case, backend, device, results, arguments.peer, others)
+                    if arguments.memory and len(results.figures) > known:
+                        results.figures = with_peak(results.figures, case, backend, device)
                 torch.compiler.reset()
-        calls = overhead(device, backend, arguments.cell)
+        with results.failures("cost of a call"):
+            calls = overhead(device, backend, arguments.cell)
     except KeyboardInterrupt:
         interrupted = True
     facts = machine(device) | versions(arguments.peer) | {"backend": backend, "cell": arguments.cell} | options

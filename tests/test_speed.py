@@ -15,18 +15,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import mru_kernels as mk
 from bench import aside, inputs, memory, peers, profile, report, scans, speed, verify, work
 from mru_kernels import backends
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 overhead = speed.overhead
-CELLS = [
-    (cell, epsilon)
-    for cell, declared in inputs.CELLS.items()
-    for epsilon in ((0.0, 1.0) if "epsilon" in declared.factors else (None,))
-]
 
 
 def case(cell: str, epsilon: float | None = None, dtype: torch.dtype = torch.float32, **sizes: int) -> inputs.Case:
@@ -52,59 +46,6 @@ def test_the_overhead_is_that_of_the_named_backend():
         assert len(overhead(CPU, "cpu")) == 4
 
 
-@pytest.mark.parametrize(("cell", "epsilon"), CELLS)
-@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.compiled])
-def test_a_peer_does_the_same_job(name, cell, epsilon):
-    """Results of a peer, and gradients of a whole peer, equal ours. A wrong peer is detected."""
-    for dtype in {torch.float32, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
-        given = case(cell, epsilon, dtype)
-        if peers.PEERS[name].why_not(given, CPU) is None:
-            call = given.build()
-            speed.check_peer(name, call)
-            right = peers.PEERS[name]
-            wrong = peers.Peer(lambda a, w, right=right: right(a, w) * 1.01, whole=False)
-            with patch.dict(peers.PEERS, {name: wrong}), pytest.raises(RuntimeError, match="does not compute"):
-                speed.check_peer(name, call)
-
-
-OWN_JOBS = {
-    "channels first": peers.Peer(
-        lambda a, w: in_rows(a.flatten(0, 1), w.flatten(0, 1)).view_as(w), peers.CHANNELS_FIRST
-    ),
-    "rows": peers.Peer(lambda a, w: in_rows(a, w), peers.ROWS),
-    "log gates": peers.Peer(lambda log_a, w: scans.python_loop(log_a.exp(), w), peers.LOG_GATES, decays="positive"),
-} | {name: peer for name, peer in peers.PEERS.items() if peer.has_own_job}
-
-
-def in_rows(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """A scan of `[rows, T]`, both contiguous."""
-    assert a.is_contiguous()
-    assert w.is_contiguous()
-    return scans.python_loop(a.unsqueeze(-1), w.unsqueeze(-1)).squeeze(-1)
-
-
-@pytest.mark.parametrize("name", OWN_JOBS)
-def test_a_peers_own_job_is_the_linear_recurrence(name):
-    peer, given = OWN_JOBS[name], case(speed.LINEAR)
-    if (reason := peer.why_not(given, CPU, own=True)) is not None:
-        pytest.skip(reason)
-    call = peers.own_call(peer, given.build())
-    leaves = {name: t.requires_grad_() for name, t in call.tensors.items()}
-    h = mk.linear_recurrence(**leaves)[0]
-    decay, update = torch.autograd.grad(h, [leaves["decay"], leaves["update"]], call.grad_h)
-    works = peer.own_passes(call.tensors["decay"], call.tensors["update"], call.grad_h)
-
-    def back(x) -> torch.Tensor:
-        return peer.layout.back(torch.as_tensor(x) if isinstance(x, torch.Tensor) else torch.from_dlpack(x), h.shape)
-
-    torch.testing.assert_close(back(works[work.FORWARD]()), h.detach(), rtol=1e-4, atol=1e-4)
-    if peer.whole:
-        of_a, of_w = map(back, works[work.BOTH]())
-        expected = decay * leaves["decay"] if peer.layout.log else decay
-        torch.testing.assert_close(of_a, expected.detach(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(of_w, update, rtol=1e-4, atol=1e-4)
-
-
 def test_a_peer_that_fails_on_a_dtype_does_not_end_the_run(tmp_path, capsys):
     def only_wide(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if w.dtype == torch.bfloat16:
@@ -121,9 +62,31 @@ def test_a_peer_that_fails_on_a_dtype_does_not_end_the_run(tmp_path, capsys):
     assert ("bfloat16", "log-step scan") not in timed
 
 
+def rows_peer(factor: float = 1.0) -> peers.Peer:
+    """A peer that scans `[B D, T]`. The results of its own job are multiplied by a factor."""
+
+    class InRows(peers.Peer):
+        def own_passes(self, a, w, grad):
+            works = super().own_passes(a, w, grad)
+            return works | {work.FORWARD: lambda: works[work.FORWARD]() * factor}
+
+    return InRows(lambda a, w: scans.log_step(a.unsqueeze(-1), w.unsqueeze(-1)).squeeze(-1), peers.ROWS)
+
+
+def test_a_wrong_own_job_is_refused(capsys):
+    with patch.dict(peers.PEERS, {"log-step scan": rows_peer(1.01)}):
+        status, page = run(
+            capsys, "--cell", speed.LINEAR, "--shape", "2,20,5", "--dtype", "fp32", "--peer", "log-step scan"
+        )
+    assert status == 1
+    assert page.count("FAIL") == 1
+    reason = "does not compute what linear_recurrence computes; it is not timed"
+    assert f"FAIL (2, 20, 5) float32: peer 'log-step scan{work.OWN_JOB}' {reason}" in page
+
+
 def test_own_jobs_are_timed_beside_the_linear_recurrence_only(tmp_path, capsys):
     file = tmp_path / "record.json"
-    with patch.dict(peers.PEERS, {"log-step scan": OWN_JOBS["rows"]}):
+    with patch.dict(peers.PEERS, {"log-step scan": rows_peer()}):
         for cell, own in (("linear_recurrence", True), ("bmru", False)):
             run(capsys, "--cell", cell, "--shape", "2,20,5", "--dtype", "fp32", "--peer", "log-step scan",
                 "--json", str(file))  # fmt: skip
@@ -143,41 +106,6 @@ def test_the_record_has_the_versions_of_peers(tmp_path, capsys):
     assert report.load(tmp_path / "record.json")["machine"]["numpy"] == metadata.version("numpy")
     assert "no_such_package not installed" in page
     assert peers.versions([]) == {}
-
-
-@pytest.mark.check
-@pytest.mark.parametrize("name", ["log-step scan, compiled", "python loop, compiled"])
-def test_a_compiled_peer_does_the_same_job(name):
-    torch.compiler.reset()
-    speed.check_peer(name, case("bmru", 0.5).build())
-
-
-def test_a_wrong_gradient_is_detected():
-    wrong = peers.Peer(lambda a, w: scans.python_loop(a.detach() + 0 * a, w))
-    with patch.dict(peers.PEERS, {"python loop": wrong}), pytest.raises(RuntimeError, match="another gradient"):
-        speed.check_peer("python loop", case("linear_recurrence").build())
-
-
-def test_why_a_peer_is_left_out():
-    def reason(given: inputs.Case, **limits) -> str | None:
-        return peers.Peer(scans.python_loop, **limits).why_not(given, CPU)
-
-    given = case("bmru", 0.0, time=5000)
-    assert reason(given) is None
-    assert reason(given, needs=("torch", "no_such_package")) == "no_such_package not installed"
-    assert reason(given, epsilon=1.0) == "epsilon 1 only"
-    assert reason(given, only_on="cuda") == "runs on cuda only"
-    assert reason(given, most_steps=4096) == "up to 4096 steps only"
-    assert reason(given, power_of_2=True) == "a power of 2 of steps only"
-    assert reason(case("bmru", 0.0, time=64), power_of_2=True) is None
-    assert reason(given, without=(torch.float32,)) == "does not take torch.float32"
-    assert reason(given, decays="positive") is None
-    assert reason(case("lif")) == "no affine form declared"
-    assert reason(case("linear_recurrence"), decays="positive") == "positive decays only"
-    positive = peers.Peer(scans.python_loop, decays="positive")
-    assert positive.why_not(case("linear_recurrence"), CPU, own=True) is None
-    assert reason(case("linear_recurrence"), decays="real") is None
-    assert reason(case("linear_recurrence", dtype=torch.complex64), decays="real") == "real decays only"
 
 
 @pytest.mark.parametrize(
@@ -250,6 +178,54 @@ def test_ctrl_c_leaves_the_figures_so_far(first, tmp_path, capsys, monkeypatch):
     assert page.count("\n| 2, 20, 5 |") == (len(record["figures"]) + 1 if first == 2 else 0)
     assert "2, 21, 5" not in page
     assert report.main([str(file)]) == 0
+
+
+class Failing:
+    """Stands for `aside.Others`. The given question about the second shape fails."""
+
+    def __init__(self, question: str):
+        self.question = question
+
+    def answer(self, question: str, call: inputs.Call, right):
+        if (question, call.stream.shape[1]) == (self.question, 21):
+            raise RuntimeError(f"{question}: the process\nwith other settings failed")
+        return right
+
+    def digest(self, call: inputs.Call) -> str:
+        return self.answer("digest", call, verify.digest(call, "cpu"))
+
+    def times(self, call: inputs.Call) -> list:
+        return self.answer("times", call, [])
+
+
+@pytest.mark.parametrize("question", ["digest", "times"])
+def test_a_failure_at_a_case_leaves_the_figures_and_the_other_cases(question, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "Others", lambda _: nullcontext(Failing(question)))
+    file = tmp_path / "record.json"
+    status, page = run(capsys, "--shape", "2,20,5", "2,21,5", "2,22,5", "--dtype", "fp32", "--json", str(file))
+    assert status == 1
+    reason = f"FAIL (2, 21, 5) float32: RuntimeError: {question}: the process with other settings failed"
+    assert page.endswith(f"{reason}\n")
+    record = report.load(file)
+    assert record["failed"] == [reason]
+    assert "interrupted" not in record
+    assert record["microseconds"] == {"a call": 1.0}
+    timed = {tuple(f["shape"]) for f in record["figures"]}
+    assert timed == {(2, 20, 5), (2, 22, 5)} | ({(2, 21, 5)} if question == "times" else set())
+    assert "\n| 2, 22, 5 | float32 | bmru | forward |" in page
+    assert report.main([str(file)]) == 0
+
+
+def test_a_failure_of_the_last_measurement_leaves_the_figures(tmp_path, capsys, monkeypatch):
+    def failing(*_) -> dict[str, float]:
+        raise ValueError("no such step")
+
+    monkeypatch.setattr(speed, "overhead", failing)
+    file = tmp_path / "record.json"
+    status, page = run(capsys, "--shape", "2,20,5", "--dtype", "fp32", "--json", str(file))
+    assert status == 1
+    assert page.endswith("FAIL cost of a call: ValueError: no such step\n")
+    assert {tuple(f["shape"]) for f in report.load(file)["figures"]} == {(2, 20, 5)}
 
 
 @pytest.mark.check

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from unittest.mock import patch
 
 import pytest
 import torch
 
+import mru_kernels as mk
 from bench import aside, compare, inputs, verify
 from bench.inputs import Call
 from mru_kernels.ops import entry
@@ -18,6 +22,9 @@ CELLS = [
     for cell, declared in inputs.CELLS.items()
     for epsilon in ((0.0, 0.5) if "epsilon" in declared.factors else (None,))
 ]
+
+#: Cells and steps whose faults the quick tests look for. `make check` looks for those of all.
+QUICK = [("bmru", 0.5, 200), ("linear_recurrence", None, 200), ("leaky_integrator", None, 60)]
 
 
 @pytest.fixture(autouse=True)
@@ -44,12 +51,29 @@ def changed(name: str, change, when=lambda: True):
     return patch.object(compare, "results_of", results_of)
 
 
+def calls_of(cell: str, epsilon: float | None, steps: int) -> Iterator[tuple[Call, Call]]:
+    """For each dtype: a call of `steps` steps, and a small one for a comparison."""
+    for dtype in {torch.float32, torch.bfloat16, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
+        yield call_of(cell, epsilon, dtype, time=steps), call_of(cell, epsilon, dtype, time=128)
+
+
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(("cell", "epsilon"), CELLS)
-def test_right_results_pass_and_faults_are_found_that_a_comparison_of_a_small_case_finds(cell, epsilon, steps):
-    for dtype in {torch.float32, torch.bfloat16, torch.complex64} & set(inputs.CELLS[cell].dtypes.values()):
-        call, small = (call_of(cell, epsilon, dtype, time=time) for time in (steps, 128))
+def test_right_results_pass(cell, epsilon, steps):
+    for call, _ in calls_of(cell, epsilon, steps):
         assert verify.faults(call, "cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "epsilon", "steps"),
+    [
+        pytest.param(*of, steps, marks=() if (*of, steps) in QUICK else pytest.mark.check)
+        for of in CELLS
+        for steps in STEPS
+    ],
+)
+def test_faults_are_found_that_a_comparison_of_a_small_case_finds(cell, epsilon, steps):
+    for call, small in calls_of(cell, epsilon, steps):
         for name in ("h", "final_state", *call.tensors):
             for size in (1e-1, 1e-3, 1e-5):
                 with changed(name, lambda t, size=size: t * (1 + size)):
@@ -57,7 +81,10 @@ def test_right_results_pass_and_faults_are_found_that_a_comparison_of_a_small_ca
                 if not row.passed:
                     label = name if name in compare.FORWARD else f"d {name}"
                     with changed(name, lambda t, size=size: t * (1 + 2 * size)):  # limits depend on the numbers
-                        assert f"{label} is not that of the reference" in verify.faults(call, "cpu"), (dtype, size)
+                        assert f"{label} is not that of the reference" in verify.faults(call, "cpu"), (
+                            call.stream.dtype,
+                            size,
+                        )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -111,6 +138,53 @@ def test_a_lost_gradient_of_a_cut_is_found():
         assert verify.faults(call, "cpu") == ["decay depends on where time is cut"]
 
 
+@pytest.mark.parametrize("name", ["h", "decay"])
+def test_a_wrong_chunk_of_a_long_scan_in_half_precision_is_found(name):
+    """Its norm is below the limit times the norm of all 2^21 steps."""
+
+    def change(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        t[:, 2**19 : 2**19 + 64] = 0
+        return t
+
+    call = call_of("linear_recurrence", dtype=torch.bfloat16, batch=1, time=2**21, channels=1)
+    right = compare.results_of(call, partial(mk.linear_recurrence, backend="cpu"))[name]
+    assert (change(right) - right).norm() < 1e-2 * right.norm()
+    assert verify.faults(call, "cpu") == []
+    with changed(name, change, when=lambda: entry.SEGMENT != -1):
+        assert verify.faults(call, "cpu") == [f"{name} depends on where time is cut"]
+
+
+@pytest.mark.parametrize("steps", [1, 63, 64, 65, 200])
+def test_each_block_of_steps_has_a_limit(steps):
+    """Half of the limit passes in every block, and twice the limit fails in any, also in a shorter last one."""
+    right = torch.randn(2, steps, 5, generator=torch.Generator().manual_seed(0)).clamp_min(1)
+    assert verify._agree(right * (1 + 0.5e-4), right, exact=False)
+    for row, first in product(range(2), range(0, steps, 64)):
+        wrong = right.clone()
+        wrong[row, first : first + 64] *= 1 + 2e-4
+        assert not verify._agree(wrong, right, exact=False)
+        assert not verify._agree(right.index_fill(1, torch.tensor(first), float("nan")), right, exact=False)
+
+
+def test_a_block_of_small_numbers_may_have_the_error_of_the_others():
+    right = torch.ones(1, 200, 5)
+    right[:, 64:128] = 1e-6
+    for error, agree in ((0.5e-4, True), (2e-4, False)):
+        wrong = right.clone()
+        wrong[:, 64:128] += error * right.square().mean().sqrt()
+        assert verify._agree(wrong, right, exact=False) == agree
+
+
+def test_one_channel_of_part_of_a_complex_tensor_is_compared():
+    """Gradients of parts of a complex tensor have a last stride of 2. With one channel they count as contiguous."""
+    call = call_of("resonate", dtype=torch.float32, channels=1, time=60)
+    assert verify.faults(call, "cpu") == []
+    parts = torch.view_as_real(torch.randn(2, 60, 1, dtype=torch.complex64))
+    assert verify._same_bits(parts[..., 0], parts[..., 0].clone())
+    assert not verify._same_bits(parts[..., 0], parts[..., 1])
+
+
 def test_other_instructions_must_give_the_same_values_where_these_are_exact():
     exact, rounded = call_of("bmru", 0.0), call_of("bmru", 0.5)
     for call in (exact, rounded):
@@ -146,3 +220,4 @@ def test_a_process_with_other_settings_answers():
         assert others.digest(call) == verify.digest(call, "cpu")
         with pytest.raises(RuntimeError, match="the process with other settings failed"):
             others.digest(replace(call, cell="no_such_cell"))
+        assert others.digest(call) == verify.digest(call, "cpu")  # by another process

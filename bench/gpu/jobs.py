@@ -11,7 +11,7 @@ import torch
 
 import mru_kernels as mk
 
-from .. import compare, inputs, softmax_cases, speed, timing, work
+from .. import compare, inputs, peer_checks, softmax_cases, speed, timing, work
 from ..inputs import Call, Case
 from ..peers import PEERS, job
 from ..records import Figure
@@ -69,8 +69,8 @@ class Timing:
         seldom = replace(call, tensors={"candidate": candidate * 0.005, "threshold": threshold})
         for name in names:
             if _meets_limits(CELL, name, shape, self.device):
-                works |= _works(name, call, speed.op(call, name))
-                works |= _works(name + SELDOM, seldom, speed.op(seldom, name))
+                works |= _works(name, call, peer_checks.op(call, name))
+                works |= _works(name + SELDOM, seldom, peer_checks.op(seldom, name))
             else:
                 self.write("failed", f"{name} on {shape}: beyond its limits against the reference, so not timed")
         self._measure(shape, call, works)
@@ -81,7 +81,7 @@ class Timing:
             self.write("failed", f"{op} of {name} on {shape}: beyond its limits against the reference, so not timed")
             return
         call = _softmax_call(op, shape, self.device) if op in softmax_cases.FORMS else _neurons(op, shape, self.device)
-        self._measure(shape, call, _works(f"{name}, {op}", call, speed.op(call, name)), "other")
+        self._measure(shape, call, _works(f"{name}, {op}", call, peer_checks.op(call, name)), "other")
 
     def calls(self, name: str) -> None:
         """Time calls of a backend on tiny inputs."""
@@ -92,7 +92,7 @@ class Timing:
         """Time a peer: forward, and forward + backward. It is checked on the first shape that it gets."""
         call = _call(shape, self.device)
         if name not in self._checked:
-            speed.check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
+            peer_checks.check_peer(name, replace(call, tensors={name: t[:2] for name, t in call.tensors.items()}))
             self._checked.add(name)
         works = _works(name, call, job(PEERS[name], call))
         timed = (work.FORWARD, work.BOTH) if PEERS[name].whole else (work.FORWARD,)
