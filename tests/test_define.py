@@ -13,6 +13,7 @@ import mru_kernels as mk
 from bench import inputs
 from mru_kernels import backends
 from mru_kernels.define import comparison
+from mru_kernels.define.trace import Functions, trace
 from tests import calls
 from tests.test_derivatives import hessian_products
 
@@ -302,6 +303,53 @@ def test_second_derivatives_of_packed_sequences_and_resets():
     resets = torch.tensor([[False, True, False, False, True, False, False]])
     assert torch.autograd.gradgradcheck(partial(MIN_GRU, cu_seqlens=offsets), leaves)
     assert torch.autograd.gradgradcheck(lambda a, b, s: MIN_GRU(a, b, resets=resets, reset_state=s), [*leaves, state])
+
+
+def of_a_constant_size(x: Tensor, a: Tensor) -> mk.Affine:
+    with torch.no_grad():
+        size = a.abs()
+    return mk.Affine(a.tanh() * size, x)
+
+
+def of_its_own_tensor(x: Tensor, a: Tensor) -> mk.Affine:
+    y = a.sin()
+    y.detach_()
+    return mk.Affine(a.sigmoid(), x * y)
+
+
+def of_a_first_derivative(x: Tensor, a: Tensor) -> mk.Affine:
+    (slope,) = torch.autograd.grad(a.sin(), a, torch.ones_like(a))
+    return mk.Affine(a * slope, x)
+
+
+@pytest.mark.parametrize(
+    ("gate", "stops"),
+    [
+        (lambda x, a: mk.Affine(a * a.detach(), x), True),
+        (lambda x, a: mk.Affine(a + (a.sign() - a).detach(), x), True),
+        (lambda x, a: mk.Affine(a * a.data, x), True),
+        (lambda x, a: mk.Affine(a, torch.where(x.detach() > 0, x, a)), True),
+        (of_a_constant_size, True),
+        (of_its_own_tensor, True),
+        (of_a_first_derivative, True),
+        (lambda x, a, k: mk.Affine(a * k.detach(), x * torch.ones_like(x).detach()), False),
+        (lambda x, a, k: mk.Affine(a.exp().tanh() * k, (x > 0).to(x.dtype) * x.sign() + a.sqrt().sigmoid()), False),
+    ],
+)
+def test_gates_whose_gradients_stop_are_found(gate, stops):
+    scalars = ("k",) if "k" in gate.__code__.co_varnames else ()
+    assert trace(Functions(gate, None, ("x", "a"), scalars)).surrogates == stops
+    assert trace(Functions(leaky, lambda state: state.detach() * state, ("input", "decay"), ())).surrogates
+
+
+@pytest.mark.check
+def test_second_derivatives_where_gradients_stop_are_refused():
+    cell = mk.define_cell("test_stops", of_a_constant_size)
+    x = torch.randn(2, 1, 5, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(cell(*x)[0].sum(), x, create_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(cell(*x, backend="torch")[0].sum(), x)[0])
+    with pytest.raises(NotImplementedError, match=r"^mru::test_stops: there is no second derivative"):
+        first.sum().backward()
 
 
 def test_second_derivatives_of_surrogates_are_refused():

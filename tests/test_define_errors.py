@@ -216,6 +216,12 @@ def test_a_name_is_given_once():
         mk.define_cell("named_once", lambda x, a: mk.Affine(a, 2 * x))
 
 
+def test_cells_with_one_source_that_differ_in_their_second_derivatives_are_two():
+    mk.define_cell("chooses_by_sign", lambda x, a: mk.Affine(torch.where(a > 0, a, 0.5), x))
+    with pytest.raises(ValueError, match="name: expected a new name, got 'chooses_by_sign'"):
+        mk.define_cell("chooses_by_sign", lambda x, a: mk.Affine(torch.where(a.detach() > 0, a, 0.5), x))
+
+
 def test_copies_are_the_cell_itself():
     cell = mk.define_cell("copied", affine)
     assert copy.deepcopy(cell) is pickle.loads(pickle.dumps(cell)) is copy.copy(cell) is cell
