@@ -305,6 +305,18 @@ def test_second_derivatives_of_packed_sequences_and_resets():
     assert torch.autograd.gradgradcheck(lambda a, b, s: MIN_GRU(a, b, resets=resets, reset_state=s), [*leaves, state])
 
 
+@pytest.mark.check
+def test_second_derivatives_of_an_input_that_only_a_mask_reads():
+    """Its gradient is a constant."""
+    cell = mk.define_cell("test_masked", lambda x, y, a: mk.Affine(torch.where(y > 0, a, 0.5), x))
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in torch.randn(3, 1, 4, 2, dtype=torch.float64)]
+    assert torch.autograd.gradgradcheck(cell, leaves)
+    of_y, of_a = torch.autograd.grad(cell(*leaves)[0].sum(), leaves[1:], create_graph=True)
+    assert not torch.autograd.grad(of_y.sum(), leaves, retain_graph=True, materialize_grads=True)[0].any()
+    assert torch.autograd.grad(of_a.sum(), leaves, materialize_grads=True)[0].any()
+
+
 def of_a_constant_size(x: Tensor, a: Tensor) -> mk.Affine:
     with torch.no_grad():
         size = a.abs()

@@ -265,7 +265,8 @@ class GradientByParts(torch.autograd.Function):
             states = {name: inputs.pop() for name in reversed(ctx.states)}
             call = ctx.constants | grads | {"inputs": inputs, "cu_seqlens": cu_seqlens, "resets": resets} | states
             results = gradient_by_parts(ctx.cell, ctx.backend, call)
-        pairs = [(t, tangent) for t, tangent in zip(results, tangents, strict=True) if tangent is not None]
+        # A result such as the gradient of an input that only a mask reads is constant.
+        pairs = [(t, v) for t, v in zip(results, tangents, strict=True) if v is not None and t.requires_grad]
         if not pairs:
             return (None,) * (3 + len(views))
         outputs, cotangents = zip(*pairs, strict=True)
