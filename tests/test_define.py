@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from unittest.mock import patch
 
@@ -13,6 +15,8 @@ import mru_kernels as mk
 from bench import inputs
 from mru_kernels import backends
 from mru_kernels.define import comparison
+from mru_kernels.define.plain import plain
+from mru_kernels.define.torch_language import evaluate
 from mru_kernels.define.trace import Functions, trace
 from tests import calls
 from tests.test_derivatives import hessian_products
@@ -315,6 +319,67 @@ def test_second_derivatives_of_an_input_that_only_a_mask_reads():
     of_y, of_a = torch.autograd.grad(cell(*leaves)[0].sum(), leaves[1:], create_graph=True)
     assert not torch.autograd.grad(of_y.sum(), leaves, retain_graph=True, materialize_grads=True)[0].any()
     assert torch.autograd.grad(of_a.sum(), leaves, materialize_grads=True)[0].any()
+
+
+def assert_second_derivatives_of_a_step(gate: Callable[..., mk.Affine], *leaves: Tensor) -> None:
+    """The derivatives of the recorded gradients are those of torch's gradients; no kernel runs."""
+    names = tuple(inspect.signature(gate).parameters)
+    complex_inputs = frozenset(n for n, t in zip(names, leaves, strict=True) if t.is_complex())
+    functions = Functions(gate, None, names, (), complex_inputs)
+    vjp = plain(functions, trace(functions)).vjp
+    assert vjp is not None
+    leaves = tuple(t.requires_grad_() for t in leaves)
+    state = leaves[0].detach().cos()
+    cotangent = state.sin()
+    factor, offset = gate(*leaves)
+    firsts = {
+        "ours": vjp(leaves, state, state, cotangent, cotangent, []),
+        "theirs": torch.autograd.grad(factor * state + offset, leaves, cotangent, create_graph=True),
+    }
+    found = {}
+    for name, first in firsts.items():
+        grads = [torch.autograd.grad((t * cotangent).sum().abs().square(), leaves, retain_graph=True,
+                                     allow_unused=True, materialize_grads=True) for t in first]  # fmt: skip
+        found[name] = [*first, *(t for each in grads for t in each)]
+    for ours, theirs in zip(found["ours"], found["theirs"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.relu,
+        lambda t: t.clamp(-1, 0.5),
+        lambda t: t.clamp(0.5, -1),
+        lambda t: t.clamp(min=-1),
+        lambda t: t.clamp(max=0.5),
+        lambda t: torch.clamp(t, min=t.square() - 0.25, max=2 * t - 1),
+        lambda t: torch.maximum(t, -t),
+        lambda t: torch.minimum(t, t.square()),
+        torch.nn.functional.hardtanh,
+        torch.nn.functional.relu6,
+        torch.nn.functional.leaky_relu,
+        lambda t: torch.nn.functional.threshold(t, 0.5, 0.0),
+    ],
+)
+def test_second_derivatives_at_ties_are_those_of_torch(function):
+    ties = torch.tensor([-1.0, -0.5, 0.0, 0.3, 0.5, 1.0, 6.0], dtype=torch.float64)
+    assert_second_derivatives_of_a_step(lambda x, a: mk.Affine(0.5 * x * a, function(x) * a), ties, ties.exp())
+
+
+def test_clamps_keep_nan():
+    nan, one = torch.tensor([float("nan"), 1.0, float("nan"), 2.0]), torch.tensor([1.0, float("nan"), float("nan"), 3])
+    functions = Functions(
+        lambda x, a: mk.Affine(x.relu() + x.clamp(0.5, 4) * x.clamp(max=9), torch.clamp(x, a, a + 1)),
+        None,
+        ("x", "a"),
+        (),
+    )
+    program = trace(functions)
+    factor, offset = evaluate(program.graph, [program.write, program.value], {"x[0]": nan, "x[1]": one}, nan)
+    expected = functions.gates({"x": nan, "a": one})
+    for ours, theirs in zip((factor, offset), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def of_a_constant_size(x: Tensor, a: Tensor) -> mk.Affine:
