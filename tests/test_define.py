@@ -328,7 +328,7 @@ def assert_second_derivatives_of_a_step(gate: Callable[..., mk.Affine], *leaves:
     functions = Functions(gate, None, names, (), complex_inputs)
     vjp = plain(functions, trace(functions)).vjp
     assert vjp is not None
-    leaves = tuple(t.requires_grad_() for t in leaves)
+    leaves = tuple(t.detach().requires_grad_() for t in leaves)
     state = leaves[0].detach().cos()
     cotangent = state.sin()
     factor, offset = gate(*leaves)
