@@ -95,6 +95,8 @@ class Recorder(TorchDispatchMode):
             return result
         result = func(*args, **kwargs)
         is_pair = result.shape == (*SHAPE, 2) and name in OF_PAIRS
+        if is_pair and name == "add" and not all(isinstance(t, Tensor) and t.shape == result.shape for t in args):
+            self.refuse("a sum of two results of view_as_real", "add of one and a number, which changes both parts")
         if result.shape not in (SHAPE, ()) and not is_pair:
             self.refuse("pointwise operations", f"{name}, whose result has another shape")
         exact = name in _CREATIONS or self._chooses_numbers(name, args)
