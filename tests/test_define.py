@@ -359,6 +359,7 @@ def assert_second_derivatives_of_a_step(gate: Callable[..., mk.Affine], *leaves:
         torch.nn.functional.hardtanh,
         torch.nn.functional.relu6,
         torch.nn.functional.leaky_relu,
+        torch.nn.functional.logsigmoid,
         lambda t: torch.nn.functional.threshold(t, 0.5, 0.0),
     ],
 )

@@ -130,6 +130,11 @@ def _of_tanh(graph: Graph, grad: int, y: int) -> int:
     return graph.add("multiply", grad, slope)
 
 
+def _of_log_sigmoid(graph: Graph, grad: int, x: int, _: int) -> int:
+    """As a sigmoid: torch's decomposition has |x|, which has no derivative at 0."""
+    return graph.add("multiply", grad, graph.add("sigmoid", graph.add("negative", x)))
+
+
 def _above(graph: Graph, grad: int, x: int, threshold: int) -> int:
     return graph.add("where", graph.add("less_equal", x, threshold), graph.constant(0.0), grad)
 
@@ -167,6 +172,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "masked_fill": lambda graph, x, mask, value: graph.add("where", mask, value, x),
     "sigmoid_backward": _of_sigmoid,
     "tanh_backward": _of_tanh,
+    "log_sigmoid_backward": _of_log_sigmoid,
     "threshold_backward": _above,
     "select_backward": _select_backward,
     "zeros_like": _like(0.0),
