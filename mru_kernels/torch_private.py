@@ -18,12 +18,14 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "FAKE_MODE",
     "BelowAutograd",
     "DisableFunctorch",
     "DisableTorchFunction",
+    "EnableTorchFunction",
     "FakeTensor",
     "NoGrad",
     "OpOverload",
@@ -52,6 +54,7 @@ __all__ = [
     "remove_batch_dim",
     "scan_op",
     "transforms_active",
+    "tree_leaves",
     "unwrapped_tensor",
     "without_modes",
 ]
@@ -77,6 +80,7 @@ add_batch_dim = torch._add_batch_dim
 
 # Modes: a tensor that outlives them is made without any.
 DisableTorchFunction = torch._C.DisableTorchFunction
+EnableTorchFunction = torch._C._EnableTorchFunction  # inside the one above
 DisableFunctorch = torch._C._DisableFuncTorch
 modes_active = torch._C._len_torch_dispatch_stack
 dispatch_mode = torch._C._get_dispatch_mode

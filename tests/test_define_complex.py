@@ -14,7 +14,10 @@ from torch import Tensor
 
 import mru_kernels as mk
 from bench import inputs
+from mru_kernels.define.torch_language import evaluate
+from mru_kernels.define.trace import Functions, trace
 from tests import calls
+from tests.test_define import assert_second_derivatives_of_a_step
 
 CPU = torch.device("cpu")
 COMPLEX = [torch.complex64, torch.complex128]
@@ -160,6 +163,28 @@ def test_second_derivatives_by_differences(cell):
         return cell(*arguments[:-1], initial_state=arguments[-1], reverse=True)
 
     assert torch.autograd.gradgradcheck(scan, [*leaves, state])
+
+
+POINTS = torch.tensor([0, 1, -2j, 1 + 1j, 3 - 3j, -2 + 0.5j, 0.25 + 4j, 1e-200 - 1e-200j], dtype=C)
+
+
+@pytest.mark.parametrize(
+    "function", [torch.abs, torch.sgn, lambda t: t.abs() * t, lambda t: t / (1 + t.abs()), lambda t: t.real.abs() + t]
+)
+def test_second_derivatives_of_moduli_are_those_of_torch(function):
+    """At 0, on the axes and where both parts are of one size."""
+    points = POINTS[1:-1] if function is torch.sgn else POINTS  # torch's own of sgn are NaN at the others
+    assert_second_derivatives_of_a_step(lambda x, a: mk.Affine(a * x, function(x) * a), points, points.exp())
+
+
+def test_third_derivatives_of_moduli_by_differences():
+    x = POINTS[1:-1].clone().requires_grad_()
+    program = trace(Functions(lambda x: mk.Affine(0.5, x.abs() + 0 * x), None, ("x",), (), frozenset("x")))
+
+    def first(x: Tensor) -> Tensor:
+        return evaluate(program.graph, program.grads, {"x[0]": x, "lambda_": torch.ones_like(x)}, x.real)[0]
+
+    assert torch.autograd.gradgradcheck(first, x)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

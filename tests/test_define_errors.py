@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mru_kernels as mk
 from mru_kernels.define import build
+from mru_kernels.define.torch_language import evaluate
+from mru_kernels.define.trace import Functions, trace
 
 OUTSIDE = torch.ones(3)
 
@@ -87,6 +89,14 @@ def multiplies_parts(x, a):
     return mk.Affine(torch.view_as_complex(parts * parts), x)
 
 
+def adds_to_both_parts(x, a):
+    return mk.Affine(torch.view_as_complex(torch.view_as_real(1j * a) + 1), x)
+
+
+def subtracts_from_both_parts(x, a):
+    return mk.Affine(torch.view_as_complex(torch.view_as_real(1j * a) - 1), x)
+
+
 WHAT_A_GATE_MUST_NOT_DO = [
     (branches, "sum"),
     (branches_on_a_value, "branch on values|pointwise"),
@@ -101,6 +111,8 @@ WHAT_A_GATE_MUST_NOT_DO = [
     (lacks_a_complex_operation, "pointwise operations on complex numbers that kernels have, got tanh"),
     (raises_to_a_power, "pointwise operations on complex numbers that kernels have, got pow"),
     (drops_an_imaginary_part, "pointwise operations on complex numbers that kernels have, got _to_copy"),
+    (adds_to_both_parts, "a sum of two results of view_as_real, got add of one and a number"),
+    (subtracts_from_both_parts, "pointwise operations, got sub, whose result has another shape"),
     (multiplies_parts, "pointwise operations, got mul, whose result has another shape"),
 ]
 
@@ -172,6 +184,26 @@ def test_a_choice_of_small_numbers_is_recorded():
     assert "? splat<V>(S(0x1.0000000000000p+0)) : splat<V>(S(-0x1.0000000000000p-1))" in cell.source
 
 
+def test_pairs_of_parts_add_up():
+    def gate(x, a):
+        one, other = torch.view_as_real(a), torch.view_as_real(1j * a)
+        return mk.Affine(torch.view_as_complex(one + other), x)
+
+    program = trace(Functions(gate, None, ("x", "a"), (), frozenset("xa")))
+    a = torch.tensor([1 + 2j, -3j, 0.5 + 0j])
+    (factor,) = evaluate(program.graph, [program.write], {"x[1]": a}, a.real)
+    assert torch.equal(factor, a * (1 + 1j))
+
+
+@pytest.mark.parametrize("number", [lambda k: k, lambda k: 2.0, lambda k: torch.tensor(2.0)])
+def test_a_number_is_not_added_to_a_pair_of_parts(number):
+    def output(state, k):
+        return (torch.view_as_complex(number(k) + torch.view_as_real(state)) * k).real
+
+    with pytest.raises(ValueError, match="a sum of two results of view_as_real"):
+        trace(Functions(affine, output, ("x", "a"), ("k",), frozenset("a")))
+
+
 MODES = {
     "fake": FakeTensorMode,
     "default device": lambda: torch.device("meta"),
@@ -214,6 +246,12 @@ def test_a_name_is_given_once():
     assert mk.define_cell("named_once", affine) is first  # a notebook runs its cells again
     with pytest.raises(ValueError, match="name: expected a new name, got 'named_once'"):
         mk.define_cell("named_once", lambda x, a: mk.Affine(a, 2 * x))
+
+
+def test_cells_with_one_source_that_differ_in_their_second_derivatives_are_two():
+    mk.define_cell("chooses_by_sign", lambda x, a: mk.Affine(torch.where(a > 0, a, 0.5), x))
+    with pytest.raises(ValueError, match="name: expected a new name, got 'chooses_by_sign'"):
+        mk.define_cell("chooses_by_sign", lambda x, a: mk.Affine(torch.where(a.detach() > 0, a, 0.5), x))
 
 
 def test_copies_are_the_cell_itself():

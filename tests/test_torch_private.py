@@ -128,6 +128,26 @@ def test_functions_and_transforms_are_disabled():
     torch.func.vmap(f)(torch.ones(2))
 
 
+def test_functions_are_enabled_again():
+    class Noted(torch.overrides.TorchFunctionMode):
+        seen: list = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(1)
+    with private.DisableTorchFunction(), Noted() as noted:
+        x.abs()
+        with private.EnableTorchFunction():
+            x.neg()
+    assert noted.seen == [torch.Tensor.neg]
+
+
+def test_leaves_of_nested_arguments():
+    assert private.tree_leaves(((1, [2]), {"a": 3})) == [1, 2, 3]
+
+
 def test_autocast_is_detected():
     assert not private.any_autocast()
     with torch.autocast("cpu"):

@@ -123,8 +123,8 @@ class DefinedCell:
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: the backend cannot run this call, or the C++ compiler is missing or fails.
-        NotImplementedError: a second derivative is taken of a cell that writes or has a surrogate derivative. Other
-            cells have derivatives of any order.
+        NotImplementedError: a second derivative is taken of a cell that writes, has a surrogate derivative, or computes
+            with `detach` or `no_grad`. Other cells have derivatives of any order.
 
     Example::
 
@@ -148,7 +148,9 @@ class DefinedCell:
         self.__doc__ = doc or functions.gate.__doc__ or type(self).__doc__
         self.__signature__ = self._signature()
         self.source = self._header(name, tuple(self._kind(n, None) for n in self.inputs))
-        self._definition = (self.source, self.inputs, self.scalars, functions.complex_inputs)
+        self._definition = (
+            self.source, self.inputs, self.scalars, functions.complex_inputs, self._program.surrogates
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _by_name, (self.name,)  # copies are the cell itself

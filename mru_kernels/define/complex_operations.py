@@ -81,7 +81,7 @@ def _divide(graph: Graph, x: Parts, y: Parts, rounding_mode: str | None = None) 
         return None
     if graph.is_zero(y.im):
         return Parts(_over(graph, x.re, y.re), _over(graph, x.im, y.re))
-    is_real = graph.add("greater_equal", graph.add("absolute", y.re), graph.add("absolute", y.im))
+    is_real = _real_part_is_larger(graph, y)
 
     def either(one: int, other: int) -> int:
         return graph.add("where", is_real, one, other)
@@ -95,6 +95,10 @@ def _divide(graph: Graph, x: Parts, y: Parts, rounding_mode: str | None = None) 
     return Parts(re, graph.add("multiply", im, over))
 
 
+def _real_part_is_larger(graph: Graph, x: Parts) -> int:
+    return graph.add("greater_equal", graph.add("absolute", x.re), graph.add("absolute", x.im))
+
+
 def _negative(graph: Graph, x: Parts) -> Parts:
     zero = graph.constant(0.0)
     return Parts(_minus(graph, zero, x.re), _minus(graph, zero, x.im))
@@ -105,22 +109,31 @@ def _conjugate(graph: Graph, x: Parts) -> Parts:
 
 
 def _absolute(graph: Graph, x: Parts) -> int:
-    """The larger part times the square root of 1 + ratio^2, so that no square leaves the range."""
+    """The larger part times the square root of 1 + ratio^2, so that no square leaves the range.
+
+    The ratio is 1 where both parts are 0 or infinite. It has its derivative where parts are equal otherwise.
+    """
     re, im = graph.add("absolute", x.re), graph.add("absolute", x.im)
     if graph.is_zero(x.im):
         return re
-    large, small = graph.add("maximum", re, im), graph.add("minimum", re, im)
-    one = graph.constant(1.0)
-    ratio = graph.add("where", graph.add("equal", small, large), one, graph.add("divide", small, large))
+    is_real, one = _real_part_is_larger(graph, x), graph.constant(1.0)
+    large, small = graph.add("where", is_real, x.re, x.im), graph.add("where", is_real, x.im, x.re)
+    undefined = graph.add("and", graph.add("equal", re, im), graph.add("equal", graph.add("add", re, re), re))
+    ratio = graph.add("where", undefined, one, _divided(graph, small, undefined, large))
     root = graph.add("square_root", graph.add("add", one, graph.add("multiply", ratio, ratio)))
-    return graph.add("multiply", large, root)
+    return graph.add("multiply", graph.add("absolute", large), root)
+
+
+def _divided(graph: Graph, x: int, undefined: int, y: int) -> int:
+    """The quotient x / y, and x where that is undefined: NaN would enter the derivatives even if it is not chosen."""
+    return _over(graph, x, graph.add("where", undefined, graph.constant(1.0), y))
 
 
 def _direction(graph: Graph, x: Parts) -> Parts:
     """The quotient x / |x|, and 0 for 0. The gradient of |x| is a multiple of it."""
     size, zero = _absolute(graph, x), graph.constant(0.0)
     is_zero = graph.add("equal", size, zero)
-    return Parts(*(graph.add("where", is_zero, zero, _over(graph, part, size)) for part in x))
+    return Parts(*(graph.add("where", is_zero, zero, _divided(graph, part, is_zero, size)) for part in x))
 
 
 def _exponential(graph: Graph, x: Parts) -> Parts:

@@ -53,10 +53,36 @@ def _power(graph: Graph, x: int, y: int) -> int:
     return graph.add("power", x, y)
 
 
+# Clamps are choices and not maxima, whose derivative torch halves between equal arguments. NaN stays NaN.
+
+
+def _at_least(graph: Graph, x: int, least: int) -> int:
+    return graph.add("where", _or_nan(graph, "less", x, least), least, x)
+
+
+def _at_most(graph: Graph, x: int, most: int) -> int:
+    return graph.add("where", _or_nan(graph, "greater", x, most), most, x)
+
+
+def _or_nan(graph: Graph, comparison: str, x: int, bound: int) -> int:
+    """Whether `x` is outside the bound, or the bound is NaN."""
+    is_outside, node = graph.add(comparison, x, bound), graph.nodes[bound]
+    if node.operation == "constant" and not math.isnan(node.value):
+        return is_outside
+    return graph.add("or", is_outside, graph.add("not_equal", bound, bound))
+
+
 def _clamp(graph: Graph, x: int, min: int | None = None, max: int | None = None) -> int:
-    if min is not None:
-        x = graph.add("maximum", x, min)
-    return x if max is None else graph.add("minimum", x, max)
+    x = x if min is None else _at_least(graph, x, min)
+    return x if max is None else _at_most(graph, x, max)
+
+
+def _hardtanh(graph: Graph, x: int, least: int | None = None, most: int | None = None) -> int:
+    """Has no derivative at the bounds; a clamp has one there."""
+    least = graph.constant(-1.0) if least is None else least
+    most = graph.constant(1.0) if most is None else most
+    x = graph.add("where", graph.add("less_equal", x, least), least, x)
+    return graph.add("where", graph.add("greater_equal", x, most), most, x)
 
 
 def _sign(graph: Graph, x: int) -> int:
@@ -104,6 +130,11 @@ def _of_tanh(graph: Graph, grad: int, y: int) -> int:
     return graph.add("multiply", grad, slope)
 
 
+def _of_log_sigmoid(graph: Graph, grad: int, x: int, _: int) -> int:
+    """As a sigmoid: torch's decomposition has |x|, which has no derivative at 0."""
+    return graph.add("multiply", grad, graph.add("sigmoid", graph.add("negative", x)))
+
+
 def _above(graph: Graph, grad: int, x: int, threshold: int) -> int:
     return graph.add("where", graph.add("less_equal", x, threshold), graph.constant(0.0), grad)
 
@@ -129,9 +160,10 @@ RULES: dict[str, Callable[..., Any]] = {
     "reciprocal": _reciprocal,
     "rsqrt": lambda graph, x: _reciprocal(graph, graph.add("square_root", x)),
     "clamp": _clamp,
-    "clamp_min": lambda graph, x, least: graph.add("maximum", x, least),
-    "clamp_max": lambda graph, x, most: graph.add("minimum", x, most),
-    "relu": lambda graph, x: graph.add("maximum", x, graph.constant(0.0)),
+    "clamp_min": _at_least,
+    "clamp_max": _at_most,
+    "hardtanh": _hardtanh,
+    "relu": lambda graph, x: _above(graph, x, x, graph.constant(0.0)),
     "sign": _sign,
     "sgn": _sign,
     "isfinite": lambda graph, x: graph.add("less", graph.add("absolute", x), graph.constant(math.inf)),
@@ -140,6 +172,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "masked_fill": lambda graph, x, mask, value: graph.add("where", mask, value, x),
     "sigmoid_backward": _of_sigmoid,
     "tanh_backward": _of_tanh,
+    "log_sigmoid_backward": _of_log_sigmoid,
     "threshold_backward": _above,
     "select_backward": _select_backward,
     "zeros_like": _like(0.0),

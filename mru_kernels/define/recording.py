@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import torch_private as private
 from .complex_operations import COMPLEX_RULES, OF_PAIRS
 from .graph import Graph, Number, Parts, nodes_of
 from .operations import RULES, to_number
@@ -34,6 +36,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.graph = Graph()
         self.function = function
+        self.stops_gradients = False  # whether a user's function does so; see Watch
         self._nodes: dict[int, Number] = {}  # of tensors, by id
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._decompositions = 0  # number of those that run now
@@ -57,6 +60,12 @@ class Recorder(TorchDispatchMode):
         if known is None:
             self.refuse("its arguments and numbers only", f"a tensor of shape {list(value.shape)} from outside")
         return known
+
+    def depends_on_inputs(self, value: Any) -> bool:
+        """Whether `value` is a tensor of numbers that an input of the graph changes."""
+        if not isinstance(value, Tensor) or value.dtype == torch.bool:
+            return False
+        return bool(self.graph.inputs(nodes_of([self.node(value)])))
 
     def refuse(self, expected: str, got: str) -> NoReturn:
         """Raise an error that names the line of the user's function."""
@@ -86,6 +95,8 @@ class Recorder(TorchDispatchMode):
             return result
         result = func(*args, **kwargs)
         is_pair = result.shape == (*SHAPE, 2) and name in OF_PAIRS
+        if is_pair and name == "add" and not all(isinstance(t, Tensor) and t.shape == result.shape for t in args):
+            self.refuse("a sum of two results of view_as_real", "add of one and a number, which changes both parts")
         if result.shape not in (SHAPE, ()) and not is_pair:
             self.refuse("pointwise operations", f"{name}, whose result has another shape")
         exact = name in _CREATIONS or self._chooses_numbers(name, args)
@@ -161,6 +172,27 @@ class Recorder(TorchDispatchMode):
             if frame.f_code is code:
                 return frame.f_code.co_filename, number
         return None
+
+
+class Watch(TorchFunctionMode):
+    """A mode for the user's functions that notes in `recorder` whether gradients stop at a value.
+
+    They stop at `detach` and at what is computed under `no_grad`. The graph does not show that.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        differentiable = any(isinstance(t, Tensor) and t.requires_grad for t in private.tree_leaves((args, kwargs)))
+        with private.DisableTorchFunction():  # not the modes around the definition
+            result = func(*args, **kwargs)
+        if differentiable:
+            constants = (t for t in private.tree_leaves(result) if isinstance(t, Tensor) and not t.requires_grad)
+            self.recorder.stops_gradients |= any(map(self.recorder.depends_on_inputs, constants))
+        return result
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -15,7 +15,7 @@ from .. import torch_private as private
 from ..cells.write_or_hold import Select
 from .gates import Affine, Write
 from .graph import Graph, Number, nodes_of
-from .recording import COMPLEX_DTYPE, DTYPE, SHAPE, Recorder, gradients, name_of
+from .recording import COMPLEX_DTYPE, DTYPE, SHAPE, Recorder, Watch, gradients, name_of
 
 EPSILON = "epsilon"  # the scalar of gates that write
 
@@ -85,7 +85,8 @@ class Program:
         output: h. It is None if h is the state, and so is `cotangent`.
         cotangent: dL/ds'.
         grads: dL/dx for each input x.
-        surrogates: whether a derivative is that of an autograd.Function, such as `heaviside`, which states its own.
+        surrogates: whether a derivative is not that of the operations: it is stated by an autograd.Function, such as
+            `heaviside`, or it stops at a `detach` or at `no_grad`.
     """
 
     graph: Graph
@@ -179,7 +180,7 @@ def _trace(functions: Functions) -> Program:
         output=None if output is None else node(output),
         cotangent=None if cotangent is None else node(cotangent),
         grads=tuple(zero if t is None else node(t) for zero, t in zip(zeros, grads, strict=True)),
-        surrogates=_has_surrogates(results),
+        surrogates=recorder.stops_gradients or _has_surrogates(results),
     )
     _refuse_unused(functions, program)
     return program
@@ -192,7 +193,9 @@ def _leaf(recorder: Recorder, name: str, shape: tuple[int, ...] = SHAPE, is_comp
 
 def _gate(recorder: Recorder, functions: Functions, named: dict[str, Any]) -> Affine | Write:
     """What the gate returns, checked."""
-    gate, of = functions.gates(named), name_of(functions.gate)
+    of = name_of(functions.gate)
+    with private.EnableTorchFunction(), Watch(recorder):
+        gate = functions.gates(named)
     if not isinstance(gate, (Affine, Write)):
         raise TypeError(f"{of}: expected mk.Affine or mk.Write, got {type(gate).__name__}")
     made = type(gate)(*(_number_or_tensor(recorder, *field) for field in gate._asdict().items()))
@@ -211,7 +214,9 @@ def _check_output(functions: Functions, is_complex: bool) -> None:
 
 def _output(recorder: Recorder, functions: Functions, after: Tensor, named: dict[str, Any]) -> Tensor:
     """What the output returns, checked."""
-    output = _number_or_tensor(recorder, "the output", functions.outputs(after, named))
+    with private.EnableTorchFunction(), Watch(recorder):
+        output = functions.outputs(after, named)
+    output = _number_or_tensor(recorder, "the output", output)
     if output.is_complex() and not functions.complex_streams:
         of, first = name_of(recorder.function), functions.inputs[0]
         raise TypeError(f"{of}: expected a real output, as the stream {first!r} is real, got a complex one")

@@ -260,18 +260,23 @@ class GradientByParts(torch.autograd.Function):
         *saved, cu_seqlens, resets = ctx.saved_tensors
         with torch.enable_grad():
             # If one argument was computed from another, a gradient by the arguments would also follow that path.
-            views = [t.view_as(t) if t is not None and t.requires_grad else t for t in saved]
+            needed = ctx.needs_input_grad[3:]
+            views = [t.view_as(t) if need else t for t, need in zip(saved, needed, strict=True)]
+            for t, need in zip(views, needed, strict=True):
+                if need and not t.requires_grad:  # the function of torch.func.vjp, called after the transform
+                    t.requires_grad_()
             grads, inputs = dict(zip(BACKWARD_NAMES[:3], views, strict=False)), views[3:]
             states = {name: inputs.pop() for name in reversed(ctx.states)}
             call = ctx.constants | grads | {"inputs": inputs, "cu_seqlens": cu_seqlens, "resets": resets} | states
             results = gradient_by_parts(ctx.cell, ctx.backend, call)
-        pairs = [(t, tangent) for t, tangent in zip(results, tangents, strict=True) if tangent is not None]
+        # A result such as the gradient of an input that only a mask reads is constant.
+        pairs = [(t, v) for t, v in zip(results, tangents, strict=True) if v is not None and t.requires_grad]
         if not pairs:
             return (None,) * (3 + len(views))
         outputs, cotangents = zip(*pairs, strict=True)
-        wanted = [t for t in views if t is not None and t.requires_grad]
+        wanted = [t for t, need in zip(views, needed, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=create_graph, allow_unused=True))
-        return None, None, None, *(next(found) if t is not None and t.requires_grad else None for t in views)
+        return None, None, None, *(next(found) if need else None for need in needed)
 
 
 class WithoutDerivative(torch.autograd.Function):
