@@ -17,7 +17,7 @@ from bench import inputs
 from mru_kernels.define.torch_language import evaluate
 from mru_kernels.define.trace import Functions, trace
 from tests import calls
-from tests.test_define import assert_second_derivatives_of_a_step
+from tests.test_define_derivatives import assert_second_derivatives_of_a_step
 
 CPU = torch.device("cpu")
 COMPLEX = [torch.complex64, torch.complex128]
