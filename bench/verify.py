@@ -54,7 +54,7 @@ def faults(call: Call, backend: str, bits: Callable[[], str] | None = None) -> l
     if TABLE[backend].plain:
         return found
     if call.stream.device.type == "cpu":
-        with _threads(1 if torch.get_num_threads() > 1 else 2):
+        with threads(1 if torch.get_num_threads() > 1 else 2):
             other = compare.results_of(call, op)
         found += [f"{name} depends on the number of threads" for name in got if not _same_bits(got[name], other[name])]
     with patch.object(entry, "SEGMENT", _other_segment(call, backend)):
@@ -163,7 +163,8 @@ def _squares(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """A context in which torch has `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

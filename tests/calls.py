@@ -101,13 +101,3 @@ def step_settings(call: inputs.Call) -> dict[str, Any]:
     """The call's settings that the cell's step takes."""
     parameters = inspect.signature(getattr(mk, f"{call.cell}_step")).parameters
     return {name: x for name, x in call.settings.items() if name in parameters}
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -55,9 +55,9 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture
 def one_thread():
-    from tests import calls  # not before TRITON_INTERPRET is set
+    from bench import verify  # not before TRITON_INTERPRET is set
 
-    with calls.threads(1):
+    with verify.threads(1):
         yield
 
 

@@ -21,7 +21,7 @@ from torch.utils import cpp_extension
 from tests import planted
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build" / "cpu-mutants"
+FOLDER = ROOT / "build" / "cpu-faults"
 CSRC = FOLDER / "csrc"
 
 COMPILER = [
@@ -60,7 +60,7 @@ SOFTMAX = _files("softmax", "softmax_precision")
 
 
 @dataclass(frozen=True)
-class Mutant:
+class Fault:
     """A planted fault: in `file`, relative to csrc, the text `old` becomes `new`, as `planted.switched` describes them.
 
     Attributes:
@@ -95,111 +95,111 @@ for (int64_t h = -h0; h < scan.heads - h0; ++h)
         one_ratio &= std::fabs((decay ? decay[h] : 0) + bonus[h]) <= kModerate<S>;"""
 _BORDER = "segment.batch * scan.checkpoint_rows + segment.start / scan.chunk + step / scan.chunk - 1"
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
-MUTANTS = (
-    Mutant("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "ieee"),
-    Mutant("a tie rounded up", "cpu/kernels/vector.h", "0x7fffu + ((u >> 16) & 1u)", "U{} + 0x8000u", "ieee"),
-    Mutant("a half subnormal tie rounded up", "cpu/kernels/vector.h", "bit_cast<F>(magnitude) + 0.5f",
+FAULTS = (
+    Fault("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "ieee"),
+    Fault("a tie rounded up", "cpu/kernels/vector.h", "0x7fffu + ((u >> 16) & 1u)", "U{} + 0x8000u", "ieee"),
+    Fault("a half subnormal tie rounded up", "cpu/kernels/vector.h", "bit_cast<F>(magnitude) + 0.5f",
            "bit_cast<F>(magnitude + 1u) + 0.5f", "ieee"),
-    Mutant("a half tie rounded up", "cpu/kernels/vector.h", "0xfffu + ((magnitude >> 13) & 1u)", "U{} + 0x1000u",
+    Fault("a half tie rounded up", "cpu/kernels/vector.h", "0xfffu + ((magnitude >> 13) & 1u)", "U{} + 0x1000u",
            "ieee"),
-    Mutant("65519 made infinite", "cpu/kernels/vector.h", "0x477ff000u", "0x477fe000u", "ieee"),
-    Mutant("a half subnormal scaled", "cpu/kernels/vector.h", "bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f",
+    Fault("65519 made infinite", "cpu/kernels/vector.h", "0x477ff000u", "0x477fe000u", "ieee"),
+    Fault("a half subnormal scaled", "cpu/kernels/vector.h", "bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f",
            "bit_cast<F>(magnitude) * 0x1p112f", "ieee"),
-    Mutant("halves truncated by AVX-512", "cpu/kernels/vector.h", _NARROW_AVX512,
+    Fault("halves truncated by AVX-512", "cpu/kernels/vector.h", _NARROW_AVX512,
            "_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_ZERO)", "ieee", isa="avx512"),
-    Mutant("halves truncated by AVX2", "cpu/kernels/vector.h", _NARROW_AVX2,
+    Fault("halves truncated by AVX2", "cpu/kernels/vector.h", _NARROW_AVX2,
            "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_ZERO)", "ieee", isa="avx2"),
-    Mutant("a channel too many read", "cpu/kernels/vector.h", "bytes > 8 ? load_few_bytes(from + 8, bytes - 8) : 0",
+    Fault("a channel too many read", "cpu/kernels/vector.h", "bytes > 8 ? load_few_bytes(from + 8, bytes - 8) : 0",
            "bytes > 8 ? load_as<uint64_t>(from + 8) : 0", "behind"),
-    Mutant("a channel too few stored", "cpu/kernels/vector.h", _STORE_FEW,
+    Fault("a channel too few stored", "cpu/kernels/vector.h", _STORE_FEW,
            _STORE_FEW.replace("lanes.count", "lanes.count & ~1"), "channels and schmitt"),
-    Mutant("last channels of a sum not cleared", "cpu/kernels/backward.h", "carried_sum[k] = {};", "",
+    Fault("last channels of a sum not cleared", "cpu/kernels/backward.h", "carried_sum[k] = {};", "",
            "sums and schmitt"),
-    Mutant("terms added plainly", "cpu/kernels/backward.h", "(right - summed_from) % kSummed == 0", "false",
+    Fault("terms added plainly", "cpu/kernels/backward.h", "(right - summed_from) % kSummed == 0", "false",
            "sums and schmitt"),
-    Mutant("what a sum lost left out", "sum.h", "lost == lost ? sum + lost : sum", "sum", "sums and schmitt"),
-    Mutant("gain of slopes left out", "cells/schmitt.h", "lambda * splat<V>(surrogate.gain)", "lambda",
+    Fault("what a sum lost left out", "sum.h", "lost == lost ? sum + lost : sum", "sum", "sums and schmitt"),
+    Fault("gain of slopes left out", "cells/schmitt.h", "lambda * splat<V>(surrogate.gain)", "lambda",
            "slopes and schmitt"),
-    Mutant("a look back given up", "cpu/forward.cpp", "part.begin > begin", "part.begin > begin && steps <= 1 << 13",
+    Fault("a look back given up", "cpu/forward.cpp", "part.begin > begin", "part.begin > begin && steps <= 1 << 13",
            "held_over_long"),
-    Mutant("a look ahead given up", "cpu/backward.cpp", "part.end < end", "part.end < end && steps <= 1 << 13",
+    Fault("a look ahead given up", "cpu/backward.cpp", "part.end < end", "part.end < end && steps <= 1 << 13",
            "held_over_long"),
-    Mutant("adjoint that sees the state from no offset", "cpu/backward.cpp", _OFFSETS, "", "depend_on_the_state"),
-    Mutant("a reset that keeps the state", "cpu/forward.cpp", _RESET, "", "scanned_apart"),
-    Mutant("m that passes a reset", "cpu/backward.cpp", "if (part.resets) take(i, d0, d1, m(i, d0));", "",
+    Fault("adjoint that sees the state from no offset", "cpu/backward.cpp", _OFFSETS, "", "depend_on_the_state"),
+    Fault("a reset that keeps the state", "cpu/forward.cpp", _RESET, "", "scanned_apart"),
+    Fault("m that passes a reset", "cpu/backward.cpp", "if (part.resets) take(i, d0, d1, m(i, d0));", "",
            "scanned_apart"),
-    Mutant("a reset looked through", "cpu/forward.cpp", "if (reset < segment.begin) return;", "return;",
+    Fault("a reset looked through", "cpu/forward.cpp", "if (reset < segment.begin) return;", "return;",
            "reset_is_held"),
-    Mutant("a reset looked through by m", "cpu/backward.cpp", "if (end == segment.end) return;", "return;",
+    Fault("a reset looked through by m", "cpu/backward.cpp", "if (end == segment.end) return;", "return;",
            "reset_is_held"),
-    Mutant("the map of a segment with a reset", "cpu/forward.cpp", _HEAD, "", "is_a_constant"),
-    Mutant("resets of a reversed scan", "cpu/plan.h", "(scan.reverse ? scan.time - 1 - first : first)", "first",
+    Fault("the map of a segment with a reset", "cpu/forward.cpp", _HEAD, "", "is_a_constant"),
+    Fault("resets of a reversed scan", "cpu/plan.h", "(scan.reverse ? scan.time - 1 - first : first)", "first",
            "scanned_apart"),
-    Mutant("a reset recomputed from the checkpoint", "cpu/kernels/backward.h",
+    Fault("a reset recomputed from the checkpoint", "cpu/kernels/backward.h",
            "segment.resets && begin == segment.begin", "false", "second_derivatives_with_resets"),
-    Mutant("a boundary after its reset", "cpu/kernels/backward.h",
+    Fault("a boundary after its reset", "cpu/kernels/backward.h",
            "scan.grad_checkpoints && is_boundary(scan, segment, end)",
            "scan.grad_checkpoints && !segment.resets && is_boundary(scan, segment, end)", "every_few_steps"),
-    Mutant("the gradient of a boundary lost where time is cut", "cpu/kernels/summary.h", _BOUNDARY, "false",
+    Fault("the gradient of a boundary lost where time is cut", "cpu/kernels/summary.h", _BOUNDARY, "false",
            "boundaries_where_time_is_cut"),
-    Mutant("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
+    Fault("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "count == 0 || shift_of(segment.begin) == 0", "true", "before_a_reset_is_remembered"),
-    Mutant("a log weight in one float", "softmax/step.h", "r.newer ? zero<V>() : past.lo", "zero<V>()",
+    Fault("a log weight in one float", "softmax/step.h", "r.newer ? zero<V>() : past.lo", "zero<V>()",
            "precision_of_float32", SOFTMAX),
-    Mutant("a bonus added to a large score", "softmax/step.h", "ratio(distance(score, m, c) + bonus)",
+    Fault("a bonus added to a large score", "softmax/step.h", "ratio(distance(score, m, c) + bonus)",
            "ratio(distance(score + bonus, m, c))", "precision_of_float32", SOFTMAX),
-    Mutant("mu without the end of a chunk", "softmax/step.h", "(d_Z - d_mean * mean) * r", "d_Z * r",
+    Fault("mu without the end of a chunk", "softmax/step.h", "(d_Z - d_mean * mean) * r", "d_Z * r",
            "definition_and_gradients", SOFTMAX),
-    Mutant("a bonus read with the decayed state", "softmax/cpu/rows.h", "weigh_read(score, read_factor, m, c)",
+    Fault("a bonus read with the decayed state", "softmax/cpu/rows.h", "weigh_read(score, read_factor, m, c)",
            "weigh_read(score, read_factor - in.decay_at(lanes, j, step), m, c)", "definition_and_gradients", SOFTMAX),
-    Mutant("a read with the weight of the update", "softmax/step.h", "b * factor", "b", "definition_and_gradients",
+    Fault("a read with the weight of the update", "softmax/step.h", "b * factor", "b", "definition_and_gradients",
            SOFTMAX),
-    Mutant("one ratio for any decay", "softmax/cpu/rows.h", _ONE_RATIO, _ONE_RATIO.replace("kModerate<S>", "1e9"),
+    Fault("one ratio for any decay", "softmax/cpu/rows.h", _ONE_RATIO, _ONE_RATIO.replace("kModerate<S>", "1e9"),
            "large_scores_and_decays", SOFTMAX),
-    Mutant("one ratio by block of heads", "softmax/cpu/rows.h", _ONE_RATIO,
+    Fault("one ratio by block of heads", "softmax/cpu/rows.h", _ONE_RATIO,
            _ONE_RATIO.replace("h = -h0; h < scan.heads - h0;", "h = 0; h < heads;"), "number_of_threads", SOFTMAX),
-    Mutant("the wrong one of two weights", "softmax/step.h", "r.newer ? score : past.hi", "r.newer ? past.hi : score",
+    Fault("the wrong one of two weights", "softmax/step.h", "r.newer ? score : past.hi", "r.newer ? past.hi : score",
            "definition_and_gradients", SOFTMAX),
-    Mutant("borders of packed sequences in one row", "softmax/cpu/rows.h", _BORDER,
+    Fault("borders of packed sequences in one row", "softmax/cpu/rows.h", _BORDER,
            _BORDER.replace("segment.start / scan.chunk + ", ""), "directions_and_packed_sequences", SOFTMAX),
-    Mutant("half of the sums over a head", "softmax/cpu/backward.h", "width > 0", "width > 1",
+    Fault("half of the sums over a head", "softmax/cpu/backward.h", "width > 0", "width > 1",
            "definition_and_gradients", SOFTMAX),
-    Mutant("the mean that moves in a segment left out", "softmax/cpu/carry.h", "f[i] * (d_Z + sum_of_parts(parts))",
+    Fault("the mean that moves in a segment left out", "softmax/cpu/carry.h", "f[i] * (d_Z + sum_of_parts(parts))",
            "f[i] * d_Z", "time_cut", SOFTMAX),
-    Mutant("a map that decays after its end", "softmax/step.h", "plus(first.Z, first.z, second.decay)",
+    Fault("a map that decays after its end", "softmax/step.h", "plus(first.Z, first.z, second.decay)",
            "plus(first.Z, first.z, first.decay)", "time_cut", SOFTMAX),
-    Mutant("no gradient of the initial z", "softmax/cpu/register.cpp", "std::memcpy(of_Z + heads, of_Z, heads);", "",
+    Fault("no gradient of the initial z", "softmax/cpu/register.cpp", "std::memcpy(of_Z + heads, of_Z, heads);", "",
            "definition_and_gradients", SOFTMAX),
-    Mutant("a complex decay pulled without its conjugate", "cells/resonate.h", "conj(x[1]) * m", "x[1] * m",
+    Fault("a complex decay pulled without its conjugate", "cells/resonate.h", "conj(x[1]) * m", "x[1] * m",
            "are_those_of_the_loop", RESONATE),
-    Mutant("an imaginary part stored", "cpu/kernels/vector.h", "store(lanes, p, v.re);", "store(lanes, p, v.im);",
+    Fault("an imaginary part stored", "cpu/kernels/vector.h", "store(lanes, p, v.re);", "store(lanes, p, v.im);",
            "are_those_of_the_loop", RESONATE),
-    Mutant("the gradient of a threshold with the other sign", "cells/resonate.h", "membrane ? zero : -q",
+    Fault("the gradient of a threshold with the other sign", "cells/resonate.h", "membrane ? zero : -q",
            "membrane ? zero : q", "are_those_of_the_loop", RESONATE),
-    Mutant("a NaN threshold that does not reach the state", "cells/resonate.h",
+    Fault("a NaN threshold that does not reach the state", "cells/resonate.h",
            "x[3].re == x[3].re ? s.re : x[3].re", "s.re", "nan_stays", RESONATE),
-    Mutant("a tie that always fires", "spike.h", "tie ? v >= threshold : v > threshold", "v >= threshold",
+    Fault("a tie that always fires", "spike.h", "tie ? v >= threshold : v > threshold", "v >= threshold",
            "a_tie_spikes", LIF),
-    Mutant("a reset joined with the input", "cells/lif.h", "return moved - fall;", "return x[1] * s + (x[0] - fall);",
+    Fault("a reset joined with the input", "cells/lif.h", "return moved - fall;", "return x[1] * s + (x[0] - fall);",
            "same_bits_everywhere", LIF),
-    Mutant("a reset after the leak", "cells/lif.h", _MOVED,
+    Fault("a reset after the leak", "cells/lif.h", _MOVED,
            "x[1] * s + x[0] - (reset == kSubtractDecayed ? fall : zero)", "same_bits_everywhere", LIF),
-    Mutant("a reset followed though detached", "cells/lif.h", "detached || reset == kNone", "reset == kNone",
+    Fault("a reset followed though detached", "cells/lif.h", "detached || reset == kNone", "reset == kNone",
            "all_combinations_equal", LIF),
-    Mutant("the slope of a sigmoid without one factor", "min_gates.h", "e * over * over", "e * over",
+    Fault("the slope of a sigmoid without one factor", "min_gates.h", "e * over * over", "e * over",
            "equals_the_reference and min_gru", GATES),
-    Mutant("the gradient of a gate without the state", "cells/min_gru.h", "(gates.value - s)", "gates.value",
+    Fault("the gradient of a gate without the state", "cells/min_gru.h", "(gates.value - s)", "gates.value",
            "equals_the_reference and min_gru", GATES),
-    Mutant("gates above zero that count in the shares", "cells/min_lstm.h",
+    Fault("gates above zero that count in the shares", "cells/min_lstm.h",
            "(v < zero ? v : zero) - (u < zero ? u : zero)", "v - u", "equals_the_reference and min_lstm", GATES),
 )  # fmt: skip
 
 
 def _plant() -> None:
-    """Write the copy of the sources with every fault. A fault's number is its place in `MUTANTS`, from 1 on."""
+    """Write the copy of the sources with every fault. A fault's number is its place in `FAULTS`, from 1 on."""
     shutil.copytree(ROOT / "csrc", CSRC)
-    for file in {m.file for m in MUTANTS}:
-        faults = [(number, m.old, m.new) for number, m in enumerate(MUTANTS, 1) if m.file == file]
+    for file in {m.file for m in FAULTS}:
+        faults = [(number, m.old, m.new) for number, m in enumerate(FAULTS, 1) if m.file == file]
         (CSRC / file).write_text(planted.switched((CSRC / file).read_text(), faults))
     CELLS["write_header"](ROOT / "csrc", FOLDER)
     CELLS["write_schemas"](ROOT / "csrc", FOLDER)
@@ -243,16 +243,16 @@ def build(isas: Collection[str]) -> None:
         _package(isa, [objects[name, isa if name == WIDER else "baseline"] for name in OBJECTS])
 
 
-def outcome(mutant: Mutant) -> subprocess.CompletedProcess[str]:
+def outcome(fault: Fault) -> subprocess.CompletedProcess[str]:
     """Run the tests of a fault with the fault switched on."""
-    return _run_tests(mutant.isa, mutant.tests, mutant.files, MUTANTS.index(mutant) + 1)
+    return _run_tests(fault.isa, fault.tests, fault.files, FAULTS.index(fault) + 1)
 
 
 def outcome_without_fault(isa: str) -> subprocess.CompletedProcess[str]:
     """Run the tests of all faults of an instruction set with no fault switched on."""
-    mutants = [m for m in MUTANTS if m.isa == isa]
-    tests = " or ".join(sorted({f"({m.tests})" for m in mutants}))
-    return _run_tests(isa, tests, sorted({file for m in mutants for file in m.files}), fault=0)
+    faults = [m for m in FAULTS if m.isa == isa]
+    tests = " or ".join(sorted({f"({m.tests})" for m in faults}))
+    return _run_tests(isa, tests, sorted({file for m in faults for file in m.files}), fault=0)
 
 
 def _run_tests(isa: str, tests: str, files: Iterable[str], fault: int) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ pytestmark = [
         platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux",
         reason="the flags of the planted copy are those of x86-64 Linux",
     ),
-    pytest.mark.skipif(os.environ.get("MRU_SANITIZE") == "1", reason="mutants run without the sanitizers"),
+    pytest.mark.skipif(os.environ.get("MRU_SANITIZE") == "1", reason="faults run without the sanitizers"),
 ]
 
 #: The instruction sets that this machine runs.
@@ -32,7 +32,7 @@ def outcomes():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             **{isa: pool.submit(cpu_mutants.outcome_without_fault, isa) for isa in HERE},
-            **{m.name: pool.submit(cpu_mutants.outcome, m) for m in cpu_mutants.MUTANTS if m.isa in HERE},
+            **{m.name: pool.submit(cpu_mutants.outcome, m) for m in cpu_mutants.FAULTS if m.isa in HERE},
         }
 
 
@@ -48,8 +48,8 @@ def test_the_copy_passes_without_a_fault(outcomes, isa):
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.mark.parametrize("mutant", cpu_mutants.MUTANTS, ids=lambda m: m.name)
-def test_every_mutant_is_caught(outcomes, mutant):
-    done = _outcome_here(outcomes, mutant.name, mutant.isa)
+@pytest.mark.parametrize("fault", cpu_mutants.FAULTS, ids=lambda m: m.name)
+def test_every_fault_is_caught(outcomes, fault):
+    done = _outcome_here(outcomes, fault.name, fault.isa)
     crashed = done.returncode < 0 and -done.returncode not in planted.KILLED
     assert done.returncode == 1 or crashed, done.stdout[-4000:]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import errors, inputs
+from bench import errors, inputs, verify
 from tests import calls
 
 TIME = 200  # steps: three segments of 64 and a rest, or one segment of 128 and a rest
@@ -197,7 +197,7 @@ def test_no_state_saved_and_any_number_of_threads(backend, device, name):
         results = calls.run(call, op, device)
         assert_same(calls.run(call, partial(op, chunk_size=None), device), results)
         for count in (1, 3):
-            with calls.threads(count):
+            with verify.threads(count):
                 calls.assert_same_bits(calls.run(call, op, device), results)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mru_kernels as mk
 import python_ref
-from bench import compare, errors, inputs
+from bench import compare, errors, inputs, verify
 from mru_kernels.cells.lif import RESETS
 from mru_kernels.cells.spikes import SURROGATES
 from tests import calls
@@ -116,7 +116,7 @@ def test_the_forward_pass_is_the_same_bits_everywhere(reset, dtype):
         assert torch.equal(got[1], of_state)
 
     for chunk, threads in ((16, 1), (64, 2), (4096, 3)):
-        with calls.threads(threads):
+        with verify.threads(threads):
             check(mk.lif(**given, reset=reset, chunk_size=chunk), spikes, last)
             check(mk.lif(**given, reset=reset, chunk_size=chunk, membrane="only"), one, last)
     backwards = given | {"input": given["input"].flip(1)}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mru_kernels as mk
+from bench import verify
 from mru_kernels.softmax import empty_state, scan_gates, split_state
 from python_ref import softmax_recurrence as reference
-from tests import calls
 from tests.softmax_calls import draw, error, gradients, leaves, scan, segments
 
 INF, NAN = torch.inf, torch.nan
@@ -268,7 +268,7 @@ def test_results_do_not_depend_on_the_number_of_threads(backend, group, fastest)
     call["decay"][0] = fastest
     found = []
     for threads in (1, 2, 3):
-        with calls.threads(threads):
+        with verify.threads(threads):
             ours = leaves(call)
             results = scan(ours, backend, chunk_size=16)
             found.append([*results, *gradients(ours, results).values()])

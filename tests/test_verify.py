@@ -16,7 +16,7 @@ from bench import aside, compare, inputs, verify
 from bench.inputs import Call
 from mru_kernels.ops import entry
 
-STEPS = (60, 200)  # a call that the reference computes whole, and one of which it computes both ends: see `short`
+STEPS = (60, 200)  # the reference computes the first whole, and only both ends of the second: see `short`
 CELLS = [
     (cell, epsilon)
     for cell, declared in inputs.CELLS.items()

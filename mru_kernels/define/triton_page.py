@@ -78,7 +78,7 @@ def _parts(program: Program) -> dict[str, tuple[str, str]]:
 
 
 def _function(signature: str, graph: Graph, program: Program, results: Sequence[Number], *last: str) -> list[str]:
-    """A function that ends with the statements `last`, the last of which has {} for each result."""
+    """A function whose last statements are `last`. The final one has {} for each result."""
     nodes = nodes_of(results)
     body, names = statements(graph, nodes, COMPLEX if program.is_complex else REAL)
     written: Sequence[str] = names
