@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import mru_kernels as mk
 from bench import errors, inputs
+from bench.verify import threads
 from mru_kernels import backends
 from tests.calls import (
     CELLS,
@@ -29,7 +30,6 @@ from tests.calls import (
     run,
     segments,
     step_settings,
-    threads,
 )
 
 # ------------------------------------------------------------------------------------------------ the reference

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import mru_kernels as mk
 from bench import inputs
+from bench.verify import threads
 from mru_kernels import backends
 from mru_kernels.cells.bmru import bmru_packed
 from tests.calls import (
@@ -25,7 +26,6 @@ from tests.calls import (
     op_of,
     run,
     segments,
-    threads,
 )
 
 # ------------------------------------------------------------------------------------------------ strides

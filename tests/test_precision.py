@@ -16,8 +16,9 @@ from torch import Tensor
 import mru_kernels as mk
 import python_ref
 from bench import errors, inputs
+from bench.verify import threads
 from mru_kernels import backends
-from tests.calls import op_of, run, segments, threads
+from tests.calls import op_of, run, segments
 
 CELLS = list(inputs.CELLS)
 

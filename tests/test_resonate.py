@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mru_kernels as mk
-from tests.calls import segments, threads
+from bench.verify import threads
+from tests.calls import segments
 
 F64, C128 = torch.float64, torch.complex128
 
