@@ -129,11 +129,14 @@ struct Backward {
 
   MRU_INLINE void go_left(int64_t begin, int64_t end, bool has_next) {
     const int64_t summed_from = begin - begin % kCodesPerWord;  // a multiple of the tile
+    // Where rows adjoin, those of the chunk on the left are prefetched in the order of memory, which the hardware follows.
+    const bool rises = kTile == 1 && g.step == n;
     for (int64_t right = end; right > begin;) {
       const int64_t steps = tile_before<kTile>(right, begin);
       advance(-steps);
       right -= steps;
       const S* const before = states + (right - begin) * n;
+      const int64_t mirrored = (begin - chunk) + (end - 1) - 2 * right;
       for_lanes<F>(n, [&]<class L>(L lanes, int64_t j) __attribute__((always_inline)) {
         const InputLanes<F, L> inputs(in, lanes, j);
         Value pulled = carried_m.get(lanes, m + j), after = load(lanes, before + steps * n + j), sum[kInputs] = {};
@@ -152,7 +155,7 @@ struct Backward {
           }
           if constexpr (Cell::kAdjointSeesState)
             if (recently.wants(right + i - segment.begin)) note_late(lanes, j, pulled);
-          if (has_next) fetch(i - chunk, j);
+          if (has_next) fetch(rises ? mirrored - i : i - chunk, j);
         }
         carried_m.put(lanes, m + j, pulled);
         for (int k = 0; k < kInputs; ++k)
