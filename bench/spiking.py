@@ -1,7 +1,7 @@
 """Leaky integrate-and-fire neurons against their peers: `python -m bench spiking`.
 
 The peers are snnTorch, with a loop over `x.unbind(0)` and one over `x[t]`, and SpikingJelly. Their spikes are compared
-with those of `mk.lif` before anything is timed, and must be equal. Inputs are time first. `torch.add` reads and writes
+with those of `mk.lif` before anything is timed, and must be equal. Inputs are [T, B, D]. `torch.add` reads and writes
 the bytes that a pass cannot avoid: one stream in and one out forward, two in and one out backward.
 """
 
@@ -127,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=cli.prog("spiking"), description=__doc__)
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=[(16, 500, 512), (4, 4096, 512)], metavar="B,T,D")
     parser.add_argument("--device", default="cpu", type=cli.device)
+    parser.add_argument(
+        "--batch-first", action="store_true", help="inputs lie in memory as [B, T, D], not as [T, B, D]"
+    )
     parser.add_argument("--compile", action="store_true", help="also time a compiled step of the loop")
     arguments = parser.parse_args(argv)
     found = subjects(arguments.device, arguments.compile)
@@ -135,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for batch, time, channels in arguments.shape:
         torch.manual_seed(0)
         x = torch.randn(time, batch, channels).to(arguments.device)
+        if arguments.batch_first:
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
         check(found, x)
         times = timing.measure(passes(found, x), arguments.device, SECONDS)
         for name in (FLOOR, *found):
