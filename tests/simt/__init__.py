@@ -34,8 +34,6 @@ FOLDER = ROOT / "build" / ("simt-sanitize" if SANITIZE else "simt")
 # Checks of null pointers and of sizes take a quarter of the compiler's time, and show what the address sanitizer shows.
 _SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=undefined"]
 _SANITIZE += ["-fno-omit-frame-pointer"]
-#: The compiler's flags for the kernels. Sanitized code that is inlined takes minutes to compile.
-OPTIMIZATION = "-O1 -Dalways_inline=unused" if SANITIZE else "-O1"
 COMPILER = [
     *(os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wno-unknown-pragmas"),
