@@ -52,7 +52,7 @@ def of_op(backend: str = "cpu") -> Subjects:
 
     def both_ops() -> None:
         below(cell.forward[backend], *own, True)
-        below(cell.backward[backend], call.grad_h, None, None, *own, checkpoints, codes)
+        below(cell.backward[backend], call.grad_h, None, None, *own, checkpoints, codes, ops.ALL_WANTED)
 
     return {
         "bmru, forward": lambda: mk.bmru(**call.tensors),

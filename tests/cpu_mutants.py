@@ -54,7 +54,7 @@ def _files(*names: str) -> tuple[str, ...]:
 
 
 COMMON = _files("precision", "isa", "cuts", "resets")
-LIF, RESONATE = _files("lif"), _files("resonate")
+LIF, RESONATE, WANTED = _files("lif"), _files("resonate"), _files("wanted")
 GATES = _files("op", "min_gates")
 SOFTMAX = _files("softmax", "softmax_precision")
 
@@ -83,10 +83,9 @@ _NARROW_AVX512 = "_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)"
 _NARROW_AVX2 = "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)"
 _STORE_FEW = "copy_few<N, kSize>(static_cast<char*>(p), reinterpret_cast<const char*>(&v), lanes.count);"
 _OFFSETS = """\
-if (k.adjoint_sees_state)
-    BackwardPass(scan, k, segments)
-        .run([&](int64_t i, int64_t d) { return cut_maps.maps.b.at(i, d); },
-             [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });"""
+BackwardPass(offsets_only, k, segments)
+      .run([&](int64_t i, int64_t d) { return cut_maps.maps.b.at(i, d); },
+           [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });"""
 _RESET = "if (part.resets) std::memcpy(state, resets.at(part, d0), (d1 - d0) * state_bytes(scan));"
 _HEAD = "if (part.resets) k.head(d1 - d0, resets.at(part, d0), map);"
 _BOUNDARY = "scan.grad_checkpoints && !F::Cell::kAdjointSeesState && is_boundary(scan, segment, end)"
@@ -117,6 +116,10 @@ FAULTS = (
            "sums and schmitt"),
     Fault("terms added plainly", "cpu/kernels/backward.h", "(right - summed_from) % kSummed == 0", "false",
            "sums and schmitt"),
+    Fault("the gradient of another array left out", "torch/ops.h", "(wanted >> bound.place[i] & 1) == 0",
+           "(wanted >> i & 1) == 0", "changes_nothing_else", WANTED),
+    Fault("a gradient that is not wanted left as it is", "cpu/backward.cpp", "std::memset(grad, 0, row_bytes(scan));",
+           "std::memset(grad, 1, row_bytes(scan));", "changes_nothing_else", WANTED),
     Fault("what a sum lost left out", "sum.h", "lost == lost ? sum + lost : sum", "sum", "sums and schmitt"),
     Fault("gain of slopes left out", "cells/schmitt.h", "lambda * splat<V>(surrogate.gain)", "lambda",
            "slopes and schmitt"),

@@ -16,7 +16,7 @@ from mru_kernels.cells import lif, resonate
 INPUTS = ("inputs", "given", "packed", "numbers")
 RESETS = ("cu_seqlens", "resets", "reset_state")
 FORWARD = (*INPUTS, "initial_state", *RESETS, "reverse", "chunk", "segment", "save")
-BACKWARD = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD[:-1], "checkpoints", "codes")
+BACKWARD = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD[:-1], "checkpoints", "codes", "wanted")
 STEP = (*INPUTS, "state")
 STEP_SLOTS = (*STEP, "state_indices")
 MAP = (*INPUTS, *RESETS, "reverse", "segment")
@@ -92,7 +92,7 @@ def scan(call: inputs.Call, *, gates: bool = False, **options: Any) -> dict[str,
 def backward(scan: Mapping[str, Any], results: Sequence[Tensor]) -> dict[str, Any]:
     """Arguments of the backward op. The results h and final state of the forward op serve as gradients."""
     names = ("grad_h", "grad_final", "checkpoints", "codes")
-    given = {**scan, "grad_checkpoints": None, **dict(zip(names, results, strict=True))}
+    given = {**scan, "grad_checkpoints": None, "wanted": ops.ALL_WANTED, **dict(zip(names, results, strict=True))}
     return dict(zip(BACKWARD, of(BACKWARD, given), strict=True))
 
 

@@ -48,7 +48,7 @@ def backward(named: dict[str, Any], backend: str = "cpu") -> list[torch.Tensor]:
 def with_results(named: dict[str, Any], backend: str = "cpu") -> dict[str, Any]:
     """Valid arguments of the backward op, from the results of the forward op."""
     h, final, checkpoints, codes = forward(named, backend)
-    saved = {"checkpoints": checkpoints, "codes": codes, "grad_checkpoints": None}
+    saved = {"checkpoints": checkpoints, "codes": codes, "grad_checkpoints": None, "wanted": ops.ALL_WANTED}
     return named | {"grad_h": h, "grad_final": final, **saved}
 
 

@@ -122,7 +122,7 @@ def backward_of(forward: torch._ops.OpOverload, scan: dict[str, Any]) -> dict[st
     made = shapes(forward, raw.of(raw.FORWARD, scan | {"save": True}))
     given = [one.to(dtype).expand(shape) for shape, dtype in made]
     grads = dict(zip(("grad_h", "grad_final", "checkpoints", "codes"), given, strict=True))
-    return scan | grads | {"grad_checkpoints": given[2]}
+    return scan | grads | {"grad_checkpoints": given[2], "wanted": ops.ALL_WANTED}
 
 
 def step_of(cell: ops.Cell, scan: dict[str, Any]) -> dict[str, Any]:

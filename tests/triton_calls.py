@@ -10,7 +10,7 @@ import torch
 from triton.runtime import interpreter
 
 from mru_kernels.backends import CHUNK
-from mru_kernels.ops import CELLS
+from mru_kernels.ops import ALL_WANTED, CELLS
 
 
 class Traffic:
@@ -101,5 +101,7 @@ def run(arguments, grad_h, grad_final, save=True, cell="bmru", grad_checkpoints=
         with recorded() as forward:
             results = CELLS[cell].forward["triton"](*arguments, save)
         with recorded() as backward:
-            grads = CELLS[cell].backward["triton"](grad_h, grad_final, grad_checkpoints, *arguments, *results[2:])
+            grads = CELLS[cell].backward["triton"](
+                grad_h, grad_final, grad_checkpoints, *arguments, *results[2:], ALL_WANTED
+            )
     return results, grads, forward, backward

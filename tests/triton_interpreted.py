@@ -16,7 +16,7 @@ from mru_kernels.backends import CHUNK
 from mru_kernels.backends import triton as backend
 from mru_kernels.backends.triton import launch, tuning
 from mru_kernels.backends.triton.cell import find
-from mru_kernels.ops import CELLS, as_maps
+from mru_kernels.ops import ALL_WANTED, CELLS, as_maps
 from tests import calls
 from tests.triton_calls import arguments_of, recorded, run
 
@@ -336,7 +336,9 @@ def test_wrong_numbers_are_refused(name):
     with pytest.raises(ValueError, match=name):
         CELLS["bmru"].forward["triton"](*wrong, True)
     with pytest.raises(ValueError, match=name):
-        CELLS["bmru"].backward["triton"](streams["candidate"], torch.zeros(1, 4), None, *wrong, *results[2:])
+        CELLS["bmru"].backward["triton"](
+            streams["candidate"], torch.zeros(1, 4), None, *wrong, *results[2:], ALL_WANTED
+        )
 
 
 @pytest.mark.parametrize("segment", [0, 64])
@@ -351,7 +353,7 @@ def test_wrong_tensors_are_refused_in_the_backward_pass(segment):
     def backward(streams=streams, **changed):
         *grads, checkpoints, codes = (tensors | changed).values()
         saved = (checkpoints, codes)
-        return CELLS["bmru"].backward["triton"](*grads, [*streams, *inputs_[2:]], *arguments, *saved)
+        return CELLS["bmru"].backward["triton"](*grads, [*streams, *inputs_[2:]], *arguments, *saved, ALL_WANTED)
 
     backward()
     for name, t in tensors.items():

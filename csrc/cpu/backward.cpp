@@ -106,6 +106,12 @@ class BackwardPass {
   Rows sums_, reset_sums_;  // rows of sums over time, and of what they have lost
 };
 
+// A scan whose backward pass gives no gradients of inputs per channel.
+Scan without_sums(Scan scan) {
+  for (void*& grad : scan.grad_channel) grad = nullptr;
+  return scan;
+}
+
 // Finds the adjoint map of every segment. If it depends on the states, a backward pass from m = 0 gives its offset; the
 // results of that pass are overwritten later.
 void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segments, CutMaps& cut_maps) {
@@ -115,10 +121,11 @@ void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segme
     if (looks) look_ahead(scan, k, segments.list[i], d0, d1, map);
     else look_through_all(scan, k, segments.list[i], d0, d1, map, cut_maps.late.at(i, d0));
   });
-  if (k.adjoint_sees_state)
-    BackwardPass(scan, k, segments)
-        .run([&](int64_t i, int64_t d) { return cut_maps.maps.b.at(i, d); },
-             [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });
+  if (!k.adjoint_sees_state) return;
+  const Scan offsets_only = without_sums(scan);
+  BackwardPass(offsets_only, k, segments)
+      .run([&](int64_t i, int64_t d) { return cut_maps.maps.b.at(i, d); },
+           [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });
 }
 
 // Returns false, without writing the sums over time, if the call must be scanned whole.
@@ -147,6 +154,12 @@ bool differentiate(const Scan& scan, const Kernels& k) {
 void backward(Scan scan, const Kernels& k) {
   check_offsets(scan);
   if (scan.channels == 0) return;
+  for (int i = 0; i < k.inputs; ++i) {
+    void*& grad = scan.grad_channel[i];
+    if (grad == nullptr || scan.wanted >> i & 1) continue;
+    std::memset(grad, 0, row_bytes(scan));
+    grad = nullptr;
+  }
   const Ones ones(scan, k);
   if (differentiate(scan, k)) return;
   scan.segment = 0;

@@ -72,7 +72,7 @@ template <class Backend, class C>
 Tensors backward(Tensor grad_h, OptionalTensor grad_final, OptionalTensor grad_checkpoints, Tensors inputs,
                  int64_t given, int64_t packed, std::vector<double> numbers, OptionalTensor initial_state,
                  OptionalTensor cu_seqlens, OptionalTensor resets, OptionalTensor reset_state, bool reverse,
-                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor codes) {
+                 int64_t chunk, int64_t segment, OptionalTensor checkpoints, OptionalTensor codes, int64_t wanted) {
   BoundArguments bound(
       info_of<C>, Backend::kInfo,
       {inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse, chunk, segment});
@@ -97,6 +97,8 @@ Tensors backward(Tensor grad_h, OptionalTensor grad_final, OptionalTensor grad_c
     scan.grad_checkpoints =
         bound.saved(*grad_checkpoints, bound.total_checkpoint_rows, bound.state, "grad_checkpoints");
   Tensors grads = allocate_gradients(bound, inputs, packed);
+  for (int i = 0; i < kMaxInputs; ++i)
+    if (bound.place[i] >= 0 && (wanted >> bound.place[i] & 1) == 0) scan.wanted &= ~(1u << i);
   Backend::template backward<C>(scan, grad_h);
 
   // Of the states, those that are given have a gradient, in their own dtype.

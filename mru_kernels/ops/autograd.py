@@ -160,11 +160,12 @@ class Scan(torch.autograd.Function):
         cell, backend, *_ = ctx.call
         call, saved = _call_and_saved(ctx, ctx.saved_tensors)
         inputs, _given, packed, _numbers, initial_state, _cu_seqlens, _resets, reset_state = call[:8]
+        wanted = _mask(ctx.needs_input_grad[3 : 3 + len(inputs) - len(cell.scheduled)])
         if grad_h is None:
             first = first_stream(inputs, packed)
             grad_h = first.new_zeros(first.shape)
         try:
-            arguments = (grad_h, grad_final, grad_checkpoints, *call, *(saved or (None, None)))
+            arguments = (grad_h, grad_final, grad_checkpoints, *call, *(saved or (None, None)), wanted)
             grads = run_backward(cell.backward[backend], arguments)
         except RuntimeError as error:
             raise_as_torch(error, allocate_backward, cell, inputs, initial_state, reset_state)
@@ -179,6 +180,11 @@ class Scan(torch.autograd.Function):
             named = dict(zip(FORWARD_NAMES, (*call, len(saved) > 0), strict=True))
             h, final, *checkpoints = tangent(cell, backend, named, tangents)
         return h.to(call[0][0].dtype), final, *checkpoints, *[None] * (len(saved) - len(checkpoints))
+
+
+def _mask(needed: tuple[bool, ...]) -> int:
+    """Bit i: whether tensor i needs a gradient."""
+    return sum(1 << i for i, need in enumerate(needed) if need)
 
 
 #: `Scan.apply` where no transform of torch.func is active.

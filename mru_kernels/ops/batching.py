@@ -14,7 +14,9 @@ FORWARD_NAMES = (
     *("inputs", "given", "packed", "numbers", "initial_state", "cu_seqlens", "resets", "reset_state"),
     *("reverse", "chunk", "segment", "save"),
 )
-BACKWARD_NAMES = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD_NAMES[:-1], "checkpoints", "codes")
+BACKWARD_NAMES = ("grad_h", "grad_final", "grad_checkpoints", *FORWARD_NAMES[:-1], "checkpoints", "codes", "wanted")
+#: The value of `wanted` that asks for every gradient.
+ALL_WANTED = -1
 _OF_ALL_CHANNELS = ("cu_seqlens", "resets")
 
 

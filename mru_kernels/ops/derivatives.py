@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import state_dtype
-from .batching import BACKWARD_NAMES, FORWARD_NAMES
+from .batching import ALL_WANTED, BACKWARD_NAMES, FORWARD_NAMES
 from .layout import places, split_gates
 from .spec import CELLS, Cell
 
@@ -109,7 +109,7 @@ def gradient_by_parts(cell: Cell, backend: str, call: Call) -> list[Tensor]:
     after, *_ = scan(update, enters)
     g = call["grad_h"].to(state)
     of_scan = {"grad_h": plain.cotangent(x, after, g, p), "inputs": [update, decay], "packed": 0, "numbers": []}
-    of_scan |= {"given": CELLS[LINEAR].required, "checkpoints": None, "codes": None}  # it scans again
+    of_scan |= {"given": CELLS[LINEAR].required, "checkpoints": None, "codes": None, "wanted": ALL_WANTED}
     names = ("grad_final", "grad_checkpoints", "initial_state", "reset_state")
     of_scan |= {name: None if call[name] is None else call[name].to(state) for name in names}
     lam, _, *of_enters = CELLS[LINEAR].backward[backend](*(call | of_scan).values())
@@ -231,7 +231,7 @@ class _Steps:
         call = dict.fromkeys(BACKWARD_NAMES) | {name: t for name, t in self.call.items() if name in BACKWARD_NAMES}
         of_output = of_output.real if self.cell.complex_state else of_output
         call |= {"grad_h": of_output.reshape(1, 1, -1), "grad_final": of_state.reshape(1, -1)}
-        call |= {"initial_state": before.reshape(1, -1)}
+        call |= {"initial_state": before.reshape(1, -1), "wanted": ALL_WANTED}
         return [t.reshape(before.shape) for t in self.cell.backward[self.backend](*call.values())]
 
 

@@ -99,7 +99,7 @@ def _register_fakes(cell: Cell, backend: str) -> None:
 
     @torch.library.register_fake(f"mru::{cell.name}_backward.{backend}", lib=_library)
     def _(grad_h, grad_final, grad_checkpoints, inputs, given, packed, numbers, initial_state, cu_seqlens, resets,
-          reset_state, reverse, chunk, segment, checkpoints, codes):  # fmt: skip
+          reset_state, reverse, chunk, segment, checkpoints, codes, wanted):  # fmt: skip
         check(cell, inputs, given, packed, initial_state, cu_seqlens, resets, reset_state)
         check_numbers(cell, inputs, numbers, chunk, segment, chunk_sizes())
         tensors = {"grad_h": grad_h, "grad_final": grad_final, "grad_checkpoints": grad_checkpoints}

@@ -71,7 +71,7 @@ class Op:
 
     def backward(self, results: list[Tensor]) -> list[Tensor]:
         h, final_state, *saved = results
-        return self.cell.backward["simt"](h, final_state, None, *self.arguments, *saved)
+        return self.cell.backward["simt"](h, final_state, None, *self.arguments, *saved, ops.ALL_WANTED)
 
 
 def scan_once(call: inputs.Call) -> dict[str, Tensor]:

@@ -52,8 +52,7 @@ struct Backward {
     for (int i = 0; i < kInputs; ++i) summed[i] = scan.grad_channel[i] != nullptr;
   }
 
-  // An optional input that is not given has no gradient; the others always have one.
-  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && (!F::is_optional(i) || summed[i]); }
+  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && summed[i]; }
 
   MRU_INLINE void run() {
     for (int64_t end = segment.end; end > segment.begin;) {

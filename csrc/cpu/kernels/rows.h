@@ -32,7 +32,6 @@ struct Form {
   static constexpr unsigned kPerChannel = kChannels;
   static constexpr bool per_channel(int i) { return kChannels >> i & 1; }
   static constexpr bool is_stream(int i) { return kGiven >> i & 1 && !per_channel(i); }
-  static constexpr bool is_optional(int i) { return C::kInputs[i].optional; }
   static constexpr int kSums = __builtin_popcount(kChannels);
   static constexpr int sum_row(int i) { return __builtin_popcount(kChannels & ((1u << i) - 1)); }
 };

@@ -142,7 +142,7 @@ def _as_states(t: Tensor, parts: int) -> Tensor:
 
 def backward(
     cell: ops.Cell, grad_h, grad_final, grad_checkpoints, inputs, given, packed, numbers, initial_state, cu_seqlens,
-    resets, reset_state, reverse, chunk, segment, checkpoints, codes,
+    resets, reset_state, reverse, chunk, segment, checkpoints, codes, wanted,
 ) -> list[Tensor]:  # fmt: skip
     _check(cell, inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, chunk, segment)
     first = inputs[0]
