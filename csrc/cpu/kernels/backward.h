@@ -13,7 +13,8 @@ struct Backward {
   using S = typename F::S;
   using Value = typename F::Value;
   using Cell = typename F::Cell;
-  static constexpr int kInputs = F::kInputs;
+  static constexpr int kInputs = F::kInputs, kStreams = F::kInputs - F::kSums;
+  static constexpr int64_t kSecondLevel = 1 << 20;  // bytes of that cache; most processors have as many or more
 
   const Scan& scan;
   const Segment& segment;
@@ -24,6 +25,7 @@ struct Backward {
   S* const chunk_sums;  // [kSums, n]: sums of at most kSummed terms
   S* const sums;        // [2 kSums, stride]
   const int64_t stride;
+  const bool fits;       // whether the rows of two chunks fit into the second-level cache
   bool summed[kInputs];  // whether the gradient of an input per channel is wanted
   LateRow<F> recently;
   CarriedRow<F> carried_m, carried_sum[kInputs];
@@ -46,6 +48,7 @@ struct Backward {
         chunk_sums(states + (chunk + 1) * n),
         sums(static_cast<S*>(sums)),
         stride(stride),
+        fits(kTile > 1 || 2 * (2 * kStreams + 1) * int64_t(sizeof(T)) * n * chunk <= kSecondLevel),
         recently(Cell::kAdjointSeesState ? late : nullptr, n),
         carried_m(m, n),
         in(scan, segment, segment.begin, d0) {
@@ -93,17 +96,19 @@ struct Backward {
     for (int i = 0; i < kInputs; ++i)
       if (F::is_stream(i)) dx_row[i].advance(steps);
   }
-  // Prefetches what go_left reads and writes at a step.
-  MRU_INLINE void fetch(int64_t ahead, int64_t j) const {
+  MRU_INLINE void fetch_inputs(int64_t ahead, int64_t j) const {
+    for (int i = 0; i < kInputs; ++i)
+      if (F::is_stream(i)) __builtin_prefetch(in.row[i].ahead(ahead) + j, 0, 2);
+  }
+  // What go_left reads and writes beside the inputs.
+  MRU_INLINE void fetch_gradients(int64_t ahead, int64_t j) const {
     __builtin_prefetch(g.ahead(ahead) + j, 0, 2);
-    for (int i = 0; i < kInputs; ++i) {
-      if (!F::is_stream(i)) continue;
-      __builtin_prefetch(in.row[i].ahead(ahead) + j, 0, 2);
-      __builtin_prefetch(dx_row[i].ahead(ahead) + j, 1, 2);
-    }
+    for (int i = 0; i < kInputs; ++i)
+      if (F::is_stream(i)) __builtin_prefetch(dx_row[i].ahead(ahead) + j, 1, 2);
   }
 
-  // Fills `states`. The first chunk prefetches for itself; each chunk does for the next one, in go_left.
+  // Fills `states`. It prefetches for go_left, unless the chunk on the right has done so: a chunk prefetches the inputs of the
+  // next one, and if all fits, also its gradients.
   MRU_INLINE void recompute(int64_t begin, int64_t end, bool is_first) {
     CarriedRow<F> carried_s(states, n);
     for (int64_t step = begin; step < end;) {
@@ -116,7 +121,7 @@ struct Backward {
           Value x[kInputs];
           inputs.load_at(i, x);
           if constexpr (kTile == 1) inputs.prefetch(kRowsAhead);
-          if (kTile == 1 && is_first) fetch(i, j);
+          if (kTile == 1 && (is_first || !fits)) fetch_gradients(i, j);
           s = cell.recompute(x, s);
           carried_s.put(lanes, before + (i + 1) * n + j, s);
         }
@@ -154,7 +159,11 @@ struct Backward {
           }
           if constexpr (Cell::kAdjointSeesState)
             if (recently.wants(right + i - segment.begin)) note_late(lanes, j, pulled);
-          if (has_next) fetch(rises ? mirrored - i : i - chunk, j);
+          if (has_next) {
+            const int64_t ahead = rises ? mirrored - i : i - chunk;
+            fetch_inputs(ahead, j);
+            if (fits) fetch_gradients(ahead, j);
+          }
         }
         carried_m.put(lanes, m + j, pulled);
         for (int k = 0; k < kInputs; ++k)
