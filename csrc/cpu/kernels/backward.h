@@ -7,7 +7,8 @@
 namespace mru {
 namespace {
 
-template <class F, int kTile>
+// kSums: whether gradients of inputs per channel that are not optional are summed over time.
+template <class F, int kTile, bool kSums>
 struct Backward {
   using T = typename F::T;
   using S = typename F::S;
@@ -26,7 +27,7 @@ struct Backward {
   S* const sums;        // [2 kSums, stride]
   const int64_t stride;
   const bool fits;       // whether the rows of two chunks fit into the second-level cache
-  bool summed[kInputs];  // whether the gradient of an input per channel is wanted
+  bool summed[kInputs];  // whether the gradient of an optional input per channel is wanted
   LateRow<F> recently;
   CarriedRow<F> carried_m, carried_sum[kInputs];
 
@@ -55,7 +56,7 @@ struct Backward {
     for (int i = 0; i < kInputs; ++i) summed[i] = scan.grad_channel[i] != nullptr;
   }
 
-  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && summed[i]; }
+  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && (F::is_optional(i) ? summed[i] : kSums); }
 
   MRU_INLINE void run() {
     for (int64_t end = segment.end; end > segment.begin;) {
@@ -200,8 +201,16 @@ struct Backward {
 template <class F>
 void backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, void* carry, void* sums, int64_t stride,
               void* scratch, void* late) {
-  with_tile(d1 - d0,
-            [&]<int kTile>() { Backward<F, kTile>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run(); });
+  bool sums_up = false;
+  for (int i = 0; i < F::kInputs; ++i) sums_up |= F::kRequired >> i & 1 && scan.grad_channel[i] != nullptr;
+  with_tile(d1 - d0, [&]<int kTile>() {
+    const auto run = [&]<bool kSums>() __attribute__((always_inline)) {
+      Backward<F, kTile, kSums>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run();
+    };
+    if constexpr (F::kRequired != 0)
+      if (sums_up) return run.template operator()<true>();
+    run.template operator()<false>();
+  });
 }
 
 template <class F>

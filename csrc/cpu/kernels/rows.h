@@ -32,6 +32,9 @@ struct Form {
   static constexpr unsigned kPerChannel = kChannels;
   static constexpr bool per_channel(int i) { return kChannels >> i & 1; }
   static constexpr bool is_stream(int i) { return kGiven >> i & 1 && !per_channel(i); }
+  static constexpr bool is_optional(int i) { return C::kInputs[i].optional; }
+  // Inputs per channel that are not optional.
+  static constexpr unsigned kRequired = kChannels & ~(C::optional_streams() | C::optional_channels());
   static constexpr int kSums = __builtin_popcount(kChannels);
   static constexpr int sum_row(int i) { return __builtin_popcount(kChannels & ((1u << i) - 1)); }
 };
