@@ -1,5 +1,6 @@
-"""`tools/duel.py` times two builds side by side."""
+"""The scripts in `tools` that compare two builds."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.check
-def test_a_build_against_itself():
+def test_a_build_is_timed_against_itself():
     command = [sys.executable, "tools/duel.py", ".", ".", "--cell", "lif", "--dtype", "fp32", "--shape", "1,64,8"]
     command += ["--turns", "2", "--seconds", "0.01", "--streams"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -18,3 +19,32 @@ def test_a_build_against_itself():
     assert header.split("  ")[-1].strip() == "range"
     assert [" ".join(row.split()[4:6]) for row in rows] == ["lif, forward", "lif, backward"]
     assert note.startswith("2 turns of 0.01 s; allocator: ")
+
+
+PROFILE = """\
+desc: Trigger: --dump-before=srand48*
+
+events: Ir
+fl=kernels.cpp
+ob=/folder/mru_kernels/_C.abi3.so
+fn=forward
+24 100
+25 10
+cob=/lib/libc.so.6
+cfn=memcpy
+calls=2 0
+26 5000
+27 1
+
+ob=/lib/libc.so.6
+fn=memcpy
+0 5000
+
+totals: 5111
+"""
+
+
+def test_instructions_of_the_extension_are_counted_and_not_those_of_what_it_calls(tmp_path):
+    profile = tmp_path / "profile.2"
+    profile.write_text(PROFILE)
+    assert runpy.run_path(str(ROOT / "tools/instructions.py"))["executed"](profile) == 111
