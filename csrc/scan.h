@@ -82,7 +82,7 @@ struct Scan {
   const void* grad_checkpoints = nullptr;  // as checkpoints
   Stream grad_in[kMaxInputs];
   void* grad_channel[kMaxInputs] = {};  // [D] state dtype, for inputs that come per channel
-  unsigned wanted = ~0u;                // bit i: grad_channel[i] is wanted; else a backend may fill it with zeros
+  unsigned wanted = ~0u;                // bit i: the caller needs grad_channel[i]; otherwise it may be zeros
   void* grad_initial = nullptr;         // [sequences, D] state dtype
   void* grad_reset_state = nullptr;     // [sequences, D] state dtype: summed over the resets of each sequence
 };

@@ -118,7 +118,7 @@ FAULTS = (
            "sums and schmitt"),
     Fault("the gradient of another array left out", "torch/ops.h", "(wanted >> bound.place[i] & 1) == 0",
            "(wanted >> i & 1) == 0", "changes_nothing_else", WANTED),
-    Fault("a gradient that is not wanted left as it is", "cpu/backward.cpp", "std::memset(grad, 0, row_bytes(scan));",
+    Fault("a gradient that is not wanted not set to zero", "cpu/backward.cpp", "std::memset(grad, 0, row_bytes(scan));",
            "std::memset(grad, 1, row_bytes(scan));", "changes_nothing_else", WANTED),
     Fault("what a sum lost left out", "sum.h", "lost == lost ? sum + lost : sum", "sum", "sums and schmitt"),
     Fault("gain of slopes left out", "cells/schmitt.h", "lambda * splat<V>(surrogate.gain)", "lambda",

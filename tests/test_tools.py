@@ -40,7 +40,11 @@ ob=/lib/libc.so.6
 fn=memcpy
 0 5000
 
-totals: 5111
+ob=/packages/torch/_C.cpython-311-x86_64-linux-gnu.so
+fn=call
+3 70
+
+totals: 5181
 """
 
 

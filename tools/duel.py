@@ -1,8 +1,9 @@
 """Time two builds of this project side by side: `python tools/duel.py BEFORE AFTER`.
 
-BEFORE and AFTER are folders of the project in which the extension is built. A process of each makes the same calls, and
-the two take turns, so that the machine's noise meets both. A turn's figure is the median time of a call. The table has
-the median of BEFORE's figures over the turns, and the median and the range of the ratio AFTER to BEFORE of a turn.
+BEFORE and AFTER are folders of the project in which the extension is built; it must also be built in the script's own.
+A process of each makes the same calls, and the two take turns, so that the machine's noise meets both. A turn's figure
+is the median time of a call. The table has the median of BEFORE's figures over the turns, and the median and the range
+of the ratio AFTER to BEFORE of a turn.
 
 Times depend on where the memory of a process lies, which does not change while it runs: run a comparison several times.
 """
@@ -24,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PASSES = ("forward", "backward")
 SHAPES = [(4, 4096, 512), (64, 128, 1024), (16, 1024, 96), (1, 1048576, 16)]
-LEAST_CALLS = 4  # in a turn
+LEAST_CALLS = 4  # of a turn, also if they take longer than --seconds
 
 
 def subject(cell: str, dtype: str, shape: list[int], pass_: str, streams: bool) -> Callable[[], object]:
@@ -96,8 +97,8 @@ def main() -> None:
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=SHAPES, metavar="B,T,D")
     parser.add_argument("--pass", nargs="+", default=PASSES, choices=PASSES, dest="passes")
     parser.add_argument("--streams", action="store_true", help="backward: gradients of the streams only")
-    parser.add_argument("--turns", type=cli.positive, default=5, help="of each side (default: 5)")
-    parser.add_argument("--seconds", type=float, default=0.08, help="of a turn (default: 0.08)")
+    parser.add_argument("--turns", type=cli.positive, default=5, help="turns of each build (default: 5)")
+    parser.add_argument("--seconds", type=float, default=0.08, help="seconds of a turn (default: 0.08)")
     given = parser.parse_args()
     sides = [Side(tree.resolve()) for tree in (given.before, given.after)]
     rows = [("B, T, D", "dtype", "pass", "before, ms", "after / before", "range")]

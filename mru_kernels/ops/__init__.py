@@ -22,7 +22,8 @@ Arguments that they share:
                 scans each sequence as a whole; -1 lets the backend choose at run time, so that a recorded graph serves
                 all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
     save        whether to return also the checkpoints and codes that the backward op needs
-    wanted      mask; bit i: the gradient of `inputs[i]` is wanted. One of an input `[D]` that is not may be zeros
+    wanted      mask over `inputs`; bit i: the gradient of `inputs[i]` is needed. A gradient `[D]` that is not
+                may be zeros
 
 If the backward op gets neither checkpoints nor codes, it scans again. Without `grad_final` it takes zeros.
 `grad_checkpoints` is the gradient of the checkpoints, for callers that use them as results. The gradients come in the

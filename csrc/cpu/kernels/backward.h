@@ -7,15 +7,15 @@
 namespace mru {
 namespace {
 
-// kSums: whether gradients of inputs per channel that are not optional are summed over time.
-template <class F, int kTile, bool kSums>
+// kWithSums: whether gradients of inputs per channel that are not optional are summed over time.
+template <class F, int kTile, bool kWithSums>
 struct Backward {
   using T = typename F::T;
   using S = typename F::S;
   using Value = typename F::Value;
   using Cell = typename F::Cell;
-  static constexpr int kInputs = F::kInputs, kStreams = F::kInputs - F::kSums;
-  static constexpr int64_t kSecondLevel = 1 << 20;  // bytes of that cache; most processors have as many or more
+  static constexpr int kInputs = F::kInputs;
+  static constexpr int64_t kSecondLevel = 1 << 20;  // bytes that the prefetch assumes; measured with 2 MiB
 
   const Scan& scan;
   const Segment& segment;
@@ -23,10 +23,10 @@ struct Backward {
   const Cell cell;
   S* const m;           // [n]
   S* const states;      // [chunk + 1, n]: before the first step, after each
-  S* const chunk_sums;  // [kSums, n]: sums of at most kSummed terms
-  S* const sums;        // [2 kSums, stride]
+  S* const chunk_sums;  // [F::kSums, n]: sums of at most kSummed terms
+  S* const sums;        // [2 F::kSums, stride]
   const int64_t stride;
-  const bool fits;       // whether the rows of two chunks fit into the second-level cache
+  const bool fits;       // whether the streams of two chunks fit into the second-level cache
   bool summed[kInputs];  // whether the gradient of an optional input per channel is wanted
   LateRow<F> recently;
   CarriedRow<F> carried_m, carried_sum[kInputs];
@@ -49,14 +49,14 @@ struct Backward {
         chunk_sums(states + (chunk + 1) * n),
         sums(static_cast<S*>(sums)),
         stride(stride),
-        fits(kTile > 1 || 2 * (2 * kStreams + 1) * int64_t(sizeof(T)) * n * chunk <= kSecondLevel),
+        fits(kTile > 1 || 2 * (2 * F::kStreams + 1) * int64_t(sizeof(T)) * n * chunk <= kSecondLevel),
         recently(Cell::kAdjointSeesState ? late : nullptr, n),
         carried_m(m, n),
         in(scan, segment, segment.begin, d0) {
     for (int i = 0; i < kInputs; ++i) summed[i] = scan.grad_channel[i] != nullptr;
   }
 
-  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && (F::is_optional(i) ? summed[i] : kSums); }
+  MRU_INLINE bool sums_up(int i) const { return F::per_channel(i) && (F::is_optional(i) ? summed[i] : kWithSums); }
 
   MRU_INLINE void run() {
     for (int64_t end = segment.end; end > segment.begin;) {
@@ -101,15 +101,15 @@ struct Backward {
     for (int i = 0; i < kInputs; ++i)
       if (F::is_stream(i)) __builtin_prefetch(in.row[i].ahead(ahead) + j, 0, 2);
   }
-  // What go_left reads and writes beside the inputs.
+  // The rows of grad_h and of the streams' gradients.
   MRU_INLINE void fetch_gradients(int64_t ahead, int64_t j) const {
     __builtin_prefetch(g.ahead(ahead) + j, 0, 2);
     for (int i = 0; i < kInputs; ++i)
       if (F::is_stream(i)) __builtin_prefetch(dx_row[i].ahead(ahead) + j, 1, 2);
   }
 
-  // Fills `states`. It prefetches for go_left, unless the chunk on the right has done so: a chunk prefetches the inputs of the
-  // next one, and if all fits, also its gradients.
+  // Fills `states`. Prefetches the gradients' rows for go_left, unless go_left of the chunk on the right has done so: it
+  // prefetches the inputs of the next chunk and, if `fits`, also its gradients' rows.
   MRU_INLINE void recompute(int64_t begin, int64_t end, bool is_first) {
     CarriedRow<F> carried_s(states, n);
     for (int64_t step = begin; step < end;) {
@@ -204,8 +204,8 @@ void backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, 
   bool sums_up = false;
   for (int i = 0; i < F::kInputs; ++i) sums_up |= F::kRequired >> i & 1 && scan.grad_channel[i] != nullptr;
   with_tile(d1 - d0, [&]<int kTile>() {
-    const auto run = [&]<bool kSums>() __attribute__((always_inline)) {
-      Backward<F, kTile, kSums>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run();
+    const auto run = [&]<bool kWithSums>() __attribute__((always_inline)) {
+      Backward<F, kTile, kWithSums>(scan, segment, d0, d1, carry, sums, stride, scratch, late).run();
     };
     if constexpr (F::kRequired != 0)
       if (sums_up) return run.template operator()<true>();

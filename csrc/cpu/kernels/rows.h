@@ -35,6 +35,7 @@ struct Form {
   static constexpr bool is_optional(int i) { return C::kInputs[i].optional; }
   // Inputs per channel that are not optional.
   static constexpr unsigned kRequired = kChannels & ~(C::optional_streams() | C::optional_channels());
+  static constexpr int kStreams = __builtin_popcount(kGiven & ~kChannels);
   static constexpr int kSums = __builtin_popcount(kChannels);
   static constexpr int sum_row(int i) { return __builtin_popcount(kChannels & ((1u << i) - 1)); }
 };
