@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import inputs
-from mru_kernels import ops
+from mru_kernels import backends, ops
 from mru_kernels.ops import autograd
 from tests import raw
 from tests.calls import CELLS, SEGMENTS, assert_same_bits, cases, op_of
@@ -17,6 +17,7 @@ from tests.calls import CELLS, SEGMENTS, assert_same_bits, cases, op_of
 @pytest.mark.parametrize("cell", CELLS)
 @given(data=st.data())
 def test_what_is_not_wanted_changes_nothing_else(backend, device, cell, data):
+    backends.resolve(backend, device)  # registers the kernels of the backend
     call = data.draw(cases((150, 40), cell, boundaries=False)).build().to(device)
     scan = raw.scan(call, gates=data.draw(st.booleans()), segment=data.draw(SEGMENTS))
     results = raw.run(ops.CELLS[cell].forward[backend], scan)
