@@ -15,32 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from duel import PASSES, subject
+
 ROOT = Path(__file__).parents[1]
 SHAPES = [(1, 2048, 512), (4, 1024, 64), (1, 65536, 16)]
-PASSES = ("forward", "backward")
 #: A function of the C library that nothing else calls. Before it, callgrind writes what it has counted and starts anew.
 MARK = "srand48"
-
-
-def passes(cell: str, dtype: str, shape: list[int]) -> Iterator[Callable[[], object]]:
-    """A forward pass without gradients, and a backward pass."""
-    import torch
-
-    import mru_kernels
-    from bench import inputs
-
-    batch, steps, channels = shape
-    call = inputs.case(cell, inputs.DTYPES[dtype], batch=batch, time=steps, channels=channels).build()
-    op = getattr(mru_kernels, cell)
-    yield lambda: op(**call.tensors, **call.settings)
-    leaves = {name: t.requires_grad_() for name, t in call.tensors.items()}
-    h, _ = op(**leaves, **call.settings)
-    yield lambda: torch.autograd.grad(h, list(leaves.values()), call.grad_h, retain_graph=True)
 
 
 def serve(cases: list[tuple[Any, ...]]) -> None:
@@ -50,7 +34,7 @@ def serve(cases: list[tuple[Any, ...]]) -> None:
     torch.set_num_threads(1)
     mark = getattr(ctypes.CDLL(None), MARK)
     for case in cases:
-        for run in passes(*case):
+        for run in (subject(*case, name, streams=False) for name in PASSES):
             run()
             mark(0)
             run()

@@ -23,7 +23,7 @@ Arguments that they share:
                 all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
     save        whether to return also the checkpoints and codes that the backward op needs
     wanted      mask over `inputs`; bit i: the gradient of `inputs[i]` is needed. A gradient `[D]` that is not
-                may be zeros
+                needed may be zeros
 
 If the backward op gets neither checkpoints nor codes, it scans again. Without `grad_final` it takes zeros.
 `grad_checkpoints` is the gradient of the checkpoints, for callers that use them as results. The gradients come in the

@@ -109,6 +109,7 @@ def gradient_by_parts(cell: Cell, backend: str, call: Call) -> list[Tensor]:
     after, *_ = scan(update, enters)
     g = call["grad_h"].to(state)
     of_scan = {"grad_h": plain.cotangent(x, after, g, p), "inputs": [update, decay], "packed": 0, "numbers": []}
+    # Without checkpoints it scans again.
     of_scan |= {"given": CELLS[LINEAR].required, "checkpoints": None, "codes": None, "wanted": ALL_WANTED}
     names = ("grad_final", "grad_checkpoints", "initial_state", "reset_state")
     of_scan |= {name: None if call[name] is None else call[name].to(state) for name in names}
