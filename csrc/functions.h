@@ -1,6 +1,6 @@
-// Functions of vectors, for the CPU kernels of cells that mru_kernels.define_cell prints. A NaN gives NaN. The exponential is
-// our own; what follows from it differs from the C library by a few units in the last place. Others are the C library's, lane
-// by lane.
+// Functions of vectors, for the CPU kernels of cells that mru_kernels.define_cell prints. A NaN gives NaN. The exponential,
+// e^x - 1 and tanh are our own; they, and what follows from them, differ from the C library by a few units in the last place.
+// Others are the C library's, lane by lane.
 #pragma once
 #include "cpu/kernels/vector.h"
 
@@ -14,7 +14,6 @@ namespace mru {
       else return of_double(a);                                     \
     });                                                             \
   }
-MRU_EACH_LANE(exponential_minus_1, __builtin_expm1f, __builtin_expm1)
 MRU_EACH_LANE(logarithm, __builtin_logf, __builtin_log)
 MRU_EACH_LANE(logarithm_of_1_plus, __builtin_log1pf, __builtin_log1p)
 MRU_EACH_LANE(sine, __builtin_sinf, __builtin_sin)
@@ -43,6 +42,11 @@ MRU_INLINE V minimum(V x, V y) {
 template <class V>
 MRU_INLINE V exponential(V x) {
   return Lanes<V>::exp(x);
+}
+
+template <class V>
+MRU_INLINE V exponential_minus_1(V x) {
+  return Lanes<V>::expm1(x);
 }
 
 template <class V>

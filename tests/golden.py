@@ -48,9 +48,16 @@ FORMS = {
     "resonate": ("resonate", "input decay[D] gain[D] threshold[D]"),
     "min_gru": ("min_gru", "candidate update"),
     "min_lstm": ("min_lstm", "candidate update forget"),
+    "leaky_integrator": ("leaky_integrator", "input decay"),
 }
-FEWER = {"lif": 5, "resonate": 3, "min_gru": 3, "min_lstm": 3}  # cases of each dtype, where not ROWS
-OF_CPU = ("min_gru", "min_lstm")  # elsewhere the C library or Triton computes their exponentials
+FEWER = {
+    "lif": 5,
+    "resonate": 3,
+    "min_gru": 3,
+    "min_lstm": 3,
+    "leaky_integrator": 3,
+}  # cases of each dtype, if not ROWS
+OF_CPU = ("min_gru", "min_lstm", "leaky_integrator")  # elsewhere the C library or Triton computes their exponentials
 
 MODULES = ("BMRU", "CMRU", "AlphaCMRU")  # that hand packed gates to the kernels
 
@@ -68,7 +75,7 @@ FACTORS: dict[str, tuple] = {
 }
 FACTORS_OF_WRITES = {"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "scale": (1.0, 2.5)}
 
-#: The surrogate "sigmoid" is absent, as is leaky_integrator: the C library computes their exp and tanh.
+#: The surrogate "sigmoid" is absent: the C library computes its exp.
 FACTORS_OF_SPIKES = {
     "tie": (False, True),
     "surrogate": ("atan", "fast_sigmoid", "triangle", "straight_through"),
@@ -87,6 +94,7 @@ OWN: dict[str, tuple[dict[str, tuple], tuple[dict[str, Any], ...]]] = {
     "resonate": (FACTORS_OF_SPIKES, ({},)),
     "min_gru": ({}, ({},)),
     "min_lstm": ({}, ({},)),
+    "leaky_integrator": ({}, ({},)),
 }
 WRITES = (FACTORS_OF_WRITES, ({"epsilon": 0.0}, {"epsilon": 0.5}))
 

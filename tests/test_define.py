@@ -217,16 +217,21 @@ def units(ours: Tensor, exact: Tensor) -> Tensor:
     return (ours.double() - exact).abs() / (above - rounded.abs()).double()
 
 
-def test_exponentials_over_the_whole_range():
-    cell = mk.define_cell("test_exponential", lambda x: mk.Affine(0.0, x.exp()))
-    finite = torch.cat([torch.linspace(-104, 88.7, 300_001), torch.linspace(-1e-3, 1e-3, 10_001)])
-    h, _ = cell(finite.view(1, 1, -1))
-    worst = units(h.flatten(), finite.double().exp()).max().item()
-    assert worst < 1.6, worst
-    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 89.0, -104.5, 0.0, -0.0])
-    torch.testing.assert_close(cell(special.view(1, 1, -1))[0].flatten(), special.exp(), rtol=0, atol=0, equal_nan=True)
-    wide = torch.linspace(-745, 709.7, 300_001, dtype=torch.float64)
-    torch.testing.assert_close(cell(wide.view(1, 1, -1))[0].flatten(), wide.exp(), rtol=4e-16, atol=1e-323)
+@pytest.mark.parametrize(("function", "most"), [(torch.exp, 1.1), (torch.expm1, 1.9), (torch.tanh, 2.6)])
+def test_exponentials_over_the_whole_range(function, most):
+    """Errors in units in the last place, and special values."""
+    cell = mk.define_cell(f"test_{function.__name__}", lambda x: mk.Affine(0.0, function(x)))
+
+    def ours(x: Tensor) -> Tensor:
+        return cell(x.view(1, 1, -1))[0].flatten()
+
+    finite = torch.cat([torch.linspace(-104, 88.7, 300_001), *(torch.linspace(-r, r, 100_001) for r in (9, 1, 1e-3))])
+    worst = units(ours(finite), function(finite.double())).max().item()
+    assert most / 2 < worst < most, worst
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 89.0, -104.5, 0.0, -0.0, 1e-40])
+    torch.testing.assert_close(ours(special), function(special), rtol=0, atol=0, equal_nan=True)
+    wide = torch.cat([torch.linspace(-745, 709.7, 300_001), torch.linspace(-2, 2, 300_001)]).double()
+    torch.testing.assert_close(ours(wide), function(wide), rtol=7e-16, atol=1e-323)
 
 
 # ---------------------------------------------------------------------------------------------- surrogates

@@ -10,6 +10,7 @@
 #endif
 
 #include "../../elements.h"
+#include "exponentials.h"
 
 namespace mru {
 
@@ -65,40 +66,10 @@ struct VectorLanes {
     for (int i = 0; i < N; ++i) y[i] = f(x[i]);
     return y;
   }
-  static MRU_INLINE V tanh(V x) {  // as the C library rounds it
-    return each(x, [](S a) {
-      if constexpr (sizeof(S) == 4) return __builtin_tanhf(a);
-      else return __builtin_tanh(a);
-    });
-  }
-  // e^x = 2^n e^r with |r| <= ln(2) / 2: e^r by its Taylor series, 2^n by the bits of two exponents, so that subnormal results
-  // are right too.
-  static MRU_INLINE V exp(V x) {
-    constexpr bool kDouble = sizeof(S) == sizeof(double);
-    constexpr int kMantissa = kDouble ? 52 : 23, kBias = kDouble ? 1023 : 127, kTerms = kDouble ? 13 : 7;
-    constexpr S kMost = kDouble ? 710 : 89, kLeast = kDouble ? -746 : -104;
-    // ln(2) in two parts; n times the first is exact.
-    constexpr S kHigh = kDouble ? 0x1.62e4p-1 : 0x1.63p-1;
-    constexpr S kLow = kDouble ? 0x1.7f7d1cf79abcap-20 : S(-0x1.bd0105c610ca8p-13);
-    constexpr S kRound = kDouble ? 0x1.8p52 : S(0x1.8p23);  // adding it rounds to an integer, in the lowest bits
-
-    const V limited = x > splat(kMost) ? splat(kMost) : x < splat(kLeast) ? splat(kLeast) : x;
-    const V shifted = limited * splat(S(1.4426950408889634074)) + splat(kRound);
-    const V n = shifted - splat(kRound);
-    const V r = (limited - n * splat(kHigh)) - n * splat(kLow);
-    V sum = splat(S(1) / kTerms);
-    // Horner's rule of 1 + r (1 + r / 2 (1 + r / 3 (...)))
-    sum = splat(1) + r * sum;
-#pragma GCC unroll 16
-    for (int k = kTerms - 1; k > 0; --k) sum = splat(1) + r * splat(S(1) / k) * sum;
-    const Int whole = bits(shifted) - bits(splat(kRound)), half = whole >> 1;
-    const auto power_of_2 = [](Int e) { return from_bits((e + kBias) << kMantissa); };
-    return sum * power_of_2(half) * power_of_2(whole - half);
-  }
   static MRU_INLINE V flip_sign(V v, V x) { return x < V{} ? -v : v; }
   static MRU_INLINE V multiply_sign(V v, V x) { return x == V{} ? V{} : (V)((Int)v ^ ((Int)x & kSign)); }
 
- private:
+ protected:
   static constexpr I kSign = std::numeric_limits<I>::min();
 };
 template <class V>
@@ -106,9 +77,9 @@ struct Lanes<Complex<V>> {
   using Int = typename Lanes<V>::Int;
 };
 template <>
-struct Lanes<Vector<float, kVectorBytes / 4>> : VectorLanes<float, int32_t, kVectorBytes / 4> {};
+struct Lanes<Vector<float, kVectorBytes / 4>> : WithExponentials<VectorLanes<float, int32_t, kVectorBytes / 4>> {};
 template <>
-struct Lanes<Vector<double, kVectorBytes / 8>> : VectorLanes<double, int64_t, kVectorBytes / 8> {};
+struct Lanes<Vector<double, kVectorBytes / 8>> : WithExponentials<VectorLanes<double, int64_t, kVectorBytes / 8>> {};
 
 // The integers from 0 to N - 1 as a parameter pack.
 template <int... i>
