@@ -7,6 +7,7 @@ and decides in one function how to cut time into segments. The last backend, "to
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from .. import torch_private as private
 
-CHUNK = 64  #: the default of `chunk_size`: steps between two checkpoints, the states saved for the backward pass
+CHUNK = 64  #: the default of `chunk_size`: most steps between two checkpoints, the states saved for the backward pass
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Backend:
     device_types: tuple[str, ...]  # with kernels; none: plain torch, which runs on any device
     needs: str  # the reason in an error for a device of another type
     module_name: str
+    wide_row: float = math.inf  # bytes of [D] states from which on half of `CHUNK` steps between checkpoints are faster
 
     @cached_property
     def plain(self) -> bool:
@@ -46,6 +48,10 @@ class Backend:
     def module(self) -> ModuleType:
         return importlib.import_module(self.module_name)
 
+    def chunk(self, row: int) -> int:
+        """Steps between two checkpoints if `chunk_size` is `CHUNK` and states `[D]` take `row` bytes."""
+        return CHUNK // 2 if row >= self.wide_row else CHUNK
+
 
 _CHOSEN = os.environ.get("MRU_BACKEND") or None  # read once: reading the environment costs as much as a short scan
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,7 +60,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TABLE: dict[str, Backend] = {
     row.name: row
     for row in (
-        Backend("cpu", ("cpu",), "needs CPU tensors", f"{__name__}.cpu"),
+        Backend("cpu", ("cpu",), "needs CPU tensors", f"{__name__}.cpu", wide_row=4096),
         Backend("cuda", ("cuda",), "needs a CUDA device", f"{__name__}.cuda"),
         Backend(
             "triton",

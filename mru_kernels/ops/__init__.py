@@ -44,7 +44,7 @@ sequences.
 from ..checks import state_dtype
 from . import slots
 from .batching import ALL_WANTED
-from .entry import as_maps, scan, step, step_slots
+from .entry import as_maps, chunk_of, scan, step, step_slots
 from .layout import (
     CODES_PER_WORD,
     allocate,
@@ -88,6 +88,7 @@ __all__ = [
     "check",
     "check_numbers",
     "checkpoint_rows",
+    "chunk_of",
     "code_rows",
     "dense_like",
     "first_stream",

@@ -67,7 +67,7 @@ def scan(
     Args:
         inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse: those of the op, see
             `mru_kernels.ops`.
-        chunk_size: steps between two checkpoints; None to save none.
+        chunk_size: most steps between two checkpoints; None to save none. Boundaries are exactly as far apart.
         backend: a name, or None for the first backend that can run on the device.
         boundaries: whether the checkpoints are a result.
 
@@ -105,6 +105,8 @@ def scan(
     # A recorded graph saves no checkpoints, so its backward pass scans again. Exactly one checkpoint would fix T, and
     # jit.trace compares its graph with one that is made under no_grad.
     recorded = tracing or (compiling and torch.compiler.is_exporting())
+    if differentiated and not boundaries and not recorded and chunk == backends.CHUNK:
+        chunk = chunk_of(row, cell, first, packed)
     save = boundaries or (differentiated and chunk_size is not None and not recorded)
     segment = SEGMENT
     # A scan of whole sequences then saves no codes. Meta and fake tensors need no kernels, which know the length.
@@ -141,6 +143,14 @@ def _results(results: Sequence[Tensor], first: Tensor, chunk: int, boundaries: b
     rows = max(time - 1, 0) // chunk
     checkpoints = results[2].narrow(0, 0, batch * rows)
     return results[0], results[1], checkpoints.view(batch, rows, checkpoints.shape[-1])
+
+
+def chunk_of(row: backends.Backend, cell: Cell, first: Tensor, packed: int) -> int:
+    """The steps between two checkpoints of a call whose `chunk_size` is the default."""
+    channels = first.shape[-1]
+    if type(channels) is not int:  # it is symbolic
+        return backends.CHUNK
+    return row.chunk(channels // (packed.bit_count() or 1) * cell.state_dtype(first.dtype).itemsize)
 
 
 def segment_of(row: backends.Backend, first: Tensor, packed: int, cu_seqlens: Tensor | None) -> int:
