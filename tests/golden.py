@@ -50,14 +50,9 @@ FORMS = {
     "min_lstm": ("min_lstm", "candidate update forget"),
     "leaky_integrator": ("leaky_integrator", "input decay"),
 }
-FEWER = {
-    "lif": 5,
-    "resonate": 3,
-    "min_gru": 3,
-    "min_lstm": 3,
-    "leaky_integrator": 3,
-}  # cases of each dtype, if not ROWS
-OF_CPU = ("min_gru", "min_lstm", "leaky_integrator")  # elsewhere the C library or Triton computes their exponentials
+#: Cases of each dtype, if not ROWS.
+FEWER = {"lif": 5, "resonate": 3, "min_gru": 3, "min_lstm": 3, "leaky_integrator": 3}
+OF_CPU = ("min_gru", "min_lstm", "leaky_integrator")  # elsewhere the C library or Triton computes exp and tanh
 
 MODULES = ("BMRU", "CMRU", "AlphaCMRU")  # that hand packed gates to the kernels
 
@@ -75,7 +70,7 @@ FACTORS: dict[str, tuple] = {
 }
 FACTORS_OF_WRITES = {"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "scale": (1.0, 2.5)}
 
-#: The surrogate "sigmoid" is absent: the C library computes its exp.
+#: The surrogate "sigmoid" is absent: in simt the C library computes its exp, in Triton Triton does.
 FACTORS_OF_SPIKES = {
     "tie": (False, True),
     "surrogate": ("atan", "fast_sigmoid", "triangle", "straight_through"),

@@ -62,24 +62,6 @@ def test_equals_the_reference_for_any_chunk_size(backend, device, largest, data)
         assert_same_bits(run(call, partial(op, chunk_size=None), device), run(call, op, device))
 
 
-def test_wide_rows_have_twice_as_many_checkpoints():
-    """From 4 KiB of states on, `cpu` saves every 32 steps by default, and results are the same bits."""
-    for dtype, channels, every in ((torch.bfloat16, 1023, 64), (torch.float16, 1024, 32), (torch.float64, 512, 32)):
-        call = inputs.case("bmru", dtype, batch=2, time=200, channels=channels).build()
-        leaves = {name: t.clone().requires_grad_() for name, t in call.tensors.items()}
-        results = {}
-        for chunk_size in (None, backends.CHUNK, 128):
-            h, _ = mk.bmru(**leaves, chunk_size=chunk_size)
-            saved = {tuple(t.shape) for t in h.grad_fn.saved_tensors if t is not None}
-            steps = every if chunk_size == backends.CHUNK else chunk_size
-            assert steps is None or (2 * (199 // steps), channels) in saved
-            results[chunk_size] = [h, *torch.autograd.grad(h, list(leaves.values()), call.grad_h)]
-        for results_of_other in (results[None], results[128]):
-            assert all(map(torch.equal, results[backends.CHUNK], results_of_other))
-        boundaries = mk.bmru(**leaves, return_boundaries=True)[2]
-        assert boundaries.shape == (2, 199 // backends.CHUNK, channels)
-
-
 @pytest.mark.parametrize(("cell", "dtype"), [(cell, name) for cell in CELLS for name in inputs.CELLS[cell].dtypes])
 def test_equals_the_reference_where_the_backend_cuts_time(backend, device, largest, cell, dtype):
     """The backend chooses the segment size itself, for few channels and many steps."""

@@ -233,7 +233,7 @@ def test_fake_tensors_on_a_missing_device():
 @pytest.mark.parametrize("segment", [0, 128])
 @pytest.mark.parametrize("chunk_size", [64, 16, 256, None])
 def test_saved_memory(backend, device, dtype, chunk_size, segment, monkeypatch):
-    """A scan saves a checkpoint per chunk, by default at most 1/32 of a stream. Segments add 2 bits per step."""
+    """A scan saves a checkpoint per chunk, by default at most 1/32 of a narrow stream. Segments add 2 bits per step."""
     least, most = backends.TABLE[backend].module.CHUNK_SIZES
     if chunk_size is not None and not least <= chunk_size <= most:
         pytest.skip(f"{backend} supports chunk sizes from {least} to {most}")

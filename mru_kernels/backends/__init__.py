@@ -18,7 +18,8 @@ import torch
 
 from .. import torch_private as private
 
-CHUNK = 64  #: the default of `chunk_size`: most steps between two checkpoints, the states saved for the backward pass
+#: The default of `chunk_size`: at most so many steps lie between checkpoints, the states saved for the backward pass.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Backend:
     device_types: tuple[str, ...]  # with kernels; none: plain torch, which runs on any device
     needs: str  # the reason in an error for a device of another type
     module_name: str
-    wide_row: float = math.inf  # bytes of [D] states from which on half of `CHUNK` steps between checkpoints are faster
+    wide_row: float = math.inf  # bytes of states `[D]` from which on checkpoints every `CHUNK // 2` steps are faster
 
     @cached_property
     def plain(self) -> bool:

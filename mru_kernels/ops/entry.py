@@ -67,7 +67,7 @@ def scan(
     Args:
         inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse: those of the op, see
             `mru_kernels.ops`.
-        chunk_size: most steps between two checkpoints; None to save none. Boundaries are exactly as far apart.
+        chunk_size: at most so many steps lie between checkpoints, exactly so many between boundaries; None saves none.
         backend: a name, or None for the first backend that can run on the device.
         boundaries: whether the checkpoints are a result.
 
@@ -148,7 +148,7 @@ def _results(results: Sequence[Tensor], first: Tensor, chunk: int, boundaries: b
 def chunk_of(row: backends.Backend, cell: Cell, first: Tensor, packed: int) -> int:
     """The steps between two checkpoints of a call whose `chunk_size` is the default."""
     channels = first.shape[-1]
-    if type(channels) is not int:  # it is symbolic
+    if type(channels) is not int:  # a SymInt outside torch.compile, which compares the size and guards its graph
         return backends.CHUNK
     return row.chunk(channels // (packed.bit_count() or 1) * cell.state_dtype(first.dtype).itemsize)
 

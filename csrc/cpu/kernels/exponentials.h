@@ -1,5 +1,5 @@
-// Exponentials of vectors, with the same bits on every instruction set. Errors, in units in the last place, are at most 1.1
-// for e^x, 1.9 (2.1 in float64) for e^x - 1 and 2.6 for tanh. A NaN gives NaN.
+// Exponentials of vectors, with the same bits on every instruction set. Errors that were measured, in units in the last place,
+// are at most 1.1 for e^x, 1.9 (2.1 in float64) for e^x - 1 and 2.6 for tanh. A NaN gives NaN.
 #pragma once
 
 namespace mru {
@@ -30,7 +30,7 @@ struct WithExponentials : Base {
 
   static MRU_INLINE V with_sign(V size, V x) { return from_bits(bits(abs(size)) | (bits(x) & Base::kSign)); }
 
-  // a < b ? a : b and a > b ? a : b, so b where one is a NaN.
+  // a < b ? a : b and a > b ? a : b, so b where one is a NaN. GCC 12 compares and blends where AVX-512 has one instruction.
   static MRU_INLINE V smaller(V a, V b) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(S) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
@@ -53,7 +53,8 @@ struct WithExponentials : Base {
   template <int kFirst, int kTerms>
   static MRU_INLINE V taylor(const V* powers) {
     if constexpr (kTerms == 1) {
-      return splat(S(1 / factorial(kFirst)));
+      constexpr S kCoefficient = S(1 / factorial(kFirst));
+      return splat(kCoefficient);
     } else {
       constexpr int kLevel = 31 - __builtin_clz(kTerms - 1), kLow = 1 << kLevel;
       return taylor<kFirst, kLow>(powers) + powers[kLevel] * taylor<kFirst + kLow, kTerms - kLow>(powers);
