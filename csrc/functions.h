@@ -1,6 +1,6 @@
-// Functions of vectors, for the CPU kernels of cells that mru_kernels.define_cell prints. A NaN gives NaN. The exponential,
-// e^x - 1 and tanh are our own; they, and what follows from them, differ from the C library by a few units in the last place.
-// Others are the C library's, lane by lane.
+// Functions of vectors, for the CPU kernels of cells that mru_kernels.define_cell prints. A NaN gives NaN. Exponentials, tanh and
+// logarithms are our own (cpu/kernels/elementary.h); they, and what follows from them, differ from the C library by a few units
+// in the last place. Others are the C library's, lane by lane.
 #pragma once
 #include "cpu/kernels/vector.h"
 
@@ -14,12 +14,9 @@ namespace mru {
       else return of_double(a);                                     \
     });                                                             \
   }
-MRU_EACH_LANE(logarithm, __builtin_logf, __builtin_log)
-MRU_EACH_LANE(logarithm_of_1_plus, __builtin_log1pf, __builtin_log1p)
 MRU_EACH_LANE(sine, __builtin_sinf, __builtin_sin)
 MRU_EACH_LANE(cosine, __builtin_cosf, __builtin_cos)
 MRU_EACH_LANE(error_function, __builtin_erff, __builtin_erf)
-MRU_EACH_LANE(square_root, __builtin_sqrtf, __builtin_sqrt)
 #undef MRU_EACH_LANE
 
 template <class V>
@@ -47,6 +44,18 @@ MRU_INLINE V exponential(V x) {
 template <class V>
 MRU_INLINE V exponential_minus_1(V x) {
   return Lanes<V>::expm1(x);
+}
+template <class V>
+MRU_INLINE V logarithm(V x) {
+  return Lanes<V>::log(x);
+}
+template <class V>
+MRU_INLINE V logarithm_of_1_plus(V x) {
+  return Lanes<V>::log1p(x);
+}
+template <class V>
+MRU_INLINE V square_root(V x) {
+  return Lanes<V>::sqrt(x);
 }
 
 template <class V>

@@ -195,10 +195,10 @@ FAULTS = (
            "equals_the_reference and min_gru", GATES),
     Fault("gates above zero that count in the shares", "cells/min_lstm.h",
            "(v < zero ? v : zero) - (u < zero ? u : zero)", "v - u", "equals_the_reference and min_lstm", GATES),
-    Fault("the low part of ln(2) left out", "cpu/kernels/exponentials.h",
+    Fault("the low part of ln(2) left out", "cpu/kernels/elementary.h",
            "(limited - n * splat(kHigh)) - n * splat(kLow)", "limited - n * splat(kHigh)",
            "where_the_backend_cuts_time and min_gru", GATES),
-    Fault("tanh without its sign", "cpu/kernels/exponentials.h",
+    Fault("tanh without its sign", "cpu/kernels/elementary.h",
            "with_sign(e_minus_1 / (splat(2) + e_minus_1), x)", "e_minus_1 / (splat(2) + e_minus_1)",
            "where_the_backend_cuts_time and leaky", GATES),
 )  # fmt: skip

@@ -10,7 +10,7 @@
 #endif
 
 #include "../../elements.h"
-#include "exponentials.h"
+#include "elementary.h"
 
 namespace mru {
 
@@ -77,9 +77,9 @@ struct Lanes<Complex<V>> {
   using Int = typename Lanes<V>::Int;
 };
 template <>
-struct Lanes<Vector<float, kVectorBytes / 4>> : WithExponentials<VectorLanes<float, int32_t, kVectorBytes / 4>> {};
+struct Lanes<Vector<float, kVectorBytes / 4>> : WithElementary<VectorLanes<float, int32_t, kVectorBytes / 4>> {};
 template <>
-struct Lanes<Vector<double, kVectorBytes / 8>> : WithExponentials<VectorLanes<double, int64_t, kVectorBytes / 8>> {};
+struct Lanes<Vector<double, kVectorBytes / 8>> : WithElementary<VectorLanes<double, int64_t, kVectorBytes / 8>> {};
 
 // The integers from 0 to N - 1 as a parameter pack.
 template <int... i>

@@ -37,31 +37,13 @@ MRU_INLINE V exp_of_float(V x) {
   return x < splat<V>(-87) ? zero<V>() : y;
 }
 
-// log(x) for x >= 1 or x = 0: 2 artanh((m - 1) / (m + 1)) + k log(2), with x = 2^k m and m in [1 / sqrt(2), sqrt(2)).
-template <class V>
-MRU_INLINE V log_of(V x) {
-  using S = typename Lanes<V>::Scalar;
-  constexpr bool kDouble = sizeof(S) == sizeof(double);
-  constexpr int kMantissa = kDouble ? 52 : 23, kTerms = kDouble ? 11 : 5;
-  constexpr S kHigh = kDouble ? 0x1.62e4p-1 : 0x1.63p-1;
-  constexpr S kLow = kDouble ? 0x1.7f7d1cf79abcap-20 : S(-0x1.bd0105c610ca8p-13);
-  const auto k = (Lanes<V>::bits(x) - Lanes<V>::bits(splat<V>(S(0.70710678118654752)))) >> kMantissa;
-  const V m = Lanes<V>::from_bits(Lanes<V>::bits(x) - (k << kMantissa)), n = __builtin_convertvector(k, V);
-  const V f = (m - splat<V>(1)) / (m + splat<V>(1)), square = f * f;
-  V sum = splat<V>(S(1) / (2 * kTerms - 1));
-#pragma GCC unroll 16
-  for (int i = kTerms - 2; i >= 0; --i) sum = sum * square + splat<V>(S(1) / (2 * i + 1));
-  const V log = (f + f) * sum + n * splat<V>(kLow) + n * splat<V>(kHigh);
-  return x == zero<V>() ? splat<V>(-kInfinity<V>) : x == x ? log : x;
-}
-
 template <class V>
 struct VectorFunctions {
   static MRU_INLINE V exp(V x) {
     if constexpr (sizeof(typename Lanes<V>::Scalar) == 4) return exp_of_float(x);
     else return exponential(x);
   }
-  static MRU_INLINE V log(V x) { return log_of(x); }
+  static MRU_INLINE V log(V x) { return logarithm(x); }
   static MRU_INLINE V log1p(V x) { return logarithm_of_1_plus(x); }
   static MRU_INLINE V multiply_add(V a, V b, V c) { return fused(a, b, c); }
   static MRU_INLINE auto has_sign(V x) { return Lanes<V>::bits(x) < 0; }
