@@ -29,8 +29,9 @@ struct WithElementary : Base {
   // x = 2^k m with m in [1 / sqrt(2), sqrt(2)), f = m - 1. A subnormal x is scaled first.
   static MRU_INLINE V log(V x) {
     constexpr S kScale = kDouble ? 0x1p54 : 0x1p25;
-    const auto small = x < splat(std::numeric_limits<S>::min());
-    const V scaled = small ? x * splat(kScale) : x;
+    const V size = abs(x);  // no difference of bits overflows
+    const auto small = size < splat(std::numeric_limits<S>::min());
+    const V scaled = small ? size * splat(kScale) : size;
     const Int k = (bits(scaled) - bits(splat(S(0.70710678118654752)))) >> kMantissa;
     const V f = from_bits(bits(scaled) - (k << kMantissa)) - splat(1);
     const V n = from_bits(bits(splat(kRound)) + k) - splat(kRound);
