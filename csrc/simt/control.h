@@ -43,7 +43,9 @@ inline std::map<std::string, std::array<uint64_t, 2>> traffic() {
 
 inline void bind_control(pybind11::module_& m) {
   m.def("traffic", &traffic, "Bytes read and written since the last reset, by kind.");
+  m.def("launches", [] { return control.launches; }, "Kernels launched since the last reset.");
   m.def("reset_traffic", [] {
+    control.launches = 0;
     for (int i = 0; i < kKinds; ++i) control.read[i] = control.written[i] = 0;
   });
   m.def(

@@ -48,7 +48,7 @@ struct Control {
   unsigned resident = 24;        // most blocks that run at the same time
   uint64_t budget = 20'000'000;  // switches between fibers and accesses of global memory that a launch may make
   int most_shared = 163 << 10;   // bytes of shared memory that a block may have, as on sm_80
-  uint64_t read[kKinds] = {}, written[kKinds] = {};
+  uint64_t read[kKinds] = {}, written[kKinds] = {}, launches = 0;
 };
 inline Control control;
 
@@ -301,6 +301,7 @@ inline bool run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
     failure = "invalid launch configuration";
     return false;
   }
+  ++control.launches;
   gridDim = grid, blockDim = threads_of_block = threads;
   body = &kernel;
   spent = 0;

@@ -1,4 +1,4 @@
-"""The bytes that the CUDA kernels move, against the budget."""
+"""The launches of the CUDA kernels and the bytes that they move, against the budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _dtype_of(cell: ops.Cell, name: str, kind: str, stream: torch.dtype) -> torc
 
 
 def check_traffic(dtype: torch.dtype) -> None:
-    """Bytes of streams and codes equal the budget; what else is moved is a few states a segment."""
+    """Launches, and bytes of streams and codes, equal the budget; what else is moved is a few states a segment."""
     batch, time = 2, 4 * CHUNK
     for name in cells_of(dtype):
         for form, channels, reverse, steps in product(forms(ops.CELLS[name]), (16, 3), (False, True), (0, CHUNK)):
@@ -50,7 +50,21 @@ def check_traffic(dtype: torch.dtype) -> None:
                     arrays[argument] = drawn.to(_dtype_of(ops.CELLS[name], argument, kind, dtype))
                     if argument in values:
                         arrays[argument].fill_(values[argument])
-                _check_traffic(Op(ops.CELLS[name], arrays, reverse, steps), arrays, when)
+                op = Op(ops.CELLS[name], arrays, reverse, steps)
+                _check_launches(op, per_channel=sum(kind == "channel" for kind in form.values()))
+                _check_traffic(op, arrays, when)
+
+
+def _check_launches(op: Op, per_channel: int) -> None:
+    """One launch scans whole sequences; a cut takes more. One adds up each gradient per channel."""
+    traits = simt.control().cells()[op.cell.name]
+    cut = op.arguments[-1] > 0 and op.cell.composes
+    results, _ = measure(op.forward)
+    forward = simt.control().launches()
+    measure(op.backward, results)
+    got = forward, simt.control().launches()
+    expected = 1 + (2 + 2 * (not traits["resets"])) * cut, 1 + per_channel + (4 + traits["adjoint_sees_state"]) * cut
+    require(got == expected, f"launches of {op.cell.name}, {cut=} {per_channel=}: {got}, not {expected}")
 
 
 def _check_traffic(op: Op, arrays: dict[str, Tensor], when: str) -> None:
