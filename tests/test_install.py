@@ -95,8 +95,9 @@ def build_wheel(sdist: Path, folder: Path, anew: str | None = None) -> Path:
     To compile everything takes minutes, so the objects of this checkout are copied there. ninja compiles an object
     again if its command, its source or a header is missing or differs. Object `anew` is compiled in any case.
     """
+    options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 on
     with tarfile.open(sdist) as file:
-        file.extractall(folder, filter="data")  # with the times of the files, which ninja compares
+        file.extractall(folder, **options)  # with the times of the files, which ninja compares
     (source,) = folder.iterdir()
     if (ROOT / "build/objects").exists():
         shutil.copytree(ROOT / "build/objects", source / "build/objects")
