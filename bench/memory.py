@@ -44,9 +44,7 @@ def expected(call: inputs.Call, chunk_size: int | None, backend: str) -> tuple[i
     streams = [t for t in call.tensors.values() if t.dim() == 3]
     batch, time, channels = call.stream.shape
     segment = TABLE[backend].module.segment(batch, batch * time, channels, call.stream.itemsize, call.stream.device)
-    chunk = chunk_size or CHUNK
-    if chunk == CHUNK:
-        chunk = ops.chunk_of(TABLE[backend], cell, call.stream, packed=0)
+    chunk = ops.chunk_of(TABLE[backend], cell, chunk_size or CHUNK, call.stream, packed=0)
     named = {i.name: call.tensors[i.name].to("meta") for i in cell.inputs if i.name in call.tensors}
     inputs_of_op, given = list(named.values()), cell.mask(*named)
     saved = ops.allocate(cell, inputs_of_op, given, 0, None, chunk, segment, save=True)[2:]

@@ -36,27 +36,17 @@ MRU_INLINE V minimum(V x, V y) {
   return (x < y) | (x != x) ? x : y;
 }
 
-template <class V>
-MRU_INLINE V exponential(V x) {
-  return Lanes<V>::exp(x);
-}
-
-template <class V>
-MRU_INLINE V exponential_minus_1(V x) {
-  return Lanes<V>::expm1(x);
-}
-template <class V>
-MRU_INLINE V logarithm(V x) {
-  return Lanes<V>::log(x);
-}
-template <class V>
-MRU_INLINE V logarithm_of_1_plus(V x) {
-  return Lanes<V>::log1p(x);
-}
-template <class V>
-MRU_INLINE V square_root(V x) {
-  return Lanes<V>::sqrt(x);
-}
+#define MRU_OF_LANES(name, function) \
+  template <class V>                 \
+  MRU_INLINE V name(V x) {           \
+    return Lanes<V>::function(x);    \
+  }
+MRU_OF_LANES(exponential, exp)
+MRU_OF_LANES(exponential_minus_1, expm1)
+MRU_OF_LANES(logarithm, log)
+MRU_OF_LANES(logarithm_of_1_plus, log1p)
+MRU_OF_LANES(square_root, sqrt)
+#undef MRU_OF_LANES
 
 template <class V>
 MRU_INLINE V sigmoid(V x) {

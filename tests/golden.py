@@ -70,7 +70,7 @@ FACTORS: dict[str, tuple] = {
 }
 FACTORS_OF_WRITES = {"epsilon": (0.0, 0.5, 1.0), "alpha": (False, True), "scale": (1.0, 2.5)}
 
-#: The surrogate "sigmoid" is absent: in simt the C library computes its exp, in Triton Triton does.
+#: The surrogate "sigmoid" is absent: off the CPU, the C library or Triton computes its exp.
 FACTORS_OF_SPIKES = {
     "tie": (False, True),
     "surrogate": ("atan", "fast_sigmoid", "triangle", "straight_through"),

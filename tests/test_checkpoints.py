@@ -27,7 +27,9 @@ from mru_kernels import backends, ops
 )
 def test_wide_rows_of_states_have_more_checkpoints(name, cell, dtype, width, packed, steps):
     first = torch.empty(1, 1, width, dtype=dtype)
-    assert ops.chunk_of(backends.TABLE[name], ops.CELLS[cell], first, packed) == steps
+    row, declared = backends.TABLE[name], ops.CELLS[cell]
+    assert ops.chunk_of(row, declared, backends.CHUNK, first, packed) == steps
+    assert ops.chunk_of(row, declared, 128, first, packed) == 128
 
 
 @pytest.mark.parametrize(("dtype", "channels", "default"), [(torch.bfloat16, 1023, 64), (torch.float32, 1024, 32)])

@@ -156,6 +156,7 @@ def test_sizes_are_not_compiled_in(requested, cell, segment, resets):
     """One set of variants for any sizes, flags and strides, as long as rows stay aligned."""
     from mru_kernels.backends.triton import ops
     from mru_kernels.backends.triton.cell import find
+    from mru_kernels.ops import ALL_WANTED
 
     spec = CELLS[cell]
     dtype = torch.complex64 if torch.complex64 in spec.dtypes else torch.bfloat16
@@ -177,7 +178,7 @@ def test_sizes_are_not_compiled_in(requested, cell, segment, resets):
         given_resets = (torch.zeros(batch, time, dtype=torch.bool), states) if resets else (None, None)
         call = ([*tensors, *scalars], given, 0, numbers, None, cu_seqlens, *given_resets, reverse, CHUNK, segment)
         _, _, checkpoints, codes = ops.forward(spec, *call, True)
-        ops.backward(spec, tensors[0], states, checkpoints if resets else None, *call, checkpoints, codes, -1)
+        ops.backward(spec, tensors[0], states, checkpoints if resets else None, *call, checkpoints, codes, ALL_WANTED)
     assert not any("i32'" in signature.replace("*i32'", "") for _, signature, *_ in requested)
     kernels = {name for name, *_ in requested}
     adjoint = set() if find(cell).real.adjoint_sees_state.value else {"summarize_adjoint"}

@@ -18,7 +18,7 @@ import torch
 
 from .. import torch_private as private
 
-#: The default of `chunk_size`: at most so many steps lie between checkpoints, the states saved for the backward pass.
+#: The default of `chunk_size`: the largest number of steps between checkpoints, the states saved for the backward pass.
 CHUNK = 64
 
 

@@ -185,9 +185,9 @@ def lif(
             scan order, the membrane becomes `reset_state`.
         reset_state: `[D]`, `[B, D]` or, with `cu_seqlens`, `[N, D]`, in a dtype that `initial_state` may have; zeros if
             None.
-        chunk_size: at most so many steps lie between two checkpoints, the membranes that the forward pass saves for the
-            backward pass, which recomputes those between them: a multiple of 16 that the backend supports. With None
-            the forward pass saves none, and the backward pass first scans all steps again.
+        chunk_size: the largest number of steps between two checkpoints, a multiple of 16 that the backend supports.
+            Checkpoints are membranes that the forward pass saves for the backward pass, which recomputes those between
+            them. With None the forward pass saves none, and the backward pass first scans all steps again.
         return_boundaries: whether to return the membrane after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 

@@ -52,9 +52,9 @@ def min_gru(
             scan order, the state becomes `reset_state`.
         reset_state: `[D]`, `[B, D]` or, with `cu_seqlens`, `[N, D]`, in a dtype that `initial_state` may have; zeros if
             None.
-        chunk_size: at most so many steps lie between two checkpoints, the states that the forward pass saves for the
-            backward pass, which recomputes the states between them: a multiple of 16 that the backend supports. With
-            None the forward pass saves no state, and the backward pass first scans the whole again.
+        chunk_size: the largest number of steps between two checkpoints, a multiple of 16 that the backend supports.
+            Checkpoints are states that the forward pass saves for the backward pass, which recomputes the states
+            between them. With None the forward pass saves no state, and the backward pass first scans the whole again.
         return_boundaries: whether to return the state after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 

@@ -122,7 +122,7 @@ def resonate(
         resets: bool `[B, T]` (`[1, total]` with `cu_seqlens`), true where a new episode begins: before that step, in
             scan order, the state becomes `reset_state`.
         reset_state: `[D]`, `[B, D]` or, with `cu_seqlens`, `[N, D]`, in the dtype of `decay`; zeros if None.
-        chunk_size: at most so many steps lie between two checkpoints, as for `linear_recurrence`.
+        chunk_size: the largest number of steps between two checkpoints, as for `linear_recurrence`.
         return_boundaries: whether to return the state after every `chunk_size` steps too.
         backend: None chooses; a name (see `available_backends`) runs or raises.
 

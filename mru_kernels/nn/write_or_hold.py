@@ -134,7 +134,8 @@ class BMRU(WriteOrHold, names=("bmru",)):
         bidirectional: whether each layer also scans backwards in time; the outputs of both directions are concatenated.
         learn_initial_state: whether to train the state before the first step, one for each layer and direction. It is
             zero otherwise.
-        chunk_size: at most so many steps between states saved for the backward pass, or None; see `mru_kernels.bmru`.
+        chunk_size: the largest number of steps between states saved for the backward pass, or None; see
+            `mru_kernels.bmru`.
         surrogate_scale: k > 0 of the surrogate derivatives, `k / (1 + (pi k x)^2)` for H and twice that for sgn.
         device, dtype: of the parameters; float32, float64, bfloat16 or float16.
 

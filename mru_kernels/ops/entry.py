@@ -67,7 +67,7 @@ def scan(
     Args:
         inputs, given, packed, numbers, initial_state, cu_seqlens, resets, reset_state, reverse: those of the op, see
             `mru_kernels.ops`.
-        chunk_size: at most so many steps lie between checkpoints, exactly so many between boundaries; None saves none.
+        chunk_size: the largest number of steps between checkpoints, and the number between boundaries; None saves none.
         backend: a name, or None for the first backend that can run on the device.
         boundaries: whether the checkpoints are a result.
 
@@ -105,8 +105,8 @@ def scan(
     # A recorded graph saves no checkpoints, so its backward pass scans again. Exactly one checkpoint would fix T, and
     # jit.trace compares its graph with one that is made under no_grad.
     recorded = tracing or (compiling and torch.compiler.is_exporting())
-    if differentiated and not boundaries and not recorded and chunk == backends.CHUNK:
-        chunk = chunk_of(row, cell, first, packed)
+    if differentiated and not boundaries and not recorded:
+        chunk = chunk_of(row, cell, chunk, first, packed)
     save = boundaries or (differentiated and chunk_size is not None and not recorded)
     segment = SEGMENT
     # A scan of whole sequences then saves no codes. Meta and fake tensors need no kernels, which know the length.
@@ -145,11 +145,11 @@ def _results(results: Sequence[Tensor], first: Tensor, chunk: int, boundaries: b
     return results[0], results[1], checkpoints.view(batch, rows, checkpoints.shape[-1])
 
 
-def chunk_of(row: backends.Backend, cell: Cell, first: Tensor, packed: int) -> int:
-    """The steps between two checkpoints of a call whose `chunk_size` is the default."""
+def chunk_of(row: backends.Backend, cell: Cell, chunk: int, first: Tensor, packed: int) -> int:
+    """The steps between two checkpoints: `chunk`, or fewer if it is the default."""
     channels = first.shape[-1]
-    if type(channels) is not int:  # a SymInt outside torch.compile, which compares the size and guards its graph
-        return backends.CHUNK
+    if chunk != backends.CHUNK or type(channels) is not int:  # not a number: a SymInt outside torch.compile
+        return chunk
     return row.chunk(channels // (packed.bit_count() or 1) * cell.state_dtype(first.dtype).itemsize)
 
 

@@ -26,7 +26,7 @@ struct WithElementary : Base {
     const V e_minus_1 = minus_1(reduce(splat(-2) * abs(x)));
     return with_sign(e_minus_1 / (splat(2) + e_minus_1), x);
   }
-  // x = 2^k m with m in [1 / sqrt(2), sqrt(2)), f = m - 1. A subnormal x is scaled first.
+  // x = 2^n (1 + f) with 1 + f in [1 / sqrt(2), sqrt(2)). A subnormal x is scaled first.
   static MRU_INLINE V log(V x) {
     constexpr S kScale = kDouble ? 0x1p54 : 0x1p25;
     const V size = abs(x);  // no difference of bits overflows
@@ -36,13 +36,13 @@ struct WithElementary : Base {
     const V f = from_bits(bits(scaled) - (k << kMantissa)) - splat(1);
     const V n = from_bits(bits(splat(kRound)) + k) - splat(kRound);
     const V log = log_of_1_plus(f, small ? n - splat(kDouble ? 54 : 25) : n);
-    const V of_others = x == V{} ? splat(-kInfinity) : x < V{} ? splat(kNaN) : x;  // also infinity and NaN
-    return (x > V{}) & (x < splat(kInfinity)) ? log : of_others;
+    const V special = x == V{} ? splat(-kInfinity) : x < V{} ? splat(kNaN) : x;  // infinity and NaN stay
+    return (x > V{}) & (x < splat(kInfinity)) ? log : special;
   }
-  // log(u) x / (u - 1) with u = 1 + x: what u has lost of x cancels.
+  // log(u) x / (u - 1) with u = 1 + x: the rounding error of u cancels.
   static MRU_INLINE V log1p(V x) {
-    const V u = splat(1) + x, log_u = log(u), less = u - splat(1);
-    return less == V{} ? x : u < splat(kInfinity) ? log_u * (x / less) : u;
+    const V u = splat(1) + x, u_minus_1 = u - splat(1), log_u = log(u);
+    return u_minus_1 == V{} ? x : u < splat(kInfinity) ? log_u * (x / u_minus_1) : u;
   }
   static MRU_INLINE V sqrt(V x) {
 #if defined(__AVX512F__)
@@ -58,8 +58,8 @@ struct WithElementary : Base {
 
  private:
   static constexpr bool kDouble = sizeof(S) == sizeof(double);
-  static constexpr int kMantissa = kDouble ? 52 : 23, kTerms = kDouble ? 10 : 4;  // terms of the logarithm
-  static constexpr S kRound = kDouble ? 0x1.8p52 : S(0x1.8p23);                   // adding it rounds to an integer
+  static constexpr int kMantissa = kDouble ? 52 : 23;
+  static constexpr S kRound = kDouble ? 0x1.8p52 : S(0x1.8p23);  // adding it rounds to an integer
   // ln(2) in two parts. The first times the exponent of a number is exact.
   static constexpr S kHigh = kDouble ? 0x1.62e4p-1 : 0x1.63p-1;
   static constexpr S kLow = kDouble ? 0x1.7f7d1cf79abcap-20 : S(-0x1.bd0105c610ca8p-13);
@@ -86,8 +86,10 @@ struct WithElementary : Base {
 #endif
   }
 
-  // log(1 + f) + n log(2) by 2 artanh(s), s = f / (2 + f). h - s (h + q) is small beside f.
+  // log(1 + f) + n log(2). The first is 2 artanh(s) = f - (h - s (h + q)) with s = f / (2 + f), h = f^2 / 2 and
+  // q = 2 s^2 / 3 + 2 s^4 / 5 + ...
   static MRU_INLINE V log_of_1_plus(V f, V n) {
+    constexpr int kTerms = kDouble ? 10 : 4;
     const V s = f / (splat(2) + f), s2 = s * s, h = splat(0.5) * f * f;
     V q = splat(S(2.0 / (2 * kTerms + 1)));
 #pragma GCC unroll 16
@@ -103,12 +105,12 @@ struct WithElementary : Base {
       constexpr S kCoefficient = S(1 / factorial(kFirst));
       return splat(kCoefficient);
     } else {
-      constexpr int kLevel = 31 - __builtin_clz(kTerms - 1), kLow = 1 << kLevel;
-      return taylor<kFirst, kLow>(powers) + powers[kLevel] * taylor<kFirst + kLow, kTerms - kLow>(powers);
+      constexpr int kLevel = 31 - __builtin_clz(kTerms - 1), kFront = 1 << kLevel;
+      return taylor<kFirst, kFront>(powers) + powers[kLevel] * taylor<kFirst + kFront, kTerms - kFront>(powers);
     }
   }
 
-  // e^x = 2^n (1 + p) with 1 + p = e^r, |r| <= ln(2) / 2. x is limited to a range outside of which e^x is 0 or infinite.
+  // e^x = 2^n (1 + p) with 1 + p = e^r and |r| <= ln(2) / 2. Beyond the limits that x gets, e^x is 0 or infinite.
   struct Reduced {
     V p, n, shifted;  // the lowest bits of shifted = n + kRound are those of n
   };
