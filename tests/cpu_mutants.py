@@ -89,9 +89,6 @@ BackwardPass(offsets_only, k, segments)
 _RESET = "if (part.resets) std::memcpy(state, resets.at(part, d0), (d1 - d0) * state_bytes(scan));"
 _HEAD = "if (part.resets) k.head(d1 - d0, resets.at(part, d0), map);"
 _BOUNDARY = "scan.grad_checkpoints && !F::Cell::kAdjointSeesState && is_boundary(scan, segment, end)"
-_ONE_RATIO = """\
-for (int64_t h = -h0; h < scan.heads - h0; ++h)
-        one_ratio &= std::fabs((decay ? decay[h] : 0) + bonus[h]) <= kModerate<S>;"""
 _BORDER = "segment.batch * scan.checkpoint_rows + segment.start / scan.chunk + step / scan.chunk - 1"
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
 FAULTS = (
@@ -157,10 +154,14 @@ FAULTS = (
            "weigh_read(score, read_factor - in.decay_at(lanes, j, step), m, c)", "definition_and_gradients", SOFTMAX),
     Fault("a read with the weight of the update", "softmax/step.h", "b * factor", "b", "definition_and_gradients",
            SOFTMAX),
-    Fault("one ratio for any decay", "softmax/cpu/rows.h", _ONE_RATIO, _ONE_RATIO.replace("kModerate<S>", "1e9"),
+    Fault("one ratio for any decay", "softmax/cpu/kernels.cpp", "-kModerate<S> <= x && x <= kModerate<S>", "true",
            "large_scores_and_decays", SOFTMAX),
-    Fault("one ratio by block of heads", "softmax/cpu/rows.h", _ONE_RATIO,
-           _ONE_RATIO.replace("h = -h0; h < scan.heads - h0;", "h = 0; h < heads;"), "number_of_threads", SOFTMAX),
+    Fault("one ratio by the first head's decay", "softmax/cpu/kernels.cpp", "h < scan.heads", "h < 1",
+           "large_scores_and_decays", SOFTMAX),
+    Fault("a vast decay hidden by its bonus", "softmax/cpu/kernels.cpp", "moderate(decay) && moderate(decay + bonus)",
+           "moderate(decay + bonus)", "vast_decay", SOFTMAX),
+    Fault("infinite decays taken for finite", "softmax/step.h", "is_infinite(sum) ? zero<V>() : rest", "rest",
+           "minus_infinity_ends_the_past", SOFTMAX),
     Fault("the wrong one of two weights", "softmax/step.h", "r.newer ? score : past.hi", "r.newer ? past.hi : score",
            "definition_and_gradients", SOFTMAX),
     Fault("borders of packed sequences in one row", "softmax/cpu/rows.h", _BORDER,

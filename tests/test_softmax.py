@@ -50,7 +50,7 @@ def test_definition_and_gradients(backend, group, decay, bonus):
 @pytest.mark.parametrize(("shift", "fastest"), [(1000.0, -1.0), (0.0, -80.0), (0.0, -2000.0)])
 def test_definition_of_large_scores_and_decays(backend, scale, decay, shift, fastest):
     call = draw(decay=decay, bonus=True, scale=scale, shift=shift, masked=0.3, fastest=fastest, slowest=-1e-6)
-    call["decay"][..., 0] = fastest
+    call["decay"][..., -1] = fastest
     check(call, backend, chunk_size=32)
 
 
@@ -113,6 +113,15 @@ def test_a_decay_of_minus_infinity_ends_the_past(backend, group, dtype):
     y, _ = scan(call, backend, chunk_size=16)
     of_channels = ends.repeat_interleave(group, -1)
     assert torch.equal(y[of_channels], call["value"][of_channels])
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_vast_decay_beside_a_vast_bonus(backend, group):
+    call = draw(group=group, decay="head", bonus=True, dtype=torch.float32)
+    call["decay"].fill_(-3e38), call["bonus"].fill_(3e38)
+    y, final = scan(call, backend)
+    assert torch.equal(y, call["value"])
+    assert torch.equal(final[:, : y.shape[-1]], y[:, -1])
 
 
 @pytest.mark.parametrize("bonus", [False, True])

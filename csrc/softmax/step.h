@@ -16,16 +16,16 @@ namespace mru::softmax {
 // Functions of scalars; csrc/softmax/cpu/functions.h has those of vectors.
 template <class V>
 struct Functions {
-  // e^x for x <= 0. A result below the least normal number may be 0.
-  static MRU_INLINE V exp(V x) {
+  // e^-|x|. A result below the least normal number may be 0.
+  static MRU_INLINE V exp_minus_abs(V x) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(V) == 4) {
       float y;
-      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(-std::fabs(x) * 1.4426950408889634f));
       return y;
     }
 #endif
-    return std::exp(x);
+    return std::exp(-std::fabs(x));
   }
   static MRU_INLINE V log(V x) { return std::log(x); }
   static MRU_INLINE V log1p(V x) { return std::log1p(x); }
@@ -62,11 +62,12 @@ template <class V>
 struct Pair {
   V hi, lo;
 };
-// (hi + lo) + x.
-template <class V>
+// (hi + lo) + x. kFinite: the sum is not infinite.
+template <bool kFinite = false, class V>
 MRU_INLINE Pair<V> plus(V hi, V lo, V x) {
-  const V low = x + lo, sum = hi + low;
-  return {sum, is_infinite(sum) ? zero<V>() : low - (sum - hi)};
+  const V low = x + lo, sum = hi + low, rest = low - (sum - hi);
+  if constexpr (kFinite) return {sum, rest};
+  else return {sum, is_infinite(sum) ? zero<V>() : rest};
 }
 
 // What a head's past weighs inside a chunk: e^(m + c) q.
@@ -87,61 +88,65 @@ MRU_INLINE Pair<V> close(const Weight<V>& weight) {
   return {Z, size < splat<V>(kInfinity<V>) ? z : zero<V>()};
 }
 
+// How the weights of the past and of a new value compare; `gap` is the log of the new weight over that of the past.
+template <class V>
+struct Ratio {
+  decltype(V{} > V{}) newer;  // whether the new weight is the larger
+  V e;                        // e^-|gap|, with the sign bit set if `newer`
+  // The weights of the past and of the new value (Share), in the scale in which the larger is 1.
+  MRU_INLINE V a() const { return newer ? -e : splat<V>(1); }
+  MRU_INLINE V b() const { return newer ? splat<V>(1) : e; }
+};
+template <class V>
+MRU_INLINE Ratio<V> ratio(V gap) {
+  const auto newer = gap > zero<V>();
+  const V e = Functions<V>::exp_minus_abs(gap);
+  return {newer, newer ? -e : e};
+}
+
 // How a mean is mixed from the past and a value: (a q mean + b v) / (a q + b).
 template <class V>
 struct Share {
   V a, b, r;  // r = 1 / (a q + b); 0 if there is no weight
   V k;        // what `mix` takes: the part of the past with the sign bit set, or that of the new value with it clear
   V total;    // a q + b
+  decltype(V{} > V{}) newer;  // whether k has the sign bit set
 };
-// Share::k. `newer`: whether it is the part of the past, a q r, and not that of the new value, b r.
-template <class V, class Mask>
-MRU_INLINE V signed_part(Mask newer, V past, V b, V r) {
-  return (newer ? past : b) * (newer ? -r : r);
-}
-// e^-|gap|, for the log `gap` of a new weight over that of the past; and whether the new weight is the larger.
-template <class V>
-struct Ratio {
-  decltype(V{} > V{}) newer;
-  V e;
-  // The weights of the past and of the new value (Share), in the scale in which the larger is 1.
-  MRU_INLINE V a() const { return newer ? e : splat<V>(1); }
-  MRU_INLINE V b() const { return newer ? splat<V>(1) : e; }
-};
-template <class V>
-MRU_INLINE Ratio<V> ratio(V gap) {
-  return {gap > zero<V>(), Functions<V>::exp(-Lanes<V>::abs(gap))};
-}
 template <class V>
 MRU_INLINE Share<V> share(Ratio<V> ratio, V q) {
-  Share<V> s;
-  s.a = ratio.a(), s.b = ratio.b();
-  const V past = s.a * q;
-  s.total = past + s.b;
-  s.r = inverse(s.total);
-  s.k = signed_part(ratio.newer, past, s.b, s.r);
-  return s;
+  const V one = splat<V>(1), part = ratio.e * (ratio.newer ? q : one);  // k before the division
+  const V total = (ratio.newer ? one : q) + Lanes<V>::abs(part), r = inverse(total);
+  return {ratio.a(), ratio.b(), r, part * r, total, ratio.newer};
 }
 // The mean. A part of 0 copies the other value.
+template <class V, class Mask>
+MRU_INLINE V mix(Mask newer, V k, V mean, V v) {
+  return Functions<V>::multiply_add(k, v - mean, newer ? v : mean);
+}
+template <class V>
+MRU_INLINE V mix(const Share<V>& share, V mean, V v) {
+  return mix(share.newer, share.k, mean, v);
+}
 template <class V>
 MRU_INLINE V mix(V k, V mean, V v) {
-  return Functions<V>::multiply_add(k, v - mean, Functions<V>::has_sign(k) ? v : mean);
+  return mix(Functions<V>::has_sign(k), k, mean, v);
 }
 
-// x - hi - lo, for a score x; a masked one, -inf, is that far from anything.
-template <class V>
+// x - hi - lo, for a score x; a masked one, -inf, is that far from anything. kFinite: hi and lo are finite.
+template <bool kFinite = false, class V>
 MRU_INLINE V distance(V x, V hi, V lo) {
-  const V least = splat<V>(-kInfinity<V>);
-  return x == least ? least : (x - hi) - lo;
+  const V least = splat<V>(-kInfinity<V>), difference = (x - hi) - lo;
+  if constexpr (kFinite) return difference;
+  else return x == least ? least : difference;
 }
 
 // A step of a head in two parts: m and c, and the ratio of the weights; then q. Together they are `update`, which decays the
-// past and adds the weight of `score`.
-template <bool kDecay, class V>
+// past and adds the weight of `score`. kFinite: decays are finite, so m and c are.
+template <bool kDecay, bool kFinite = false, class V>
 MRU_INLINE Ratio<V> weigh(V score, V decay, V& m, V& c) {
   Pair<V> past{m, c};
-  if constexpr (kDecay) past = plus(m, c, decay);
-  const Ratio<V> r = ratio(distance(score, past.hi, past.lo));
+  if constexpr (kDecay) past = plus<kFinite>(m, c, decay);
+  const Ratio<V> r = ratio(distance<kFinite>(score, past.hi, past.lo));
   m = r.newer ? score : past.hi, c = r.newer ? zero<V>() : past.lo;
   return r;
 }
@@ -174,11 +179,13 @@ struct ReadAndUpdate {
 };
 template <class V>
 MRU_INLINE ReadAndUpdate<V> read_and_update(Ratio<V> ratio, V factor, V q) {
-  const V a = ratio.a(), b = ratio.b(), read_b = b * factor;
-  const V past = a * q, total = past + b, read_total = past + read_b;
+  const V one = splat<V>(1), part = ratio.e * (ratio.newer ? q : one), smaller = Lanes<V>::abs(part);
+  const V past = ratio.newer ? smaller : q, b = ratio.newer ? one : smaller, total = past + b;
+  const V read_b = b * factor, read_total = past + read_b;
   const V both = inverse(total * read_total), r = both * read_total, read_r = both * total;
-  return {{a, read_b, read_r, signed_part(past < read_b, past, read_b, read_r), read_total},
-          {a, b, r, signed_part(ratio.newer, past, b, r), total}};
+  const auto newer = past < read_b;
+  const V read_k = (newer ? past : read_b) * (newer ? -read_r : read_r);
+  return {{ratio.a(), read_b, read_r, read_k, read_total, newer}, {ratio.a(), b, r, part * r, total, ratio.newer}};
 }
 
 // ------------------------------------------------------------------------------------------------ segments of time
@@ -201,7 +208,7 @@ MRU_INLINE V then(SegmentMap<V>& first, const SegmentMap<V>& second) {
   const V least = splat<V>(-kInfinity<V>);
   const V gap = second.Z == least ? least : ((second.Z - past.hi) - past.lo) + second.z;
   const auto newer = gap > zero<V>();
-  const V e = Functions<V>::exp(-Lanes<V>::abs(gap)), part = e / (splat<V>(1) + e);
+  const V e = Functions<V>::exp_minus_abs(gap), part = e / (splat<V>(1) + e);
   const Pair<V> sum = plus(newer ? second.Z : past.hi, newer ? second.z : past.lo, V(Functions<V>::log1p(e)));
   first = {first.decay + second.decay, sum.hi, sum.lo};
   return newer ? -part : part;
@@ -232,19 +239,19 @@ MRU_INLINE V close_adjoint(const Adjoint<V>& adjoint, V mean, V q, V& d_mean) {
 // read after the update, and a is 1.
 template <class V>
 MRU_INLINE void add_read(Adjoint<V>& adjoint, V part, V gr, V y) {
-  adjoint.lambda += part * gr;
-  adjoint.mu -= part * (gr * y);
+  adjoint.lambda = Functions<V>::multiply_add(part, gr, adjoint.lambda);
+  adjoint.mu = Functions<V>::multiply_add(-part, gr * y, adjoint.mu);
 }
 // Summed over a head's channels and times share.b this is the gradient of the score of an update, from the adjoint behind it.
 // With the mean before the update instead of v, and times share.a q, it is the gradient of the decay.
 template <class V>
 MRU_INLINE V of_score(const Adjoint<V>& adjoint, V v) {
-  return adjoint.lambda * v + adjoint.mu;
+  return Functions<V>::multiply_add(adjoint.lambda, v, adjoint.mu);
 }
 // Summed over a head's channels and times b of `read` this is what y gives to the score and to the bonus; times b r if gr is g.
 template <class V>
 MRU_INLINE V of_bonus(V gr, V v, V y) {
-  return gr * v - gr * y;
+  return gr * (v - y);
 }
 // Takes the adjoint through an update, to the state before it. `share.b` times its lambda before is the gradient of v.
 template <class V>
@@ -258,7 +265,7 @@ template <class V>
 MRU_INLINE V adjoint_factor(Pair<V> start, Pair<V> end, V decay) {
   const V exponent = ((start.hi - end.hi) + decay) + (start.lo - end.lo);
   const V limited = exponent > zero<V>() ? zero<V>() : exponent;
-  return start.hi == splat<V>(-kInfinity<V>) ? zero<V>() : Functions<V>::exp(limited);
+  return start.hi == splat<V>(-kInfinity<V>) ? zero<V>() : Functions<V>::exp_minus_abs(limited);
 }
 
 }  // namespace mru::softmax

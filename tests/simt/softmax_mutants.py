@@ -35,7 +35,7 @@ _FORWARD = "    over_segments(cuda::forward<F>, kThreads, 0, call_);\n"
 _FAULTS = {
     "step.h": (
         ("order of rounding", "(x - hi) - lo", "x - (hi + lo)"),
-        ("sign of a gap", "newer ? e : splat<V>(1)", "newer ? splat<V>(1) : e"),
+        ("sign of a gap", "newer ? -e : e", "newer ? e : -e"),
         ("low part of a map", "((second.Z - past.hi) - past.lo) + second.z", "(second.Z - past.hi) - past.lo"),
         ("z dropped at a border", "size < splat<V>(kInfinity<V>) ? z : zero<V>()", "zero<V>()"),
         ("factor of the adjoint without decays", "(start.hi - end.hi) + decay", "start.hi - end.hi"),

@@ -48,17 +48,10 @@ struct Records {
   }
 };
 
-// Share::a and Share::b from the e of a record; `k_of` gives Share::k. Unlike `of_sign`, neither computes |e| where the sign bit
-// is clear.
-template <class V>
-struct Factors {
-  V a, b;
-  MRU_INLINE explicit Factors(V e)
-      : a(Functions<V>::has_sign(e) ? Lanes<V>::abs(e) : splat<V>(1)), b(Functions<V>::has_sign(e) ? splat<V>(1) : e) {}
-};
+// Share::k from a record.
 template <class V>
 MRU_INLINE V k_of(V e, V r, V q) {
-  return Functions<V>::has_sign(e) ? -((Lanes<V>::abs(e) * q) * r) : e * r;
+  return (e * (Functions<V>::has_sign(e) ? q : splat<V>(1))) * r;
 }
 // Scans the heads of a chunk and keeps the records. kOwn: also the means, `means` [chunk][kLanes]. As in the forward pass, what
 // comes before the divisions is a loop of its own: the ratios lie in the rows of e and of read_b until then.
@@ -71,24 +64,22 @@ MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, i
   for (int64_t t = begin; t < end; ++t) {
     const auto ratios = weigh_step(in, lanes, j, t, read_factor, w.m, w.c);
     store(lanes, records.e(t - begin) + column, ratios.update);
-    if constexpr (F::kBonus)
-      if (!in.one_ratio) store(lanes, records.read_b(t - begin) + column, ratios.read);
+    if constexpr (F::kBonus && !F::kOneRatio) store(lanes, records.read_b(t - begin) + column, ratios.read);
     if constexpr (kOwn) to_left.template fetch<F::kLanes>(in.scores, in.values, grads);
   }
   V mean_now;
   if constexpr (kOwn) mean_now = load(lanes, mean + j);
   for (int64_t t = begin; t < end; ++t) {
     Ratios<V> ratios{load(lanes, records.e(t - begin) + column), V{}};
-    if constexpr (F::kBonus)
-      if (!in.one_ratio) ratios.read = load(lanes, records.read_b(t - begin) + column);
-    const auto [read, update] = share_step(in, ratios, read_factor, w.q);
+    if constexpr (F::kBonus && !F::kOneRatio) ratios.read = load(lanes, records.read_b(t - begin) + column);
+    const auto [read, update] = share_step<F>(ratios, read_factor, w.q);
     typename Records<F>::Step s{ratios.update, w.q, update.r, V{}, V{}};
     if constexpr (F::kBonus) s.read_a = read.a * read.r, s.read_b = read.b * read.r;
     records.template put<kOwn>(lanes, t - begin, column, s);
     w.q = update.total;
     if constexpr (kOwn) {
       store_raw(Full<F::kLanes>{}, means + (t - begin) * F::kLanes, mean_now);
-      mean_now = mix(update.k, mean_now, in.value_at(lanes, j, t));
+      mean_now = mix(update, mean_now, in.value_at(lanes, j, t));
     }
   }
   if constexpr (kOwn) store_raw(Full<F::kLanes>{}, means + (end - begin) * F::kLanes, mean_now);
@@ -104,16 +95,18 @@ template <class F>
 MRU_INLINE typename F::V pull(const typename Records<F>::Step& s, typename F::V v, typename F::V mean,
                               typename F::V after, typename F::V g, Adjoint<typename F::V>& adjoint, Terms<F>& terms) {
   using V = typename F::V;
-  const Factors<V> step(s.e);
+  const Ratio<V> step = ratio_of(s.e);
   if constexpr (!F::kBonus) add_read(adjoint, splat<V>(1), g * s.r, after);
   terms.score = of_score(adjoint, v);
   if constexpr (F::kDecay) terms.decay = of_score(adjoint, mean);
-  V dv = step.b * adjoint.lambda;
-  pass(adjoint, step.a);
+  V dv = step.b() * adjoint.lambda;
+  pass(adjoint, step.a());
   if constexpr (F::kBonus) {
-    const V past = s.read_a * s.q, y = mix(past < s.read_b ? -past : s.read_b, mean, v);
+    const V past = s.read_a * s.q;
+    const auto newer = past < s.read_b;
+    const V y = mix(newer, newer ? -past : s.read_b, mean, v);
     terms.bonus = of_bonus(g, v, y);
-    dv += s.read_b * g;
+    dv = Functions<V>::multiply_add(s.read_b, g, dv);
     add_read(adjoint, s.read_a, g, y);
   }
   return dv;
@@ -143,8 +136,8 @@ struct HeadGradients {
   template <class L>
   MRU_INLINE void write(L lanes, int64_t step, int64_t j, const typename Records<F>::Step& s, const Terms<F>& terms,
                         Partial& partial) const {
-    const Factors<V> factors(s.e);
-    V ds = factors.b * terms.score;
+    const Ratio<V> ratio = ratio_of(s.e);
+    V ds = ratio.b() * terms.score;
     if constexpr (F::kBonus) {
       const V own = s.read_b * terms.bonus;
       ds += own;
@@ -152,7 +145,7 @@ struct HeadGradients {
     }
     store(lanes, scores.row(step) + j, ds);
     if constexpr (F::kDecay) {
-      const V dl = (factors.a * s.q) * terms.decay;
+      const V dl = (ratio.a() * s.q) * terms.decay;
       if constexpr (F::kKind == Decay::kStream) store(lanes, decays.row(step) + j, dl);
       else partial.decay += dl;
     }
@@ -175,9 +168,9 @@ struct HeadGradients {
 
 // One chunk of channels that are heads of their own, a vector at a time.
 template <class F>
-void backward_own(const Inputs<F>& in, const Steps<const typename F::T>& grads, const Steps<typename F::T>& grad_values,
-                  const HeadGradients<F>& heads, int64_t begin, int64_t end, const StateRow<typename F::S>& border,
-                  const StateRow<typename F::S>& carry, const Records<F>& records) {
+void backward_own(const Inputs<F> in, const Steps<const typename F::T> grads, const Steps<typename F::T> grad_values,
+                  const HeadGradients<F> heads, int64_t begin, int64_t end, const StateRow<typename F::S> border,
+                  const StateRow<typename F::S> carry, const Records<F> records) {
   using V = typename F::V;
   constexpr int N = F::kLanes;
   typename F::S* const means = records.end();
@@ -271,10 +264,9 @@ struct SharedRows {
 
 // One chunk of heads with several channels.
 template <class F>
-void backward_shared(const Inputs<F>& in, const Steps<const typename F::T>& grads,
-                     const Steps<typename F::T>& grad_values, const HeadGradients<F>& heads, int64_t begin, int64_t end,
-                     const StateRow<typename F::S>& border, const StateRow<typename F::S>& carry,
-                     const Records<F>& records) {
+void backward_shared(const Inputs<F> in, const Steps<const typename F::T> grads, const Steps<typename F::T> grad_values,
+                     const HeadGradients<F> heads, int64_t begin, int64_t end, const StateRow<typename F::S> border,
+                     const StateRow<typename F::S> carry, const Records<F> records) {
   using V = typename F::V;
   constexpr int N = F::kLanes;
   const int64_t steps = end - begin;

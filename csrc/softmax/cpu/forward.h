@@ -20,36 +20,62 @@ struct StepRows {
     store(lanes, update(step) + j, of_update);
     if constexpr (F::kBonus) store(lanes, read(step) + j, of_read);
   }
+  template <class L>
+  MRU_INLINE void put_ratios(L lanes, int64_t j, int64_t step, const Ratios<typename F::V>& ratios) const {
+    store(lanes, update(step) + j, ratios.update);
+    if constexpr (F::kBonus && !F::kOneRatio) store(lanes, read(step) + j, ratios.read);
+  }
+  template <class L>
+  MRU_INLINE Ratios<typename F::V> ratios(L lanes, int64_t j, int64_t step) const {
+    Ratios<typename F::V> ratios{load(lanes, update(step) + j), typename F::V{}};
+    if constexpr (F::kBonus && !F::kOneRatio) ratios.read = load(lanes, read(step) + j);
+    return ratios;
+  }
 };
 
-// Stores the ratios of the steps [t0, t1) in `rows`. This is a loop of its own over the channels, because the operations of a
-// whole step depend on each other, and a processor does not look far enough ahead to overlap several steps.
-template <class F>
-void weigh_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, int64_t t0, int64_t t1) {
-  for_lanes<F>(in.heads, [&](auto lanes, int64_t j) __attribute__((always_inline)) {
-    auto m = load(lanes, weights.m + j), c = load(lanes, weights.c + j);
-    typename F::V read_factor{};
-    if constexpr (F::kBonus) read_factor = load(lanes, weights.read_factor + j);
-    for (int64_t t = t0; t < t1; ++t) {
-      prefetch(in.scores.row(t + kTile) + j);
-      const auto ratios = weigh_step(in, lanes, j, t, read_factor, m, c);
-      rows.put(lanes, j, t, ratios.update, ratios.read);
+// Stores the ratios of the steps [t0, t1) in `rows`, of kVectors vectors of heads from j on. This is a loop of its own over the
+// heads, because the operations of a whole step depend on each other, and a processor does not look far enough ahead to overlap
+// several steps. Within this loop two vectors overlap.
+template <class F, int kVectors, class L>
+MRU_INLINE void weigh_vectors(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, L lanes,
+                              int64_t j, int64_t t0, int64_t t1, Sweep& ahead) {
+  typename F::V m[kVectors], c[kVectors], read_factor[kVectors]{};
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t at = j + i * F::kLanes;
+    m[i] = load(lanes, weights.m + at), c[i] = load(lanes, weights.c + at);
+    if constexpr (F::kBonus) read_factor[i] = load(lanes, weights.read_factor + at);
+  }
+  for (int64_t t = t0; t < t1; ++t)
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = j + i * F::kLanes;
+      ahead.template fetch<F::kLanes>(in.scores);
+      const auto ratios = weigh_step(in, lanes, at, t, read_factor[i], m[i], c[i]);
+      rows.put_ratios(lanes, at, t, ratios);
     }
-    store(lanes, weights.m + j, m), store(lanes, weights.c + j, c);
-  });
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t at = j + i * F::kLanes;
+    store(lanes, weights.m + at, m[i]), store(lanes, weights.c + at, c[i]);
+  }
+}
+template <class F>
+void weigh_steps(const Inputs<F> in, const Weights<F> weights, const StepRows<F> rows, int64_t t0, int64_t t1) {
+  constexpr int kVectors = 2, kLanes = F::kLanes;
+  Sweep ahead(t0 + kTile, t1 + kTile, in.heads);
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= in.heads; j += kVectors * kLanes)
+    weigh_vectors<F, kVectors>(in, weights, rows, Full<kLanes>{}, j, t0, t1, ahead);
+  if (j + kLanes <= in.heads) weigh_vectors<F, 1>(in, weights, rows, Full<kLanes>{}, j, t0, t1, ahead), j += kLanes;
+  if (j < in.heads) weigh_vectors<F, 1>(in, weights, rows, Partial<kLanes>{int(in.heads - j)}, j, t0, t1, ahead);
 }
 // Calls each(step, shares) for the steps [t0, t1) of a vector of heads, from their ratios.
 template <class F, class L, class Each>
-MRU_INLINE void share_steps(const Inputs<F>& in, const Weights<F>& weights, const StepRows<F>& rows, L lanes, int64_t j,
-                            int64_t t0, int64_t t1, Each each) {
+MRU_INLINE void share_steps(const Weights<F>& weights, const StepRows<F>& rows, L lanes, int64_t j, int64_t t0,
+                            int64_t t1, Each each) {
   using V = typename F::V;
   V q = load(lanes, weights.q + j), read_factor{};
   if constexpr (F::kBonus) read_factor = load(lanes, weights.read_factor + j);
   for (int64_t t = t0; t < t1; ++t) {
-    Ratios<V> ratios{load(lanes, rows.update(t) + j), V{}};
-    if constexpr (F::kBonus)
-      if (!in.one_ratio) ratios.read = load(lanes, rows.read(t) + j);
-    const auto shares = share_step(in, ratios, read_factor, q);
+    const auto shares = share_step<F>(rows.ratios(lanes, j, t), read_factor, q);
     q = shares.update.total;
     each(t, shares);
   }
@@ -58,39 +84,43 @@ MRU_INLINE void share_steps(const Inputs<F>& in, const Weights<F>& weights, cons
 
 // Scans [begin, end) of one chunk. kOwn: every channel is a head. A row of y without data is not wanted.
 template <class F, bool kOwn>
-void forward_chunk(const Inputs<F>& in, Steps<typename F::T> y, int64_t begin, int64_t end, const Weights<F>& weights,
-                   typename F::S* mean, typename F::S* scratch) {
+void forward_chunk(const Inputs<F> in, const Steps<typename F::T> y, int64_t begin, int64_t end,
+                   const Weights<F> weights, typename F::S* mean, typename F::S* scratch) {
   using V = typename F::V;
-  // A step of a vector of channels.
-  const auto mix_step = [&](auto lanes, int64_t d, int64_t t, V k_read, V k_update, V& mean_now)
+  Sweep ahead(0, 0, in.channels);
+  // A step of a vector of channels. `read` and `update` are what `mix` takes: a Share, or its k.
+  const auto mix_step = [&](auto lanes, int64_t d, int64_t t, const auto& read, const auto& update, V& mean_now)
                             __attribute__((always_inline)) {
                               const V v = in.value_at(lanes, d, t);
-                              prefetch(in.values.row(t + kTile) + d);
                               V result{};
-                              if constexpr (F::kBonus) result = mix(k_read, mean_now, v);
-                              mean_now = mix(k_update, mean_now, v);
+                              if constexpr (F::kBonus) result = mix(read, mean_now, v);
+                              mean_now = mix(update, mean_now, v);
                               if constexpr (!F::kBonus) result = mean_now;
+                              if constexpr (!kOwn) prefetch(in.values.row(t + kTile) + d);
+                              else if (y.first) ahead.template fetch<F::kLanes>(in.values, y);
+                              else ahead.template fetch<F::kLanes>(in.values);
                               if (!y.first) return;
-                              __builtin_prefetch(y.row(t + kTile) + d, 1, 3);
+                              if constexpr (!kOwn) __builtin_prefetch(y.row(t + kTile) + d, 1, 3);
                               store(lanes, y.row(t) + d, result);
                             };
   for (int64_t step = begin; step < end; step += kTile) {
     const int64_t stop = least(step + kTile, end);
     const StepRows<F> rows{scratch, in.heads, step};
+    ahead = Sweep(step + kTile, stop + kTile, in.channels);
     weigh_steps(in, weights, rows, step, stop);
     if constexpr (kOwn) {
       for_lanes<F>(in.heads, [&](auto lanes, int64_t d) __attribute__((always_inline)) {
         V mean_now = load(lanes, mean + d);
-        share_steps(in, weights, rows, lanes, d, step, stop,
+        share_steps(weights, rows, lanes, d, step, stop,
                     [&](int64_t t, const auto& shares) __attribute__((always_inline)) {
-                      mix_step(lanes, d, t, shares.read.k, shares.update.k, mean_now);
+                      mix_step(lanes, d, t, shares.read, shares.update, mean_now);
                     });
         store(lanes, mean + d, mean_now);
       });
       continue;
     }
     for_lanes<F>(in.heads, [&](auto lanes, int64_t h) __attribute__((always_inline)) {
-      share_steps(in, weights, rows, lanes, h, step, stop,
+      share_steps(weights, rows, lanes, h, step, stop,
                   [&](int64_t t, const auto& shares)
                       __attribute__((always_inline)) { rows.put(lanes, h, t, shares.update.k, shares.read.k); });
     });

@@ -39,9 +39,10 @@ MRU_INLINE V exp_of_float(V x) {
 
 template <class V>
 struct VectorFunctions {
-  static MRU_INLINE V exp(V x) {
-    if constexpr (sizeof(typename Lanes<V>::Scalar) == 4) return exp_of_float(x);
-    else return exponential(x);
+  static MRU_INLINE V exp_minus_abs(V x) {
+    const V exponent = Lanes<V>::from_bits(Lanes<V>::bits(x) | Lanes<V>::bits(splat<V>(-0.0f)));
+    if constexpr (sizeof(typename Lanes<V>::Scalar) == 4) return exp_of_float(exponent);
+    else return exponential(exponent);
   }
   static MRU_INLINE V log(V x) { return logarithm(x); }
   static MRU_INLINE V log1p(V x) { return logarithm_of_1_plus(x); }

@@ -18,9 +18,31 @@ constexpr HeadKernels table = {.forward = &forward<F>,
                                .carry_adjoint = &carry_adjoint<F>,
                                .total = &total<F>};
 
+// Whether all heads of a call are, so no result depends on the blocks of heads.
+template <class S>
+bool is_moderate(const HeadScan& scan) {
+  const S* const decays = static_cast<const S*>(scan.in[kDecay].channel);
+  const S* const bonuses = static_cast<const S*>(scan.in[kBonus].channel);
+  const auto moderate = [](S x) { return -kModerate<S> <= x && x <= kModerate<S>; };
+  bool all = true;
+  for (int64_t h = 0; h < scan.heads; ++h) {
+    const S decay = decays ? decays[h] : 0, bonus = bonuses ? bonuses[h] : 0;
+    all &= moderate(decay) && moderate(decay + bonus);
+  }
+  return all;
+}
+
+template <class T, Decay kDecay, bool kBonus>
+const HeadKernels& with_form(const HeadScan& scan) {
+  if constexpr (kDecay == Decay::kStream) return table<Form<T, kDecay, kBonus, false>>;
+  else if constexpr (kDecay == Decay::kNone && !kBonus) return table<Form<T, kDecay, kBonus, true>>;
+  else
+    return is_moderate<typename StateOf<T>::type>(scan) ? table<Form<T, kDecay, kBonus, true>>
+                                                        : table<Form<T, kDecay, kBonus, false>>;
+}
 template <class T, Decay kDecay>
 const HeadKernels& with_bonus(const HeadScan& scan) {
-  return scan.in[kBonus].channel ? table<Form<T, kDecay, true>> : table<Form<T, kDecay, false>>;
+  return scan.in[kBonus].channel ? with_form<T, kDecay, true>(scan) : with_form<T, kDecay, false>(scan);
 }
 template <class T>
 const HeadKernels& with_decay(const HeadScan& scan) {

@@ -8,7 +8,8 @@ namespace {
 
 enum class Decay { kNone, kHead, kStream };
 
-template <class Element, Decay kDecayKind, bool kHasBonus>
+// kIsModerate: of every head, |decay| and |decay + bonus| are at most kModerate (is_moderate).
+template <class Element, Decay kDecayKind, bool kHasBonus, bool kIsModerate>
 struct Form {
   using T = Element;
   using S = typename StateOf<T>::type;
@@ -16,8 +17,9 @@ struct Form {
   using V = Vector<S, kLanes>;
   static constexpr Decay kKind = kDecayKind;
   static constexpr bool kDecay = kDecayKind != Decay::kNone, kBonus = kHasBonus;
-  static constexpr bool kOneRatio = kBonus && kDecayKind != Decay::kStream;  // whether read_and_update may serve
-  using WithoutBonus = Form<Element, kDecayKind, false>;
+  static constexpr bool kFinite = kIsModerate;              // `weigh`
+  static constexpr bool kOneRatio = kBonus && kIsModerate;  // whether read_and_update serves
+  using WithoutBonus = Form<Element, kDecayKind, false, kIsModerate>;
 };
 
 // Calls f(lanes, j) for the vectors that cover [0, n) from j on.
@@ -64,10 +66,11 @@ class Sweep {
 
  private:
   int64_t row_, column_ = 0;
-  const int64_t end_, columns_;
+  int64_t end_, columns_;
 };
 
-// The inputs of the heads [h0, h1) and of their channels.
+// The inputs of the heads [h0, h1) and of their channels. Loops take this and the like by value: a store cannot change a copy, so
+// nothing is loaded again.
 template <class F>
 struct Inputs {
   using T = typename F::T;
@@ -76,7 +79,6 @@ struct Inputs {
   int64_t heads, group, channels;  // of this block; `group` channels a head
   Steps<const T> scores, values, decays;
   const S *decay, *bonus;
-  bool one_ratio;  // whether read_and_update serves every head of the call: no result depends on the blocks of heads
 
   Inputs(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1)
       : heads(h1 - h0),
@@ -86,12 +88,7 @@ struct Inputs {
         values(scan, scan.in[kValue].stream, segment, h0 * group),
         decays(scan, scan.in[kDecay].stream, segment, h0),
         decay(F::kKind == Decay::kHead ? static_cast<const S*>(scan.in[kDecay].channel) + h0 : nullptr),
-        bonus(F::kBonus ? static_cast<const S*>(scan.in[kBonus].channel) + h0 : nullptr),
-        one_ratio(F::kOneRatio) {
-    if constexpr (F::kOneRatio)
-      for (int64_t h = -h0; h < scan.heads - h0; ++h)
-        one_ratio &= std::fabs((decay ? decay[h] : 0) + bonus[h]) <= kModerate<S>;
-  }
+        bonus(F::kBonus ? static_cast<const S*>(scan.in[kBonus].channel) + h0 : nullptr) {}
 
   template <class L>
   MRU_INLINE V score_at(L lanes, int64_t j, int64_t step) const {
@@ -107,8 +104,8 @@ struct Inputs {
   template <class L>
   MRU_INLINE V read_factor_at(L lanes, int64_t j) const {
     if constexpr (!F::kBonus) return zero<V>();
-    else if (!F::kOneRatio || !one_ratio) return load(lanes, bonus + j);
-    const V x = decay_at(lanes, j, 0) + load(lanes, bonus + j), e = Functions<V>::exp(-Lanes<V>::abs(x));
+    else if constexpr (!F::kOneRatio) return load(lanes, bonus + j);
+    const V x = decay_at(lanes, j, 0) + load(lanes, bonus + j), e = Functions<V>::exp_minus_abs(x);
     return x > zero<V>() ? reciprocal(e) : e;
   }
   template <class L>
@@ -117,38 +114,32 @@ struct Inputs {
   }
 };
 
-// A step of heads has two parts: `weigh_step` gives its ratios, `share_step` what follows from them. The sign bit of a ratio is
-// set if the new weight is the larger. `read` is not used with Inputs::one_ratio.
+// A step of heads has two parts: `weigh_step` gives its ratios (Ratio::e), `share_step` what follows from them. With kOneRatio
+// `read` is not used.
 template <class V>
 struct Ratios {
   V update, read;
 };
 template <class V>
-MRU_INLINE V with_sign(Ratio<V> ratio) {
-  return ratio.newer ? -ratio.e : ratio.e;
-}
-template <class V>
-MRU_INLINE Ratio<V> of_sign(V e) {
-  return {Functions<V>::has_sign(e), Lanes<V>::abs(e)};
+MRU_INLINE Ratio<V> ratio_of(V e) {
+  return {Functions<V>::has_sign(e), e};
 }
 template <class F, class L>
 MRU_INLINE Ratios<typename F::V> weigh_step(const Inputs<F>& in, L lanes, int64_t j, int64_t step,
                                             typename F::V read_factor, typename F::V& m, typename F::V& c) {
   const auto score = in.score_at(lanes, j, step);
   Ratios<typename F::V> ratios{};
-  if constexpr (F::kBonus)
-    if (!in.one_ratio) ratios.read = with_sign(weigh_read(score, read_factor, m, c));
-  ratios.update = with_sign(weigh<F::kDecay>(score, in.decay_at(lanes, j, step), m, c));
+  if constexpr (F::kBonus && !F::kOneRatio) ratios.read = weigh_read(score, read_factor, m, c).e;
+  ratios.update = weigh<F::kDecay, F::kFinite>(score, in.decay_at(lanes, j, step), m, c).e;
   return ratios;
 }
 template <class F>
-MRU_INLINE ReadAndUpdate<typename F::V> share_step(const Inputs<F>& in, const Ratios<typename F::V>& ratios,
-                                                   typename F::V read_factor, typename F::V q) {
-  const auto update = of_sign(ratios.update);
-  if constexpr (F::kOneRatio)
-    if (in.one_ratio) return read_and_update(update, read_factor, q);
+MRU_INLINE ReadAndUpdate<typename F::V> share_step(const Ratios<typename F::V>& ratios, typename F::V read_factor,
+                                                   typename F::V q) {
+  const auto update = ratio_of(ratios.update);
+  if constexpr (F::kOneRatio) return read_and_update(update, read_factor, q);
   ReadAndUpdate<typename F::V> shares;
-  if constexpr (F::kBonus) shares.read = share(of_sign(ratios.read), q);
+  if constexpr (F::kBonus) shares.read = share(ratio_of(ratios.read), q);
   shares.update = share(update, q);
   return shares;
 }
