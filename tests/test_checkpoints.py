@@ -8,6 +8,7 @@ import torch
 import mru_kernels as mk
 from bench import inputs
 from mru_kernels import backends, ops
+from mru_kernels.softmax import layout
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,35 @@ def test_wide_rows_of_states_have_more_checkpoints(name, cell, dtype, width, pac
     row, declared = backends.TABLE[name], ops.CELLS[cell]
     assert ops.chunk_of(row, declared, backends.CHUNK, first, packed) == steps
     assert ops.chunk_of(row, declared, 128, first, packed) == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "heads", "channels", "steps"),
+    [
+        ("cpu", torch.float32, 341, 341, 64),
+        ("cpu", torch.bfloat16, 342, 342, 32),  # a head has two numbers beside the mean of its channel
+        ("cpu", torch.float32, 1023, 1023, 32),
+        ("cpu", torch.float32, 1024, 1024, 16),
+        ("cpu", torch.float64, 512, 512, 16),
+        ("cpu", torch.float32, 16, 1024, 32),
+        ("cuda", torch.float32, 4096, 4096, 64),
+        ("torch", torch.float32, 4096, 4096, 64),
+    ],
+)
+def test_wide_states_of_the_softmax_recurrence_have_more_borders(name, dtype, heads, channels, steps):
+    score, value = torch.empty(1, 1, heads, dtype=dtype), torch.empty(1, 1, channels, dtype=dtype)
+    row = backends.TABLE[name]
+    for tensors in ((score, value, 0), (torch.cat([score, value], -1), None, heads)):
+        assert layout.chunk_of(row, backends.CHUNK, *tensors) == steps
+        assert layout.chunk_of(row, 128, *tensors) == 128
+
+
+def test_gradients_do_not_change_a_bit_of_the_softmax_recurrence():
+    score, value = torch.randn(2, 100, 1024), torch.randn(2, 100, 1024)
+    results = mk.softmax_recurrence(score, value)
+    with_gradients = mk.softmax_recurrence(score.requires_grad_(), value)
+    assert all(map(torch.equal, results, with_gradients))
+    assert all(map(torch.equal, results, mk.softmax_recurrence(score.detach(), value, chunk_size=16)))
 
 
 @pytest.mark.parametrize(("dtype", "channels", "default"), [(torch.bfloat16, 1023, 64), (torch.float32, 1024, 32)])

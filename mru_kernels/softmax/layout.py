@@ -27,6 +27,20 @@ def check_cut(backend: str, chunk: int, segment: int) -> None:
         raise ValueError(f"segment: expected -1 for the backend's own choice or 0 to 2^60 steps, got {segment}")
 
 
+def chunk_of(row: backends.Backend, chunk: int, score: Tensor, value: Tensor | None, heads: int) -> int:
+    """The steps between two borders: `chunk`, or fewer if it is the default.
+
+    Unlike a cell's, these results depend on it by rounding. So it is a function of nothing but the backend, the sizes
+    and the dtype.
+    """
+    heads, channels = sizes(score, value, heads)
+    if chunk != backends.CHUNK or any(type(size) is not int for size in (heads, channels)):  # a SymInt
+        return chunk
+    bytes_of_state = (channels + 2 * heads) * state_dtype(score.dtype).itemsize
+    fewer = row.chunk(bytes_of_state)
+    return fewer // 2 if bytes_of_state >= 3 * row.wide_row else fewer
+
+
 def split_gates(gates: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The scores `[..., H]` and the values `[..., D]` that lie side by side in `gates [..., H + D]`, as views."""
     score, value = gates.split([heads, gates.shape[-1] - heads], -1)

@@ -14,7 +14,7 @@ from .. import torch_private as private
 from ..ops import entry
 from ..ops.autograd import raise_as_torch
 from . import plain
-from .layout import allocate, chunk_sizes, sizes
+from .layout import allocate, chunk_of, chunk_sizes, sizes
 from .registration import FORWARD, apply_scan, differentiable_inputs
 from .state import SegmentMap
 
@@ -31,11 +31,12 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
         chunk_size: steps between two borders; None to save none.
         backend: a name, or None for the first backend that can run on the device.
     """
-    score = arguments[0]
+    score, value, heads = arguments[:3]
     row = _resolve(backend, score)
     chunk = chunk_size or backends.CHUNK
     if chunk != backends.CHUNK:
         checks.check_chunk(chunk, row, None if row.plain else chunk_sizes(row.name))
+    chunk = chunk_of(row, chunk, score, value, heads)
     if entry.wants_maps():
         return _segment_map(row, arguments, chunk)
     if row.plain:
@@ -60,8 +61,7 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
             with private.BelowAutograd():
                 y, final, *_ = FORWARD[row.name](*call)
     except RuntimeError as error:
-        value, heads, cu_seqlens = arguments[1], arguments[2], arguments[6]
-        raise_as_torch(error, allocate, score, value, heads, cu_seqlens, chunk, save)
+        raise_as_torch(error, allocate, score, value, heads, arguments[6], chunk, save)
         raise
     return y, final
 

@@ -15,7 +15,6 @@ namespace {
 using cpu::Segments;
 
 constexpr int64_t kBlockBytes = 4096;     // of a row of values: wider blocks use memory bandwidth better
-constexpr int64_t kBackwardBytes = 512;   // of a row of values: so much of a chunk stays in the second-level cache
 constexpr int64_t kLeastBlockBytes = 64;  // of a block that is narrower for the sake of the threads
 constexpr int64_t kMostGroups = 256;      // of segments that share a row of sums
 
@@ -48,13 +47,12 @@ constexpr int64_t least_heads(int64_t group, int64_t bytes) {
   return std::max<int64_t>(kLeastBlockBytes / (bytes * std::max<int64_t>(group, 1)), 1);
 }
 
-// Calls f(item, h0, h1, scratch) for every item and block of heads [h0, h1), on several threads. `block_bytes`: the most of a
-// row of values of a block.
+// Calls f(item, h0, h1, scratch) for every item and block of heads [h0, h1), on several threads.
 template <class F>
-void for_heads(const HeadScan& scan, int64_t items, int64_t block_bytes, const F& f) {
+void for_heads(const HeadScan& scan, int64_t items, const F& f) {
   if (items == 0) return;
   const int64_t bytes = scan.state_bytes(), group = std::max<int64_t>(scan.channels / scan.heads, 1);
-  const int64_t most = std::max<int64_t>(block_bytes / (bytes * group), 1);
+  const int64_t most = std::max<int64_t>(kBlockBytes / (bytes * group), 1);
   const int64_t least = least_heads(group, bytes);
   const int64_t wanted = ceil_div(torch::stable::get_num_threads(), items);
   int64_t width = std::clamp(ceil_div(scan.heads, wanted), least, most);
@@ -97,7 +95,7 @@ struct SegmentMaps {
   SegmentMaps(const HeadScan& scan, const HeadKernels& k, const Segments& segments)
       : maps(scan, segments.count(), state_columns(scan) + scan.heads),
         entry(scan, segments.count(), state_columns(scan)) {
-    for_heads(scan, segments.count(), kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
+    for_heads(scan, segments.count(), [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
       k.summarize(scan, segments.list[i], h0, h1, maps.at(i), scratch);
     });
     for (int64_t n = 0; n < scan.sequences; ++n)
@@ -121,14 +119,14 @@ void run_forward(const HeadScan& scan) {
   const Segments segments = cpu::cut(scan);
   for (int64_t n = 0; n < scan.sequences; ++n) write_initial(scan, n, row_of(scan.final_state, scan, n));
   if (scan.segment == 0) {
-    for_heads(scan, segments.count(), kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
+    for_heads(scan, segments.count(), [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
       void* const state = row_of(scan.final_state, scan, segments.list[i].sequence);
       k.forward(scan, segments.list[i], h0, h1, state, scratch);
     });
     return;
   }
   SegmentMaps cut(scan, k, segments);
-  for_heads(scan, segments.count(), kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
+  for_heads(scan, segments.count(), [&](int64_t i, int64_t h0, int64_t h1, void* scratch) {
     k.forward(scan, segments.list[i], h0, h1, cut.entry.at(i), scratch);
   });
   for (int64_t n = 0; n < scan.sequences; ++n)
@@ -150,7 +148,7 @@ class BackwardPass {
   // adjoint(i): the row of segment i, that from its right, which becomes that to its left; null to skip the segment.
   template <class Row>
   void run(const Row& adjoint) {
-    for_heads(scan_, groups_, kBackwardBytes, [&](int64_t group, int64_t h0, int64_t h1, void* scratch) {
+    for_heads(scan_, groups_, [&](int64_t group, int64_t h0, int64_t h1, void* scratch) {
       for (int64_t i = std::min((group + 1) * per_group_, segments_.count()); i-- > group * per_group_;)
         if (void* const row = adjoint(i)) k_.backward(scan_, segments_.list[i], h0, h1, row, sums_.at(group), scratch);
     });
@@ -173,7 +171,7 @@ void carry_adjoints(const HeadScan& scan, const HeadKernels& k, const Segments& 
   const int64_t count = segments.count(), bytes = state_row_bytes(scan);
   Rows offsets = exits, maps(scan, count, state_columns(scan) + scan.heads);
   const auto is_first = [&](int64_t i) { return i == segments.first[segments.list[i].sequence]; };
-  for_heads(scan, count, kBlockBytes, [&](int64_t i, int64_t h0, int64_t h1, void*) {
+  for_heads(scan, count, [&](int64_t i, int64_t h0, int64_t h1, void*) {
     if (!is_first(i)) k.sum_decays(scan, segments.list[i], h0, h1, maps.at(i));
   });
   HeadScan without_results = scan;
