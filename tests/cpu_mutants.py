@@ -57,6 +57,7 @@ COMMON = _files("precision", "isa", "cuts", "resets")
 LIF, RESONATE, WANTED = _files("lif"), _files("resonate"), _files("wanted")
 GATES = _files("op", "min_gates")
 SOFTMAX = _files("softmax", "softmax_precision")
+WOVEN = _files("woven")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,15 @@ FAULTS = (
            "boundaries_where_time_is_cut"),
     Fault("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "count == 0 || shift_of(segment.begin) == 0", "true", "before_a_reset_is_remembered"),
+    Fault("half a square transposed", "cpu/woven.cpp", "turn *= 2", "turn *= 4", "bits_of_many and bmru", WOVEN),
+    Fault("a reversed square from its other end", "cpu/woven.cpp", "by > 0 ? t : t + N - 1", "by > 0 ? t : t",
+           "bits_of_many and bmru", WOVEN),
+    Fault("every segment of a run from the first checkpoint", "cpu/woven.cpp", "state, checkpoint(segment, step)",
+           "state, checkpoint(*segments_, step)", "bits_of_many and bmru", WOVEN),
+    Fault("the first segment of a run left out of a sum", "cpu/woven.cpp", "k_.reduce(scan_.channels, count_,",
+           "k_.reduce(scan_.channels, count_ - 1,", "bits_of_many and bmru", WOVEN),
+    Fault("a woven segment that reads the codes of the first chunk", "cpu/woven.cpp",
+           "(segment.begin + begin) / kCodesPerWord", "segment.begin / kCodesPerWord", "bits_of_many and bmru", WOVEN),
     Fault("a log weight in one float", "softmax/step.h", "r.newer ? zero<V>() : past.lo", "zero<V>()",
            "precision_of_float32", SOFTMAX),
     Fault("a bonus added to a large score", "softmax/step.h", "ratio(distance(score, m, c) + bonus)",

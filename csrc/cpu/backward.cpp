@@ -4,6 +4,7 @@
 
 #include "cut_maps.h"
 #include "driver.h"
+#include "woven.h"
 
 namespace mru::cpu {
 namespace {
@@ -50,8 +51,9 @@ class BackwardPass {
       : scan_(scan),
         k_(k),
         segments_(segments),
+        runs_(find_runs(scan, segments)),
         per_group_(std::max<int64_t>(1, ceil_div(segments.count(), kMostGroups))),
-        groups_(ceil_div(segments.count(), per_group_)),
+        groups_(runs_.empty() ? ceil_div(segments.count(), per_group_) : int64_t(runs_.size())),
         inputs_(__builtin_popcount(k.channels)),
         sums_(scan, groups_ * 2 * inputs_),
         reset_sums_(scan, scan.grad_reset_state ? 2 * segments.count() : 0) {}
@@ -59,6 +61,10 @@ class BackwardPass {
   // m(i, d): the row that is m from the right of segment i, and becomes m to its left. late(i, d): see Kernels::backward.
   template <class M, class Late>
   void run(const M& m, const Late& late) {
+    if (!runs_.empty())
+      return for_runs(scan_, runs_, [&](Run run, int64_t number) {
+        Woven(scan_, k_, segments_, run).backward(m(run.first, 0), late(run.first, 0), sums_.at(number * 2 * inputs_));
+      });
     for_blocks(scan_, groups_, [&](int64_t group, int64_t d0, int64_t d1) {
       thread_local std::vector<char> kept;
       const int64_t bytes = scratch_rows(scan_.chunk) * (d1 - d0) * state_bytes(scan_);
@@ -102,6 +108,7 @@ class BackwardPass {
   const Scan& scan_;
   const Kernels& k_;
   const Segments& segments_;
+  const std::vector<Run> runs_;
   const int64_t per_group_, groups_, inputs_;
   Rows sums_, reset_sums_;  // rows of sums over time, and of what they have lost
 };
@@ -116,7 +123,11 @@ Scan without_sums(Scan scan) {
 // results of that pass are overwritten later.
 void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segments, CutMaps& cut_maps) {
   const bool looks = k.overwrites(scan) && !k.adjoint_sees_state;
-  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+  const std::vector<Run> runs = looks ? std::vector<Run>() : find_runs(scan, segments);
+  for_runs(scan, runs, [&](Run run, int64_t) {
+    Woven(scan, k, segments, run).summarize_adjoint(cut_maps.maps.at(run.first), cut_maps.late.at(run.first));
+  });
+  for_blocks(scan, runs.empty() ? segments.count() : 0, [&](int64_t i, int64_t d0, int64_t d1) {
     const MapRow map = cut_maps.maps.at(i, d0);
     if (looks) look_ahead(scan, k, segments.list[i], d0, d1, map);
     else look_through_all(scan, k, segments.list[i], d0, d1, map, cut_maps.late.at(i, d0));

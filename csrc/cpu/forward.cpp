@@ -3,6 +3,7 @@
 
 #include "cut_maps.h"
 #include "driver.h"
+#include "woven.h"
 
 namespace mru::cpu {
 namespace {
@@ -31,6 +32,19 @@ void scan_segment(const Scan& scan, Kernel kernel, const ResetStates& resets, co
   for_parts(scan, segment, [&](const Segment& part) {
     if (part.resets) std::memcpy(state, resets.at(part, d0), (d1 - d0) * state_bytes(scan));
     kernel(scan, part, d0, d1, state);
+  });
+}
+
+// Scans all segments from their rows of `states`.
+template <class Kernel>
+void scan_segments(const Scan& scan, const Kernels& k, Kernel kernel, const ResetStates& resets,
+                   const Segments& segments, Rows& states) {
+  const std::vector<Run> runs = find_runs(scan, segments);
+  if (!runs.empty())
+    return for_runs(scan, runs,
+                    [&](Run run, int64_t) { Woven(scan, k, segments, run).forward(kernel, states.at(run.first)); });
+  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+    scan_segment(scan, kernel, resets, segments.list[i], d0, d1, states.at(i, d0));
   });
 }
 
@@ -76,7 +90,8 @@ void look_back(const Scan& scan, const Kernels& k, const ResetStates& resets, co
 // One pass over the streams. Each segment starts from the last write before it, which is usually a few steps back. Only a NaN
 // further back is missed: the segments after it are scanned once more.
 void forward_looking_back(Scan scan, const Kernels& k, const ResetStates& resets) {
-  const int64_t wanted = ceil_div(scan.batch * scan.time, 2 * int64_t(torch::stable::get_num_threads()));
+  const int64_t pieces = 2 * most_in_run(scan) * int64_t(torch::stable::get_num_threads());
+  const int64_t wanted = ceil_div(scan.batch * scan.time, pieces);
   const int64_t least = scan.segment > 0 ? scan.segment : kLeastSegment;
   scan.segment = ceil_div(std::max(wanted, least), scan.chunk) * scan.chunk;
   const Segments segments = cut(scan);
@@ -101,9 +116,7 @@ void forward_looking_back(Scan scan, const Kernels& k, const ResetStates& resets
   });
   Rows exit = entry;
   const auto kernel = scan.codes && scan.save ? k.forward_to_codes : k.forward;
-  for_blocks(scan, count, [&](int64_t i, int64_t d0, int64_t d1) {
-    scan_segment(scan, kernel, resets, segments.list[i], d0, d1, exit.at(i, d0));
-  });
+  scan_segments(scan, k, kernel, resets, segments, exit);
 
   std::vector<int64_t> again;
   each([&](int64_t i) {
@@ -125,14 +138,16 @@ void forward_looking_back(Scan scan, const Kernels& k, const ResetStates& resets
 // false if the call must be scanned whole.
 bool forward_composing(const Scan& scan, const Kernels& k, const ResetStates& resets, const Segments& segments) {
   CutMaps cut_maps(scan, k, segments, 1);
-  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
+  const std::vector<Run> runs = find_runs(scan, segments);
+  for_runs(scan, runs, [&](Run run, int64_t) {
+    Woven(scan, k, segments, run).summarize(cut_maps.maps.at(run.first), cut_maps.late.at(run.first));
+  });
+  for_blocks(scan, runs.empty() ? segments.count() : 0, [&](int64_t i, int64_t d0, int64_t d1) {
     summarize(scan, k, resets, segments.list[i], d0, d1, cut_maps.maps.at(i, d0), cut_maps.late.at(i, d0));
   });
   cut_maps.compose(scan.final_state);
   const auto kernel = scan.codes ? k.forward_from_codes : k.forward;
-  for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
-    scan_segment(scan, kernel, resets, segments.list[i], d0, d1, cut_maps.exit.at(i, d0));
-  });
+  scan_segments(scan, k, kernel, resets, segments, cut_maps.exit);
   return cut_maps.finish(scan.final_state);
 }
 
