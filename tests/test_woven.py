@@ -51,3 +51,19 @@ def test_few_channels_have_the_bits_of_many(cell, dtype, channels):
                 assert torch.equal(ours, wanted)
             else:  # a sum over time, in another order
                 torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", ["bmru", "schmitt"])
+def test_one_long_sequence_has_the_gradients_of_one_among_many(cell, dtype):
+    call = inputs.case(cell, dtype, batch=4, time=1500, channels=1024).build()
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    op = getattr(mk, cell)
+
+    def streams(batch):
+        h, _ = op(**{name: t[:batch] if t.dim() == 3 else t for name, t in leaves.items()}, **call.settings)
+        wanted = [t for t in leaves.values() if t.dim() == 3]
+        return torch.autograd.grad(h, wanted, call.grad_h[:batch])
+
+    for ours, wanted in zip(streams(1), streams(4), strict=True):
+        torch.testing.assert_close(ours[:1], wanted[:1], rtol=1e-5, atol=1e-5 * wanted.abs().max().item())

@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kFirstLook = 64;      // as in forward.cpp
 constexpr int64_t kMostKept = 1 << 19;  // bytes of scratch that a thread keeps between calls
 constexpr int64_t kMostGroups = 256;    // of segments that share a row of sums
+constexpr int64_t kFewSequences = 4;    // fewer are cut where writes overwrite the state
+constexpr int64_t kPieces = 8;          // into so many segments
+constexpr int64_t kLeastPiece = 512;    // steps: kFirstLook should be short compared with a segment
 
 // The adjoint map of a segment whose writes overwrite the state, seen from its begin: no further than a channel is unsettled.
 void look_ahead(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
@@ -139,6 +142,15 @@ void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segme
            [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });
 }
 
+// The segment of a few sequences whose writes overwrite the state; 0 for others. Threads that share a sequence have parts of
+// its rows, which do not adjoin; but the adjoint that enters a segment is known after a short look ahead.
+int64_t segment_of_few(const Scan& scan, const Kernels& k) {
+  const int64_t steps = scan.batch * scan.time;
+  if (!k.overwrites(scan) || k.adjoint_sees_state || scan.sequences >= kFewSequences || steps < 2 * kLeastPiece)
+    return 0;
+  return ceil_div(std::max(ceil_div(steps, kPieces), kLeastPiece), scan.chunk) * scan.chunk;
+}
+
 // Returns false, without writing the sums over time, if the call must be scanned whole.
 bool differentiate(const Scan& scan, const Kernels& k) {
   const Segments segments = cut(scan);
@@ -172,6 +184,7 @@ void backward(Scan scan, const Kernels& k) {
     grad = nullptr;
   }
   const Ones ones(scan, k);
+  if (scan.segment == 0) scan.segment = segment_of_few(scan, k);
   if (differentiate(scan, k)) return;
   scan.segment = 0;
   differentiate(scan, k);
