@@ -26,6 +26,30 @@ ROOT = Path(__file__).parents[1]
 PASSES = ("forward", "backward")
 SHAPES = [(4, 4096, 512), (64, 128, 1024), (16, 1024, 96), (1, 1048576, 16)]
 LEAST_CALLS = 4  # of a turn, also if they take longer than --seconds
+#: Channels of a head of the ops that are not a cell's: RWKV-4's recurrence, and softmax attention without decays.
+OF_A_HEAD = {"wkv": 1, "softmax_recurrence": 64}
+
+
+def drawn(cell: str, dtype: str, shape: list[int]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """The tensors and the other arguments of an op, and a gradient of its first result."""
+    import torch
+
+    from bench import inputs
+
+    batch, steps, channels = shape
+    if cell not in OF_A_HEAD:
+        call = inputs.case(cell, inputs.DTYPES[dtype], batch=batch, time=steps, channels=channels).build()
+        return call.tensors, call.settings, call.grad_h
+    heads = channels // OF_A_HEAD[cell]
+    generator = torch.Generator().manual_seed(0)
+    score, value, grad = (
+        torch.randn(batch, steps, width, generator=generator).to(inputs.DTYPES[dtype])
+        for width in (heads, channels, channels)
+    )
+    if cell == "softmax_recurrence":
+        return {"score": score, "value": value}, {}, grad
+    decay, bonus = -torch.linspace(-5.0, 1.0, heads).exp(), 0.3 * torch.randn(heads, generator=generator)
+    return {"key": score, "value": value, "decay": decay, "bonus": bonus}, {}, grad
 
 
 def subject(cell: str, dtype: str, shape: list[int], pass_: str, streams: bool) -> Callable[[], object]:
@@ -33,17 +57,15 @@ def subject(cell: str, dtype: str, shape: list[int], pass_: str, streams: bool) 
     import torch
 
     import mru_kernels
-    from bench import inputs
 
-    batch, steps, channels = shape
-    call = inputs.case(cell, inputs.DTYPES[dtype], batch=batch, time=steps, channels=channels).build()
+    tensors, settings, grad = drawn(cell, dtype, shape)
     op = getattr(mru_kernels, cell)
     if pass_ == "forward":
-        return lambda: op(**call.tensors, **call.settings)
-    leaves = {name: t.requires_grad_(t.dim() == 3 or not streams) for name, t in call.tensors.items()}
-    h, _ = op(**leaves, **call.settings)
+        return lambda: op(**tensors, **settings)
+    leaves = {name: t.requires_grad_(t.dim() == 3 or not streams) for name, t in tensors.items()}
+    h, _ = op(**leaves, **settings)
     wanted = [t for t in leaves.values() if t.requires_grad]
-    return lambda: torch.autograd.grad(h, wanted, call.grad_h, retain_graph=True)
+    return lambda: torch.autograd.grad(h, wanted, grad, retain_graph=True)
 
 
 def serve() -> None:
@@ -92,7 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path, metavar="BEFORE")
     parser.add_argument("after", type=Path, metavar="AFTER")
-    parser.add_argument("--cell", nargs="+", default=["bmru", "linear_recurrence", "lif"], choices=list(inputs.CELLS))
+    cells = [*inputs.CELLS, *OF_A_HEAD]
+    parser.add_argument("--cell", nargs="+", default=["bmru", "linear_recurrence", "lif"], choices=cells)
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(inputs.DTYPES))
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=SHAPES, metavar="B,T,D")
     parser.add_argument("--pass", nargs="+", default=PASSES, choices=PASSES, dest="passes")

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from duel import PASSES, subject
+from duel import OF_A_HEAD, PASSES, subject
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [(1, 2048, 512), (4, 1024, 64), (1, 65536, 16)]
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tree", type=Path, metavar="TREE")
     parser.add_argument(
-        "--cell", nargs="+", default=["bmru", "linear_recurrence", "schmitt"], choices=list(inputs.CELLS)
+        "--cell", nargs="+", default=["bmru", "linear_recurrence", "schmitt"], choices=[*inputs.CELLS, *OF_A_HEAD]
     )
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(inputs.DTYPES))
     parser.add_argument("--shape", type=cli.shape, nargs="+", default=SHAPES, metavar="B,T,D")
