@@ -18,7 +18,7 @@ CXX_FLAGS = [
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 #: The files of csrc/cpu that are compiled once for all cells.
-CPU_PARTS = ("backward", "cut_maps", "forward", "isa", "plan", "register", "woven")
+CPU_PARTS = ("backward", "cut_maps", "forward", "isa", "plan", "register", "interleaved")
 
 # csrc/cpu/kernels/kernels.cpp is compiled once per cell and instruction set, as csrc/cpu/kernels/kernels.h names it;
 # csrc/cpu/isa.h chooses at run time.

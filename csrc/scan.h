@@ -4,7 +4,8 @@
 //   sequence                        one run of the recurrence: a batch row, or one span of `offsets` (packed)
 //   scan position                   0 is the first step scanned: time 0, or the last time step if `reverse`
 //   chunk                           steps between two checkpoints, which are saved states
-//   segment                         steps that are scanned in parallel with other segments; 0: time is not cut
+//   segment                         steps that are scanned in parallel with other segments; 0: sequences are whole, unless the
+//                                   CPU cuts those whose writes overwrite the state
 //   state dtype                     float for fp32, bf16 and fp16 streams, else the dtype of the streams; its complex
 //                                   counterpart where a cell has complex states under real streams
 #pragma once

@@ -57,7 +57,7 @@ COMMON = _files("precision", "isa", "cuts", "resets")
 LIF, RESONATE, WANTED = _files("lif"), _files("resonate"), _files("wanted")
 GATES = _files("op", "min_gates")
 SOFTMAX = _files("softmax", "softmax_precision")
-WOVEN = _files("woven")
+INTERLEAVED = _files("interleaved")
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,22 @@ FAULTS = (
            "boundaries_where_time_is_cut"),
     Fault("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "count == 0 || shift_of(segment.begin) == 0", "true", "before_a_reset_is_remembered"),
-    Fault("half a square transposed", "cpu/woven.cpp", "turn *= 2", "turn *= 4", "bits_of_many and bmru", WOVEN),
-    Fault("a reversed square from its other end", "cpu/woven.cpp", "by > 0 ? t : t + N - 1", "by > 0 ? t : t",
-           "bits_of_many and bmru", WOVEN),
-    Fault("every segment of a run from the first checkpoint", "cpu/woven.cpp", "state, checkpoint(segment, step)",
-           "state, checkpoint(*segments_, step)", "bits_of_many and bmru", WOVEN),
-    Fault("the first segment of a run left out of a sum", "cpu/woven.cpp", "k_.reduce(scan_.channels, count_,",
-           "k_.reduce(scan_.channels, count_ - 1,", "bits_of_many and bmru", WOVEN),
-    Fault("a woven segment that reads the codes of the first chunk", "cpu/woven.cpp",
-           "(segment.begin + begin) / kCodesPerWord", "segment.begin / kCodesPerWord", "bits_of_many and bmru", WOVEN),
+    Fault("half a square transposed", "cpu/interleaved.cpp", "turn *= 2", "turn *= 4", "bits_of_many and bmru",
+           INTERLEAVED),
+    Fault("a reversed square from its other end", "cpu/interleaved.cpp", "by > 0 ? t : t + N - 1", "by > 0 ? t : t",
+           "bits_of_many and bmru", INTERLEAVED),
+    Fault("every segment of a run from the first checkpoint", "cpu/interleaved.cpp", "checkpoint(segment, step) :",
+           "checkpoint(*segments_, step) :", "bits_of_many and bmru", INTERLEAVED),
+    Fault("every segment of a run in the first sequence", "cpu/interleaved.cpp",
+           "row(const_cast<void*>(scan_.initial), scan_, segment.sequence)",
+           "row(const_cast<void*>(scan_.initial), scan_, segments_->sequence)", "bits_of_many and bmru", INTERLEAVED),
+    Fault("a run without its last sum", "cpu/interleaved.cpp", "/*rows=*/count_", "count_ - 1",
+           "bits_of_many and bmru", INTERLEAVED),
+    Fault("the codes of a segment's first chunk for all", "cpu/interleaved.cpp",
+           "(segment.begin + begin) / kCodesPerWord", "segment.begin / kCodesPerWord", "bits_of_many and bmru",
+           INTERLEAVED),
+    Fault("codes that are not copied to a run", "cpu/interleaved.cpp",
+           "kernel == k_.forward_from_codes", "false", "bits_of_many and bmru", INTERLEAVED),
     Fault("a log weight in one float", "softmax/step.h", "r.newer ? zero<V>() : past.lo", "zero<V>()",
            "precision_of_float32", SOFTMAX),
     Fault("a bonus added to a large score", "softmax/step.h", "ratio(distance(score, m, c) + bonus)",

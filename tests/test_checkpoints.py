@@ -37,7 +37,7 @@ def test_wide_rows_of_states_have_more_checkpoints(name, cell, dtype, width, pac
     ("name", "dtype", "heads", "channels", "steps"),
     [
         ("cpu", torch.float32, 341, 341, 64),
-        ("cpu", torch.bfloat16, 342, 342, 32),  # a head has two numbers beside the mean of its channel
+        ("cpu", torch.bfloat16, 342, 342, 32),  # a head has two more numbers than its channel
         ("cpu", torch.float32, 1023, 1023, 32),
         ("cpu", torch.float32, 1024, 1024, 16),
         ("cpu", torch.float64, 512, 512, 16),

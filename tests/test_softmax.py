@@ -116,7 +116,7 @@ def test_a_decay_of_minus_infinity_ends_the_past(backend, group, dtype):
 
 
 @pytest.mark.parametrize("group", [1, 2])
-def test_a_vast_decay_beside_a_vast_bonus(backend, group):
+def test_a_vast_decay_with_a_vast_bonus(backend, group):
     call = draw(group=group, decay="head", bonus=True, dtype=torch.float32)
     call["decay"].fill_(-3e38), call["bonus"].fill_(3e38)
     y, final = scan(call, backend)

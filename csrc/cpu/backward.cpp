@@ -4,17 +4,15 @@
 
 #include "cut_maps.h"
 #include "driver.h"
-#include "woven.h"
+#include "interleaved.h"
 
 namespace mru::cpu {
 namespace {
 
-constexpr int64_t kFirstLook = 64;      // as in forward.cpp
 constexpr int64_t kMostKept = 1 << 19;  // bytes of scratch that a thread keeps between calls
 constexpr int64_t kMostGroups = 256;    // of segments that share a row of sums
-constexpr int64_t kFewSequences = 4;    // fewer are cut where writes overwrite the state
-constexpr int64_t kPieces = 8;          // into so many segments
-constexpr int64_t kLeastPiece = 512;    // steps: kFirstLook should be short compared with a segment
+constexpr int64_t kFewSequences = 4;    // fewer sequences of wide rows are cut where writes overwrite the state
+constexpr int64_t kFewSegments = 8;     // of all their steps together
 
 // The adjoint map of a segment whose writes overwrite the state, seen from its begin: no further than a channel is unsettled.
 void look_ahead(const Scan& scan, const Kernels& k, const Segment& segment, int64_t d0, int64_t d1, MapRow map) {
@@ -66,7 +64,8 @@ class BackwardPass {
   void run(const M& m, const Late& late) {
     if (!runs_.empty())
       return for_runs(scan_, runs_, [&](Run run, int64_t number) {
-        Woven(scan_, k_, segments_, run).backward(m(run.first, 0), late(run.first, 0), sums_.at(number * 2 * inputs_));
+        Interleaved(scan_, k_, segments_, run)
+            .backward(m(run.first, 0), late(run.first, 0), sums_.at(number * 2 * inputs_));
       });
     for_blocks(scan_, groups_, [&](int64_t group, int64_t d0, int64_t d1) {
       thread_local std::vector<char> kept;
@@ -128,7 +127,7 @@ void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segme
   const bool looks = k.overwrites(scan) && !k.adjoint_sees_state;
   const std::vector<Run> runs = looks ? std::vector<Run>() : find_runs(scan, segments);
   for_runs(scan, runs, [&](Run run, int64_t) {
-    Woven(scan, k, segments, run).summarize_adjoint(cut_maps.maps.at(run.first), cut_maps.late.at(run.first));
+    Interleaved(scan, k, segments, run).summarize_adjoint(cut_maps.maps.at(run.first), cut_maps.late.at(run.first));
   });
   for_blocks(scan, runs.empty() ? segments.count() : 0, [&](int64_t i, int64_t d0, int64_t d1) {
     const MapRow map = cut_maps.maps.at(i, d0);
@@ -142,13 +141,14 @@ void summarize_adjoint(const Scan& scan, const Kernels& k, const Segments& segme
            [&](int64_t i, int64_t d) { return cut_maps.late.at(i, d); });
 }
 
-// The segment of a few sequences whose writes overwrite the state; 0 for others. Threads that share a sequence have parts of
-// its rows, which do not adjoin; but the adjoint that enters a segment is known after a short look ahead.
+// The segment of a few sequences of wide rows whose writes overwrite the state; 0 for others. Threads that share a sequence
+// have blocks of its rows, which are not contiguous, or segments, which cost a short look ahead.
 int64_t segment_of_few(const Scan& scan, const Kernels& k) {
   const int64_t steps = scan.batch * scan.time;
-  if (!k.overwrites(scan) || k.adjoint_sees_state || scan.sequences >= kFewSequences || steps < 2 * kLeastPiece)
-    return 0;
-  return ceil_div(std::max(ceil_div(steps, kPieces), kLeastPiece), scan.chunk) * scan.chunk;
+  const bool is_wide = row_bytes(scan) >= kBlockBytes, is_long = steps >= 2 * kLeastSegment * scan.sequences;
+  if (!k.overwrites(scan) || k.adjoint_sees_state || scan.sequences >= kFewSequences || !is_wide || !is_long) return 0;
+  const int64_t units = ceil_div(std::max(ceil_div(steps, kFewSegments), kLeastSegment), kSegmentUnit);
+  return ceil_div(units * kSegmentUnit, scan.chunk) * scan.chunk;
 }
 
 // Returns false, without writing the sums over time, if the call must be scanned whole.

@@ -3,7 +3,8 @@
 //   time       A sequence is one segment or, if scan.segment > 0, several: they are reduced to maps in parallel, given their
 //              entry states by a short sequential pass, and then scanned in parallel. The cut and the order of every sum are
 //              functions of sizes only, so results do not depend on the number of threads. If writes overwrite the state, a
-//              forward pass only copies values, so its cut may suit the threads.
+//              forward pass only copies values, so its cut may suit the threads, and the backward pass cuts a few wide
+//              sequences. Segments of few channels are interleaved (interleaved.h).
 //   channels   Channels never interact, so a row may be cut into blocks to suit the threads without changing a bit.
 #pragma once
 #include "kernels/kernels.h"

@@ -3,13 +3,10 @@
 
 #include "cut_maps.h"
 #include "driver.h"
-#include "woven.h"
+#include "interleaved.h"
 
 namespace mru::cpu {
 namespace {
-
-constexpr int64_t kLeastSegment = 512;  // steps: the search for the last write should be short compared with a segment
-constexpr int64_t kFirstLook = 64;      // steps of the first search; each further one is twice as long
 
 // Writes the state that enters each sequence to final_state, which the scan updates in place.
 void enter(const Scan& scan, const Kernels& k, const Segments& segments) {
@@ -35,14 +32,14 @@ void scan_segment(const Scan& scan, Kernel kernel, const ResetStates& resets, co
   });
 }
 
-// Scans all segments from their rows of `states`.
-template <class Kernel>
-void scan_segments(const Scan& scan, const Kernels& k, Kernel kernel, const ResetStates& resets,
+// Scans all segments from their rows of `states`, by one of the forward kernels.
+void scan_segments(const Scan& scan, const Kernels& k, decltype(Kernels::forward) kernel, const ResetStates& resets,
                    const Segments& segments, Rows& states) {
   const std::vector<Run> runs = find_runs(scan, segments);
   if (!runs.empty())
-    return for_runs(scan, runs,
-                    [&](Run run, int64_t) { Woven(scan, k, segments, run).forward(kernel, states.at(run.first)); });
+    return for_runs(scan, runs, [&](Run run, int64_t) {
+      Interleaved(scan, k, segments, run).forward(kernel, states.at(run.first));
+    });
   for_blocks(scan, segments.count(), [&](int64_t i, int64_t d0, int64_t d1) {
     scan_segment(scan, kernel, resets, segments.list[i], d0, d1, states.at(i, d0));
   });
@@ -140,7 +137,7 @@ bool forward_composing(const Scan& scan, const Kernels& k, const ResetStates& re
   CutMaps cut_maps(scan, k, segments, 1);
   const std::vector<Run> runs = find_runs(scan, segments);
   for_runs(scan, runs, [&](Run run, int64_t) {
-    Woven(scan, k, segments, run).summarize(cut_maps.maps.at(run.first), cut_maps.late.at(run.first));
+    Interleaved(scan, k, segments, run).summarize(cut_maps.maps.at(run.first), cut_maps.late.at(run.first));
   });
   for_blocks(scan, runs.empty() ? segments.count() : 0, [&](int64_t i, int64_t d0, int64_t d1) {
     summarize(scan, k, resets, segments.list[i], d0, d1, cut_maps.maps.at(i, d0), cut_maps.late.at(i, d0));

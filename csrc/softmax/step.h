@@ -17,7 +17,7 @@ namespace mru::softmax {
 template <class V>
 struct Functions {
   // e^-|x|. A result below the least normal number may be 0.
-  static MRU_INLINE V exp_minus_abs(V x) {
+  static MRU_INLINE V exp_of_minus_abs(V x) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(V) == 4) {
       float y;
@@ -100,7 +100,7 @@ struct Ratio {
 template <class V>
 MRU_INLINE Ratio<V> ratio(V gap) {
   const auto newer = gap > zero<V>();
-  const V e = Functions<V>::exp_minus_abs(gap);
+  const V e = Functions<V>::exp_of_minus_abs(gap);
   return {newer, newer ? -e : e};
 }
 
@@ -141,7 +141,8 @@ MRU_INLINE V distance(V x, V hi, V lo) {
 }
 
 // A step of a head in two parts: m and c, and the ratio of the weights; then q. Together they are `update`, which decays the
-// past and adds the weight of `score`. kFinite: decays are finite, so m and c are.
+// past and adds the weight of `score`. kFinite: m and c stay finite, as after decays that are moderate. A score or a state of
+// +inf then gives NaN.
 template <bool kDecay, bool kFinite = false, class V>
 MRU_INLINE Ratio<V> weigh(V score, V decay, V& m, V& c) {
   Pair<V> past{m, c};
@@ -208,7 +209,7 @@ MRU_INLINE V then(SegmentMap<V>& first, const SegmentMap<V>& second) {
   const V least = splat<V>(-kInfinity<V>);
   const V gap = second.Z == least ? least : ((second.Z - past.hi) - past.lo) + second.z;
   const auto newer = gap > zero<V>();
-  const V e = Functions<V>::exp_minus_abs(gap), part = e / (splat<V>(1) + e);
+  const V e = Functions<V>::exp_of_minus_abs(gap), part = e / (splat<V>(1) + e);
   const Pair<V> sum = plus(newer ? second.Z : past.hi, newer ? second.z : past.lo, V(Functions<V>::log1p(e)));
   first = {first.decay + second.decay, sum.hi, sum.lo};
   return newer ? -part : part;
@@ -265,7 +266,7 @@ template <class V>
 MRU_INLINE V adjoint_factor(Pair<V> start, Pair<V> end, V decay) {
   const V exponent = ((start.hi - end.hi) + decay) + (start.lo - end.lo);
   const V limited = exponent > zero<V>() ? zero<V>() : exponent;
-  return start.hi == splat<V>(-kInfinity<V>) ? zero<V>() : Functions<V>::exp_minus_abs(limited);
+  return start.hi == splat<V>(-kInfinity<V>) ? zero<V>() : Functions<V>::exp_of_minus_abs(limited);
 }
 
 }  // namespace mru::softmax

@@ -38,7 +38,9 @@ class Backend:
     device_types: tuple[str, ...]  # with kernels; none: plain torch, which runs on any device
     needs: str  # the reason in an error for a device of another type
     module_name: str
-    wide_row: float = math.inf  # bytes of states `[D]` from which on checkpoints every `CHUNK // 2` steps are faster
+    wide_row: float = (
+        math.inf
+    )  # bytes of a sequence's state from which on checkpoints every `CHUNK // 2` steps are faster
 
     @cached_property
     def plain(self) -> bool:
@@ -50,7 +52,7 @@ class Backend:
         return importlib.import_module(self.module_name)
 
     def chunk(self, row: int) -> int:
-        """Steps between two checkpoints if `chunk_size` is `CHUNK` and states `[D]` take `row` bytes."""
+        """Steps between two checkpoints if `chunk_size` is `CHUNK` and the state of a sequence takes `row` bytes."""
         return CHUNK // 2 if row >= self.wide_row else CHUNK
 
 

@@ -11,6 +11,8 @@ from ..ops import dense_like
 
 #: The least and the greatest chunk of backends that take others for this op than for cells.
 _CHUNK_SIZES = {"triton": (16, 256)}
+#: Times `Backend.wide_row`: the state of `wkv` with 1024 channels in float32, which halves its backward pass.
+_VERY_WIDE = 3
 
 
 def chunk_sizes(backend: str) -> tuple[int, int]:
@@ -28,17 +30,16 @@ def check_cut(backend: str, chunk: int, segment: int) -> None:
 
 
 def chunk_of(row: backends.Backend, chunk: int, score: Tensor, value: Tensor | None, heads: int) -> int:
-    """The steps between two borders: `chunk`, or fewer if it is the default.
+    """The steps between two borders: `chunk`, or fewer if it is the default and no size is symbolic.
 
-    Unlike a cell's, these results depend on it by rounding. So it is a function of nothing but the backend, the sizes
-    and the dtype.
+    Unlike a cell's, these results depend on it by rounding. So it does not depend on whether gradients are wanted.
     """
     heads, channels = sizes(score, value, heads)
     if chunk != backends.CHUNK or any(type(size) is not int for size in (heads, channels)):  # a SymInt
         return chunk
     bytes_of_state = (channels + 2 * heads) * state_dtype(score.dtype).itemsize
     fewer = row.chunk(bytes_of_state)
-    return fewer // 2 if bytes_of_state >= 3 * row.wide_row else fewer
+    return fewer // 2 if bytes_of_state >= _VERY_WIDE * row.wide_row else fewer
 
 
 def split_gates(gates: Tensor, heads: int) -> tuple[Tensor, Tensor]:

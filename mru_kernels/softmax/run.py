@@ -31,7 +31,7 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
         chunk_size: steps between two borders; None to save none.
         backend: a name, or None for the first backend that can run on the device.
     """
-    score, value, heads = arguments[:3]
+    score, value, heads, _, _, _, cu_seqlens, _ = arguments
     row = _resolve(backend, score)
     chunk = chunk_size or backends.CHUNK
     if chunk != backends.CHUNK:
@@ -61,7 +61,7 @@ def run(arguments: tuple[Any, ...], chunk_size: int | None, backend: str | None)
             with private.BelowAutograd():
                 y, final, *_ = FORWARD[row.name](*call)
     except RuntimeError as error:
-        raise_as_torch(error, allocate, score, value, heads, arguments[6], chunk, save)
+        raise_as_torch(error, allocate, score, value, heads, cu_seqlens, chunk, save)
         raise
     return y, final
 

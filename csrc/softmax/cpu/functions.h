@@ -39,7 +39,7 @@ MRU_INLINE V exp_of_float(V x) {
 
 template <class V>
 struct VectorFunctions {
-  static MRU_INLINE V exp_minus_abs(V x) {
+  static MRU_INLINE V exp_of_minus_abs(V x) {
     const V exponent = Lanes<V>::from_bits(Lanes<V>::bits(x) | Lanes<V>::bits(splat<V>(-0.0f)));
     if constexpr (sizeof(typename Lanes<V>::Scalar) == 4) return exp_of_float(exponent);
     else return exponential(exponent);

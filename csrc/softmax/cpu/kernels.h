@@ -39,7 +39,10 @@ constexpr int64_t kHeadRows = 5;  // of a step in the backward pass: see Records
 inline int64_t scratch_elements(const HeadScan& scan, int64_t heads) {
   const int64_t chunk = scan.chunk < scan.time ? scan.chunk : scan.time;
   const int64_t forward = (4 + 2 * kTile) * heads;
-  const int64_t backward = (kHeadRows + 3) * chunk * (heads + kMostLanes) + (4 * chunk + 1) * kMostLanes + 2 * heads;
+  // In the backward pass channels that are heads are scanned a vector at a time.
+  const bool own = scan.channels == scan.heads;
+  const int64_t backward = own ? ((kHeadRows + 1) * chunk + 1) * kMostLanes
+                               : ((kHeadRows + 3) * chunk + 2) * heads + (4 * chunk + 1) * kMostLanes;
   return forward > backward ? forward : backward;
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 enum class Decay { kNone, kHead, kStream };
 
-// kIsModerate: of every head, |decay| and |decay + bonus| are at most kModerate (is_moderate).
+// kIsModerate: is_moderate(scan), so |decay| and |decay + bonus| are at most kModerate.
 template <class Element, Decay kDecayKind, bool kHasBonus, bool kIsModerate>
 struct Form {
   using T = Element;
@@ -105,7 +105,7 @@ struct Inputs {
   MRU_INLINE V read_factor_at(L lanes, int64_t j) const {
     if constexpr (!F::kBonus) return zero<V>();
     else if constexpr (!F::kOneRatio) return load(lanes, bonus + j);
-    const V x = decay_at(lanes, j, 0) + load(lanes, bonus + j), e = Functions<V>::exp_minus_abs(x);
+    const V x = decay_at(lanes, j, 0) + load(lanes, bonus + j), e = Functions<V>::exp_of_minus_abs(x);
     return x > zero<V>() ? reciprocal(e) : e;
   }
   template <class L>

@@ -9,7 +9,7 @@ namespace mru::cpu {
 struct Run {
   int64_t first, count;
 };
-// The most segments of a run; 1 if a scan is not woven.
+// The most segments of a run; 1 if a scan is not interleaved.
 int64_t most_in_run(const Scan& scan);
 // The runs of all segments; empty if they are better scanned one by one.
 std::vector<Run> find_runs(const Scan& scan, const Segments& segments);
@@ -24,9 +24,9 @@ void for_runs(const Scan& scan, const std::vector<Run>& runs, const F& f) {
 }
 
 // The kernels of kernels.h for a run. States, maps and `late` are rows [P D].
-class Woven {
+class Interleaved {
  public:
-  Woven(const Scan& scan, const Kernels& kernels, const Segments& segments, Run run);
+  Interleaved(const Scan& scan, const Kernels& kernels, const Segments& segments, Run run);
 
   void forward(decltype(Kernels::forward) kernel, void* state);
   void summarize(MapRow map, void* late);
@@ -46,12 +46,13 @@ class Woven {
   void enter(int64_t begin) const;
   void save(int64_t end, const void* state) const;
 
-  // Calls f(part, begin) for the chunks, from the left or from the right: a segment of `woven_`, and its first step in each of
-  // the segments.
+  // Calls f(part, begin) for the chunks, from the left or from the right. `begin`: the first step in each of the segments.
   template <class F>
   void for_chunks(const F& f) const;
   template <class F>
   void for_chunks_from_right(const F& f) const;
+
+  Segment part_of(int64_t begin) const;  // the chunk from `begin` on, as a segment of `of_chunk_`
 
   char* allocate(int64_t bytes);
   Stream rows();
@@ -61,7 +62,7 @@ class Woven {
   const Segment* const segments_;
   const int64_t count_, columns_, length_;
   std::vector<std::vector<char>> memory_;
-  Scan woven_;  // of one chunk
+  Scan of_chunk_;  // of one chunk
 };
 
 }  // namespace mru::cpu

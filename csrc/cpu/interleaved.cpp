@@ -1,4 +1,4 @@
-#include "woven.h"
+#include "interleaved.h"
 
 #include <cstring>
 
@@ -7,7 +7,7 @@
 namespace mru::cpu {
 namespace {
 
-constexpr int64_t kMostBytes = 16;  // of one step of a stream; more gains nothing
+constexpr int64_t kMostBytes = 16;  // of one step of a stream
 constexpr int64_t kColumns = 16;    // of a run: the most lanes of a vector
 
 // N vectors of N elements as a matrix: [i][j] becomes [j][i].
@@ -80,62 +80,61 @@ std::vector<Run> find_runs(const Scan& scan, const Segments& segments) {
     if (joins) ++runs.back().count;
     else runs.push_back({i, 1});
   }
+  if (2 * int64_t(runs.size()) > segments.count()) runs.clear();  // copies would cost more than lanes bring
   return runs;
 }
 
-Woven::Woven(const Scan& scan, const Kernels& kernels, const Segments& segments, Run run)
+Interleaved::Interleaved(const Scan& scan, const Kernels& kernels, const Segments& segments, Run run)
     : scan_(scan),
       k_(kernels),
       segments_(&segments.list[run.first]),
       count_(run.count),
       columns_(run.count * scan.channels),
       length_(segments_->end - segments_->begin),
-      woven_(scan) {
-  woven_.batch = woven_.sequences = 1;
-  woven_.time = scan.chunk;
-  woven_.channels = columns_;
-  woven_.offsets = nullptr;
-  woven_.reverse = false;
-  woven_.segment = 0;
-  woven_.initial = nullptr;
-  woven_.checkpoints = nullptr;
+      of_chunk_(scan) {
+  of_chunk_.batch = of_chunk_.sequences = 1;
+  of_chunk_.time = scan.chunk;
+  of_chunk_.channels = columns_;
+  of_chunk_.offsets = nullptr;
+  of_chunk_.reverse = false;
+  of_chunk_.segment = 0;
+  of_chunk_.initial = nullptr;
+  of_chunk_.checkpoints = nullptr;
   for (int i = 0; i < k_.inputs; ++i) {
-    Input& in = woven_.in[i];
+    Input& in = of_chunk_.in[i];
     if (in.stream.data) in.stream = rows();
-    if (woven_.grad_in[i].data) woven_.grad_in[i] = rows();
+    if (of_chunk_.grad_in[i].data) of_chunk_.grad_in[i] = rows();
     if (!in.channel) continue;
     char* const all = allocate(count_ * row_bytes(scan));
     for (int64_t p = 0; p < count_; ++p) std::memcpy(all + p * row_bytes(scan), scan.in[i].channel, row_bytes(scan));
     in.channel = all;
   }
-  if (woven_.h.data) woven_.h = rows();
-  if (woven_.grad_h.data) woven_.grad_h = rows();
-  if (woven_.codes)
-    woven_.codes =
+  if (of_chunk_.h.data) of_chunk_.h = rows();
+  if (of_chunk_.grad_h.data) of_chunk_.grad_h = rows();
+  if (of_chunk_.codes)
+    of_chunk_.codes =
         reinterpret_cast<int32_t*>(allocate(ceil_div(scan.chunk, kCodesPerWord) * columns_ * sizeof(int32_t)));
 }
 
-char* Woven::allocate(int64_t bytes) { return memory_.emplace_back(bytes).data(); }
-Stream Woven::rows() { return {allocate(scan_.chunk * columns_ * element_bytes(scan_.dtype)), 0, columns_}; }
+char* Interleaved::allocate(int64_t bytes) { return memory_.emplace_back(bytes).data(); }
+Stream Interleaved::rows() { return {allocate(scan_.chunk * columns_ * element_bytes(scan_.dtype)), 0, columns_}; }
 
 template <class F>
-void Woven::for_chunks(const F& f) const {
-  for (int64_t begin = 0; begin < length_; begin += scan_.chunk) {
-    const int64_t steps = std::min(scan_.chunk, length_ - begin);
-    f(Segment{.batch = 0, .sequence = 0, .start = 0, .length = steps, .word = 0, .begin = 0, .end = steps}, begin);
-  }
+void Interleaved::for_chunks(const F& f) const {
+  for (int64_t begin = 0; begin < length_; begin += scan_.chunk) f(part_of(begin), begin);
 }
 template <class F>
-void Woven::for_chunks_from_right(const F& f) const {
-  for (int64_t end = length_, begin; end > 0; end = begin) {
-    begin = (end - 1) / scan_.chunk * scan_.chunk;
-    const int64_t steps = end - begin;
-    f(Segment{.batch = 0, .sequence = 0, .start = 0, .length = steps, .word = 0, .begin = 0, .end = steps}, begin);
-  }
+void Interleaved::for_chunks_from_right(const F& f) const {
+  for (int64_t begin = (length_ - 1) / scan_.chunk * scan_.chunk; begin >= 0; begin -= scan_.chunk)
+    f(part_of(begin), begin);
+}
+Segment Interleaved::part_of(int64_t begin) const {
+  const int64_t steps = std::min(scan_.chunk, length_ - begin);
+  return {.batch = 0, .sequence = 0, .start = 0, .length = steps, .word = 0, .begin = 0, .end = steps};
 }
 
-template <Woven::To kTo>
-void Woven::copy(const Stream& stream, const Stream& rows, int64_t begin, int64_t steps) const {
+template <Interleaved::To kTo>
+void Interleaved::copy(const Stream& stream, const Stream& rows, int64_t begin, int64_t steps) const {
   const int64_t bytes = element_bytes(scan_.dtype);
   char* at[kColumns];
   for (int64_t p = 0; p < count_; ++p) {
@@ -147,8 +146,8 @@ void Woven::copy(const Stream& stream, const Stream& rows, int64_t begin, int64_
   const int64_t by = (scan_.reverse ? -stream.time : stream.time) * bytes;
   copy_columns<kTo == To::kRows>(scan_.channels * bytes, at, by, static_cast<char*>(rows.data), steps, count_);
 }
-template <Woven::To kTo>
-void Woven::copy_codes(int64_t begin, int64_t steps) const {
+template <Interleaved::To kTo>
+void Interleaved::copy_codes(int64_t begin, int64_t steps) const {
   const int64_t bytes = scan_.channels * sizeof(int32_t);
   char* at[kColumns];
   for (int64_t p = 0; p < count_; ++p) {
@@ -156,31 +155,32 @@ void Woven::copy_codes(int64_t begin, int64_t steps) const {
     const int64_t word = segment.batch * scan_.code_rows + segment.word + (segment.begin + begin) / kCodesPerWord;
     at[p] = reinterpret_cast<char*>(scan_.codes) + word * bytes;
   }
-  char* const rows = reinterpret_cast<char*>(woven_.codes);
+  char* const rows = reinterpret_cast<char*>(of_chunk_.codes);
   copy_columns<kTo == To::kRows>(bytes, at, bytes, rows, ceil_div(steps, kCodesPerWord), count_);
 }
-void Woven::copy_inputs(int64_t begin, int64_t steps) const {
+void Interleaved::copy_inputs(int64_t begin, int64_t steps) const {
   for (int i = 0; i < k_.inputs; ++i)
-    if (scan_.in[i].stream.data) copy<To::kRows>(scan_.in[i].stream, woven_.in[i].stream, begin, steps);
+    if (scan_.in[i].stream.data) copy<To::kRows>(scan_.in[i].stream, of_chunk_.in[i].stream, begin, steps);
 }
 
-char* Woven::checkpoint(const Segment& segment, int64_t step) const {
+char* Interleaved::checkpoint(const Segment& segment, int64_t step) const {
   return row(scan_.checkpoints, scan_,
              segment.batch * scan_.checkpoint_rows + (segment.start + step) / scan_.chunk - 1);
 }
-// Copies the states that enter the chunk at `begin`, as the states before the woven scan.
-void Woven::enter(int64_t begin) const {
+// Copies the states that enter the chunk at `begin`, as the states before the interleaved scan.
+void Interleaved::enter(int64_t begin) const {
   for (int64_t p = 0; p < count_; ++p) {
     const Segment& segment = segments_[p];
     const int64_t step = segment.begin + begin;
-    char* const state = row(const_cast<void*>(woven_.initial), scan_, p);
-    if (step > 0) std::memcpy(state, checkpoint(segment, step), row_bytes(scan_));
-    else if (scan_.initial)
-      std::memcpy(state, row(const_cast<void*>(scan_.initial), scan_, segment.sequence), row_bytes(scan_));
+    const void* const initial =
+        scan_.initial ? row(const_cast<void*>(scan_.initial), scan_, segment.sequence) : nullptr;
+    const void* const from = step > 0 ? checkpoint(segment, step) : initial;
+    char* const state = row(const_cast<void*>(of_chunk_.initial), scan_, p);
+    if (from) std::memcpy(state, from, row_bytes(scan_));
     else std::memset(state, 0, row_bytes(scan_));
   }
 }
-void Woven::save(int64_t end, const void* state) const {
+void Interleaved::save(int64_t end, const void* state) const {
   for (int64_t p = 0; scan_.checkpoints && p < count_; ++p) {
     const int64_t step = segments_[p].begin + end;
     if (step % scan_.chunk == 0 && step < segments_[p].length)
@@ -188,51 +188,51 @@ void Woven::save(int64_t end, const void* state) const {
   }
 }
 
-void Woven::forward(decltype(Kernels::forward) kernel, void* state) {
+void Interleaved::forward(decltype(Kernels::forward) kernel, void* state) {
   for_chunks([&](const Segment& part, int64_t begin) {
     if (kernel == k_.forward_from_codes) copy_codes<To::kRows>(begin, part.end);
     else copy_inputs(begin, part.end);
-    kernel(woven_, part, 0, columns_, state);
+    kernel(of_chunk_, part, 0, columns_, state);
     if (kernel == k_.forward_to_codes) copy_codes<To::kStreams>(begin, part.end);
-    copy<To::kStreams>(scan_.h, woven_.h, begin, part.end);
+    copy<To::kStreams>(scan_.h, of_chunk_.h, begin, part.end);
     save(begin + part.end, state);
   });
 }
 
-void Woven::summarize(MapRow map, void* late) {
+void Interleaved::summarize(MapRow map, void* late) {
   k_.identity(columns_, map);
   for_chunks([&](const Segment& part, int64_t begin) {
     copy_inputs(begin, part.end);
-    k_.summarize(woven_, part, 0, columns_, map, begin + part.end == length_ ? late : nullptr);
-    if (woven_.codes) copy_codes<To::kStreams>(begin, part.end);
+    k_.summarize(of_chunk_, part, 0, columns_, map, begin + part.end == length_ ? late : nullptr);
+    if (of_chunk_.codes) copy_codes<To::kStreams>(begin, part.end);
   });
 }
 
-void Woven::summarize_adjoint(MapRow map, void* late) {
+void Interleaved::summarize_adjoint(MapRow map, void* late) {
   k_.identity(columns_, map);
   for_chunks_from_right([&](const Segment& part, int64_t begin) {
-    if (woven_.codes) copy_codes<To::kRows>(begin, part.end);
+    if (of_chunk_.codes) copy_codes<To::kRows>(begin, part.end);
     else copy_inputs(begin, part.end);
-    copy<To::kRows>(scan_.grad_h, woven_.grad_h, begin, part.end);
-    k_.summarize_adjoint(woven_, part, 0, columns_, map, begin == 0 ? late : nullptr);
+    copy<To::kRows>(scan_.grad_h, of_chunk_.grad_h, begin, part.end);
+    k_.summarize_adjoint(of_chunk_, part, 0, columns_, map, begin == 0 ? late : nullptr);
   });
 }
 
-void Woven::backward(void* m, void* late, void* totals) {
+void Interleaved::backward(void* m, void* late, void* totals) {
   const int64_t inputs = __builtin_popcount(k_.channels), bytes = state_bytes(scan_);
   char* const sums = allocate(2 * inputs * columns_ * bytes);
   char* const scratch = allocate(scratch_rows(scan_.chunk) * columns_ * bytes);
-  woven_.initial = allocate(columns_ * bytes);
+  of_chunk_.initial = allocate(columns_ * bytes);
   for_chunks_from_right([&](const Segment& part, int64_t begin) {
     enter(begin);
     copy_inputs(begin, part.end);
-    copy<To::kRows>(scan_.grad_h, woven_.grad_h, begin, part.end);
-    k_.backward(woven_, part, 0, columns_, m, sums, columns_, scratch, begin == 0 ? late : nullptr);
+    copy<To::kRows>(scan_.grad_h, of_chunk_.grad_h, begin, part.end);
+    k_.backward(of_chunk_, part, 0, columns_, m, sums, columns_, scratch, begin == 0 ? late : nullptr);
     for (int i = 0; i < k_.inputs; ++i)
-      if (scan_.grad_in[i].data) copy<To::kStreams>(scan_.grad_in[i], woven_.grad_in[i], begin, part.end);
+      if (scan_.grad_in[i].data) copy<To::kStreams>(scan_.grad_in[i], of_chunk_.grad_in[i], begin, part.end);
   });
   for (int64_t i = 0; i < inputs; ++i)
-    k_.reduce(scan_.channels, count_, scan_.channels, inputs * columns_, sums + i * columns_ * bytes,
+    k_.reduce(scan_.channels, /*rows=*/count_, scan_.channels, inputs * columns_, sums + i * columns_ * bytes,
               row(totals, scan_, i));
 }
 
