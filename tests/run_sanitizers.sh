@@ -35,7 +35,8 @@ if found=$(sanitized python -c "$control" "$build/package" 2>&1) || [[ $found !=
 fi
 
 sanitized python -m pytest -q -p no:cacheprovider --capture=sys -o pythonpath="$build/package ." -n 2 --hypothesis-profile=brief \
-  -m "not slow and not check" tests/test_op.py tests/test_op_layout.py tests/test_resets.py tests/test_slots.py tests/test_bad_input.py tests/test_bad_input_of_cells.py tests/test_bad_ops.py tests/test_hostile.py "$@"
+  -m "not slow and not check" tests/test_op.py tests/test_op_layout.py tests/test_resets.py tests/test_slots.py tests/test_bad_input.py tests/test_bad_input_of_cells.py tests/test_bad_ops.py tests/test_hostile.py \
+  tests/test_interleaved.py tests/test_softmax.py "$@"
 
 # The CUDA kernels under host execution, without planted faults: the sanitizers end a run at the first fault.
 if [[ $(uname -sm) == "Linux x86_64" ]]; then

@@ -19,8 +19,9 @@ Arguments that they share:
     reset_state `[N, D]`; None: zeros
     chunk       steps between two checkpoints, the states that are saved for the backward pass
     segment     steps of a segment that is scanned in parallel with others, rounded up to a multiple of `chunk`; 0
-                scans each sequence as a whole (the CPU may cut those whose writes overwrite the state); -1 lets the backend choose at run time, so that a recorded graph serves
-                all sizes. Results differ from those of a whole scan by rounding only (csrc/maps/cut.h)
+                scans each sequence as a whole (the CPU may cut those whose writes overwrite the state); -1 lets the
+                backend choose at run time, so that a recorded graph serves all sizes. Results differ from those of a
+                whole scan by rounding only (csrc/maps/cut.h)
     save        whether to return also the checkpoints and codes that the backward op needs
     wanted      mask over `inputs`; bit i: the gradient of `inputs[i]` is needed. A gradient `[D]` that is not
                 needed may be zeros
