@@ -11,29 +11,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.check
 def test_a_build_is_timed_against_itself():
-    command = [
-        sys.executable,
-        "tools/duel.py",
-        ".",
-        ".",
-        "--cell",
-        "lif",
-        "wkv",
-        "--dtype",
-        "fp32",
-        "--shape",
-        "1,64,8",
-    ]
+    command = [sys.executable, "tools/duel.py", ".", ".", "--dtype", "fp32", "--shape", "1,64,8"]
+    command += ["--cell", "lif", "wkv"]
     command += ["--turns", "2", "--seconds", "0.01", "--streams"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     header, *rows, _, note = done.stdout.splitlines()
     assert header.split("  ")[-1].strip() == "range"
-    assert [" ".join(row.split()[4:6]) for row in rows] == [
-        "lif, forward",
-        "lif, backward",
-        "wkv, forward",
-        "wkv, backward",
-    ]
+    expected = [f"{cell}, {name}" for cell in ("lif", "wkv") for name in ("forward", "backward")]
+    assert [" ".join(row.split()[4:6]) for row in rows] == expected
     assert note.startswith("2 turns of 0.01 s; allocator: ")
 
 

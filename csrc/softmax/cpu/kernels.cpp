@@ -18,7 +18,7 @@ constexpr HeadKernels table = {.forward = &forward<F>,
                                .carry_adjoint = &carry_adjoint<F>,
                                .total = &total<F>};
 
-// Whether the decay and the bonus of every head are: of the whole call, so that no result depends on the blocks of heads.
+// Whether every head of the call is moderate, not only those of a block: so no result depends on the blocks of heads.
 template <class S>
 bool is_moderate(const HeadScan& scan) {
   const S* const decays = static_cast<const S*>(scan.in[kDecay].channel);
