@@ -15,17 +15,15 @@ struct Records {
   S* rows;
   int64_t chunk, width;
 
-  MRU_INLINE S* e(int64_t t) const { return at(0, t); }
-  MRU_INLINE S* read_b(int64_t t) const { return at(4, t); }
   S* end() const { return rows + kHeadRows * chunk * width; }
 
   struct Step {
     V e, q, r, read_a, read_b;
   };
-  // Stores every row but e. With kOwn and a bonus r is not used.
+  // With kOwn and a bonus r is not used.
   template <bool kOwn, class L>
   MRU_INLINE void put(L lanes, int64_t t, int64_t j, const Step& s) const {
-    store(lanes, at(1, t) + j, s.q);
+    store(lanes, at(0, t) + j, s.e), store(lanes, at(1, t) + j, s.q);
     if constexpr (!kOwn || !F::kBonus) store(lanes, at(2, t) + j, s.r);
     if constexpr (F::kBonus) store(lanes, at(3, t) + j, s.read_a), store(lanes, at(4, t) + j, s.read_b);
   }
@@ -53,31 +51,24 @@ template <class V>
 MRU_INLINE V k_of(V e, V r, V q) {
   return (e * (Functions<V>::has_sign(e) ? q : splat<V>(1))) * r;
 }
-// Scans the heads of a chunk and keeps the records. kOwn: also the means, `means` [chunk][kLanes]. As in the forward pass, what
-// comes before the divisions is a loop of its own: the ratios lie in the rows of e and of read_b until then.
+// Scans the heads of a chunk and keeps the records. kOwn: also the means, `means` [chunk + 1][kLanes].
 template <class F, bool kOwn, class L>
 MRU_INLINE void record(const Inputs<F>& in, L lanes, int64_t j, int64_t begin, int64_t end, const Records<F>& records,
                        int64_t column, const typename F::S* mean, typename F::S* means, Weight<typename F::V>& w,
                        const Steps<const typename F::T>& grads, Sweep& to_left) {
   using V = typename F::V;
   const V read_factor = in.read_factor_at(lanes, j);
-  for (int64_t t = begin; t < end; ++t) {
-    const auto ratios = weigh_step(in, lanes, j, t, read_factor, w.m, w.c);
-    store(lanes, records.e(t - begin) + column, ratios.update);
-    if constexpr (F::kBonus && !F::kOneRatio) store(lanes, records.read_b(t - begin) + column, ratios.read);
-    if constexpr (kOwn) to_left.template fetch<F::kLanes>(in.scores, in.values, grads);
-  }
   V mean_now;
   if constexpr (kOwn) mean_now = load(lanes, mean + j);
   for (int64_t t = begin; t < end; ++t) {
-    Ratios<V> ratios{load(lanes, records.e(t - begin) + column), V{}};
-    if constexpr (F::kBonus && !F::kOneRatio) ratios.read = load(lanes, records.read_b(t - begin) + column);
+    const auto ratios = weigh_step(in, lanes, j, t, read_factor, w.m, w.c);
     const auto [read, update] = share_step<F>(ratios, read_factor, w.q);
     typename Records<F>::Step s{ratios.update, w.q, update.r, V{}, V{}};
     if constexpr (F::kBonus) s.read_a = read.a * read.r, s.read_b = read.b * read.r;
     records.template put<kOwn>(lanes, t - begin, column, s);
     w.q = update.total;
     if constexpr (kOwn) {
+      to_left.template fetch<F::kLanes>(in.scores, in.values, grads);
       store_raw(Full<F::kLanes>{}, means + (t - begin) * F::kLanes, mean_now);
       mean_now = mix(update, mean_now, in.value_at(lanes, j, t));
     }
@@ -102,10 +93,9 @@ MRU_INLINE typename F::V pull(const typename Records<F>::Step& s, typename F::V 
   V dv = step.b() * adjoint.lambda;
   pass(adjoint, step.a());
   if constexpr (F::kBonus) {
-    const V past = s.read_a * s.q;
-    const auto newer = past < s.read_b;
-    const V y = mix(newer, newer ? -past : s.read_b, mean, v);
-    terms.bonus = of_bonus(g, v, y);
+    const V past = s.read_a * s.q, apart = v - mean, from_v = past * apart;  // past + read_b = 1, so v - y = from_v
+    const V y = past < s.read_b ? v - from_v : Functions<V>::multiply_add(s.read_b, apart, mean);
+    terms.bonus = g * from_v;
     dv = Functions<V>::multiply_add(s.read_b, g, dv);
     add_read(adjoint, s.read_a, g, y);
   }
