@@ -235,7 +235,7 @@ def _copy(element: str, cell: str) -> Path:
         if fault.shown == (element, cell)
     ]
     planting.plant(folder / "csrc", faults, others)
-    return build(folder, folder / "csrc", (element,), optimization=planting.FLAGS)
+    return build(folder, folder / "csrc", (element,))
 
 
 def outcome(element: str, cell: str, fault: Fault | None = None) -> str:

@@ -16,9 +16,6 @@ from tests.planted import KILLED, switched
 from . import ROOT
 
 CSRC = (ROOT / "csrc").resolve()
-#: The compiler's flags for the kernels of a copy, which then builds and runs in the least time. They switch warnings
-#: off: the sources themselves are compiled with them.
-FLAGS = "-O1 -w -Dalways_inline=unused"
 
 
 def plant(copy: Path, faults: list[tuple[int, Path, str, str]], without: Container[Path] = ()) -> None:

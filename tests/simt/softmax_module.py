@@ -16,11 +16,10 @@ LOADED = ("float32", "bfloat16") if simt.SANITIZE else ELEMENTS  # as simt.LOADE
 FOLDER = simt.FOLDER / "softmax"
 
 
-def build(folder: Path = FOLDER, csrc: Path = simt.ROOT / "csrc", elements: tuple[str, ...] = LOADED,
-          module: Path | None = None, optimization: str = "-O1") -> Path:  # fmt: skip
+def build(folder: Path = FOLDER, csrc: Path = simt.ROOT / "csrc", elements: tuple[str, ...] = LOADED) -> Path:
     """As `simt.build`, with the kernels of the softmax recurrence."""
     sources = {"kernels": "softmax/cuda/softmax.cu", "binding": "softmax/cuda/simt.cpp"}
-    return simt.build(folder, csrc, elements, module, optimization, "mru_simt_softmax", **sources)
+    return simt.build(folder, csrc, elements, name="mru_simt_softmax", **sources)
 
 
 @cache

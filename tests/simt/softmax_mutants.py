@@ -100,7 +100,7 @@ def _copy() -> Path:
     folder = FOLDER / "mutants"
     faults = [(number, planting.CSRC / "softmax" / f.file, f.old, f.new) for number, f in enumerate(FAULTS, 1)]
     planting.plant(folder / "csrc", faults)
-    return build(folder, folder / "csrc", (_ELEMENT,), optimization=planting.FLAGS)
+    return build(folder, folder / "csrc", (_ELEMENT,))
 
 
 def outcome(fault: Fault | None = None) -> str:
