@@ -48,26 +48,26 @@ if os.environ.get("MRU_SANITIZE") == "1":
     ISA_FLAGS = {"kBaseline": ["-march=native"]}  # it runs on this machine: one instruction set, the widest
     CXX_FLAGS += ["-DMRU_ONE_ISA"]
 
-# Object name: (source, flags of its own).
+# Object name: (source, flags of its own). The slowest come first, so that none is left alone at the end.
 CPU_OBJECTS = {
-    "library": ("csrc/torch/library.cpp", []),
-    **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in FLAGS["CPU_PARTS"]},
+    **{
+        f"softmax_cpu_{isa}": ("csrc/softmax/cpu/kernels.cpp", [f"-DMRU_ISA={isa}", *flags])
+        for isa, flags in ISA_FLAGS.items()
+    },
     **{
         f"cpu_{cell}_{isa}": ("csrc/cpu/kernels/kernels.cpp", [f"-DMRU_CELL={cell}", f"-DMRU_ISA={isa}", *flags])
         for cell in CELLS
         for isa, flags in ISA_FLAGS.items()
     },
     "softmax_cpu": ("csrc/softmax/cpu/register.cpp", []),
-    **{
-        f"softmax_cpu_{isa}": ("csrc/softmax/cpu/kernels.cpp", [f"-DMRU_ISA={isa}", *flags])
-        for isa, flags in ISA_FLAGS.items()
-    },
+    "library": ("csrc/torch/library.cpp", []),
+    **{f"cpu_{part}": (f"csrc/cpu/{part}.cpp", []) for part in FLAGS["CPU_PARTS"]},
 }
 
 # -fmad=false: as -ffp-contract=off; gradients ask for what they want fused (csrc/lanes.h).
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
-# Sources that are compiled once per element type, the slowest first, so that none is left alone at the end.
+# Sources that are compiled once per element type, the slowest first too.
 CUDA_OBJECTS = {
     f"cuda_{name}_{element}": (source, [f"-DMRU_ELEMENT={element}"])
     for name, source, elements in (
