@@ -35,7 +35,9 @@ demo: setup
 test: setup
 	pytest -n 2 -m "not slow and not check"
 
-check: lint docs sanitize
+check: setup
+	$(MAKE) -j 2 --output-sync lint docs  # each uses one core
+	$(MAKE) sanitize
 	pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m check $(TESTS_BY_TIME)
 
 docs: setup
