@@ -1,13 +1,12 @@
 // How a scan is cut into segments and blocks of channels, and the memory of their rows.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "../segment.h"
+#include "../torch/tensors.h"
 #include "kernels/kernels.h"
 
 namespace mru::cpu {

@@ -20,7 +20,8 @@ namespace mru {
 
 }  // namespace mru
 
-// Replace the check macros of torch's headers, which format with iostreams (see check.h). Call sites omit the semicolon.
+// Replace the check macros of torch's headers, which format with iostreams (see check.h). Call sites omit the semicolon. No other
+// file includes torch's headers: the linker keeps one of their inline functions, whichever macros it was compiled with.
 #undef TORCH_ERROR_CODE_CHECK
 #undef STABLE_TORCH_ERROR_CODE_CHECK
 #define TORCH_ERROR_CODE_CHECK(call)          \
