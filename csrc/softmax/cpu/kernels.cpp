@@ -14,9 +14,9 @@ constexpr HeadKernels table = {.forward = &forward<F>,
                                .summarize = &summarize<typename F::WithoutBonus>,
                                .sum_decays = &sum_decays<typename F::WithoutBonus>,
                                .backward = &backward<F>,
-                               .carry = &carry<F>,
-                               .carry_adjoint = &carry_adjoint<F>,
-                               .total = &total<F>};
+                               .carry = &carry<typename F::OfStates>,
+                               .carry_adjoint = &carry_adjoint<typename F::OfStates>,
+                               .total = &total<typename F::OfStates>};
 
 // Whether every head of the call is moderate, not only those of a block: so no result depends on the blocks of heads.
 template <class S>

@@ -20,6 +20,7 @@ struct Form {
   static constexpr bool kFinite = kIsModerate;              // `weigh`
   static constexpr bool kOneRatio = kBonus && kIsModerate;  // whether read_and_update serves
   using WithoutBonus = Form<Element, kDecayKind, false, kIsModerate>;
+  using OfStates = Form<S, Decay::kNone, false, true>;  // of kernels that see no stream: one for each state dtype
 };
 
 // Calls f(lanes, j) for the vectors that cover [0, n) from j on.
