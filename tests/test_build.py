@@ -92,7 +92,7 @@ def test_all_architectures_share_the_lowest_ptx(monkeypatch, architectures, expe
 
 
 def test_one_file_includes_torch():
-    """It replaces macros of torch's headers, and an object compiled without it would bring theirs into the extension."""
+    """It replaces macros of torch's headers. An object without it would bring theirs into the extension."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     including = [path.relative_to(ROOT).as_posix() for path in sources if "#include <torch/" in path.read_text()]
     assert including == ["csrc/torch/tensors.h"]
