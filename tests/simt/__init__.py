@@ -40,7 +40,7 @@ COMPILER = [
     *("-Wall", "-Wno-unknown-pragmas"),
     *(_SANITIZE if SANITIZE else []),
 ]
-#: Of the kernels, which then compile and run in the least time. What is inlined takes twice as long to compile.
+#: Of the kernels, which then compile and run in the least time: what is inlined takes longer to compile.
 KERNEL_FLAGS = f"-w -Dalways_inline=unused {'-O0' if SANITIZE else '-O1'}"
 
 

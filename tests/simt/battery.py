@@ -53,7 +53,7 @@ def small_cases(dtype: torch.dtype) -> list[inputs.Case]:
 
 
 def check_numbers(dtype: torch.dtype) -> None:
-    compare_cases(small_cases(dtype)[:: 3 if simt.SANITIZE else 1])  # the sanitizers take three times as long
+    compare_cases(small_cases(dtype)[:: 3 if simt.SANITIZE else 1])  # the sanitizers take long
 
 
 def check_maps(dtype: torch.dtype) -> None:
