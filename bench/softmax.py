@@ -20,7 +20,7 @@ from torch import Tensor
 import mru_kernels as mk
 
 from . import allocator, cli, errors, records, timing
-from .mesa import both_passes, saved
+from .mesa import saved
 
 Form = Callable[..., Tensor]
 CHANNELS = 16  # of the accuracy table
@@ -126,31 +126,39 @@ def check(forms: dict[str, Form], leaves: Sequence[Tensor]) -> None:
                 )
 
 
-def floor(leaves: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
-    """The passes of `torch.add` over the bytes of the forward pass, and of both."""
+def floor(leaves: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[[], object]]:
+    """`torch.add` over the bytes of each pass."""
     key, value = (t.detach() for t in leaves[:2])
-    out = torch.empty_like(key)
+    first, second = torch.empty_like(key), torch.empty_like(key)
 
-    def both() -> None:
-        for second in (value, value, 1.0):
-            torch.add(key, second, out=out)
+    def backward() -> None:
+        torch.add(key, value, out=first)
+        torch.add(grad, 1.0, out=second)
 
-    return {"forward": partial(torch.add, key, value, out=out), "both": both}
+    return {"forward": partial(torch.add, key, value, out=first), "backward": backward}
+
+
+def passes(form: Form, leaves: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[[], object]]:
+    """The forward pass of a form without a graph, and the backward pass of its output."""
+    output = form(*leaves)
+    return {
+        "forward": partial(form, *(t.detach() for t in leaves)),
+        "backward": partial(torch.autograd.grad, output, leaves, grad, retain_graph=True),
+    }
 
 
 def times(forms: dict[str, Form], leaves: Sequence[Tensor], device: torch.device) -> list[tuple[str, ...]]:
     check(forms, [t.detach()[:, :CHECKED].requires_grad_() if t.dim() == 3 else t for t in leaves])
-    subjects = {(FLOOR, pass_): run for pass_, run in floor(leaves).items()}
-    for name, form in forms.items():
-        subjects[name, "forward"] = partial(form, *(t.detach() for t in leaves))
-        subjects[name, "both"] = partial(both_passes, form, leaves)
+    grad = torch.randn_like(leaves[1])
+    found = {FLOOR: floor(leaves, grad)} | {name: passes(form, leaves, grad) for name, form in forms.items()}
+    subjects = {(name, pass_): run for name, runs in found.items() for pass_, run in runs.items()}
     measured = timing.measure(subjects, device)
     header = (
         "form",
         "forward, ms",
         "spread",
         f"of {FLOOR}",
-        "with backward, ms",
+        "backward, ms",
         "spread",
         f"of {FLOOR}",
         "saved, MiB",
@@ -158,7 +166,7 @@ def times(forms: dict[str, Form], leaves: Sequence[Tensor], device: torch.device
     rows = [header]
     for name in (FLOOR, *forms):
         row = [name]
-        for pass_ in ("forward", "both"):
+        for pass_ in found[name]:
             seconds, spread = measured[name, pass_]
             row += [f"{1e3 * seconds:.2f}", f"{spread:.0%}", f"{seconds / measured[FLOOR, pass_][0]:.2f}"]
         rows.append((*row, f"{saved(forms[name], leaves):.1f}" if name in forms else ""))

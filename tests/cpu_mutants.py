@@ -57,7 +57,7 @@ COMMON = _files("precision", "isa", "cuts", "resets")
 LIF, RESONATE, WANTED = _files("lif"), _files("resonate"), _files("wanted")
 GATES = _files("op", "min_gates")
 SOFTMAX = _files("softmax", "softmax_precision")
-INTERLEAVED = _files("interleaved")
+INTERLEAVED, LARGE = _files("interleaved"), _files("large")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ _HEAD = "if (part.resets) k.head(d1 - d0, resets.at(part, d0), map);"
 _BOUNDARY = "scan.grad_checkpoints && !F::Cell::kAdjointSeesState && is_boundary(scan, segment, end)"
 _BORDER = "segment.batch * scan.checkpoint_rows + segment.start / scan.chunk + step / scan.chunk - 1"
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
+_PAST_CACHES = "_mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v)"
+_PAST_CACHES_AVX512 = "_mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v)"
+_WHOLE_LINES = "(uintptr_t(at) | uintptr_t(step * kSize) | uintptr_t(n * kSize)) % kLine == 0"
 FAULTS = (
     Fault("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "ieee"),
     Fault("a tie rounded up", "cpu/kernels/vector.h", "0x7fffu + ((u >> 16) & 1u)", "U{} + 0x8000u", "ieee"),
@@ -145,6 +148,11 @@ FAULTS = (
            "boundaries_where_time_is_cut"),
     Fault("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "count == 0 || shift_of(segment.begin) == 0", "true", "before_a_reset_is_remembered"),
+    Fault("zeros stored past the caches", "cpu/kernels/vector.h", _PAST_CACHES, _PAST_CACHES.replace(")v)", ")V{})"),
+           "large_call and bmru", LARGE),
+    Fault("zeros stored past the caches by AVX-512", "cpu/kernels/vector.h", _PAST_CACHES_AVX512,
+           _PAST_CACHES_AVX512.replace(")v)", ")V{})"), "large_call and bmru", LARGE, "avx512"),
+    Fault("any rows taken for whole lines", "cpu/kernels/vector.h", _WHOLE_LINES, "true", "large_call and bmru", LARGE),
     Fault("half a square transposed", "cpu/interleaved.cpp", "turn *= 2", "turn *= 4", "bits_of_many and bmru",
            INTERLEAVED),
     Fault("a reversed square from its other end", "cpu/interleaved.cpp", "by > 0 ? t : t + N - 1", "by > 0 ? t : t",

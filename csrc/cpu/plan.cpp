@@ -4,6 +4,13 @@
 
 namespace mru::cpu {
 
+bool is_large(const Scan& scan) {
+  int64_t streams = (scan.h.data != nullptr) + (scan.grad_h.data != nullptr);
+  for (int i = 0; i < kMaxInputs; ++i)
+    streams += (scan.in[i].stream.data != nullptr) + (scan.grad_in[i].data != nullptr);
+  return streams * scan.batch * scan.time * scan.channels * element_bytes(scan.dtype) >= kLargeBytes;
+}
+
 void check_offsets(const Scan& scan) {
   if (!scan.offsets) return;
   constexpr const char* expected = "cu_seqlens: expected offsets that rise from 0 to the total length ";

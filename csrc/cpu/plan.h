@@ -14,10 +14,13 @@ namespace mru::cpu {
 constexpr int64_t kBlockBytes = 4096;         // of one row of a block: wider blocks use memory bandwidth better
 constexpr int64_t kLeastBlockBytes = 256;     // of a block that is narrower for the sake of the threads
 constexpr int64_t kSerialElements = 1 << 15;  // below this, threads cost more than they bring
+constexpr int64_t kLargeBytes = 1 << 27;      // of all streams of a call; measured with 480 MiB of third-level cache
 constexpr int64_t kFirstLook = 64;      // steps of the first search for a write; each further one is twice as long
 constexpr int64_t kLeastSegment = 512;  // steps: a search should be short compared with a segment
 
 inline int64_t state_bytes(const Scan& scan) { return element_bytes(scan.state); }
+// Whether the streams of a call are so large that its results have left the caches when the next op reads them.
+bool is_large(const Scan& scan);
 inline bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.channels < kSerialElements; }
 
 // Raises unless the offsets of packed sequences rise from 0 to T.

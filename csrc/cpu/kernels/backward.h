@@ -34,7 +34,7 @@ struct Backward {
   // At the current row.
   Inputs<F> in;
   Row<const T> g;
-  Row<T> dx_row[kInputs];
+  ResultRow<T, kTile> dx_row[kInputs];
 
   MRU_INLINE Backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, void* carry, void* sums,
                       int64_t stride, void* scratch, void* late)
@@ -67,6 +67,7 @@ struct Backward {
       go_left(begin, end, /*has_next=*/begin > segment.begin);
       end = begin;
     }
+    if (scan.past_caches) fence_stores();
   }
 
   // The gradient of the saved state after the steps before `end` joins m.
@@ -89,7 +90,7 @@ struct Backward {
     in = Inputs<F>(scan, segment, begin, d0);
     g = {scan, scan.grad_h, segment, begin, d0};
     for (int i = 0; i < kInputs; ++i)
-      if (F::is_stream(i)) dx_row[i] = {scan, scan.grad_in[i], segment, begin, d0};
+      if (F::is_stream(i)) dx_row[i] = {scan, scan.grad_in[i], segment, begin, d0, n};
   }
   MRU_INLINE void advance(int64_t steps) {
     in.advance(steps);
@@ -105,7 +106,7 @@ struct Backward {
   MRU_INLINE void fetch_gradients(int64_t ahead, int64_t j) const {
     __builtin_prefetch(g.ahead(ahead) + j, 0, 2);
     for (int i = 0; i < kInputs; ++i)
-      if (F::is_stream(i)) __builtin_prefetch(dx_row[i].ahead(ahead) + j, 1, 2);
+      if (F::is_stream(i)) dx_row[i].template prefetch<2>(ahead, j);
   }
 
   // Fills `states`. Prefetches the gradients' rows for go_left, unless go_left of the chunk on the right has done so: it
@@ -156,7 +157,7 @@ struct Backward {
           after = s;
           for (int k = 0; k < kInputs; ++k) {
             if (sums_up(k)) sum[k] += dx[k];
-            if (F::is_stream(k)) store(lanes, dx_row[k].ahead(i) + j, dx[k]);
+            if (F::is_stream(k)) dx_row[k].put(lanes, i, j, dx[k]);
           }
           if constexpr (Cell::kAdjointSeesState)
             if (recently.wants(right + i - segment.begin)) note_late(lanes, j, pulled);

@@ -18,7 +18,7 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
   Word last_word{};  // as CarriedRow::last
   if constexpr (kCodes == Codes::kPack) last_word = last_word_before<F>(scan, segment, d0, n);
   Inputs<F> in(scan, segment, segment.begin, d0);
-  Row<typename F::T> h(scan, scan.h, segment, segment.begin, d0);
+  ResultRow<typename F::T, kTile> h(scan, scan.h, segment, segment.begin, d0, n);
   for (int64_t step = segment.begin; step < segment.end;) {
     const int64_t steps = tile_of<kTile>(step, segment.end);
     int32_t* const words = kCodes == Codes::kNone ? nullptr : word_row(scan, segment, step, d0);
@@ -41,8 +41,8 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
           after = cell.step(x, s);
           if constexpr (kCodes == Codes::kPack) word |= cell.encode(x) << shift_of(step + i);
         }
-        if constexpr (kTile == 1) __builtin_prefetch(h.ahead(kRowsAhead) + j, 1, 3);
-        store(lanes, h.ahead(i) + j, cell.output(x, s, after));
+        if constexpr (kTile == 1) h.template prefetch<3>(kRowsAhead, j);
+        h.put(lanes, i, j, cell.output(x, s, after));
         s = after;
       }
       carried.put(lanes, state + j, s);
@@ -55,6 +55,7 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
       __builtin_memcpy(boundary_row<typename F::S>(scan, scan.checkpoints, segment, step, d0), state,
                        n * sizeof(typename F::S));
   }
+  if (h.past_caches) fence_stores();
 }
 
 template <class F, Codes kCodes>

@@ -86,6 +86,26 @@ struct Row {
   MRU_INLINE T* ahead(int64_t steps) const { return at + steps * step; }
 };
 
+// A row of a result [n]. It is stored past the caches if the call wants that and rows are written one after the other.
+template <class T, int kTile>
+struct ResultRow : Row<T> {
+  bool past_caches = false;
+
+  ResultRow() = default;
+  ResultRow(const Scan& scan, const Stream& stream, const Segment& segment, int64_t position, int64_t d0, int64_t n)
+      : Row<T>(scan, stream, segment, position, d0),
+        past_caches(kCanPassCaches && kTile == 1 && scan.past_caches && are_whole_lines(this->at, this->step, n)) {}
+  // A line that is stored past the caches must not be in one.
+  template <int kLocality>
+  MRU_INLINE void prefetch(int64_t steps, int64_t j) const {
+    if (!past_caches) __builtin_prefetch(this->ahead(steps) + j, 1, kLocality);
+  }
+  template <class L, class V>
+  MRU_INLINE void put(L lanes, int64_t steps, int64_t j, V v) const {
+    store_result(past_caches, lanes, this->ahead(steps) + j, v);
+  }
+};
+
 // The inputs of a cell: a row of each stream, and [n] of each input that comes per channel.
 template <class F>
 struct Inputs {

@@ -51,6 +51,10 @@ struct Partial {
   int count;
 };
 
+// A full vector that is stored past the caches, at a multiple of its size. Such stores are not ordered: `fence_stores` follows.
+template <int N>
+struct PastCaches : Full<N> {};
+
 template <class S, class I, int N>
 struct VectorLanes {
   using Scalar = S;
@@ -115,6 +119,26 @@ template <class V, int N>
 MRU_INLINE void store_raw(Full<N>, void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+// Such a store fills a line of the cache without reading it from memory. Several that fill one must follow each other closely.
+#if defined(__SSE2__)
+template <class V, int N>
+MRU_INLINE void store_raw(PastCaches<N>, void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+  if constexpr (sizeof v == 16) _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  else store_raw(Full<N>{}, p, v);
+}
+MRU_INLINE void fence_stores() { _mm_sfence(); }
+constexpr bool kCanPassCaches = true;
+#else
+MRU_INLINE void fence_stores() {}
+constexpr bool kCanPassCaches = false;
+#endif
 
 #if defined(__AVX512F__)
 template <class V, int N>
@@ -272,6 +296,10 @@ MRU_INLINE Full<N> half(Full<N> lanes) {
   return lanes;
 }
 template <int kHalf, int N>
+MRU_INLINE PastCaches<N> half(PastCaches<N> lanes) {
+  return lanes;
+}
+template <int kHalf, int N>
 MRU_INLINE Partial<N> half(Partial<N> lanes) {
   const int reals = 2 * lanes.count - kHalf * N;
   return {reals < 0 ? 0 : reals < N ? reals : N};
@@ -324,6 +352,20 @@ template <class L, class T>
   requires(!RealOf<T>::is_complex)
 MRU_INLINE void store(L lanes, T* p, Complex<Vector<typename StateOf<T>::type, L::kLanes>> v) {
   store(lanes, p, v.re);
+}
+
+// Whether rows of n elements, at `at` and at multiples of `step` from there, consist of whole lines of the cache.
+template <class T>
+MRU_INLINE bool are_whole_lines(const T* at, int64_t step, int64_t n) {
+  constexpr int64_t kLine = 64, kSize = sizeof(T);
+  return (uintptr_t(at) | uintptr_t(step * kSize) | uintptr_t(n * kSize)) % kLine == 0;
+}
+// Stores a result. `past_caches`: its rows are whole lines.
+template <class L, class T, class V>
+MRU_INLINE void store_result(bool past_caches, L lanes, T* p, V v) {
+  if constexpr (L::kFull && kCanPassCaches)
+    if (past_caches) return store(PastCaches<L::kLanes>{}, p, v);
+  store(lanes, p, v);
 }
 
 }  // namespace mru

@@ -108,13 +108,13 @@ struct HeadGradients {
   using T = typename F::T;
   using S = typename F::S;
   using V = typename F::V;
-  Steps<T> scores, decays;
+  Results<F> scores, decays;
   S *of_decay, *of_bonus;  // rows: the sums, and at `lost` elements from there what they lost
   int64_t lost;
 
-  HeadGradients(const HeadScan& scan, const Segment& segment, int64_t h0, void* sums)
-      : scores(scan, scan.grad_in[kScore], segment, h0),
-        decays(scan, scan.grad_in[kDecay], segment, h0),
+  HeadGradients(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* sums)
+      : scores(scan, scan.grad_in[kScore], segment, h0, h1 - h0),
+        decays(scan, scan.grad_in[kDecay], segment, h0, h1 - h0),
         of_decay(static_cast<S*>(sums) + h0),
         of_bonus(of_decay + 2 * scan.heads),
         lost(scan.heads) {}
@@ -133,10 +133,10 @@ struct HeadGradients {
       ds += own;
       partial.bonus += own;
     }
-    store(lanes, scores.row(step) + j, ds);
+    scores.put(lanes, step, j, ds);
     if constexpr (F::kDecay) {
       const V dl = (ratio.a() * s.q) * terms.decay;
-      if constexpr (F::kKind == Decay::kStream) store(lanes, decays.row(step) + j, dl);
+      if constexpr (F::kKind == Decay::kStream) decays.put(lanes, step, j, dl);
       else partial.decay += dl;
     }
   }
@@ -158,7 +158,7 @@ struct HeadGradients {
 
 // One chunk of channels that are heads of their own, a vector at a time.
 template <class F>
-void backward_own(const Inputs<F> in, const Steps<const typename F::T> grads, const Steps<typename F::T> grad_values,
+void backward_own(const Inputs<F> in, const Steps<const typename F::T> grads, const Results<F> grad_values,
                   const HeadGradients<F> heads, int64_t begin, int64_t end, const StateRow<typename F::S> border,
                   const StateRow<typename F::S> carry, const Records<F> records) {
   using V = typename F::V;
@@ -179,8 +179,8 @@ void backward_own(const Inputs<F> in, const Steps<const typename F::T> grads, co
       const V dv = pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms);
       after = mean;
       if (!grad_values.first) continue;
-      results_to_left.fetch<N>(heads.scores, grad_values);
-      store(lanes, grad_values.row(t) + j, dv);
+      if (!grad_values.past_caches) results_to_left.fetch<N>(heads.scores, grad_values);
+      grad_values.put(lanes, t, j, dv);
       heads.write(lanes, t, j, s, terms, partial);
       if (t % kTile == 0) heads.flush(lanes, j, partial);
     }
@@ -254,7 +254,7 @@ struct SharedRows {
 
 // One chunk of heads with several channels.
 template <class F>
-void backward_shared(const Inputs<F> in, const Steps<const typename F::T> grads, const Steps<typename F::T> grad_values,
+void backward_shared(const Inputs<F> in, const Steps<const typename F::T> grads, const Results<F> grad_values,
                      const HeadGradients<F> heads, int64_t begin, int64_t end, const StateRow<typename F::S> border,
                      const StateRow<typename F::S> carry, const Records<F> records) {
   using V = typename F::V;
@@ -291,8 +291,8 @@ void backward_shared(const Inputs<F> in, const Steps<const typename F::T> grads,
         const V dv = pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own);
         after = mean;
         if (!grad_values.first) continue;
-        results_to_left.fetch<N>(grad_values);
-        store(lanes, grad_values.row(begin + t) + d, dv);
+        if (!grad_values.past_caches) results_to_left.fetch<N>(grad_values);
+        grad_values.put(lanes, begin + t, d, dv);
         rows.add(lanes, g, t, own);
       }
       V d_mean;
@@ -321,8 +321,8 @@ void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t 
   using S = typename F::S;
   const Inputs<F> in(scan, segment, h0, h1);
   const Steps<const T> grads(scan, scan.grad_h, segment, h0 * in.group);
-  const Steps<T> grad_values(scan, scan.grad_in[kValue], segment, h0 * in.group);
-  const HeadGradients<F> heads(scan, segment, h0, sums);
+  const Results<F> grad_values(scan, scan.grad_in[kValue], segment, h0 * in.group, in.channels);
+  const HeadGradients<F> heads(scan, segment, h0, h1, sums);
   const StateRow<S> carry(scan, adjoint, h0);
   const bool own = scan.channels == scan.heads;
   const Records<F> records{static_cast<S*>(scratch), least(scan.chunk, scan.time), own ? F::kLanes : in.heads};
@@ -335,6 +335,7 @@ void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t 
     const auto chunk = own ? &backward_own<F> : &backward_shared<F>;
     chunk(in, grads, grad_values, heads, begin, end, border, carry, records);
   }
+  if (scan.past_caches) fence_stores();
 }
 
 }  // namespace

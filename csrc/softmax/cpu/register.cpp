@@ -28,6 +28,18 @@ const HeadKernels& choose(const HeadScan& scan) {
   }
 }
 
+// As that of the cells (cpu/plan.h); scores and decays have H columns.
+bool is_large(const HeadScan& scan) {
+  int64_t columns = 0;
+  const auto add = [&](const Stream& stream, int64_t of_step) { columns += stream.data ? of_step : 0; };
+  add(scan.h, scan.channels), add(scan.grad_h, scan.channels);
+  for (const auto of : {kScore, kValue, kDecay}) {
+    const int64_t of_step = of == kValue ? scan.channels : scan.heads;
+    add(scan.in[of].stream, of_step), add(scan.grad_in[of], of_step);
+  }
+  return columns * scan.batch * scan.time * element_bytes(scan.dtype) >= cpu::kLargeBytes;
+}
+
 int64_t state_columns(const HeadScan& scan) { return scan.channels + 2 * scan.heads; }
 int64_t state_row_bytes(const HeadScan& scan) { return state_columns(scan) * scan.state_bytes(); }
 
@@ -110,9 +122,10 @@ struct SegmentMaps {
   }
 };
 
-void run_forward(const HeadScan& scan) {
+void run_forward(HeadScan scan) {
   cpu::check_offsets(scan);
   if (scan.sequences == 0 || scan.heads == 0) return;
+  scan.past_caches = is_large(scan);
   if (scan.offsets && scan.checkpoints)  // there are rows between the sequences
     std::memset(scan.checkpoints, 0, scan.checkpoint_rows * scan.batch * state_row_bytes(scan));
   const HeadKernels& k = choose(scan);
@@ -201,6 +214,7 @@ void carry_adjoints(const HeadScan& scan, const HeadKernels& k, const Segments& 
 void run_backward(HeadScan scan) {
   cpu::check_offsets(scan);
   if (scan.heads == 0 || (scan.sequences == 0 && !scan.grad_channel[kDecay] && !scan.grad_channel[kBonus])) return;
+  scan.past_caches = is_large(scan);
   const int64_t bytes = state_row_bytes(scan);
   if (scan.sequences > 0) std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * bytes);
   const HeadKernels& k = choose(scan);
