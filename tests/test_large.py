@@ -46,6 +46,7 @@ def _results(cell: str, tensors: dict[str, Tensor], settings: dict[str, Any], gr
         ("linear_recurrence", "bf16", 512, False),
         ("linear_recurrence", "c64", 256, True),
         ("lif", "fp16", 1024, False),
+        ("lif", "fp32", 16, False),
         ("wkv", "fp32", 512, True),
         ("wkv", "fp32", 501, False),
         ("softmax_recurrence", "fp32", 512, False),

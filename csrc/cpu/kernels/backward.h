@@ -34,7 +34,7 @@ struct Backward {
   // At the current row.
   Inputs<F> in;
   Row<const T> g;
-  ResultRow<T, kTile> dx_row[kInputs];
+  ResultRow<F, kTile> dx_row[kInputs];
 
   MRU_INLINE Backward(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1, void* carry, void* sums,
                       int64_t stride, void* scratch, void* late)

@@ -18,7 +18,7 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
   Word last_word{};  // as CarriedRow::last
   if constexpr (kCodes == Codes::kPack) last_word = last_word_before<F>(scan, segment, d0, n);
   Inputs<F> in(scan, segment, segment.begin, d0);
-  ResultRow<typename F::T, kTile> h(scan, scan.h, segment, segment.begin, d0, n);
+  ResultRow<F, kTile> h(scan, scan.h, segment, segment.begin, d0, n);
   for (int64_t step = segment.begin; step < segment.end;) {
     const int64_t steps = tile_of<kTile>(step, segment.end);
     int32_t* const words = kCodes == Codes::kNone ? nullptr : word_row(scan, segment, step, d0);

@@ -86,15 +86,18 @@ struct Row {
   MRU_INLINE T* ahead(int64_t steps) const { return at + steps * step; }
 };
 
-// A row of a result [n]. It is stored past the caches if the call wants that and rows are written one after the other.
-template <class T, int kTile>
-struct ResultRow : Row<T> {
+// A row of a result [n]. It may be stored past the caches.
+template <class F, int kTile>
+struct ResultRow : Row<typename F::T> {
+  using T = typename F::T;
+  // Whether the stores that fill a line follow each other: rows are written one by one, or a store is a line.
+  static constexpr bool kFollow = kTile == 1 || sizeof(T) * F::kLanes >= kLine;
   bool past_caches = false;
 
   ResultRow() = default;
   ResultRow(const Scan& scan, const Stream& stream, const Segment& segment, int64_t position, int64_t d0, int64_t n)
       : Row<T>(scan, stream, segment, position, d0),
-        past_caches(kCanPassCaches && kTile == 1 && scan.past_caches && are_whole_lines(this->at, this->step, n)) {}
+        past_caches(kCanPassCaches && kFollow && scan.past_caches && are_whole_lines(this->at, this->step, n)) {}
   // A line that is stored past the caches must not be in one.
   template <int kLocality>
   MRU_INLINE void prefetch(int64_t steps, int64_t j) const {

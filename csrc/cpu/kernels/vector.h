@@ -22,6 +22,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+constexpr int64_t kLine = 64;  // bytes of a line of the cache
+
 template <class S, int N>
 struct VectorOf {
   typedef S type __attribute__((vector_size(sizeof(S) * N)));
@@ -357,7 +359,7 @@ MRU_INLINE void store(L lanes, T* p, Complex<Vector<typename StateOf<T>::type, L
 // Whether rows of n elements, at `at` and at multiples of `step` from there, consist of whole lines of the cache.
 template <class T>
 MRU_INLINE bool are_whole_lines(const T* at, int64_t step, int64_t n) {
-  constexpr int64_t kLine = 64, kSize = sizeof(T);
+  constexpr int64_t kSize = sizeof(T);
   return (uintptr_t(at) | uintptr_t(step * kSize) | uintptr_t(n * kSize)) % kLine == 0;
 }
 // Stores a result. `past_caches`: its rows are whole lines.

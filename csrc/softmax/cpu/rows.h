@@ -51,7 +51,7 @@ struct Steps {
 template <class F>
 struct Results : Steps<typename F::T> {
   using T = typename F::T;
-  static constexpr bool kFillsLines = kCanPassCaches && sizeof(T) * F::kLanes == 64;
+  static constexpr bool kFillsLines = kCanPassCaches && sizeof(T) * F::kLanes == kLine;
   bool past_caches;
 
   Results(const HeadScan& scan, const Stream& stream, const Segment& segment, int64_t channel, int64_t n)
