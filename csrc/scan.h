@@ -55,7 +55,7 @@ struct Scan {
   const int64_t* offsets = nullptr;  // [sequences + 1], or null: one sequence a batch row. CPU: on the host
   bool reverse = false;
   int64_t chunk = 0, segment = 0;
-  bool past_caches = false;  // CPU: whether results are stored past the caches (is_large of cpu/plan.h)
+  bool non_temporal = false;  // CPU: whether results may be stored by non-temporal stores (cpu/plan.h)
 
   const void* initial = nullptr;  // [sequences, D] state dtype, or null: zeros
 

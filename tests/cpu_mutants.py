@@ -92,8 +92,9 @@ _HEAD = "if (part.resets) k.head(d1 - d0, resets.at(part, d0), map);"
 _BOUNDARY = "scan.grad_checkpoints && !F::Cell::kAdjointSeesState && is_boundary(scan, segment, end)"
 _BORDER = "segment.batch * scan.checkpoint_rows + segment.start / scan.chunk + step / scan.chunk - 1"
 _MOVED = "x[1] * (reset == kSubtractDecayed ? s - fall : s) + x[0]"
-_PAST_CACHES = "_mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v)"
-_PAST_CACHES_AVX512 = "_mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v)"
+_STREAM = "_mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v)"
+_STREAM_AVX2 = "_mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v)"
+_STREAM_AVX512 = "_mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v)"
 _WHOLE_LINES = "(uintptr_t(at) | uintptr_t(step * kSize) | uintptr_t(n * kSize)) % kLine == 0"
 FAULTS = (
     Fault("a NaN rounded", "cpu/kernels/vector.h", _NARROW_NAN, "return rounded;", "ieee"),
@@ -148,10 +149,12 @@ FAULTS = (
            "boundaries_where_time_is_cut"),
     Fault("codes of a word begun before a reset lost", "cpu/kernels/rows.h",
            "count == 0 || shift_of(segment.begin) == 0", "true", "before_a_reset_is_remembered"),
-    Fault("zeros stored past the caches", "cpu/kernels/vector.h", _PAST_CACHES, _PAST_CACHES.replace(")v)", ")V{})"),
+    Fault("zeros by non-temporal stores", "cpu/kernels/vector.h", _STREAM, _STREAM.replace(")v)", ")V{})"),
            "large_call and bmru", LARGE),
-    Fault("zeros stored past the caches by AVX-512", "cpu/kernels/vector.h", _PAST_CACHES_AVX512,
-           _PAST_CACHES_AVX512.replace(")v)", ")V{})"), "large_call and bmru", LARGE, "avx512"),
+    Fault("zeros by non-temporal stores of AVX2", "cpu/kernels/vector.h", _STREAM_AVX2,
+           _STREAM_AVX2.replace(")v)", ")V{})"), "large_call and bmru", LARGE, "avx2"),
+    Fault("zeros by non-temporal stores of AVX-512", "cpu/kernels/vector.h", _STREAM_AVX512,
+           _STREAM_AVX512.replace(")v)", ")V{})"), "large_call and bmru", LARGE, "avx512"),
     Fault("any rows taken for whole lines", "cpu/kernels/vector.h", _WHOLE_LINES, "true", "large_call and bmru", LARGE),
     Fault("half a square transposed", "cpu/interleaved.cpp", "turn *= 2", "turn *= 4", "bits_of_many and bmru",
            INTERLEAVED),

@@ -177,7 +177,7 @@ bool differentiate(const Scan& scan, const Kernels& k) {
 void backward(Scan scan, const Kernels& k) {
   check_offsets(scan);
   if (scan.channels == 0) return;
-  scan.past_caches = is_large(scan);
+  scan.non_temporal = is_large(scan);
   for (int i = 0; i < k.inputs; ++i) {
     void*& grad = scan.grad_channel[i];
     if (grad == nullptr || scan.wanted >> i & 1) continue;

@@ -154,7 +154,7 @@ void forward(Scan scan, const Kernels& k) {
   check_offsets(scan);
   check_slots(scan);
   if (scan.sequences == 0 || scan.channels == 0) return;
-  scan.past_caches = is_large(scan);
+  scan.non_temporal = is_large(scan);
   if (scan.offsets) {  // there are rows between the sequences
     const int64_t rows = scan.batch * scan.channels;
     if (scan.checkpoints) std::memset(scan.checkpoints, 0, scan.checkpoint_rows * rows * state_bytes(scan));

@@ -98,7 +98,7 @@ Interleaved::Interleaved(const Scan& scan, const Kernels& kernels, const Segment
   of_chunk_.offsets = nullptr;
   of_chunk_.reverse = false;
   of_chunk_.segment = 0;
-  of_chunk_.past_caches = false;
+  of_chunk_.non_temporal = false;
   of_chunk_.initial = nullptr;
   of_chunk_.checkpoints = nullptr;
   for (int i = 0; i < k_.inputs; ++i) {

@@ -19,8 +19,14 @@ constexpr int64_t kFirstLook = 64;      // steps of the first search for a write
 constexpr int64_t kLeastSegment = 512;  // steps: a search should be short compared with a segment
 
 inline int64_t state_bytes(const Scan& scan) { return element_bytes(scan.state); }
-// Whether the streams of a call are so large that its results have left the caches when the next op reads them.
+// Whether a call takes at least kLargeBytes: then non-temporal stores are faster, also if the next op reads the results.
 bool is_large(const Scan& scan);
+// A thread's non-temporal stores come before its later stores. No test can see that this is missing.
+inline void fence_stores(const Scan& scan) {
+#if defined(__SSE2__)
+  if (scan.non_temporal) __builtin_ia32_sfence();
+#endif
+}
 inline bool is_serial(const Scan& scan) { return scan.batch * scan.time * scan.channels < kSerialElements; }
 
 // Raises unless the offsets of packed sequences rise from 0 to T.
@@ -93,6 +99,7 @@ void for_blocks(const Scan& scan, int64_t items, const F& f) {
       const int64_t d0 = unit % per_item * width;
       f(unit / per_item, d0, std::min(d0 + width, scan.channels));
     }
+    fence_stores(scan);
   };
   if (units == 1 || is_serial(scan)) run(0, units);
   else torch::stable::parallel_for(0, units, 1, run);

@@ -67,7 +67,6 @@ struct Backward {
       go_left(begin, end, /*has_next=*/begin > segment.begin);
       end = begin;
     }
-    if (scan.past_caches) fence_stores();
   }
 
   // The gradient of the saved state after the steps before `end` joins m.

@@ -55,7 +55,6 @@ void forward_by(const Scan& scan, const Segment& segment, int64_t d0, int64_t d1
       __builtin_memcpy(boundary_row<typename F::S>(scan, scan.checkpoints, segment, step, d0), state,
                        n * sizeof(typename F::S));
   }
-  if (h.past_caches) fence_stores();
 }
 
 template <class F, Codes kCodes>

@@ -86,26 +86,27 @@ struct Row {
   MRU_INLINE T* ahead(int64_t steps) const { return at + steps * step; }
 };
 
-// A row of a result [n]. It may be stored past the caches.
+// A row of a result [n].
 template <class F, int kTile>
 struct ResultRow : Row<typename F::T> {
   using T = typename F::T;
   // Whether the stores that fill a line follow each other: rows are written one by one, or a store is a line.
-  static constexpr bool kFollow = kTile == 1 || sizeof(T) * F::kLanes >= kLine;
-  bool past_caches = false;
+  static constexpr int64_t kStore = sizeof(T) * F::kLanes;
+  static constexpr bool kMay = kHasNonTemporal && (kTile == 1 ? kStore >= 16 : kStore >= kLine);
+  bool non_temporal = false;
 
   ResultRow() = default;
   ResultRow(const Scan& scan, const Stream& stream, const Segment& segment, int64_t position, int64_t d0, int64_t n)
       : Row<T>(scan, stream, segment, position, d0),
-        past_caches(kCanPassCaches && kFollow && scan.past_caches && are_whole_lines(this->at, this->step, n)) {}
-  // A line that is stored past the caches must not be in one.
+        non_temporal(kMay && scan.non_temporal && are_whole_lines(this->at, this->step, n)) {}
+  // A line that a non-temporal store fills need not be read.
   template <int kLocality>
   MRU_INLINE void prefetch(int64_t steps, int64_t j) const {
-    if (!past_caches) __builtin_prefetch(this->ahead(steps) + j, 1, kLocality);
+    if (!(kMay && non_temporal)) __builtin_prefetch(this->ahead(steps) + j, 1, kLocality);
   }
   template <class L, class V>
   MRU_INLINE void put(L lanes, int64_t steps, int64_t j, V v) const {
-    store_result(past_caches, lanes, this->ahead(steps) + j, v);
+    store_result<kMay>(non_temporal, lanes, this->ahead(steps) + j, v);
   }
 };
 

@@ -53,9 +53,10 @@ struct Partial {
   int count;
 };
 
-// A full vector that is stored past the caches, at a multiple of its size. Such stores are not ordered: `fence_stores` follows.
+// A full vector that is stored by non-temporal stores, at a multiple of its size: they fill a line of the cache without reading
+// it from memory first. Stores that fill the same line must follow each other. See `fence_stores` of cpu/plan.h.
 template <int N>
-struct PastCaches : Full<N> {};
+struct NonTemporal : Full<N> {};
 
 template <class S, class I, int N>
 struct VectorLanes {
@@ -122,10 +123,11 @@ MRU_INLINE void store_raw(Full<N>, void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Such a store fills a line of the cache without reading it from memory. Several that fill one must follow each other closely.
 #if defined(__SSE2__)
+constexpr bool kHasNonTemporal = true;
 template <class V, int N>
-MRU_INLINE void store_raw(PastCaches<N>, void* p, V v) {
+MRU_INLINE void store_raw(NonTemporal<N>, void* p, V v) {
+  static_assert(sizeof v >= 16);
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
 #endif
@@ -133,13 +135,9 @@ MRU_INLINE void store_raw(PastCaches<N>, void* p, V v) {
   if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
 #endif
   if constexpr (sizeof v == 16) _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-  else store_raw(Full<N>{}, p, v);
 }
-MRU_INLINE void fence_stores() { _mm_sfence(); }
-constexpr bool kCanPassCaches = true;
 #else
-MRU_INLINE void fence_stores() {}
-constexpr bool kCanPassCaches = false;
+constexpr bool kHasNonTemporal = false;
 #endif
 
 #if defined(__AVX512F__)
@@ -298,7 +296,7 @@ MRU_INLINE Full<N> half(Full<N> lanes) {
   return lanes;
 }
 template <int kHalf, int N>
-MRU_INLINE PastCaches<N> half(PastCaches<N> lanes) {
+MRU_INLINE NonTemporal<N> half(NonTemporal<N> lanes) {
   return lanes;
 }
 template <int kHalf, int N>
@@ -362,11 +360,11 @@ MRU_INLINE bool are_whole_lines(const T* at, int64_t step, int64_t n) {
   constexpr int64_t kSize = sizeof(T);
   return (uintptr_t(at) | uintptr_t(step * kSize) | uintptr_t(n * kSize)) % kLine == 0;
 }
-// Stores a result. `past_caches`: its rows are whole lines.
-template <class L, class T, class V>
-MRU_INLINE void store_result(bool past_caches, L lanes, T* p, V v) {
-  if constexpr (L::kFull && kCanPassCaches)
-    if (past_caches) return store(PastCaches<L::kLanes>{}, p, v);
+// Stores a result, by non-temporal stores if `non_temporal`. kMay: whether that can be; then its rows are whole lines.
+template <bool kMay, class L, class T, class V>
+MRU_INLINE void store_result(bool non_temporal, L lanes, T* p, V v) {
+  if constexpr (kMay && L::kFull)
+    if (non_temporal) return store(NonTemporal<L::kLanes>{}, p, v);
   store(lanes, p, v);
 }
 

@@ -179,7 +179,7 @@ void backward_own(const Inputs<F> in, const Steps<const typename F::T> grads, co
       const V dv = pull<F>(s, v, mean, after, load(lanes, grads.row(t) + j), adjoint, terms);
       after = mean;
       if (!grad_values.first) continue;
-      if (!grad_values.past_caches) results_to_left.fetch<N>(heads.scores, grad_values);
+      if (!(heads.scores.non_temporal && grad_values.non_temporal)) results_to_left.fetch<N>(heads.scores, grad_values);
       grad_values.put(lanes, t, j, dv);
       heads.write(lanes, t, j, s, terms, partial);
       if (t % kTile == 0) heads.flush(lanes, j, partial);
@@ -291,7 +291,7 @@ void backward_shared(const Inputs<F> in, const Steps<const typename F::T> grads,
         const V dv = pull<F>(records.all(t, h), v, mean, after, grad, adjoint, own);
         after = mean;
         if (!grad_values.first) continue;
-        if (!grad_values.past_caches) results_to_left.fetch<N>(grad_values);
+        if (!grad_values.non_temporal) results_to_left.fetch<N>(grad_values);
         grad_values.put(lanes, begin + t, d, dv);
         rows.add(lanes, g, t, own);
       }
@@ -321,10 +321,10 @@ void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t 
   using S = typename F::S;
   const Inputs<F> in(scan, segment, h0, h1);
   const Steps<const T> grads(scan, scan.grad_h, segment, h0 * in.group);
-  const Results<F> grad_values(scan, scan.grad_in[kValue], segment, h0 * in.group, in.channels);
   const HeadGradients<F> heads(scan, segment, h0, h1, sums);
   const StateRow<S> carry(scan, adjoint, h0);
   const bool own = scan.channels == scan.heads;
+  const Results<F> grad_values(scan, scan.grad_in[kValue], segment, h0 * in.group, own ? in.channels : in.group);
   const Records<F> records{static_cast<S*>(scratch), least(scan.chunk, scan.time), own ? F::kLanes : in.heads};
   for (int64_t end = segment.end, begin; end > segment.begin; end = begin) {
     begin = (end - 1) / scan.chunk * scan.chunk;
@@ -335,7 +335,6 @@ void backward(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t 
     const auto chunk = own ? &backward_own<F> : &backward_shared<F>;
     chunk(in, grads, grad_values, heads, begin, end, border, carry, records);
   }
-  if (scan.past_caches) fence_stores();
 }
 
 }  // namespace

@@ -88,21 +88,21 @@ void forward_chunk(const Inputs<F> in, const Results<F> y, int64_t begin, int64_
                    typename F::S* mean, typename F::S* scratch) {
   using V = typename F::V;
   Sweep ahead(0, 0, in.channels);
-  // A step of a vector of channels. `read` and `update` are what `mix` takes: a Share, or its k. `past_caches`: y.past_caches,
+  // A step of a vector of channels. `read` and `update` are what `mix` takes: a Share, or its k. `non_temporal`: y.non_temporal,
   // which a caller may know at compile time.
   const auto mix_step = [&](auto lanes, int64_t d, int64_t t, const auto& read, const auto& update, V& mean_now,
-                            bool past_caches) __attribute__((always_inline)) {
+                            bool non_temporal) __attribute__((always_inline)) {
     const V v = in.value_at(lanes, d, t);
     V result{};
     if constexpr (F::kBonus) result = mix(read, mean_now, v);
     mean_now = mix(update, mean_now, v);
     if constexpr (!F::kBonus) result = mean_now;
     if constexpr (!kOwn) prefetch(in.values.row(t + kTile) + d);
-    else if (y.first && !past_caches) ahead.template fetch<F::kLanes>(in.values, y);
+    else if (y.first && !non_temporal) ahead.template fetch<F::kLanes>(in.values, y);
     else ahead.template fetch<F::kLanes>(in.values);
     if (!y.first) return;
-    if (!kOwn && !past_caches) __builtin_prefetch(y.row(t + kTile) + d, 1, 3);
-    y.put(past_caches, lanes, t, d, result);
+    if (!kOwn && !non_temporal) __builtin_prefetch(y.row(t + kTile) + d, 1, 3);
+    y.put(non_temporal, lanes, t, d, result);
   };
   for (int64_t step = begin; step < end; step += kTile) {
     const int64_t stop = least(step + kTile, end);
@@ -114,7 +114,7 @@ void forward_chunk(const Inputs<F> in, const Results<F> y, int64_t begin, int64_
         V mean_now = load(lanes, mean + d);
         share_steps(weights, rows, lanes, d, step, stop,
                     [&](int64_t t, const auto& shares) __attribute__((always_inline)) {
-                      mix_step(lanes, d, t, shares.read, shares.update, mean_now, y.past_caches);
+                      mix_step(lanes, d, t, shares.read, shares.update, mean_now, y.non_temporal);
                     });
         store(lanes, mean + d, mean_now);
       });
@@ -129,14 +129,14 @@ void forward_chunk(const Inputs<F> in, const Results<F> y, int64_t begin, int64_
       for_lanes<F>(in.group, [&](auto lanes, int64_t g) __attribute__((always_inline)) {
         const int64_t d = h * in.group + g;
         V mean_now = load(lanes, mean + d);
-        const auto mix_steps = [&](bool past_caches) __attribute__((always_inline)) {
+        const auto mix_steps = [&](bool non_temporal) __attribute__((always_inline)) {
           for (int64_t t = step; t < stop; ++t) {
             V k_read{};
             if constexpr (F::kBonus) k_read = splat<V>(rows.read(t)[h]);
-            mix_step(lanes, d, t, k_read, splat<V>(rows.update(t)[h]), mean_now, past_caches);
+            mix_step(lanes, d, t, k_read, splat<V>(rows.update(t)[h]), mean_now, non_temporal);
           }
         };
-        if (y.past_caches) mix_steps(true);
+        if (Results<F>::kMay && y.non_temporal) mix_steps(true);
         else mix_steps(false);
         store(lanes, mean + d, mean_now);
       });
@@ -147,7 +147,7 @@ template <class F, bool kOwn>
 void scan_segment(const HeadScan& scan, const Segment& segment, int64_t h0, int64_t h1, void* row, void* scratch) {
   using S = typename F::S;
   const Inputs<F> in(scan, segment, h0, h1);
-  const Results<F> y(scan, scan.h, segment, h0 * in.group, in.channels);
+  const Results<F> y(scan, scan.h, segment, h0 * in.group, kOwn ? in.channels : in.group);
   const StateRow<S> state(scan, row, h0);
   const Weights<F> weights(static_cast<S*>(scratch), in);
   for (int64_t begin = segment.begin, end; begin < segment.end; begin = end) {
@@ -161,7 +161,6 @@ void scan_segment(const HeadScan& scan, const Segment& segment, int64_t h0, int6
     __builtin_memcpy(border.Z, state.Z, in.heads * sizeof(S));
     __builtin_memcpy(border.z, state.z, in.heads * sizeof(S));
   }
-  if (y.past_caches) fence_stores();
 }
 
 template <class F>

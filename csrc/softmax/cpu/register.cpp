@@ -28,7 +28,7 @@ const HeadKernels& choose(const HeadScan& scan) {
   }
 }
 
-// As that of the cells (cpu/plan.h); scores and decays have H columns.
+// As for the cells (cpu/plan.h); scores and decays have H columns.
 bool is_large(const HeadScan& scan) {
   int64_t columns = 0;
   const auto add = [&](const Stream& stream, int64_t of_step) { columns += stream.data ? of_step : 0; };
@@ -78,6 +78,7 @@ void for_heads(const HeadScan& scan, int64_t items, const F& f) {
       const int64_t h0 = unit % per_item * width;
       f(unit / per_item, h0, std::min(h0 + width, scan.heads), scratch.data());
     }
+    cpu::fence_stores(scan);
   };
   if (units == 1 || cpu::is_serial(scan)) run(0, units);
   else torch::stable::parallel_for(0, units, 1, run);
@@ -125,7 +126,7 @@ struct SegmentMaps {
 void run_forward(HeadScan scan) {
   cpu::check_offsets(scan);
   if (scan.sequences == 0 || scan.heads == 0) return;
-  scan.past_caches = is_large(scan);
+  scan.non_temporal = is_large(scan);
   if (scan.offsets && scan.checkpoints)  // there are rows between the sequences
     std::memset(scan.checkpoints, 0, scan.checkpoint_rows * scan.batch * state_row_bytes(scan));
   const HeadKernels& k = choose(scan);
@@ -214,7 +215,7 @@ void carry_adjoints(const HeadScan& scan, const HeadKernels& k, const Segments& 
 void run_backward(HeadScan scan) {
   cpu::check_offsets(scan);
   if (scan.heads == 0 || (scan.sequences == 0 && !scan.grad_channel[kDecay] && !scan.grad_channel[kBonus])) return;
-  scan.past_caches = is_large(scan);
+  scan.non_temporal = is_large(scan);
   const int64_t bytes = state_row_bytes(scan);
   if (scan.sequences > 0) std::memcpy(scan.grad_initial, scan.grad_final, scan.sequences * bytes);
   const HeadKernels& k = choose(scan);

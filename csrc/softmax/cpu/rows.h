@@ -46,24 +46,25 @@ struct Steps {
   T* row(int64_t step) const { return first + step * by; }
 };
 
-// Rows of a result. A vector's rows are written for several steps before the next vector's, so they are stored past the caches
-// only where a vector fills a line.
+// Rows of a result. A vector's rows are written for several steps before the next vector's, so non-temporal stores serve only
+// where a vector fills a line.
 template <class F>
 struct Results : Steps<typename F::T> {
   using T = typename F::T;
-  static constexpr bool kFillsLines = kCanPassCaches && sizeof(T) * F::kLanes == kLine;
-  bool past_caches;
+  static constexpr bool kMay = kHasNonTemporal && sizeof(T) * F::kLanes == kLine;
+  bool non_temporal;
 
-  Results(const HeadScan& scan, const Stream& stream, const Segment& segment, int64_t channel, int64_t n)
+  // Vectors begin at multiples of `width` channels.
+  Results(const HeadScan& scan, const Stream& stream, const Segment& segment, int64_t channel, int64_t width)
       : Steps<T>(scan, stream, segment, channel),
-        past_caches(kFillsLines && scan.past_caches && are_whole_lines(this->first, this->by, n)) {}
+        non_temporal(kMay && scan.non_temporal && are_whole_lines(this->first, this->by, width)) {}
   template <class L, class V>
-  MRU_INLINE void put(L lanes, int64_t step, int64_t j, V v) const {
-    put(past_caches, lanes, step, j, v);
+  MRU_INLINE void put(bool non_temporal, L lanes, int64_t step, int64_t j, V v) const {
+    store_result<kMay>(non_temporal, lanes, this->row(step) + j, v);
   }
   template <class L, class V>
-  MRU_INLINE void put(bool past_caches, L lanes, int64_t step, int64_t j, V v) const {
-    store_result(kFillsLines && past_caches, lanes, this->row(step) + j, v);
+  MRU_INLINE void put(L lanes, int64_t step, int64_t j, V v) const {
+    put(non_temporal, lanes, step, j, v);
   }
 };
 
