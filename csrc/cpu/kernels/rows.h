@@ -86,11 +86,11 @@ struct Row {
   MRU_INLINE T* ahead(int64_t steps) const { return at + steps * step; }
 };
 
-// A row of a result [n].
+// A row of a result [n]. kMay: whether it can take non-temporal stores, so whether those that fill a line follow each other: rows
+// are written one by one, or a store is a line.
 template <class F, int kTile>
 struct ResultRow : Row<typename F::T> {
   using T = typename F::T;
-  // Whether the stores that fill a line follow each other: rows are written one by one, or a store is a line.
   static constexpr int64_t kStore = sizeof(T) * F::kLanes;
   static constexpr bool kMay = kHasNonTemporal && (kTile == 1 ? kStore >= 16 : kStore >= kLine);
   bool non_temporal = false;
